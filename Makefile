@@ -1,0 +1,27 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test env lint bench clean
+
+demo: env            ## set up, then run the main job offline on an embedded model
+	$(BIN)/selfrepair run heads --model tiny-neox
+	$(BIN)/selfrepair plot outputs/heads-tiny-neox.zarr
+
+test: env            ## set up, then pass all tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+bench: env           ## speed and memory against named baselines
+	$(BIN)/python -m benchmarks
+
+env: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

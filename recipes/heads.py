@@ -1,0 +1,17 @@
+"""Self-repair of every head: each ablated by itself, over all tokens (paper: Figures 1, 2, 20-22)."""
+
+import selfrepair_nn as sr
+
+FIGURES = ("self_repair_by_layer", "direct_effect_vs_logit_change")
+
+
+def graph(structure, options):
+    """Each selected head is one ablated run."""
+    heads = sr.select_heads(options.layers, options.heads, structure.n_layers, structure.n_heads)
+    return sr.Graph(
+        ablate=sr.sweep(heads),
+        replacement=options.ablation,
+        record="sums" if options.components == "none" else "full",
+        target=options.target,
+        value_bias=options.value_bias,
+    ).frozen(options.freeze, structure.n_layers, structure.n_heads)

@@ -1,0 +1,204 @@
+"""The command line: it parses, calls the public functions and prints. Every option of `run` is a field of Options."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, get_args
+
+import click
+
+from selfrepair_nn import __version__
+from selfrepair_nn.errors import Incomplete, SelfRepairError
+from selfrepair_nn.options import Options
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def main() -> None:
+    """The `selfrepair` command: a result goes to stdout, all else to stderr; exit codes 0, 1, 2 and 75 (resumable)."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Incomplete as error:
+        _say(f"{error}:\n  {_command_line()}")
+        sys.exit(error.exit_code)
+    except SelfRepairError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _say(f"interrupted; to go on:\n  {_command_line()}")
+        sys.exit(Incomplete.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _say(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+        sys.exit(1)
+
+
+@click.group(context_settings=HELP)
+@click.version_option(__version__, prog_name="selfrepair")
+def cli() -> None:
+    """If a part of a language model is ablated: what is lost, who makes up for it, and how."""
+
+
+def _choices(command: Callable) -> Callable:
+    """Give a command one option for each field of Options."""
+    for each in reversed(fields(Options)):
+        command = _click_option(each)(command)
+    return command
+
+
+def _click_option(each: Any) -> Callable:
+    flag = "--" + each.name.replace("_", "-")
+    shared = {"default": each.default, "help": each.metadata["help"], "show_default": each.default is not None}
+    if each.type is bool:
+        return click.option(f"{flag}/--skip-{each.name}", each.name, **shared)
+    if each.metadata["choices"]:
+        alone = {"is_flag": False, "flag_value": each.metadata["alone"]} if each.metadata["alone"] else {}
+        return click.option(flag, each.name, type=click.Choice(each.metadata["choices"]), **shared, **alone)
+    kinds = [k for k in get_args(each.type) or (each.type,) if k in (int, float)]
+    return click.option(flag, each.name, type=kinds[0] if kinds else str, **shared)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `selfrepair plan` does.")
+@click.option("--progress/--no-progress", default=None, help="Show a bar on stderr; default: on a terminal.")
+@_choices
+def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> None:
+    """Run RECIPE (a name, or the path of your own .py) and print a summary of its store.
+
+    Running the same command again resumes it, or prints the summary of what is there.
+    """
+    if dry_run:
+        _plan(recipe, choices)
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    _quiet_libraries()
+    from selfrepair_nn.analysis import summary
+    from selfrepair_nn.execution.run import run as run_recipe
+
+    dataset = run_recipe(recipe, progress=progress, command=_command_line(), **choices)
+    click.echo(summary(dataset))
+    click.echo(f"\nstore   {dataset.encoding['source']}")
+
+
+@cli.command()
+@click.argument("recipe")
+@_choices
+def plan(recipe: str, **choices: Any) -> None:
+    """Print what `run` would do and cost. No weights are loaded and nothing is written."""
+    _plan(recipe, choices)
+
+
+@cli.command()
+@click.argument("stores", nargs=-1, required=True)
+@click.option("--figure", "names", multiple=True, help="Figure to draw, repeatable; default: the recipe's.")
+@click.option("--out", default=None, help="Directory for the figures; default: beside the first store.")
+@click.option("--share", default=0.02, show_default=True, help="Top share of tokens, by direct effect.")
+def plot(stores: tuple[str, ...], names: tuple[str, ...], out: str | None, share: float) -> None:
+    """Draw the figures of one or several STORES as PNG and SVG, and print their paths."""
+    from selfrepair_nn.figures import plot as draw
+
+    for path in draw(list(stores), out, names=names or None, share=share):
+        click.echo(path)
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
+def report(store: str, out: str | None) -> None:
+    """Write one HTML page about STORE: figures, tables and where the numbers come from."""
+    from selfrepair_nn.report import write_report
+
+    click.echo(write_report(store, out))
+
+
+@cli.command()
+@click.argument("store")
+def info(store: str) -> None:
+    """Print what STORE holds, how much of it is done, and where it comes from."""
+    from selfrepair_nn.analysis import summary
+    from selfrepair_nn.store import open_store
+
+    dataset = open_store(store)
+    click.echo(_described(dataset))
+    click.echo()
+    click.echo(summary(dataset))
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes, one line each."""
+    from selfrepair_nn.recipe import recipes as found
+
+    for each in found():
+        click.echo(f"{each.name:<20} {each.summary}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--dtype", default="float32", show_default=True, help="What the model computes in.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
+@click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
+def check(model: str, dtype: str, device: str, revision: str | None) -> None:
+    """Test on a short random input whether MODEL is decomposed exactly. Exit code 1 if not."""
+    _quiet_libraries()
+    from selfrepair_nn.models.check import check as measure
+    from selfrepair_nn.models.load import load
+
+    findings = measure(load(model, dtype=dtype, device=device, revision=revision, check=False))
+    for each in findings:
+        mark = "ok  " if each.passed else "FAIL"
+        click.echo(f"{mark}  {each.name}: {each.error:.1e} of the logits' spread (limit {each.limit:g})")
+    if not all(each.passed for each in findings):
+        raise SelfRepairError(f"{model!r} cannot be decomposed exactly")
+
+
+def _plan(recipe: str, choices: dict[str, Any]) -> None:
+    _quiet_libraries()
+    from selfrepair_nn.execution.preview import preview, preview_text
+
+    click.echo(preview_text(preview(recipe, **choices)))
+
+
+def _described(dataset: Any) -> str:
+    shown = ("title", "command", "created", "finished", "backend", "dtype", "target", "value_bias", "freeze", "weights")
+    lines = [f"{name:<12}{dataset.attrs[name]}" for name in shown if name in dataset.attrs]
+    lines.append(f"{'dimensions':<12}" + ", ".join(f"{name} {size}" for name, size in dataset.sizes.items()))
+    provenance = json.loads(dataset.attrs.get("provenance", "{}"))
+    versions = ", ".join(f"{name} {v}" for name, v in provenance.get("versions", {}).items())
+    lines += [f"{'made with':<12}{versions}", "", "variables"]
+    lines += [
+        f"  {name:<24}{variable.attrs.get('units', ''):<7}{variable.attrs.get('description', '')}"
+        for name, variable in dataset.data_vars.items()
+    ]
+    return "\n".join(lines)
+
+
+def _command_line() -> str:
+    return shlex.join(["selfrepair", *sys.argv[1:]])
+
+
+def _say(text: str) -> None:
+    click.echo(f"selfrepair: {text}", err=True)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    """Only what the user can act on; loading bars only on a terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

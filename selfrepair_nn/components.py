@@ -1,0 +1,143 @@
+"""Names of the places in a model: what can be ablated, frozen or recorded, and how a user writes it."""
+
+import re
+from dataclasses import dataclass
+
+from selfrepair_nn.errors import UsageError
+
+KINDS = ("embedding", "position_embedding", "head", "attention_bias", "mlp")
+
+
+@dataclass(frozen=True, order=True)
+class Head:
+    """Attention head `head` of layer `layer`, both counted from 0."""
+
+    layer: int
+    head: int
+
+    @property
+    def label(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True, order=True)
+class Mlp:
+    """The MLP of layer `layer`."""
+
+    layer: int
+
+    @property
+    def label(self) -> str:
+        return f"L{self.layer}.mlp"
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True, order=True)
+class FinalNorm:
+    """The scale of the norm before the unembedding."""
+
+    @property
+    def label(self) -> str:
+        return "final_norm"
+
+    def __str__(self) -> str:
+        return self.label
+
+
+Site = Head | Mlp | FinalNorm
+
+
+@dataclass(frozen=True)
+class Component:
+    """One term of the residual stream's sum; `layer` and `head` are -1 where they do not apply."""
+
+    label: str
+    kind: str
+    layer: int = -1
+    head: int = -1
+
+
+def components(n_layers: int, n_heads: int, position_embedding: bool, attention_bias: bool) -> list[Component]:
+    """Every component of a model, in the order of the `component` dimension: they add up to the residual stream."""
+    found = [Component("embed", "embedding")]
+    if position_embedding:
+        found.append(Component("pos_embed", "position_embedding"))
+    for layer in range(n_layers):
+        found += [Component(Head(layer, h).label, "head", layer, h) for h in range(n_heads)]
+        if attention_bias:
+            found.append(Component(f"L{layer}.attention_bias", "attention_bias", layer))
+        found.append(Component(Mlp(layer).label, "mlp", layer))
+    return found
+
+
+def select_heads(layers: str | None, heads: str | None, n_layers: int, n_heads: int) -> tuple[Head, ...]:
+    """The heads that two specifications leave, in order of layer and head.
+
+    `layers` is a list of numbers and half-open ranges ("8:12", "0,5,-1"); `heads` a list of
+    "layer.head", "layer.*" or "L9H6". Both None means every head.
+
+    Raises:
+        UsageError: a specification is misspelt, names a place the model does not have, or leaves nothing.
+    """
+    in_layers = set(_layers(layers, n_layers)) if layers is not None else set(range(n_layers))
+    wanted = _heads(heads, n_layers, n_heads) if heads is not None else None
+    kept = [Head(l, h) for l in sorted(in_layers) for h in range(n_heads) if wanted is None or Head(l, h) in wanted]
+    if not kept:
+        raise UsageError(f"no head is both in layers {layers!r} and in heads {heads!r}: widen one of them")
+    return tuple(kept)
+
+
+def _layers(spec: str, n_layers: int) -> list[int]:
+    found: list[int] = []
+    for part in _parts(spec, "layers"):
+        if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?", part):
+            raise UsageError(f"layers {part!r} is not a number or a range: write for example 8:12 or 0,5,-1")
+        start, colon, stop = part.partition(":")
+        if colon:
+            first = _bound(start, 0, n_layers, spec)
+            last = _bound(stop, n_layers, n_layers, spec)
+            found += range(first, last)
+        else:
+            found.append(_index(int(part), n_layers, "layer", part))
+    if not found:
+        raise UsageError(f"layers {spec!r} selects no layer: the model has layers 0 to {n_layers - 1}")
+    return found
+
+
+def _bound(text: str, default: int, n_layers: int, spec: str) -> int:
+    value = int(text) if text else default
+    value = value + n_layers if value < 0 else value
+    if not 0 <= value <= n_layers:
+        raise UsageError(f"layers {spec!r} goes beyond the model: it has layers 0 to {n_layers - 1}")
+    return value
+
+
+def _heads(spec: str, n_layers: int, n_heads: int) -> set[Head]:
+    found: set[Head] = set()
+    for part in _parts(spec, "heads"):
+        match = re.fullmatch(r"L?(\d+)[.H](\d+|\*)", part)
+        if not match:
+            raise UsageError(f"head {part!r} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6")
+        layer = _index(int(match[1]), n_layers, "layer", part)
+        named = range(n_heads) if match[2] == "*" else [_index(int(match[2]), n_heads, "head", part)]
+        found |= {Head(layer, h) for h in named}
+    return found
+
+
+def _parts(spec: str, what: str) -> list[str]:
+    parts = [p.strip() for p in spec.split(",") if p.strip()]
+    if not parts:
+        raise UsageError(f"{what} is empty: leave it out to take all of them")
+    return parts
+
+
+def _index(value: int, size: int, what: str, part: str) -> int:
+    resolved = value + size if value < 0 else value
+    if not 0 <= resolved < size:
+        raise UsageError(f"{part!r}: the model has {what}s 0 to {size - 1}")
+    return resolved

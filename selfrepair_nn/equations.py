@@ -1,0 +1,32 @@
+"""Equations 1 and 2 of the paper and Appendix B: what follows from the measured quantities, in one place."""
+
+import numpy as np
+
+
+def complete(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Add self_repair, its parts and its closure to what a job measured, in float64.
+
+    Takes logit, target_constant, norm_scale [prompt, position] and direct_effect, ablated_direct_effect, logit_change,
+    from_heads, from_mlps, ablated_norm_scale [case, prompt, position]; all in logits but the scales. With
+    r = S/S' and R = logit - k:
+
+        self_repair = logit_change - (DE' - DE)                      Equation 1
+        R' = R + (DE' - DE) + from_heads + from_mlps                 summed ablated direct effects
+        from_norm = (r - 1) R' = norm_on_existing + norm_on_change   (r - 1) R and (r - 1)(R' - R), Appendix B
+        closure = self_repair - (from_heads + from_mlps + from_norm) Equation 2: zero if nothing was missed
+    """
+    wide = {name: np.asarray(value, dtype=np.float64) for name, value in measured.items()}
+    own = wide["ablated_direct_effect"] - wide["direct_effect"]
+    change = own + wide["from_heads"] + wide["from_mlps"]
+    stretch = wide["norm_scale"] / wide["ablated_norm_scale"] - 1
+    self_repair = wide["logit_change"] - own
+    on_existing = stretch * (wide["logit"] - wide["target_constant"])
+    on_change = stretch * change
+    from_norm = on_existing + on_change
+    return measured | {
+        "self_repair": self_repair,
+        "from_norm": from_norm,
+        "norm_on_existing": on_existing,
+        "norm_on_change": on_change,
+        "closure": self_repair - (wide["from_heads"] + wide["from_mlps"] + from_norm),
+    }

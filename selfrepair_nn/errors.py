@@ -1,0 +1,27 @@
+"""The errors a user can meet. Each message names the bad value, lists the valid ones and says what to do."""
+
+
+class SelfRepairError(Exception):
+    """Something failed that is not the caller's spelling: a model, a store, a disk. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(SelfRepairError):
+    """What was asked for does not exist or does not fit. Exit code 2."""
+
+    exit_code = 2
+
+
+class UnsupportedModel(SelfRepairError):
+    """The model cannot be decomposed exactly, so no number is given for it."""
+
+
+class StoreError(SelfRepairError):
+    """A store cannot be created, opened, resumed or written."""
+
+
+class Incomplete(SelfRepairError):
+    """The run stopped before its end; what was computed is kept and the same call resumes it. Exit code 75."""
+
+    exit_code = 75

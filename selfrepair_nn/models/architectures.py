@@ -1,0 +1,182 @@
+"""Where each family of causal language models keeps its parts. A new family is one more entry here."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from selfrepair_nn.errors import UnsupportedModel
+from selfrepair_nn.tracing.places import at
+
+Config = Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module paths of one family: the first group from the model, the second from one decoder layer.
+
+    `value_layout` says how the value projection's output holds the heads: "own" (it is the values),
+    "stacked" (queries, keys and values one after the other) or "interleaved" (per head: query, key, value).
+    `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the same layer's heads.
+    `refuse(config)` gives the reason why this configuration cannot be decomposed, or None.
+    """
+
+    model_types: tuple[str, ...]
+    layers: str
+    token_embedding: str
+    position_embedding: str | None
+    final_norm: str
+    unembedding: str
+    attention: str
+    attention_norm: str
+    value: str
+    value_layout: str
+    output_projection: str
+    mlp: str
+    centred_norm: bool = True
+    parallel: Callable[[Config], bool] = lambda config: False
+    refuse: Callable[[Config], str | None] = lambda config: None
+
+
+def _refuse_opt(config: Config) -> str | None:
+    if not config.do_layer_norm_before:
+        return "its norms come after the residual sum, so no component's write is its own (do_layer_norm_before=False)"
+    if config.word_embed_proj_dim != config.hidden_size:
+        return "it projects the residual stream between embedding and layers (word_embed_proj_dim)"
+    return None
+
+
+def _refuse_gpt2(config: Config) -> str | None:
+    return "it attends to an encoder (add_cross_attention)" if config.add_cross_attention else None
+
+
+ARCHITECTURES = (
+    Architecture(
+        model_types=("gpt2",),
+        layers="transformer.h",
+        token_embedding="transformer.wte",
+        position_embedding="transformer.wpe",
+        final_norm="transformer.ln_f",
+        unembedding="lm_head",
+        attention="attn",
+        attention_norm="ln_1",
+        value="attn.c_attn",
+        value_layout="stacked",
+        output_projection="attn.c_proj",
+        mlp="mlp",
+        refuse=_refuse_gpt2,
+    ),
+    Architecture(
+        model_types=("gpt_neox",),
+        layers="gpt_neox.layers",
+        token_embedding="gpt_neox.embed_in",
+        position_embedding=None,
+        final_norm="gpt_neox.final_layer_norm",
+        unembedding="lm_head",
+        attention="attention",
+        attention_norm="input_layernorm",
+        value="attention.query_key_value",
+        value_layout="interleaved",
+        output_projection="attention.dense",
+        mlp="mlp",
+        parallel=lambda config: config.use_parallel_residual,
+    ),
+    Architecture(
+        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        layers="model.layers",
+        token_embedding="model.embed_tokens",
+        position_embedding=None,
+        final_norm="model.norm",
+        unembedding="lm_head",
+        attention="self_attn",
+        attention_norm="input_layernorm",
+        value="self_attn.v_proj",
+        value_layout="own",
+        output_projection="self_attn.o_proj",
+        mlp="mlp",
+        centred_norm=False,
+    ),
+    Architecture(
+        model_types=("opt",),
+        layers="model.decoder.layers",
+        token_embedding="model.decoder.embed_tokens",
+        position_embedding="model.decoder.embed_positions",
+        final_norm="model.decoder.final_layer_norm",
+        unembedding="lm_head",
+        attention="self_attn",
+        attention_norm="self_attn_layer_norm",
+        value="self_attn.v_proj",
+        value_layout="own",
+        output_projection="self_attn.out_proj",
+        mlp="fc2",
+        refuse=_refuse_opt,
+    ),
+)
+
+SUPPORTED = tuple(t for a in ARCHITECTURES for t in a.model_types)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The sizes and places of one model, read from its configuration and its (possibly weightless) modules."""
+
+    model_type: str
+    n_layers: int
+    n_heads: int
+    d_head: int
+    d_model: int
+    vocab_size: int
+    layer_parameters: int
+    max_length: int | None
+    parallel: bool
+    norm_epsilon: float
+    centred_norm: bool
+    position_embedding: bool
+    attention_bias: bool
+    value_bias: bool
+    places: dict[str, Any]
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The entry for a Hugging Face configuration. Raises UnsupportedModel with the reason and the supported list."""
+    for architecture in ARCHITECTURES:
+        if config.model_type in architecture.model_types:
+            if reason := architecture.refuse(config):
+                raise UnsupportedModel(f"this {config.model_type} model cannot be decomposed head by head: {reason}")
+            return architecture
+    raise UnsupportedModel(f"model type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
+
+
+def structure_of(module: Any) -> Structure:
+    """Sizes and places of a Hugging Face causal language model. No weight is read: a meta model will do."""
+    config = module.config
+    architecture = architecture_of(config)
+    layers = at(module, architecture.layers)
+    layer = layers[0]
+    projection = at(layer, architecture.output_projection)
+    norm = at(module, architecture.final_norm)
+    width, d_model = _widths(projection)
+    input_norm_bias = getattr(at(layer, architecture.attention_norm), "bias", None) is not None
+    return Structure(
+        model_type=config.model_type,
+        n_layers=len(layers),
+        n_heads=config.num_attention_heads,
+        d_head=width // config.num_attention_heads,
+        d_model=d_model,
+        vocab_size=at(module, architecture.unembedding).weight.shape[0],
+        layer_parameters=sum(p.numel() for p in layers.parameters()),
+        max_length=getattr(config, "max_position_embeddings", None),
+        parallel=bool(architecture.parallel(config)),
+        norm_epsilon=float(getattr(norm, "eps", None) or norm.variance_epsilon),
+        centred_norm=architecture.centred_norm,
+        position_embedding=architecture.position_embedding is not None,
+        attention_bias=projection.bias is not None,
+        value_bias=input_norm_bias or at(layer, architecture.value).bias is not None,
+        places={k: v for k, v in asdict(architecture).items() if isinstance(v, str)},
+    )
+
+
+def _widths(projection: Any) -> tuple[int, int]:
+    """Input and output width of a Linear or a (transposed) Conv1D."""
+    if hasattr(projection, "in_features"):
+        return projection.in_features, projection.out_features
+    return tuple(projection.weight.shape)

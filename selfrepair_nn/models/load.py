@@ -1,0 +1,227 @@
+"""Finding and loading a causal language model: embedded, a directory, a GGUF file or a hub name."""
+
+import hashlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from selfrepair_nn.errors import SelfRepairError, UsageError
+from selfrepair_nn.models.architectures import Structure, architecture_of, structure_of
+
+EMBEDDED = {
+    "tiny-neox": "2M parameters, 8 layers x 8 heads, parallel attention and MLP, LayerNorm (Pythia's architecture)",
+    "tiny-llama": "2M parameters, 8 layers x 8 heads, grouped queries, RMSNorm (Llama's architecture)",
+}
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from; `location` is what Hugging Face's loaders take."""
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {k: v for k, v in given.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model as its configuration tells, no weight loaded. `revision` is the resolved commit of a hub model."""
+
+    source: Source
+    config: Any
+    structure: Structure
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: `nn` is the nnsight model that jobs run on, `tokenizer` is None where there is none."""
+
+    description: Description
+    nn: Any
+    tokenizer: Any
+    dtype: str
+    device: str
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return self.description.source.name
+
+    @property
+    def structure(self) -> Structure:
+        return self.description.structure
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The structure as the plain dict that travels with a job."""
+        return asdict(self.structure)
+
+
+def find(name: str, revision: str | None = None) -> Source:
+    """Resolve a model's name: embedded, an existing directory or GGUF file, otherwise a hub name.
+
+    Raises:
+        UsageError: a path that does not exist, or a directory without a configuration.
+    """
+    if name in EMBEDDED:
+        return Source(name, str(files("selfrepair_nn") / "models" / "embedded" / name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"model file {name!r} does not exist")
+        return Source(name, str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"directory {name!r} holds no config.json: give a directory written by save_pretrained")
+        return Source(name, str(path))
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UsageError(f"model directory {name!r} does not exist")
+    return Source(name, name, revision=revision)
+
+
+def describe(name: str, revision: str | None = None) -> Description:
+    """Configuration and structure of a model, without its weights.
+
+    Raises:
+        UnsupportedModel: a family or a configuration that cannot be decomposed exactly.
+        UsageError: no model of that name.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = find(name, revision)
+    with _explained(source):
+        config = AutoConfig.from_pretrained(source.location, **source.arguments)
+    architecture_of(config)
+    with torch.device("meta"):
+        structure = structure_of(AutoModelForCausalLM.from_config(config))
+    return Description(source, config, structure, getattr(config, "_commit_hash", None))
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer, or None where the model comes without one (then only token ids can be prompts)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    except (OSError, ValueError, TypeError, KeyError, ImportError):
+        return None
+
+
+def load(
+    name: str, *, dtype: str = "float32", device: str = "auto", revision: str | None = None, check: bool = True
+) -> Model:
+    """Load a model and prove on a short random input that it is decomposed exactly.
+
+    Args:
+        name: "tiny-neox", "tiny-llama", a directory, a GGUF file, or a hub name such as "EleutherAI/pythia-160m".
+        dtype: what the model computes in: float32, float64, bfloat16 or float16.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" …
+        revision: branch, tag or commit of a hub model.
+        check: False skips the proof, at your own risk.
+
+    Raises:
+        UsageError: no such model, dtype or device.
+        UnsupportedModel: the family is unknown, or the check fails.
+    """
+    from selfrepair_nn.models.check import require
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    description = describe(name, revision)
+    module = _module(description, dtype, _device(device))
+    tokenizer = load_tokenizer(description.source)
+    model = wrap(module, tokenizer, description)
+    if check:
+        require(model)
+    return model
+
+
+def wrap(module: Any, tokenizer: Any = None, description: Description | None = None) -> Model:
+    """Use a causal language model that is already loaded; it is put in evaluation mode.
+
+    Raises:
+        UnsupportedModel: a family or a configuration that cannot be decomposed exactly.
+    """
+    from nnsight import TransformersModel
+
+    module.eval()
+    if description is None:
+        name = module.config.name_or_path or type(module).__name__
+        description = Description(Source(name, name), module.config, structure_of(module), None)
+    first = next(module.parameters())
+    nn = TransformersModel(module, tokenizer=tokenizer or _no_tokenizer(), task="text-generation")
+    dtype = str(first.dtype).removeprefix("torch.")
+    return Model(description, nn, tokenizer, dtype, str(first.device), _fingerprint(module))
+
+
+def _module(description: Description, dtype: str, device: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = description.source
+    with _explained(source):
+        module = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=getattr(torch, dtype), **source.arguments
+        )
+    return module.to(device)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used here ({error.args[0]}); try cpu") from error
+    return name
+
+
+def _no_tokenizer() -> Any:
+    """nnsight asks for a tokenizer even when only token ids are ever traced."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+
+
+def _fingerprint(module: Any) -> str:
+    """A hash over a sample of every parameter: tells two sets of weights of one shape apart, quickly."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].double().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _explained(source: Source):
+    """Turn the loaders' many exceptions into one line with a remedy."""
+    try:
+        yield
+    except ImportError as error:
+        raise SelfRepairError(f"loading {source.name!r} needs a package that is missing: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if source.gguf_file or Path(source.location).is_dir():
+            raise SelfRepairError(f"model {source.name!r} could not be loaded: {_first_line(error)}") from error
+        raise UsageError(
+            f"no model {source.name!r}: it is not embedded ({', '.join(EMBEDDED)}), not a directory here, "
+            f"and the hub did not give it ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,67 @@
+"""Every choice a run offers: its name, default and meaning, written once for Python and the command line alike."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.graph import FREEZES, REPLACEMENTS, TARGETS, VALUE_BIASES, one_of
+
+COMPONENTS = {
+    "none": "only the sums over heads and MLPs",
+    "top": "every component's change, on each head's top share of tokens",
+    "all": "every component's change, on every token",
+}
+BACKENDS = {
+    "local": "the model in this process",
+    "simulated": "the model in this process, behind the serialisation a server needs",
+}
+
+
+def option(
+    default: Any, help: str, choices: dict[str, str] | tuple[str, ...] | None = None, alone: str | None = None
+) -> Any:
+    """One choice; `alone` is what its flag means on the command line when no value follows it."""
+    return field(default=default, metadata={"help": help, "choices": tuple(choices) if choices else None, "alone": alone})
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of one run. Raises UsageError for a value that cannot be."""
+
+    model: Any = option("tiny-neox", "Embedded name, directory, GGUF file or hub name.")
+    prompts: Any = option("sample", "Dataset name, text file, .npy of token ids, or 'sample' (ships with the package).")
+    out: Any = option("outputs", "Store to write (NAME.zarr), or the directory to put it in.")
+    tokens: int | None = option(None, "Total number of tokens to use; default: 16384 of the sample, 100000 of a dataset, all of a file.")
+    length: int | None = option(None, "Tokens in a prompt; default: 128, or the model's context if that is shorter.")
+    bos: str = option("auto", "Begin each prompt with the BOS token: auto (if there is one), always or never.", ("auto", "always", "never"))
+    partners: Any = option(None, ".npy of partners: entry i is the prompt whose z replaces prompt i's.")
+    layers: str | None = option(None, "Layers to ablate in: 8:12 or 0,5,-1; default: all.")
+    heads: str | None = option(None, "Heads to ablate: 9.6,10.*; default: all.")
+    ablation: str = option("resample", "What replaces a head's z.", REPLACEMENTS)
+    target: str = option("centred", "Unembedding direction of the target.", TARGETS)
+    value_bias: str = option("output", "Where a head's constant part is counted.", VALUE_BIASES)
+    freeze: str = option("none", "What keeps its clean value.", FREEZES)
+    components: str = option("none", "Store every component's change too; alone: all.", COMPONENTS, "all")
+    share: float = option(0.02, "Share of tokens that 'top' means, by direct effect.")
+    dtype: str = option("float32", "What the model computes in.", ("float32", "float64", "bfloat16", "float16"))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    split: str = option("train", "Split of the dataset.")
+    column: str = option("text", "Column of the dataset that holds the text.")
+    seed: int = option(0, "Seed of the partners.")
+    mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.")
+    batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.")
+    rows: int = option(2304, "Tokens in one forward pass: ablated heads ride together until it is full.")
+    backend: str = option("local", "Where the model runs.", BACKENDS)
+    check: bool = option(True, "Prove at load that the model is decomposed exactly.")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.metadata["choices"]:
+                one_of(each.name, getattr(self, each.name), dict.fromkeys(each.metadata["choices"], ""))
+        for name in ("tokens", "length", "mean_prompts", "batch_size", "rows"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not 0 < self.share <= 1:
+            raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")

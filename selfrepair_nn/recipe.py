@@ -1,0 +1,58 @@
+"""Finding and loading recipes: ours by name, a user's own by path."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfrepair_nn.errors import UsageError
+
+PACKAGE = Path(__file__).parent
+FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
+"""Where an installed wheel and a checkout keep the recipes."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment: `graph(structure, options)` says what is done, `figures` names what is drawn from its store."""
+
+    name: str
+    summary: str
+    graph: Callable[[Any, Any], Any]
+    figures: tuple[str, ...]
+
+
+def recipe_paths() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {p.stem: p for folder in FOLDERS for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a path ending in .py.
+
+    Raises:
+        UsageError: no such recipe; a file that cannot be read as one.
+    """
+    path = Path(name) if name.endswith(".py") else recipe_paths().get(name)
+    if path is None or not path.is_file():
+        raise UsageError(f"no recipe {name!r}; there are {', '.join(recipe_paths())}, or give the path of your own .py")
+    return _load(path)
+
+
+def recipes() -> list[Recipe]:
+    """Every recipe that comes with the package."""
+    return [_load(path) for path in recipe_paths().values()]
+
+
+def _load(path: Path) -> Recipe:
+    spec = importlib.util.spec_from_file_location(f"selfrepair_nn_recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"recipe {str(path)!r} does not load: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "graph", None)):
+        raise UsageError(f"recipe {str(path)!r} defines no function graph(structure, options)")
+    summary = (module.__doc__ or "").strip().split("\n")[0]
+    return Recipe(path.stem, summary, module.graph, tuple(getattr(module, "FIGURES", ())))

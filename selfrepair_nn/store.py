@@ -1,0 +1,184 @@
+"""One run on disk: a zarr directory that bare xarray opens, written in whole chunks, each marked when it is complete."""
+
+import json
+import shutil
+import uuid
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.codecs import BloscCodec
+
+from selfrepair_nn.errors import StoreError
+from selfrepair_nn.variables import COORDINATES, VARIABLES, variable
+
+FORMAT = 1
+COMPRESSOR = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
+
+
+class Store:
+    """A run's directory. `open_store` gives its dataset; this class creates it, fills it and knows what is missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._group = zarr.open_group(path, mode="r+")
+
+    @classmethod
+    def create(
+        cls, path: Path, coordinates: Mapping[str, Any], data: Mapping[str, np.ndarray | None], *,
+        prompts_per_chunk: int, precision: str, attributes: Mapping[str, Any],
+    ) -> "Store":
+        """Write the whole template (labels, empty arrays, attributes) and only then give it its name.
+
+        Args:
+            coordinates: name -> values, of variables.COORDINATES.
+            data: names of the arrays to hold; values where they are known already, else None.
+            prompts_per_chunk: length of a chunk along `prompt`: the block that is written at once.
+            precision: "float32" or "float64".
+            attributes: JSON-able; nested ones are stored as one JSON string.
+
+        Raises:
+            StoreError: the directory cannot be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        with explained(path):
+            try:
+                labels = xr.Dataset(coords={n: _labelled(n, coordinates[n]) for n in COORDINATES if n in coordinates})
+                labels.attrs = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
+                labels.attrs |= {"format": FORMAT, "prompts_per_chunk": prompts_per_chunk}
+                labels.to_zarr(draft, mode="w-", consolidated=False)
+                group = zarr.open_group(draft, mode="r+")
+                for name, values in data.items():
+                    _add_array(group, name, values, dict(labels.sizes), prompts_per_chunk, precision)
+                _consolidate(draft)
+                draft.rename(path)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return cls(path)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return dict(self._group.attrs)
+
+    def annotate(self, **attributes: Any) -> None:
+        """Add or replace attributes."""
+        with explained(self.path):
+            self._group.attrs.update(
+                {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
+            )
+
+    @property
+    def prompts_per_chunk(self) -> int:
+        return int(self._group.attrs["prompts_per_chunk"])
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the arrays it holds, coordinates included."""
+        return set(self._group.array_keys())
+
+    @property
+    def done(self) -> np.ndarray:
+        """bool [layer, head, prompt]: what is computed and stored."""
+        return self._group["done"][:]
+
+    def read(self, name: str) -> np.ndarray:
+        return self._group[name][:]
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Replace a whole small array."""
+        with explained(self.path):
+            self._group[name][...] = values
+
+    def write_prompts(self, block: slice, values: Mapping[str, np.ndarray], done: np.ndarray) -> None:
+        """Write every array's part for the prompts of one chunk, then mark `done` [layer, head]: in this order.
+
+        Raises:
+            StoreError: a value of the wrong shape, or the disk is full; the block is then not marked done.
+        """
+        size = block.stop - block.start
+        with explained(self.path):
+            for name, part in values.items():
+                where = tuple(block if d == "prompt" else slice(None) for d in variable(name).dims)
+                self._group[name][where] = part
+            self._group["done"][:, :, block] = np.repeat(done[:, :, None], size, axis=2)
+
+
+def open_store(path: str | Path) -> xr.Dataset:
+    """The dataset of a run, lazily: what `xarray.open_zarr(path)` gives.
+
+    Raises:
+        StoreError: there is nothing, or something else, at `path`.
+    """
+    require_store(Path(path))
+    found = xr.open_zarr(path, chunks=None)
+    ordered = found[[name for name in VARIABLES if name in found.data_vars]]
+    ordered.encoding["source"] = str(path)
+    return ordered
+
+
+def require_store(path: Path) -> None:
+    """Raise StoreError unless `path` is a store of this package."""
+    if not path.exists():
+        raise StoreError(f"there is no store at {str(path)!r}")
+    if not is_store(path):
+        raise StoreError(f"{str(path)!r} is not a store of selfrepair_nn: choose another path")
+
+
+def is_store(path: Path) -> bool:
+    try:
+        return zarr.open_group(path, mode="r").attrs.get("format") == FORMAT
+    except (FileNotFoundError, ValueError, OSError, KeyError):
+        return False
+
+
+def _labelled(name: str, values: Any) -> xr.Variable:
+    """A coordinate with its description; text as variable-length strings."""
+    spec = variable(name)
+    array = np.asarray(values, dtype=object if spec.kind == "string" else spec.dtype("float32"))
+    return xr.Variable(spec.dims, array.astype(np.dtypes.StringDType()) if spec.kind == "string" else array, spec.attributes)
+
+
+def _add_array(
+    group: zarr.Group, name: str, values: np.ndarray | None, sizes: Mapping[str, int], per_chunk: int, precision: str
+) -> None:
+    spec = VARIABLES[name]
+    shape = tuple(sizes[d] for d in spec.dims)
+    chunks = tuple(_chunk(spec.dims, d, sizes[d], per_chunk) for d in spec.dims)
+    array = group.create_array(
+        name, shape=shape, chunks=chunks, dtype=spec.dtype(precision), compressors=COMPRESSOR,
+        dimension_names=spec.dims, attributes=spec.attributes, fill_value=np.nan if spec.kind == "float" else False,
+    )
+    if values is not None:
+        array[...] = values
+
+
+def _consolidate(path: Path) -> None:
+    """One metadata file, so that bare xarray opens the store at once. Arrays are never added or reshaped after this."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(path)
+
+
+def _chunk(dims: tuple[str, ...], dim: str, size: int, per_chunk: int) -> int:
+    """One chunk per written block of prompts and everything else, but one per layer where every component is kept."""
+    if dim == "prompt":
+        return min(per_chunk, size)
+    return 1 if dim == "layer" and "component" in dims else size
+
+
+@contextmanager
+def explained(path: Path):
+    """Turn the operating system's refusals into one line with a remedy; what is stored stays stored."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreError(
+            f"cannot write {str(path)!r}: {reason}. What is stored is kept; mend that and run the same command to resume"
+        ) from error

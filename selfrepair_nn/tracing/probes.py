@@ -1,0 +1,110 @@
+"""Linear maps, learned by calling them on known vectors: the weights themselves may be hidden, sharded or quantised."""
+
+import torch
+from nnsight import save
+
+from selfrepair_nn.tracing.places import part, place
+from selfrepair_nn.tracing.readouts import centre, norm_scale, per_head, product, widen
+
+UNEMBEDDING_ELEMENTS = 2**23
+LARGE = 1024.0
+
+
+def probe(model, plan, layers, targets):
+    """What direct effects need of the weights.
+
+    Args:
+        layers: decoder layers whose output projection is wanted.
+        targets: token ids [prompt, position] whose logits are measured.
+
+    Returns a dict:
+        output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
+        value_constant {layer: [heads, d_head]}  the part of z no input changes (zero where the plan leaves it to the head)
+        direction [prompt, position, d_model]    d_t = C(gamma * u_t)
+        constant [prompt, position]              k_t = <beta, u_t> + b_U[t]
+        mean_direction [d_model], mean_constant [] the same for the mean row of the vocabulary
+    """
+    size = plan["model"]["d_model"]
+    with torch.no_grad(), model.trace(targets[:1, :1], use_cache=False, logits_to_keep=torch.zeros(0, dtype=torch.long)):
+        like = place(model, plan, "final_norm").input[0, :1]
+        eye = torch.eye(size, dtype=like.dtype, device=like.device)
+        found = save({"output_projection": {}, "output_bias": {}, "value_constant": {}})
+        for layer in layers:
+            _probe_layer(model, plan, layer, like, found)
+        found["norm_at_zero"], found["norm_at_known"] = _probe_norm(model, plan, like)
+        found["rows"], found["biases"] = _probe_unembedding(model, plan, eye, targets.to(like.device))
+    return found | _pull_back(plan, found, targets)
+
+
+def _probe_layer(model, plan, layer, like, found):
+    projection = part(model, plan, layer, "output_projection")
+    width = plan["model"]["n_heads"] * plan["model"]["d_head"]
+    nothing = like.new_zeros(1, width)
+    bias = widen(projection(nothing))[0]
+    weight = widen(projection(torch.eye(width, dtype=like.dtype, device=like.device))) - bias
+    found["output_bias"][layer] = bias
+    found["output_projection"][layer] = weight.unflatten(0, (plan["model"]["n_heads"], plan["model"]["d_head"]))
+    found["value_constant"][layer] = _value_constant(model, plan, layer, like)
+
+
+def _value_constant(model, plan, layer, like):
+    """(W_V beta + b_V) per head: attention weights sum to 1, so this part of z never changes."""
+    heads, width = plan["model"]["n_heads"], plan["model"]["d_head"]
+    if plan["value_bias"] == "head" or not plan["model"]["value_bias"]:
+        return widen(like.new_zeros(heads, width))
+    norm, value = part(model, plan, layer, "attention_norm"), part(model, plan, layer, "value")
+    out = widen(value(norm(torch.zeros_like(like))))[0]
+    layout = plan["model"]["places"]["value_layout"]
+    if layout == "stacked":
+        return per_head(out.chunk(3)[2], plan)
+    if layout == "interleaved":
+        return out.view(heads, 3, width)[:, 2]
+    own = out.view(-1, width)
+    return own.repeat_interleave(heads // own.shape[0], 0)
+
+
+def _probe_norm(model, plan, like):
+    """The final norm's output on zero (its bias) and on a large vector with no zero entry and mean zero."""
+    norm = place(model, plan, "final_norm")
+    return widen(norm(torch.zeros_like(like)))[0], widen(norm(_known(like)))[0]
+
+
+def _known(like):
+    size = like.shape[-1]
+    signs = torch.ones(size, dtype=like.dtype, device=like.device)
+    signs[1::2] = -1
+    if size % 2:
+        signs[-3:] = torch.tensor([1, 1, -2], dtype=like.dtype, device=like.device)
+    return LARGE * signs[None]
+
+
+def _probe_unembedding(model, plan, eye, targets):
+    """Rows of the unembedding for each distinct target and, last, their mean over the vocabulary; biases likewise."""
+    unembed = place(model, plan, "unembedding")
+    wanted = targets.unique()
+    bias = widen(unembed(torch.zeros_like(eye[:1])))[0]
+    step = max(1, UNEMBEDDING_ELEMENTS // bias.shape[0])
+    columns = []
+    for rows in eye.split(step):
+        out = widen(unembed(rows)) - bias
+        columns.append(torch.cat([out[:, wanted], out.mean(-1, keepdim=True)], -1))
+    return torch.cat(columns).T.contiguous(), torch.cat([bias[wanted], bias.mean()[None]])
+
+
+def _pull_back(plan, found, targets):
+    """d_t and k_t of every token from the probed norm and unembedding rows (DESIGN section 2)."""
+    beta = found["norm_at_zero"]
+    known = widen(_known(beta[None]))
+    gamma = (found["norm_at_known"] - beta) / (known / norm_scale(known, plan)[..., None])[0]
+    rows, biases = found["rows"], found["biases"]
+    mean_row, mean_bias = rows[-1], biases[-1]
+    shift = 1.0 if plan["target"] == "centred" else 0.0
+    rows, biases = rows[:-1] - shift * mean_row, biases[:-1] - shift * mean_bias
+    directions, constants = centre(gamma * rows, plan), product(rows, beta) + biases
+    inverse = targets.to(beta.device).unique(return_inverse=True)[1]
+    return {
+        "direction": directions[inverse],
+        "constant": constants[inverse],
+        "mean_direction": centre(gamma * mean_row, plan),
+        "mean_constant": (beta * mean_row).sum() + mean_bias,
+    }

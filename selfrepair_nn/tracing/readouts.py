@@ -1,0 +1,38 @@
+"""The arithmetic of direct effects, in at least float32 whatever the model computes in.
+
+Products of a direction with activations are multiply-and-sum: under autocast they stay in float32. The few true
+matrix products switch autocast off.
+"""
+
+import torch
+
+
+def widen(x):
+    """`x` in float32, or as it is if it is wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def along(x, direction):
+    """Dot product over the last dimension: [..., d] with [..., d] -> [...]."""
+    return (widen(x) * direction).sum(-1)
+
+
+def product(a, b):
+    """Matrix product in at least float32."""
+    with torch.autocast(a.device.type, enabled=False):
+        return widen(a) @ widen(b)
+
+
+def centre(x, plan):
+    """C(x): minus the mean over the last dimension for LayerNorm, the identity for RMSNorm."""
+    return x - x.mean(-1, keepdim=True) if plan["model"]["centred_norm"] else x
+
+
+def norm_scale(x, plan):
+    """S = sqrt(mean(C(x)^2) + epsilon): what the final norm divides by. [..., d] -> [...]."""
+    return (centre(widen(x), plan).square().mean(-1) + plan["model"]["norm_epsilon"]).sqrt()
+
+
+def per_head(x, plan):
+    """Split the input of the output projection into heads: [..., heads * d_head] -> [..., heads, d_head]."""
+    return x.unflatten(-1, (plan["model"]["n_heads"], plan["model"]["d_head"]))

@@ -1,0 +1,18 @@
+"""Running one job: the same single line for a model in this process, a simulated server and a real one."""
+
+from nnsight import save
+
+
+def run_session(job, model, arrays, plan, tick=None, remote=False):
+    """The result of `job(model, arrays, plan)` run as one nnsight session.
+
+    `remote=False` runs it in this process; "local" ships the code and the arrays by value, as to a server, and runs
+    them here. `tick` cannot travel and is only passed on in this process.
+    """
+    if remote:
+        with model.session(remote=remote):
+            result = save(job(model, arrays, plan))
+    else:
+        with model.session():
+            result = save(job(model, arrays, plan, tick))
+    return result

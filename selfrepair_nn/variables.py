@@ -1,0 +1,94 @@
+"""Every variable and coordinate a store can hold: name, dimensions, units and one sentence, each written once, here."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TOKEN = ("prompt", "position")
+SWEEP = ("layer", "head", "prompt", "position")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One stored array: `kind` is "float" (the store's dtype), "int", "bool" or "string"."""
+
+    name: str
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    description: str
+    kind: str = "float"
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        return {"units": self.units, "long_name": self.long_name, "description": self.description}
+
+    def dtype(self, precision: str) -> np.dtype | type[str]:
+        """The stored type, given the store's floating-point `precision` ("float32" or "float64")."""
+        kinds = {"float": np.dtype(precision), "int": np.dtype("int64"), "bool": np.dtype("bool"), "string": str}
+        return kinds[self.kind]
+
+    def check(self, values: np.ndarray, sizes: dict[str, int]) -> None:
+        """Raise ValueError unless `values` has this variable's shape for dimensions of these `sizes`."""
+        expected = tuple(sizes[d] for d in self.dims)
+        if values.shape != expected:
+            raise ValueError(f"{self.name} should have shape {expected} over {self.dims}, got {values.shape}")
+
+
+_ALL = (
+    # coordinates
+    Variable("layer", ("layer",), "1", "layer", "Index of the decoder layer, from 0.", "int"),
+    Variable("head", ("head",), "1", "head", "Index of the attention head within its layer, from 0.", "int"),
+    Variable("prompt", ("prompt",), "1", "prompt", "Index of the prompt (one row of tokens).", "int"),
+    Variable("position", ("position",), "1", "position", "Index of the token in its prompt, from 0; every position has a next token.", "int"),
+    Variable("token", TOKEN, "1", "token id", "Token the model reads at this position.", "int"),
+    Variable("target", TOKEN, "1", "target token id", "Next token of the text: the one whose logit is measured.", "int"),
+    Variable("token_text", TOKEN, "1", "token", "The token at this position, as text.", "string"),
+    Variable("target_text", TOKEN, "1", "target token", "The target token, as text.", "string"),
+    Variable("document", ("prompt",), "1", "document", "Index of the document in which the prompt starts.", "int"),
+    Variable("partner", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
+    Variable("ablation", (), "1", "ablation", "What the ablated head's activations were replaced by.", "string"),
+    Variable("component", ("component",), "1", "component", "Label of one term of the residual stream's sum.", "string"),
+    Variable("component_kind", ("component",), "1", "kind of component", "embedding, position_embedding, head, attention_bias or mlp.", "string"),
+    Variable("component_layer", ("component",), "1", "layer of the component", "Layer that writes the component; -1 for embeddings.", "int"),
+    Variable("component_head", ("component",), "1", "head of the component", "Head that writes the component; -1 where it is not a head.", "int"),
+    # bookkeeping
+    Variable("selected", ("layer", "head"), "1", "selected", "Whether this head is part of the run.", "bool"),
+    Variable("done", ("layer", "head", "prompt"), "1", "done", "Whether this head's values on this prompt are computed and stored.", "bool"),
+    # the clean run
+    Variable("logit", TOKEN, "logit", "target logit", "Logit of the target in the clean run, under the run's target convention."),
+    Variable("mean_logit", TOKEN, "logit", "mean logit", "Mean over the vocabulary of the clean run's logits: raw logit = centred logit + mean logit."),
+    Variable("target_constant", TOKEN, "logit", "constant of the target", "k = <beta, u_t> + b_U[t]: the part of the target's logit that no component writes."),
+    Variable("norm_scale", TOKEN, "1", "final norm scale", "S: the number the final norm divides the residual stream by, in the clean run."),
+    Variable("direct_effect", SWEEP, "logit", "direct effect", "DE of the head on the target logit in the clean run, under the clean norm scale."),
+    # the ablated runs
+    Variable("ablated_direct_effect", SWEEP, "logit", "ablated direct effect", "DE of the head after its own ablation, still under the clean norm scale."),
+    Variable("logit_change", SWEEP, "logit", "logit change", "Ablated minus clean logit of the target, whole model."),
+    Variable("mean_logit_change", SWEEP, "logit", "mean logit change", "Ablated minus clean mean over the vocabulary of the logits: raw change = centred change + mean change."),
+    Variable("self_repair", SWEEP, "logit", "self-repair", "logit_change minus the change of the ablated head's own direct effect (Equation 1)."),
+    Variable("from_heads", SWEEP, "logit", "self-repair from heads", "Summed change of direct effect of all other attention heads."),
+    Variable("from_mlps", SWEEP, "logit", "self-repair from MLPs", "Summed change of direct effect of all MLPs."),
+    Variable("from_norm", SWEEP, "logit", "self-repair from the final norm", "(S/S' - 1) R', with R' the summed ablated direct effects of all components."),
+    Variable("norm_on_existing", SWEEP, "logit", "final norm on existing logits", "(S/S' - 1)(logit - k): the part of from_norm that rescales what was there (Appendix B)."),
+    Variable("norm_on_change", SWEEP, "logit", "final norm on the change", "(S/S' - 1)(R' - R): the part of from_norm that rescales what changed (Appendix B)."),
+    Variable("ablated_norm_scale", SWEEP, "1", "ablated final norm scale", "S': the final norm's scale in the ablated run."),
+    Variable("closure", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
+    Variable("noise_floor", ("layer",), "logit", "noise floor", "Root mean square of the logit change when a head of this layer is replaced by itself: smaller effects are rounding."),
+    # on request
+    Variable("component_direct_effect", (*TOKEN, "component"), "logit", "direct effect of the component", "DE of every component in the clean run; with target_constant they add up to the logit."),
+    Variable("component_change", (*SWEEP, "component"), "logit", "change of direct effect of the component", "DE after the ablation of (layer, head) minus DE before, of every component, under the clean norm scale."),
+)
+
+VARIABLES: dict[str, Variable] = {v.name: v for v in _ALL}
+
+COORDINATES = tuple(v.name for v in _ALL[: [v.name for v in _ALL].index("selected")])
+CLEAN = ("logit", "mean_logit", "target_constant", "norm_scale")
+SWEPT = tuple(v.name for v in _ALL if v.dims == SWEEP)
+COMPONENT = ("component_direct_effect", "component_change")
+
+
+def variable(name: str) -> Variable:
+    """The definition of a stored variable. Raises KeyError, with the list of names, if there is none."""
+    if name not in VARIABLES:
+        raise KeyError(f"no variable {name!r}; a store can hold {', '.join(VARIABLES)}")
+    return VARIABLES[name]
