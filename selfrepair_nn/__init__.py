@@ -1,10 +1,10 @@
 """If a part of a language model is ablated: what is lost, who makes up for it, and how.
 
-    import selfrepair_nn as sr
+import selfrepair_nn as sr
 
-    dataset = sr.run("heads", model="tiny-neox")       # or any supported Hugging Face model
-    print(sr.summary(dataset))
-    sr.plot(dataset, "outputs/figures")
+dataset = sr.run("heads", model="tiny-neox")       # or any supported Hugging Face model
+print(sr.summary(dataset))
+sr.plot(dataset, "outputs/figures")
 """
 
 from importlib import import_module

@@ -56,7 +56,11 @@ def _choices(command: Callable) -> Callable:
 
 def _click_option(each: Any) -> Callable:
     flag = "--" + each.name.replace("_", "-")
-    shared = {"default": each.default, "help": each.metadata["help"], "show_default": each.default is not None}
+    shared = {
+        "default": each.default,
+        "help": each.metadata["help"],
+        "show_default": each.default is not None,
+    }
     if each.type is bool:
         return click.option(f"{flag}/--skip-{each.name}", each.name, **shared)
     if each.metadata["choices"]:
@@ -169,7 +173,18 @@ def _plan(recipe: str, choices: dict[str, Any]) -> None:
 
 
 def _described(dataset: Any) -> str:
-    shown = ("title", "command", "created", "finished", "backend", "dtype", "target", "value_bias", "freeze", "weights")
+    shown = (
+        "title",
+        "command",
+        "created",
+        "finished",
+        "backend",
+        "dtype",
+        "target",
+        "value_bias",
+        "freeze",
+        "weights",
+    )
     lines = [f"{name:<12}{dataset.attrs[name]}" for name in shown if name in dataset.attrs]
     lines.append(f"{'dimensions':<12}" + ", ".join(f"{name} {size}" for name, size in dataset.sizes.items()))
     provenance = json.loads(dataset.attrs.get("provenance", "{}"))

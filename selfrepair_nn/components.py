@@ -62,7 +62,9 @@ class Component:
     head: int = -1
 
 
-def components(n_layers: int, n_heads: int, position_embedding: bool, attention_bias: bool) -> list[Component]:
+def components(
+    n_layers: int, n_heads: int, position_embedding: bool, attention_bias: bool
+) -> list[Component]:
     """Every component of a model, in the order of the `component` dimension: they add up to the residual stream."""
     found = [Component("embed", "embedding")]
     if position_embedding:
@@ -86,7 +88,8 @@ def select_heads(layers: str | None, heads: str | None, n_layers: int, n_heads: 
     """
     in_layers = set(_layers(layers, n_layers)) if layers is not None else set(range(n_layers))
     wanted = _heads(heads, n_layers, n_heads) if heads is not None else None
-    kept = [Head(l, h) for l in sorted(in_layers) for h in range(n_heads) if wanted is None or Head(l, h) in wanted]
+    offered = [Head(layer, head) for layer in sorted(in_layers) for head in range(n_heads)]
+    kept = [head for head in offered if wanted is None or head in wanted]
     if not kept:
         raise UsageError(f"no head is both in layers {layers!r} and in heads {heads!r}: widen one of them")
     return tuple(kept)
@@ -122,7 +125,9 @@ def _heads(spec: str, n_layers: int, n_heads: int) -> set[Head]:
     for part in _parts(spec, "heads"):
         match = re.fullmatch(r"L?(\d+)[.H](\d+|\*)", part)
         if not match:
-            raise UsageError(f"head {part!r} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6")
+            raise UsageError(
+                f"head {part!r} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6"
+            )
         layer = _index(int(match[1]), n_layers, "layer", part)
         named = range(n_heads) if match[2] == "*" else [_index(int(match[2]), n_heads, "head", part)]
         found |= {Head(layer, h) for h in named}

@@ -21,13 +21,17 @@ def option(
     default: Any, help: str, choices: dict[str, str] | tuple[str, ...] | None = None, alone: str | None = None
 ) -> Any:
     """One choice; `alone` is what its flag means on the command line when no value follows it."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices) if choices else None, "alone": alone})
+    return field(
+        default=default,
+        metadata={"help": help, "choices": tuple(choices) if choices else None, "alone": alone},
+    )
 
 
 @dataclass(frozen=True)
 class Options:
     """The choices of one run. Raises UsageError for a value that cannot be."""
 
+    # fmt: off
     model: Any = option("tiny-neox", "Embedded name, directory, GGUF file or hub name.")
     prompts: Any = option("sample", "Dataset name, text file, .npy of token ids, or 'sample' (ships with the package).")
     out: Any = option("outputs", "Store to write (NAME.zarr), or the directory to put it in.")
@@ -54,6 +58,7 @@ class Options:
     rows: int = option(2304, "Tokens in one forward pass: ablated heads ride together until it is full.")
     backend: str = option("local", "Where the model runs.", BACKENDS)
     check: bool = option(True, "Prove at load that the model is decomposed exactly.")
+    # fmt: on
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -25,7 +25,9 @@ class Recipe:
 
 def recipe_paths() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    return {p.stem: p for folder in FOLDERS for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
+    return {
+        p.stem: p for folder in FOLDERS for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")
+    }
 
 
 def find_recipe(name: str) -> Recipe:
@@ -36,7 +38,9 @@ def find_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith(".py") else recipe_paths().get(name)
     if path is None or not path.is_file():
-        raise UsageError(f"no recipe {name!r}; there are {', '.join(recipe_paths())}, or give the path of your own .py")
+        raise UsageError(
+            f"no recipe {name!r}; there are {', '.join(recipe_paths())}, or give the path of your own .py"
+        )
     return _load(path)
 
 

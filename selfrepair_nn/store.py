@@ -1,4 +1,4 @@
-"""One run on disk: a zarr directory that bare xarray opens, written in whole chunks, each marked when it is complete."""
+"""One run on disk: a zarr directory that bare xarray opens, written in whole chunks, each marked when complete."""
 
 import json
 import shutil
@@ -30,8 +30,14 @@ class Store:
 
     @classmethod
     def create(
-        cls, path: Path, coordinates: Mapping[str, Any], data: Mapping[str, np.ndarray | None], *,
-        prompts_per_chunk: int, precision: str, attributes: Mapping[str, Any],
+        cls,
+        path: Path,
+        coordinates: Mapping[str, Any],
+        data: Mapping[str, np.ndarray | None],
+        *,
+        prompts_per_chunk: int,
+        precision: str,
+        attributes: Mapping[str, Any],
     ) -> "Store":
         """Write the whole template (labels, empty arrays, attributes) and only then give it its name.
 
@@ -49,8 +55,12 @@ class Store:
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         with explained(path):
             try:
-                labels = xr.Dataset(coords={n: _labelled(n, coordinates[n]) for n in COORDINATES if n in coordinates})
-                labels.attrs = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
+                labels = xr.Dataset(
+                    coords={n: _labelled(n, coordinates[n]) for n in COORDINATES if n in coordinates}
+                )
+                labels.attrs = {
+                    k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()
+                }
                 labels.attrs |= {"format": FORMAT, "prompts_per_chunk": prompts_per_chunk}
                 labels.to_zarr(draft, mode="w-", consolidated=False)
                 group = zarr.open_group(draft, mode="r+")
@@ -141,18 +151,31 @@ def _labelled(name: str, values: Any) -> xr.Variable:
     """A coordinate with its description; text as variable-length strings."""
     spec = variable(name)
     array = np.asarray(values, dtype=object if spec.kind == "string" else spec.dtype("float32"))
-    return xr.Variable(spec.dims, array.astype(np.dtypes.StringDType()) if spec.kind == "string" else array, spec.attributes)
+    return xr.Variable(
+        spec.dims, array.astype(np.dtypes.StringDType()) if spec.kind == "string" else array, spec.attributes
+    )
 
 
 def _add_array(
-    group: zarr.Group, name: str, values: np.ndarray | None, sizes: Mapping[str, int], per_chunk: int, precision: str
+    group: zarr.Group,
+    name: str,
+    values: np.ndarray | None,
+    sizes: Mapping[str, int],
+    per_chunk: int,
+    precision: str,
 ) -> None:
     spec = VARIABLES[name]
     shape = tuple(sizes[d] for d in spec.dims)
     chunks = tuple(_chunk(spec.dims, d, sizes[d], per_chunk) for d in spec.dims)
     array = group.create_array(
-        name, shape=shape, chunks=chunks, dtype=spec.dtype(precision), compressors=COMPRESSOR,
-        dimension_names=spec.dims, attributes=spec.attributes, fill_value=np.nan if spec.kind == "float" else False,
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=spec.dtype(precision),
+        compressors=COMPRESSOR,
+        dimension_names=spec.dims,
+        attributes=spec.attributes,
+        fill_value=np.nan if spec.kind == "float" else False,
     )
     if values is not None:
         array[...] = values
@@ -180,5 +203,5 @@ def explained(path: Path):
     except OSError as error:
         reason = error.strerror or str(error)
         raise StoreError(
-            f"cannot write {str(path)!r}: {reason}. What is stored is kept; mend that and run the same command to resume"
+            f"cannot write {str(path)!r}: {reason}. What is stored is kept: mend it and run the same command to resume"
         ) from error

@@ -25,7 +25,12 @@ class Variable:
 
     def dtype(self, precision: str) -> np.dtype | type[str]:
         """The stored type, given the store's floating-point `precision` ("float32" or "float64")."""
-        kinds = {"float": np.dtype(precision), "int": np.dtype("int64"), "bool": np.dtype("bool"), "string": str}
+        kinds = {
+            "float": np.dtype(precision),
+            "int": np.dtype("int64"),
+            "bool": np.dtype("bool"),
+            "string": str,
+        }
         return kinds[self.kind]
 
     def check(self, values: np.ndarray, sizes: dict[str, int]) -> None:
@@ -35,6 +40,8 @@ class Variable:
             raise ValueError(f"{self.name} should have shape {expected} over {self.dims}, got {values.shape}")
 
 
+# One row a variable: a table reads better than a column of arguments.
+# fmt: off
 _ALL = (
     # coordinates
     Variable("layer", ("layer",), "1", "layer", "Index of the decoder layer, from 0.", "int"),
@@ -78,6 +85,7 @@ _ALL = (
     Variable("component_direct_effect", (*TOKEN, "component"), "logit", "direct effect of the component", "DE of every component in the clean run; with target_constant they add up to the logit."),
     Variable("component_change", (*SWEEP, "component"), "logit", "change of direct effect of the component", "DE after the ablation of (layer, head) minus DE before, of every component, under the clean norm scale."),
 )
+# fmt: on
 
 VARIABLES: dict[str, Variable] = {v.name: v for v in _ALL}
 

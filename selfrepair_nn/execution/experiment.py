@@ -72,7 +72,9 @@ class Experiment:
             "revision": self.description.revision,
             "dtype": self.dtype,
             "prompts": self.prompts.sha256,
-            "partners": None if self.partners is None else sha256(self.partners.astype("<i8").tobytes()).hexdigest(),
+            "partners": None
+            if self.partners is None
+            else sha256(self.partners.astype("<i8").tobytes()).hexdigest(),
             "heads": [h.label for h in self.heads],
             "ablation": o.ablation,
             "target": o.target,
@@ -112,7 +114,13 @@ class Experiment:
 
     def data(self) -> dict[str, np.ndarray | None]:
         """Names of the store's arrays, with the values that are known beforehand."""
-        names = ["done", *CLEAN, *SWEPT, "noise_floor", *(COMPONENT if self.work.graph.record == "full" else ())]
+        names = [
+            "done",
+            *CLEAN,
+            *SWEPT,
+            "noise_floor",
+            *(COMPONENT if self.work.graph.record == "full" else ()),
+        ]
         return {"selected": self.selected} | dict.fromkeys(names)
 
     @property
@@ -174,6 +182,8 @@ def _prompts(options: Options, description: Description, tokenizer: Any) -> Prom
 def _partners(options: Options, n: int) -> np.ndarray | None:
     if options.ablation != "resample":
         if options.partners is not None:
-            raise UsageError(f"partners are for resample ablation: leave them out with ablation {options.ablation!r}")
+            raise UsageError(
+                f"partners are for resample ablation: leave them out with ablation {options.ablation!r}"
+            )
         return None
     return partners(n, options.seed) if options.partners is None else load_partners(options.partners, n)

@@ -56,7 +56,9 @@ class Work:
         per_pass = max(1, self.rows // (self.block * self.length))
         clean_passes = 2 if self.graph.replacement == "resample" else 1
         depth = sum(count * (s.n_layers - layer - s.parallel) for layer, count in starts.items())
-        values = len(SWEPT) * cases + (len(self.components) * (cases + 1) if self.graph.record == "full" else 0)
+        values = len(SWEPT) * cases + (
+            len(self.components) * (cases + 1) if self.graph.record == "full" else 0
+        )
         return {
             "units": len(self.units),
             "passes": len(self.units) * sum(-(-count // per_pass) for count in starts.values()),

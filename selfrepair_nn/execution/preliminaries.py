@@ -6,20 +6,24 @@ import numpy as np
 
 from selfrepair_nn.execution.backends import Backend
 from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.graph import Graph, sweep
+from selfrepair_nn.graph import Graph
 
-CONTROL_PROMPTS = 2
+CONTROL_HEADS = 3
 
 
 def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> np.ndarray:
-    """Root mean square change of the logit when a head of each layer is replaced by itself: [layer]."""
+    """Root mean square change of the logit when heads of each layer are replaced by themselves: [layer].
+
+    A few heads ride in one pass, as in the run itself: alone, a pass has the clean pass's shapes and its rounding too.
+    """
     from selfrepair_nn.tracing.jobs import ablation_job
 
-    first = tuple(next(h for h in experiment.heads if h.layer == layer) for layer in experiment.layers)
-    graph = Graph(ablate=sweep(first), replacement="identity", target=experiment.options.target)
+    heads = [[h for h in experiment.heads if h.layer == layer][:CONTROL_HEADS] for layer in experiment.layers]
+    cases = tuple((own[i % len(own)],) for own in heads for i in range(CONTROL_HEADS))
+    graph = Graph(ablate=cases, replacement="identity", target=experiment.options.target)
     plan = graph.plan(layout) | {"rows": experiment.work.rows}
-    changes = runner(ablation_job, experiment.arrays(slice(0, CONTROL_PROMPTS)), plan, None)["logit_change"]
-    return changes.double().square().mean((1, 2)).sqrt().numpy()
+    changes = runner(ablation_job, experiment.arrays(slice(0, 1)), plan, None)["logit_change"]
+    return changes.double().square().unflatten(0, (-1, CONTROL_HEADS)).mean((1, 2, 3)).sqrt().numpy()
 
 
 def mean_z(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> dict[int, Any]:
@@ -44,7 +48,9 @@ def top_thresholds(experiment: Experiment, plan: dict[str, Any], runner: Backend
     keep = max(1, int(experiment.options.share * experiment.prompts.n * (experiment.prompts.length - 1)))
     best = np.empty((len(experiment.heads), 0))
     for block in experiment.work.units:
-        effects = runner(effects_job, experiment.arrays(block), plan, None)["direct_effect"].flatten(1).numpy()
+        effects = (
+            runner(effects_job, experiment.arrays(block), plan, None)["direct_effect"].flatten(1).numpy()
+        )
         best = np.concatenate([best, effects], axis=1)
         best = -np.partition(-best, min(keep, best.shape[1]) - 1, axis=1)[:, :keep]
     return best.min(axis=1)

@@ -24,7 +24,9 @@ from selfrepair_nn.store import Store, explained, open_store, require_store
 from selfrepair_nn.variables import CLEAN, SWEPT
 
 
-def run(recipe: str = "heads", *, progress: bool | None = None, command: str = "", **choices: Any) -> xr.Dataset:
+def run(
+    recipe: str = "heads", *, progress: bool | None = None, command: str = "", **choices: Any
+) -> xr.Dataset:
     """Run a recipe, or resume it where it stopped, and open its store.
 
     Args:
@@ -134,7 +136,9 @@ def _require_same_settings(path: Path, stored: dict[str, Any], asked: dict[str, 
     differing = [name for name in asked if asked[name] != stored.get(name)]
     if differing:
         said = "; ".join(f"{n} is {_short(stored.get(n))} there, {_short(asked[n])} here" for n in differing)
-        raise StoreError(f"{str(path)!r} holds another run ({said}): choose another --out, or the same settings")
+        raise StoreError(
+            f"{str(path)!r} holds another run ({said}): choose another --out, or the same settings"
+        )
 
 
 def _require_same_weights(store: Store, model: Model) -> None:
@@ -185,7 +189,10 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
 
 
 def _call(recipe: str, choices: dict[str, Any]) -> str:
-    shown = [f"{name}={value if isinstance(value, (str, int, float)) else '…'!r}" for name, value in choices.items()]
+    shown = [
+        f"{name}={value if isinstance(value, (str, int, float)) else '…'!r}"
+        for name, value in choices.items()
+    ]
     return f"selfrepair_nn.run({', '.join([repr(recipe), *shown])})"
 
 
@@ -193,7 +200,11 @@ def _loaded(options: Options) -> Model:
     if isinstance(options.model, Model):
         return options.model
     return load(
-        options.model, dtype=options.dtype, device=options.device, revision=options.revision, check=options.check
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        check=options.check,
     )
 
 
@@ -222,7 +233,9 @@ def _only_writer(path: Path):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise StoreError(f"another run is writing {str(path)!r}: wait for it, or choose another --out") from None
+            raise StoreError(
+                f"another run is writing {str(path)!r}: wait for it, or choose another --out"
+            ) from None
     try:
         yield
     finally:

@@ -16,7 +16,8 @@ class Architecture:
 
     `value_layout` says how the value projection's output holds the heads: "own" (it is the values),
     "stacked" (queries, keys and values one after the other) or "interleaved" (per head: query, key, value).
-    `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the same layer's heads.
+    `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
+    its own layer.
     `refuse(config)` gives the reason why this configuration cannot be decomposed, or None.
     """
 
@@ -141,9 +142,13 @@ def architecture_of(config: Config) -> Architecture:
     for architecture in ARCHITECTURES:
         if config.model_type in architecture.model_types:
             if reason := architecture.refuse(config):
-                raise UnsupportedModel(f"this {config.model_type} model cannot be decomposed head by head: {reason}")
+                raise UnsupportedModel(
+                    f"this {config.model_type} model cannot be decomposed head by head: {reason}"
+                )
             return architecture
-    raise UnsupportedModel(f"model type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    raise UnsupportedModel(
+        f"model type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"
+    )
 
 
 def structure_of(module: Any) -> Structure:

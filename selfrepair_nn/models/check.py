@@ -1,4 +1,4 @@
-"""The proof, at load, that a model is decomposed exactly: on a short random input, against its own whole forward pass."""
+"""The proof, at load, that a model is decomposed exactly: a short random input against the model's own forward pass."""
 
 from dataclasses import dataclass
 
@@ -58,7 +58,9 @@ def require(model) -> None:
     """Raise UnsupportedModel, naming what fails, unless every finding of `check` passes."""
     failed = [f for f in check(model) if not f.passed]
     if failed:
-        what = "; ".join(f"{f.name}: off by {f.error:.2g} of the logits' spread (limit {f.limit:g})" for f in failed)
+        what = "; ".join(
+            f"{f.name}: off by {f.error:.2g} of the logits' spread (limit {f.limit:g})" for f in failed
+        )
         raise UnsupportedModel(
             f"{model.name!r} is of a supported family but cannot be decomposed exactly: {what}. "
             "See all findings with `selfrepair check`; --skip-check runs it all the same"

@@ -82,7 +82,9 @@ def find(name: str, revision: str | None = None) -> Source:
         return Source(name, str(path.parent), gguf_file=path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"directory {name!r} holds no config.json: give a directory written by save_pretrained")
+            raise UsageError(
+                f"directory {name!r} holds no config.json: give a directory written by save_pretrained"
+            )
         return Source(name, str(path))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UsageError(f"model directory {name!r} does not exist")
@@ -119,7 +121,12 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def load(
-    name: str, *, dtype: str = "float32", device: str = "auto", revision: str | None = None, check: bool = True
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    revision: str | None = None,
+    check: bool = True,
 ) -> Model:
     """Load a model and prove on a short random input that it is decomposed exactly.
 
@@ -213,10 +220,14 @@ def _explained(source: Source):
     try:
         yield
     except ImportError as error:
-        raise SelfRepairError(f"loading {source.name!r} needs a package that is missing: {_first_line(error)}") from error
+        raise SelfRepairError(
+            f"loading {source.name!r} needs a package that is missing: {_first_line(error)}"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if source.gguf_file or Path(source.location).is_dir():
-            raise SelfRepairError(f"model {source.name!r} could not be loaded: {_first_line(error)}") from error
+            raise SelfRepairError(
+                f"model {source.name!r} could not be loaded: {_first_line(error)}"
+            ) from error
         raise UsageError(
             f"no model {source.name!r}: it is not embedded ({', '.join(EMBEDDED)}), not a directory here, "
             f"and the hub did not give it ({_first_line(error)})"

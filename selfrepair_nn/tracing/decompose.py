@@ -6,7 +6,7 @@ from selfrepair_nn.tracing.readouts import along, norm_scale, per_head, product,
 
 
 def direct_effect(z, site, probed, scale, plan):
-    """DE of one head whose z is [prompt, position, d_head], in logits under the clean scale: [prompt, next position]."""
+    """DE of one head whose z is [prompt, position, d_head], in logits under the clean scale: [prompt, position]."""
     layer, head = site
     own = widen(z)[:, : scale.shape[1]] - probed["value_constant"][layer][head]
     return along(own, per_head(probed["query"][layer], plan)[:, :, head]) / scale
@@ -51,7 +51,9 @@ def ablated_readout(changes, group, replaced, clean, probed, state, plan):
     out = {
         "direct_effect": before,
         "ablated_direct_effect": after,
-        "logit_change": _rescaled(state["effects"], along(difference, probed["direction"]) / scale, scale, ablated_scale),
+        "logit_change": _rescaled(
+            state["effects"], along(difference, probed["direction"]) / scale, scale, ablated_scale
+        ),
         "mean_logit_change": _rescaled(
             state["mean_effects"], along(difference, probed["mean_direction"]) / scale, scale, ablated_scale
         ),
@@ -112,7 +114,7 @@ def _component_index(plan):
 
 
 def component_effects(embedded, clean, probed, state, plan):
-    """Direct effect of every component in the clean run: [prompt, position, component]; `embedded` as from `embeddings`."""
+    """Direct effect of every component, clean: [prompt, position, component]; `embedded` is what `embeddings` gives."""
     direction, scale = probed["direction"], state["norm_scale"]
     effects = [along(x[:, :-1], direction) for x in embedded]
     for layer in range(plan["model"]["n_layers"]):

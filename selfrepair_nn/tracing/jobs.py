@@ -3,7 +3,13 @@
 import torch
 from nnsight import save
 
-from selfrepair_nn.tracing.decompose import ablated_readout, clean_readout, component_effects, direct_effect, query
+from selfrepair_nn.tracing.decompose import (
+    ablated_readout,
+    clean_readout,
+    component_effects,
+    direct_effect,
+    query,
+)
 from selfrepair_nn.tracing.passes import ablated_pass, clean_pass, embeddings
 from selfrepair_nn.tracing.places import part, place
 from selfrepair_nn.tracing.probes import probe
@@ -48,12 +54,14 @@ def ablation_job(model, arrays, plan, tick=None):
     out |= {name: state[name] for name in ("logit", "mean_logit", "norm_scale")}
     out["target_constant"] = probed["constant"]
     if plan["record"] == "full":
-        out["component_direct_effect"] = component_effects(embeddings(model, plan, tokens), clean, probed, state, plan)
+        out["component_direct_effect"] = component_effects(
+            embeddings(model, plan, tokens), clean, probed, state, plan
+        )
     return {name: value.cpu() for name, value in out.items()}
 
 
 def effects_job(model, arrays, plan, tick=None):
-    """Direct effect of every case's heads in the clean run, nothing ablated: {"direct_effect": [case, prompt, position]}."""
+    """Direct effect of every case's heads, nothing ablated: {"direct_effect": [case, prompt, position]}."""
     tokens, count = arrays["tokens"], plan["model"]["n_layers"]
     layers = sorted({layer for case in plan["cases"] for layer, _ in case})
     clean = clean_pass(model, plan, tokens, layers[0])
@@ -68,7 +76,7 @@ def effects_job(model, arrays, plan, tick=None):
 
 
 def mean_job(model, arrays, plan, tick=None):
-    """Sum of z over all prompts and positions of a block, in float64: {layer: [heads * d_head]} for `plan["layers"]`."""
+    """Sum of z over a block's prompts and positions, in float64: {layer: [heads * d_head]} for `plan["layers"]`."""
     kept = clean_pass(model, plan, arrays["tokens"], only=plan["layers"])
     return {layer: z.double().sum((0, 1)).cpu() for layer, z in kept["z"].items()}
 

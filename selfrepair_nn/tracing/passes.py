@@ -78,7 +78,9 @@ def ablated_pass(model, plan, tokens, clean, probed, group):
                 projection = part(model, plan, layer, "output_projection")
                 z = projection.input
                 _edit(per_head(z, plan), clean["z"][layer], layer, group, plan)
-                changes["heads"][layer] = _changes_of_heads(z, clean["z"][layer], probed["query"][layer], plan)
+                changes["heads"][layer] = _changes_of_heads(
+                    z, clean["z"][layer], probed["query"][layer], plan
+                )
             elif not plan["model"]["parallel"]:
                 attention = _repeat(clean["attention"][start], cases) + written
                 part(model, plan, start, "attention_norm").skip(taken_up)

@@ -19,13 +19,16 @@ def probe(model, plan, layers, targets):
 
     Returns a dict:
         output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
-        value_constant {layer: [heads, d_head]}  the part of z no input changes (zero where the plan leaves it to the head)
+        value_constant {layer: [heads, d_head]}  the part of z that no input changes (zero if value_bias is "head")
         direction [prompt, position, d_model]    d_t = C(gamma * u_t)
         constant [prompt, position]              k_t = <beta, u_t> + b_U[t]
         mean_direction [d_model], mean_constant [] the same for the mean row of the vocabulary
     """
     size = plan["model"]["d_model"]
-    with torch.no_grad(), model.trace(targets[:1, :1], use_cache=False, logits_to_keep=torch.zeros(0, dtype=torch.long)):
+    with (
+        torch.no_grad(),
+        model.trace(targets[:1, :1], use_cache=False, logits_to_keep=torch.zeros(0, dtype=torch.long)),
+    ):
         like = place(model, plan, "final_norm").input[0, :1]
         eye = torch.eye(size, dtype=like.dtype, device=like.device)
         found = save({"output_projection": {}, "output_bias": {}, "value_constant": {}})
@@ -43,7 +46,9 @@ def _probe_layer(model, plan, layer, like, found):
     bias = widen(projection(nothing))[0]
     weight = widen(projection(torch.eye(width, dtype=like.dtype, device=like.device))) - bias
     found["output_bias"][layer] = bias
-    found["output_projection"][layer] = weight.unflatten(0, (plan["model"]["n_heads"], plan["model"]["d_head"]))
+    found["output_projection"][layer] = weight.unflatten(
+        0, (plan["model"]["n_heads"], plan["model"]["d_head"])
+    )
     found["value_constant"][layer] = _value_constant(model, plan, layer, like)
 
 

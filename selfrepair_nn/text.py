@@ -1,0 +1,117 @@
+"""What a store holds, in words: the summary printed after a run, the titles and captions of figures."""
+
+import textwrap
+
+import numpy as np
+import xarray as xr
+
+from selfrepair_nn.analysis import SHARE, by_head, by_layer, most_repaired, percent
+from selfrepair_nn.components import Head
+
+WIDTH = 100
+COLUMNS = {
+    "direct effect": "top_direct_effect",
+    "logit change": "top_logit_change",
+    "self-repair": "top_self_repair",
+    "= heads": "top_from_heads",
+    "+ MLPs": "top_from_mlps",
+    "+ norm": "top_from_norm",
+}
+
+
+def summary(ds: xr.Dataset, share: float = SHARE) -> str:
+    """What a user sees after a run: plain text of at most 100 columns; `ds` is a store or its summary.
+
+    One line per layer with something done, means over its heads on their top share in logits (Equation 2);
+    the most repaired heads, the noise floor and the worst closure. Errors as in `by_head`.
+    """
+    heads = by_head(ds, share)
+    layers = by_layer(heads, share)
+    layers = layers.isel(layer=np.flatnonzero(layers.heads.values))
+    means = f"Means over heads on each head's top {percent(share)} of tokens by direct effect, in logits:"
+    opening = [*textwrap.wrap(f"{title(heads)}: {basis(heads)}", WIDTH), "", means]
+    if not layers.sizes["layer"]:
+        return "\n".join([*opening[:-1], "nothing is done yet"])
+    rows = [_header(), *(_row(layers.isel(layer=i)) for i in range(layers.sizes["layer"])), ""]
+    if layers.under_noise.any():
+        rows[-1:] = ["~ mean self-repair under the noise floor of its layer", ""]
+    best = most_repaired(heads, 5, share)
+    closing = [f"most repaired: {_ranking(best)}", f"{noise(heads)}, worst |closure| {worst_closure(heads)}"]
+    return "\n".join([*opening, *rows, *closing])
+
+
+def title(ds: xr.Dataset) -> str:
+    """Model and ablation, as far as the store tells, and what is frozen if anything is."""
+    ablation = f"{ds.attrs['ablation']} ablation" if "ablation" in ds.attrs else "ablation not recorded"
+    frozen = ds.attrs.get("freeze", "none")
+    parts = [model(ds), ablation, *([f"frozen: {frozen}"] if frozen != "none" else [])]
+    return ", ".join(parts)
+
+
+def model(ds: xr.Dataset) -> str:
+    return str(ds.attrs.get("model", "unnamed model"))
+
+
+def basis(heads: xr.Dataset) -> str:
+    """What the means of a summary are over: heads, tokens, share, target convention; and how much is done."""
+    counts, top = (_span(heads[name]) for name in ("tokens", "top_tokens"))
+    target = f"{heads.attrs.get('target', 'unknown')} target"
+    share = percent(heads.attrs["share"])
+    number_of_heads = f"{int((heads.tokens > 0).sum())} heads"
+    parts = [number_of_heads, f"{counts} tokens each", f"{top} in the top {share}", target]
+    return ", ".join(parts + unfinished(heads))
+
+
+def unfinished(heads: xr.Dataset) -> list[str]:
+    done = heads.attrs.get("done_share", 1)
+    return [] if done == 1 else [f"{percent(done)} of the run done"]
+
+
+def noise(heads: xr.Dataset) -> str:
+    """The noise floor of the layers, from the smallest to the largest."""
+    floors = heads.noise_floor.values[np.isfinite(heads.noise_floor.values)]
+    if not floors.size:
+        return "noise floor not measured"
+    low, high = f"{floors.min():.0e}", f"{floors.max():.0e}"
+    return f"noise floor {low if low == high else f'{low} to {high}'} logits"
+
+
+def worst_closure(heads: xr.Dataset) -> str:
+    values = heads.worst_closure.values[(heads.tokens > 0).values]
+    return f"{values.max():.0e} logits" if values.size else "unknown"
+
+
+def number(value: float) -> str:
+    """A signed number: three decimals, or one digit and the power of ten where those would show none."""
+    if np.isnan(value):
+        return "-"
+    return f"{value:+.0e}" if 0 < abs(value) < 0.0005 else f"{value:+.3f}"
+
+
+def labels(heads: xr.Dataset) -> list[str]:
+    """ "L11H2" for every head of a result of `most_repaired`."""
+    places = zip(heads["layer"].values, heads["head"].values, strict=True)
+    return [Head(int(layer), int(head)).label for layer, head in places]
+
+
+def _span(counts: xr.DataArray) -> str:
+    known = counts.values[counts.values > 0]
+    if not known.size:
+        return "0"
+    low, high = int(known.min()), int(known.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _header() -> str:
+    return "layer heads " + "".join(f"{name:>12} " for name in COLUMNS) + "repaired"
+
+
+def _row(layer: xr.Dataset) -> str:
+    marks = {"top_self_repair": "~" if layer.under_noise else " "}
+    cells = "".join(f"{number(float(layer[name])):>12}{marks.get(name, ' ')}" for name in COLUMNS.values())
+    return f"{int(layer.layer):5}{int(layer.heads):6}  {cells}{float(layer.top_repaired):8.0%}"
+
+
+def _ranking(best: xr.Dataset) -> str:
+    pairs = zip(labels(best), best.top_self_repair.values, strict=True)
+    return "  ".join(f"{label} {number(value)}" for label, value in pairs)

@@ -1,0 +1,538 @@
+"""The independent oracle: self-repair from the definitions alone, by plain PyTorch hooks.
+
+It imports nothing of the package, reads the weights directly, and makes one full forward pass for every
+ablated head, with the model's own logits at the end. It is written to be checked by eye, not to be fast: use
+tiny models.
+
+Everything is float64 from the hooks on. A float64 model of the Llama kind still normalises in float32 (its
+RMSNorm casts its input), so there the identities hold to 1e-6 or 1e-5 instead of 1e-14;
+`families.build(name, exact=True)` takes that cast away. With attention "eager" every family but GPT-2 has a
+float32 softmax as well; with "sdpa", the default, none has.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+PER_HEAD = (
+    "direct_effect",
+    "ablated_direct_effect",
+    "logit_change",
+    "self_repair",
+    "from_heads",
+    "from_mlps",
+    "from_norm",
+    "norm_on_existing",
+    "norm_on_change",
+    "ablated_norm_scale",
+    "closure",
+)
+
+
+# ---------------------------------------------------------------- where each family keeps its parts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: the norm before its attention, its output projection, the module whose output the MLP adds.
+
+    W_O [head * head_dim, d_model] and b_O [d_model] (or None) are the output projection;
+    W_V [d_model, head, head_dim] and b_V [head, head_dim] (or None) the value projection, one copy for each
+    query head.
+    """
+
+    norm: nn.Module
+    projection: nn.Module
+    mlp: nn.Module
+    W_O: Tensor
+    b_O: Tensor | None
+    W_V: Tensor
+    b_V: Tensor | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one model that the definitions speak of."""
+
+    model: nn.Module
+    embed: nn.Module
+    pos_embed: nn.Module | None
+    layers: list[Layer]
+    final_norm: nn.Module
+    n_heads: int
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """The weight as [in, out], double: GPT-2's Conv1D keeps it so, nn.Linear the other way round."""
+    weight = linear.weight.detach().double()
+    return weight.T if isinstance(linear, nn.Linear) else weight
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    """The module's bias as double, None where it has none."""
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.detach().double()
+
+
+def _layer(norm, projection, mlp, W_V: Tensor, b_V: Tensor | None) -> Layer:
+    """A Layer with the output projection's weights read off."""
+    return Layer(norm, projection, mlp, _matrix(projection), _bias(projection), W_V, b_V)
+
+
+def _gpt2_layer(block: nn.Module, n_heads: int) -> Layer:
+    """GPT-2: c_attn is [d, 3d] with columns q | k | v."""
+    d = block.attn.c_proj.weight.shape[0]
+    W_V = _matrix(block.attn.c_attn)[:, 2 * d :].unflatten(-1, (n_heads, -1))
+    b_V = _bias(block.attn.c_attn)[2 * d :].unflatten(-1, (n_heads, -1))
+    return _layer(block.ln_1, block.attn.c_proj, block.mlp, W_V, b_V)
+
+
+def _neox_layer(block: nn.Module, n_heads: int) -> Layer:
+    """GPT-NeoX: query_key_value's outputs are ordered [head, (q, k, v), head_dim]."""
+    fused = block.attention.query_key_value
+    W_V = _matrix(fused).unflatten(-1, (n_heads, 3, -1))[:, :, 2]
+    b_V = _bias(fused)
+    b_V = None if b_V is None else b_V.unflatten(-1, (n_heads, 3, -1))[:, 2]
+    return _layer(block.input_layernorm, block.attention.dense, block.mlp, W_V, b_V)
+
+
+def _separate_values(v_proj: nn.Module, n_heads: int, head_dim: int) -> tuple[Tensor, Tensor | None]:
+    """A separate value projection, each key-value head repeated for the query heads that share it."""
+    W_V, b_V = _matrix(v_proj).unflatten(-1, (-1, head_dim)), _bias(v_proj)
+    times = n_heads // W_V.shape[1]
+    b_V = None if b_V is None else b_V.unflatten(-1, (-1, head_dim)).repeat_interleave(times, dim=0)
+    return W_V.repeat_interleave(times, dim=1), b_V
+
+
+def _llama_layer(block: nn.Module, n_heads: int) -> Layer:
+    """Llama, Mistral, Qwen2, Qwen3."""
+    attention = block.self_attn
+    head_dim = attention.o_proj.in_features // n_heads
+    values = _separate_values(attention.v_proj, n_heads, head_dim)
+    return _layer(block.input_layernorm, attention.o_proj, block.mlp, *values)
+
+
+def _opt_layer(block: nn.Module, n_heads: int) -> Layer:
+    """OPT has no MLP module: what its MLP adds is the output of fc2 (with rows and positions flattened)."""
+    attention = block.self_attn
+    head_dim = attention.out_proj.in_features // n_heads
+    values = _separate_values(attention.v_proj, n_heads, head_dim)
+    return _layer(block.self_attn_layer_norm, attention.out_proj, block.fc2, *values)
+
+
+def find_parts(model: nn.Module) -> Parts:
+    """The model's parts, by its family's name; ValueError for a family this oracle does not know."""
+    kind, n_heads = model.config.model_type, model.config.num_attention_heads
+    if kind == "gpt2":
+        body, block = model.transformer, _gpt2_layer
+        ends = body.wte, body.wpe, body.h, body.ln_f
+    elif kind == "gpt_neox":
+        body, block = model.gpt_neox, _neox_layer
+        ends = body.embed_in, None, body.layers, body.final_layer_norm
+    elif kind in ("llama", "mistral", "qwen2", "qwen3"):
+        body, block = model.model, _llama_layer
+        ends = body.embed_tokens, None, body.layers, body.norm
+    elif kind == "opt" and model.config.do_layer_norm_before and model.model.decoder.project_in is None:
+        body, block = model.model.decoder, _opt_layer
+        ends = body.embed_tokens, body.embed_positions, body.layers, body.final_layer_norm
+    else:
+        raise ValueError(f"the oracle has no definition for this {kind!r} model")
+    embed, pos_embed, blocks, final_norm = ends
+    return Parts(model, embed, pos_embed, [block(b, n_heads) for b in blocks], final_norm, n_heads)
+
+
+# ---------------------------------------------------------------- one forward pass, watched and edited
+
+
+@dataclass
+class Pass:
+    """What one forward pass showed: z per layer [prompt, T, head, head_dim], the rest [prompt, T, ...]."""
+
+    z: dict[int, Tensor]
+    mlp: dict[int, Tensor]
+    embed: Tensor | None = None
+    pos_embed: Tensor | None = None
+    final: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@contextmanager
+def _hooked(pairs: list[tuple[Callable, Callable]]) -> Iterator[None]:
+    """Each (register, hook) pair registered for the time of the block."""
+    handles = [register(hook) for register, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attention_hook(seen: Pass, layer: int, n_heads: int, set_heads: dict) -> Callable:
+    """Before the output projection: replace the heads asked for, note what the projection then gets."""
+
+    def hook(module, args):
+        z = args[0].clone().unflatten(-1, (n_heads, -1))
+        for (at, head), value in set_heads.items():
+            if at == layer:
+                z[:, :, head] = value
+        seen.z[layer] = z.double()
+        return (z.flatten(-2), *args[1:])
+
+    return hook
+
+
+def _mlp_hook(seen: Pass, layer: int, shape: tuple[int, int], set_mlps: dict) -> Callable:
+    """After the MLP: replace its output if asked, note what is then added to the residual stream."""
+
+    def hook(module, args, output):
+        if layer in set_mlps:
+            output = set_mlps[layer].reshape(output.shape).to(output.dtype)
+        seen.mlp[layer] = output.double().reshape(*shape, -1)
+        return output
+
+    return hook
+
+
+def _note_hook(seen: Pass, name: str, shape: tuple[int, int]) -> Callable:
+    """After an embedding: note its output for every prompt (GPT-2 looks its positions up once for all)."""
+
+    def hook(module, args, output):
+        setattr(seen, name, output.double().expand(*shape, -1))
+
+    return hook
+
+
+def _final_hook(seen: Pass, set_scale: Tensor | None) -> Callable:
+    """After the final norm: note its input; with set_scale, normalise by that scale instead of its own."""
+
+    def hook(module, args, output):
+        seen.final = args[0].double()
+        if set_scale is not None:
+            normed = gain(module) * centre(module, seen.final) / set_scale[..., None] + offset(module)
+            return normed.to(output.dtype)
+
+    return hook
+
+
+def run(parts: Parts, ids: Tensor, *, set_heads=None, set_mlps=None, set_scale=None) -> Pass:
+    """One full forward pass of the real model on ids [prompt, T].
+
+    set_heads {(layer, head): z [prompt, T, head_dim]}, set_mlps {layer: output [prompt, T, d_model]} and
+    set_scale [prompt, T] (of the final norm) are written in place of what the model computes.
+    """
+    shape = tuple(ids.shape)
+    seen = Pass({}, {})
+    pairs = [(parts.embed.register_forward_hook, _note_hook(seen, "embed", shape))]
+    if parts.pos_embed is not None:
+        pairs.append((parts.pos_embed.register_forward_hook, _note_hook(seen, "pos_embed", shape)))
+    for i, layer in enumerate(parts.layers):
+        attention = _attention_hook(seen, i, parts.n_heads, set_heads or {})
+        pairs.append((layer.projection.register_forward_pre_hook, attention))
+        pairs.append((layer.mlp.register_forward_hook, _mlp_hook(seen, i, shape, set_mlps or {})))
+    pairs.append((parts.final_norm.register_forward_hook, _final_hook(seen, set_scale)))
+    with torch.no_grad(), _hooked(pairs):
+        seen.logits = parts.model(ids, use_cache=False).logits.double()
+    return seen
+
+
+# ---------------------------------------------------------------- the definitions
+
+
+def gain(norm: nn.Module) -> Tensor | float:
+    """The norm's gamma."""
+    return 1.0 if norm.weight is None else norm.weight.detach().double()
+
+
+def offset(norm: nn.Module) -> Tensor | float:
+    """The norm's beta: 0 for RMSNorm, and for LayerNorm without one."""
+    beta = _bias(norm)
+    return 0.0 if beta is None else beta
+
+
+def centre(norm: nn.Module, x: Tensor) -> Tensor:
+    """C: mean-centring over d_model for LayerNorm, nothing for RMSNorm."""
+    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+
+
+def scale(norm: nn.Module, x: Tensor) -> Tensor:
+    """S: sqrt(var + eps) for LayerNorm, sqrt(mean square + eps) for RMSNorm."""
+    if isinstance(norm, nn.LayerNorm):
+        return (x.var(-1, unbiased=False) + norm.eps).sqrt()
+    return (x.pow(2).mean(-1) + norm.variance_epsilon).sqrt()
+
+
+def value_constant(layer: Layer) -> Tensor | None:
+    """c_h = W_V beta + b_V of every head [head, head_dim]: None where the model has neither beta nor b_V."""
+    beta = _bias(layer.norm)
+    if beta is None and layer.b_V is None:
+        return None
+    constant = torch.zeros(layer.W_V.shape[1:], dtype=torch.float64)
+    if beta is not None:
+        constant = constant + torch.einsum("d,dhk->hk", beta, layer.W_V)
+    if layer.b_V is not None:
+        constant = constant + layer.b_V
+    return constant
+
+
+@dataclass(frozen=True)
+class Write:
+    """What one component adds to the residual stream [prompt, T, d_model]."""
+
+    label: str
+    kind: str
+    x: Tensor
+
+
+def _attention_writes(layer: Layer, index: int, z: Tensor, value_bias: str) -> list[Write]:
+    """Each head's write, and the attention's bias where there is one."""
+    constant = value_constant(layer) if value_bias == "output" else None
+    bias, writes = layer.b_O, []
+    for head in range(z.shape[2]):
+        W = layer.W_O.unflatten(0, (z.shape[2], -1))[head]
+        z_h = z[:, :, head]
+        if constant is not None:
+            z_h = z_h - constant[head]
+            bias = constant[head] @ W + (0.0 if bias is None else bias)
+        writes.append(Write(f"L{index}H{head}", "head", z_h @ W))
+    if bias is not None:
+        writes.append(Write(f"L{index}.attention_bias", "attention_bias", bias.expand_as(writes[0].x)))
+    return writes
+
+
+def component_writes(parts: Parts, seen: Pass, value_bias: str) -> list[Write]:
+    """Every component's write, in the order of the labels; they sum to the final residual stream."""
+    writes = [Write("embed", "embed", seen.embed)]
+    if parts.pos_embed is not None:
+        writes.append(Write("pos_embed", "pos_embed", seen.pos_embed))
+    for i, layer in enumerate(parts.layers):
+        writes += _attention_writes(layer, i, seen.z[i], value_bias)
+        writes.append(Write(f"L{i}.mlp", "mlp", seen.mlp[i]))
+    return writes
+
+
+def _tokens(tokens, ids: Tensor) -> Tensor:
+    """Token ids broadcast to [prompt, position]."""
+    return torch.as_tensor(np.asarray(tokens)).expand(ids.shape[0], ids.shape[1] - 1)
+
+
+def _of_target(table: Tensor, ids: Tensor, target) -> Tensor:
+    """Rows of table [vocab, ...] for the target of every position, [prompt, position, ...]."""
+    if not isinstance(target, str):
+        return table[_tokens(target[0], ids)] - table[_tokens(target[1], ids)]
+    rows = table[ids[:, 1:]]
+    return rows - table.mean(0) if target == "centred" else rows
+
+
+def _target_logit(logits: Tensor, ids: Tensor, target) -> Tensor:
+    """The target's value in the model's own logits [prompt, T, vocab] -> [prompt, position]."""
+    logits = logits[:, :-1]
+
+    def pick(tokens):
+        return logits.gather(-1, tokens[..., None])[..., 0]
+
+    if not isinstance(target, str):
+        return pick(_tokens(target[0], ids)) - pick(_tokens(target[1], ids))
+    chosen = pick(ids[:, 1:])
+    return chosen - logits.mean(-1) if target == "centred" else chosen
+
+
+@dataclass(frozen=True)
+class Target:
+    """Each target: d_t [prompt, position, d_model] and its constant k_t [prompt, position]."""
+
+    d: Tensor
+    k: Tensor
+
+
+def _target(parts: Parts, ids: Tensor, target) -> Target:
+    """d_t = C(gamma u_t) and k_t = <beta, u_t> + b_U[t]."""
+    unembed = parts.model.get_output_embeddings()
+    u = _of_target(unembed.weight.detach().double(), ids, target)
+    k = (u * offset(parts.final_norm)).sum(-1)
+    if unembed.bias is not None:
+        k = k + _of_target(unembed.bias.detach().double(), ids, target)
+    return Target(centre(parts.final_norm, gain(parts.final_norm) * u), k)
+
+
+def _direct_effects(writes: list[Write], target: Target, S: Tensor) -> Tensor:
+    """<x_c, d_t> / S_t of every component, [prompt, position, component]."""
+    return torch.stack([(w.x[:, :-1] * target.d).sum(-1) / S for w in writes], dim=-1)
+
+
+# ---------------------------------------------------------------- the experiment
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for every head: model, prompts and conventions, as the arguments of `reference`."""
+
+    parts: Parts
+    ids: Tensor
+    target: object
+    value_bias: str
+    freeze: str | None
+
+    def logit(self, seen: Pass) -> Tensor:
+        """The target's logit, from the model's own output."""
+        return _target_logit(seen.logits, self.ids, self.target)
+
+    def writes(self, seen: Pass) -> list[Write]:
+        """Every component's write."""
+        return component_writes(self.parts, seen, self.value_bias)
+
+    def scale(self, seen: Pass) -> Tensor:
+        """The final norm's scale [prompt, T]."""
+        return scale(self.parts.final_norm, seen.final)
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The clean run, read out once."""
+
+    seen: Pass
+    goal: Target
+    S_all: Tensor  # [prompt, T]
+    logit: Tensor
+    effects: Tensor  # [prompt, position, component]
+    labels: list[str]
+    kinds: list[str]
+
+    @property
+    def S(self) -> Tensor:
+        """The clean scale at the positions with a next token."""
+        return self.S_all[:, :-1]
+
+
+def _clean(setting: Setting) -> Clean:
+    """The clean run and its direct effects."""
+    seen = run(setting.parts, setting.ids)
+    S, writes = setting.scale(seen), setting.writes(seen)
+    goal = _target(setting.parts, setting.ids, setting.target)
+    effects = _direct_effects(writes, goal, S[:, :-1])
+    labels, kinds = [w.label for w in writes], [w.kind for w in writes]
+    return Clean(seen, goal, S, setting.logit(seen), effects, labels, kinds)
+
+
+def _new_z(setting: Setting, clean: Clean, ablation: str, partners, means, layer: int, head: int) -> Tensor:
+    """What the head's z becomes, [prompt, T, head_dim]."""
+    z = clean.seen.z[layer][:, :, head]
+    if ablation == "resample":
+        return z[torch.as_tensor(np.asarray(partners))]
+    if ablation == "mean":
+        return means[layer][head].expand_as(z)
+    if ablation == "identity":
+        return z
+    constant = value_constant(setting.parts.layers[layer]) if setting.value_bias == "output" else None
+    return torch.zeros_like(z) if constant is None else constant[head].expand_as(z)
+
+
+def _ablated(setting: Setting, clean: Clean, layer: int, head: int, new_z: Tensor) -> Pass:
+    """The real forward pass with one head's z replaced, and what `freeze` names held at its clean value."""
+    parts, set_heads, set_mlps = setting.parts, {(layer, head): new_z}, {}
+    if setting.freeze is not None:
+        for later in range(layer, len(parts.layers)):
+            set_mlps[later] = clean.seen.mlp[later]
+        for later in range(layer + 1, len(parts.layers)):
+            for other in range(parts.n_heads):
+                set_heads[later, other] = clean.seen.z[later][:, :, other]
+    set_scale = clean.S_all if setting.freeze == "all" else None
+    return run(parts, setting.ids, set_heads=set_heads, set_mlps=set_mlps, set_scale=set_scale)
+
+
+def _measure(setting: Setting, clean: Clean, seen: Pass, own: int) -> dict[str, Tensor]:
+    """Equations 1 and 2 for one ablated head, which is component number `own`."""
+    effects = _direct_effects(setting.writes(seen), clean.goal, clean.S)
+    change = effects - clean.effects
+    heads = [i for i, kind in enumerate(clean.kinds) if kind == "head" and i != own]
+    mlps = [i for i, kind in enumerate(clean.kinds) if kind == "mlp"]
+    S = clean.S
+    S_new = S if setting.freeze == "all" else setting.scale(seen)[:, :-1]
+    R, R_new = clean.logit - clean.goal.k, effects.sum(-1)
+    out = {
+        "direct_effect": clean.effects[..., own],
+        "ablated_direct_effect": effects[..., own],
+        "logit_change": setting.logit(seen) - clean.logit,
+        "from_heads": change[..., heads].sum(-1),
+        "from_mlps": change[..., mlps].sum(-1),
+        "from_norm": (S / S_new - 1) * R_new,
+        "norm_on_existing": (S / S_new - 1) * R,
+        "norm_on_change": (S / S_new - 1) * (R_new - R),
+        "ablated_norm_scale": S_new,
+        "component_change": change,
+    }
+    out["self_repair"] = out["logit_change"] - change[..., own]
+    out["closure"] = out["self_repair"] - (out["from_heads"] + out["from_mlps"] + out["from_norm"])
+    return out
+
+
+def _check(ablation: str, partners, target, value_bias: str, freeze) -> None:
+    """ValueError for a word the oracle does not know: a misspelt one must not fall through to a default."""
+    if ablation not in ("resample", "zero", "mean", "identity"):
+        raise ValueError(f"ablation {ablation!r}")
+    if ablation == "resample" and partners is None:
+        raise ValueError("resample needs partners")
+    if isinstance(target, str) and target not in ("raw", "centred"):
+        raise ValueError(f"target {target!r}")
+    if value_bias not in ("output", "head"):
+        raise ValueError(f"value_bias {value_bias!r}")
+    if freeze not in (None, "downstream", "all"):
+        raise ValueError(f"freeze {freeze!r}")
+
+
+def _empty(parts: Parts, ids: Tensor, n_components: int) -> dict[str, np.ndarray]:
+    """NaN arrays for all heads, of which only those asked for are filled."""
+    shape = (len(parts.layers), parts.n_heads, ids.shape[0], ids.shape[1] - 1)
+    out = {name: np.full(shape, np.nan) for name in PER_HEAD}
+    out["component_change"] = np.full((*shape, n_components), np.nan)
+    return out
+
+
+def reference(
+    model: nn.Module,
+    ids,
+    *,
+    ablation: str = "resample",
+    partners: Sequence[int] | None = None,
+    target="centred",
+    value_bias: str = "output",
+    heads: Sequence[tuple[int, int]] | None = None,
+    mean_ids=None,
+    freeze: str | None = None,
+) -> dict[str, np.ndarray | list[str]]:
+    """Self-repair of each head, one at a time, on ids int64 [prompt, T].
+
+    ablation    "resample" (z of prompt partners[i]), "zero", "mean" (over all T positions of all rows of
+                mean_ids, by default ids[:256]) or "identity", on z_h at all T positions.
+    target      "centred", "raw", or a pair (A, B) of token ids or of arrays of them that broadcast to
+                [prompt, position]: the logit difference A - B.
+    value_bias  "output": a head's constant c_h belongs to the attention's bias, and zero sets z_h = c_h;
+                "head": it stays with the head, and zero sets z_h = 0.
+    heads       the (layer, head) pairs to ablate, by default all; those left out are NaN.
+    freeze      None; "downstream": all later heads' z and the MLPs of this layer and of the later ones are
+                held clean, the final norm is live; "all": the final norm's scale is held as well, so that
+                ablated_norm_scale is then the clean one and from_norm is 0.
+
+    Returns float64 arrays, in logits but for the two scales, for the positions 0 .. T-2:
+    logit, norm_scale and constant (k_t) [prompt, position]; the variables of PER_HEAD [layer, head, prompt,
+    position]; component_direct_effect [prompt, position, component]; component_change [layer, head, prompt,
+    position, component]; and under "components" the list of labels.
+    """
+    _check(ablation, partners, target, value_bias, freeze)
+    setting = Setting(find_parts(model), torch.as_tensor(np.asarray(ids)), target, value_bias, freeze)
+    clean, means = _clean(setting), None
+    if ablation == "mean":
+        over = setting.ids[:256] if mean_ids is None else torch.as_tensor(np.asarray(mean_ids))
+        means = {layer: z.mean(dim=(0, 1)) for layer, z in run(setting.parts, over).z.items()}
+    out = _empty(setting.parts, setting.ids, len(clean.labels))
+    for layer, head in np.ndindex(*out["closure"].shape[:2]) if heads is None else heads:
+        new_z = _new_z(setting, clean, ablation, partners, means, layer, head)
+        seen = _ablated(setting, clean, layer, head, new_z)
+        for name, value in _measure(setting, clean, seen, clean.labels.index(f"L{layer}H{head}")).items():
+            out[name][layer, head] = value.numpy()
+    out["logit"], out["norm_scale"] = clean.logit.numpy(), clean.S.numpy()
+    out["constant"], out["component_direct_effect"] = clean.goal.k.numpy(), clean.effects.numpy()
+    return out | {"components": clean.labels}

@@ -1,0 +1,36 @@
+"""What the documents say of names, options and commands is what the code offers."""
+
+from pathlib import Path
+
+import pytest
+
+from selfrepair_nn.cli import cli
+from selfrepair_nn.variables import VARIABLES
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_store_page_has_every_variable_as_it_is_defined(name):
+    v = VARIABLES[name]
+    row = f"| `{v.name}` | {', '.join(v.dims) or '–'} | {v.units} | {v.description} |"
+    assert row in (ROOT / "docs" / "store.md").read_text()
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_readme_names_every_command(command):
+    assert f"selfrepair {command}" in (ROOT / "README.md").read_text()
+
+
+def test_readme_shows_the_recipe_as_it_is():
+    shown = (ROOT / "README.md").read_text()
+    lines = (ROOT / "recipes" / "heads.py").read_text().rstrip().splitlines()
+    assert "\n".join(f"    {line}" if line else "" for line in lines) in shown
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    import re
+
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
