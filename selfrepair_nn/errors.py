@@ -25,3 +25,8 @@ class Incomplete(SelfRepairError):
     """The run stopped before its end; what was computed is kept and the same call resumes it. Exit code 75."""
 
     exit_code = 75
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -52,6 +52,7 @@ class Options:
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
     split: str = option("train", "Split of the dataset.")
     column: str = option("text", "Column of the dataset that holds the text.")
+    prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.")
     seed: int = option(0, "Seed of the partners.")
     mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.")
     batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.")

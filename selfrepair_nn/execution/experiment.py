@@ -174,6 +174,7 @@ def _prompts(options: Options, description: Description, tokenizer: Any) -> Prom
         bos=options.bos,
         split=options.split,
         column=options.column,
+        revision=options.prompts_revision,
         vocab_size=description.structure.vocab_size,
         max_length=description.structure.max_length,
     )

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from selfrepair_nn.errors import SelfRepairError, UsageError
+from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.models.architectures import Structure, architecture_of, structure_of
 
 EMBEDDED = {
@@ -115,9 +115,11 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.location, **source.arguments)
+        found = AutoTokenizer.from_pretrained(source.location, **source.arguments)
     except (OSError, ValueError, TypeError, KeyError, ImportError):
         return None
+    found.name_or_path = source.name
+    return found
 
 
 def load(
@@ -221,18 +223,14 @@ def _explained(source: Source):
         yield
     except ImportError as error:
         raise SelfRepairError(
-            f"loading {source.name!r} needs a package that is missing: {_first_line(error)}"
+            f"loading {source.name!r} needs a package that is missing: {one_line(error)}"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if source.gguf_file or Path(source.location).is_dir():
             raise SelfRepairError(
-                f"model {source.name!r} could not be loaded: {_first_line(error)}"
+                f"model {source.name!r} could not be loaded: {one_line(error)}"
             ) from error
         raise UsageError(
             f"no model {source.name!r}: it is not embedded ({', '.join(EMBEDDED)}), not a directory here, "
-            f"and the hub did not give it ({_first_line(error)})"
+            f"and the hub did not give it ({one_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

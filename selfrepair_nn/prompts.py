@@ -1,0 +1,353 @@
+"""Text to rows of token ids: where prompts come from, how they are packed, which prompt lends to which."""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from itertools import islice
+
+import numpy as np
+
+from selfrepair_nn.corpora import SAMPLE, open_corpus
+from selfrepair_nn.errors import UsageError, one_line
+
+DEFAULT_LENGTH = 128
+DEFAULT_TOKENS = 100_000
+BOS = ("auto", "always", "never")
+
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Rows of token ids and where they came from.
+
+    Attributes:
+        tokens: int64 [prompt, position], at least one row of at least two tokens, without padding.
+        document: int64 [prompt], index in the source of the document in which the row starts.
+        source: provenance that `json.dumps` accepts.
+    """
+
+    tokens: np.ndarray
+    document: np.ndarray
+    source: dict
+
+    def __post_init__(self) -> None:
+        _check_rows(self.tokens, self.source.get("name", "tokens"))
+        if self.document.shape != (self.n,):
+            raise UsageError(
+                f"document has shape {self.document.shape}: give one index for each of {self.n} rows"
+            )
+
+    @property
+    def n(self) -> int:
+        """Number of prompts."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of each prompt."""
+        return self.tokens.shape[1]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the shape and then the token ids, both as little-endian int64."""
+        shape = np.array(self.tokens.shape, dtype="<i8")
+        return sha256(shape.tobytes() + self.tokens.astype("<i8").tobytes()).hexdigest()
+
+    def take(self, n: int) -> "Prompts":
+        """The first `n` prompts, or all where there are fewer. Raises UsageError if `n` is below 1."""
+        _check_whole(n, "number of prompts", 1)
+        return replace(self, tokens=self.tokens[:n], document=self.document[:n])
+
+
+def load_prompts(
+    source=None,
+    tokenizer=None,
+    *,
+    tokens: int | None = None,
+    length: int | None = None,
+    bos: str = "auto",
+    split: str = "train",
+    column: str = "text",
+    revision: str | None = None,
+    vocab_size: int | None = None,
+    max_length: int | None = None,
+) -> Prompts:
+    r"""Rows of `length` tokens from ready ids, a text, or a dataset.
+
+    Token ids (an array or a `.npy` file) are used exactly as they are. Text is tokenised document by
+    document, without the tokenizer's own special tokens, and joined with its EOS; the stream is cut into
+    rows, each beginning with BOS where `bos` says so, and the unfinished last row is dropped.
+
+    Args:
+        source: None or "sample" for the shipped held-out text; an integer array or a `.npy` file [prompt,
+            position]; a UTF-8 text file (a line holding only "\f" ends a document); a `.jsonl` file; a
+            directory of data files that `datasets` can load; a dataset on the Hugging Face Hub, streamed:
+            "owner/name" or "owner/name:configuration". What exists on disk comes before the Hub.
+        tokenizer: a `transformers` tokenizer; not needed for token ids.
+        tokens: number of tokens wanted, BOS included: at most `tokens // length` rows, fewer where the
+            source ends. None is everything there is, but 100,000 of a dataset.
+        length: tokens in a row; None is 128, or `max_length` where that is less. For token ids, None is
+            their own length, and a smaller number truncates.
+        bos: "auto" begins rows with BOS if the tokenizer has one, "always" insists, "never" does not. Where
+            the text of a row already begins with BOS, none is added.
+        split: split of a dataset.
+        column: column of a dataset, or key of a `.jsonl` file, that holds the text.
+        revision: branch, tag or commit of a dataset; the commit it resolves to is recorded.
+        vocab_size: every id must be below it.
+        max_length: longest row that the model can read.
+
+    Raises:
+        UsageError: the source, or what is asked of it, does not exist or does not fit.
+        SelfRepairError: a dataset cannot be reached or read.
+    """
+    if bos not in BOS:
+        raise UsageError(f"bos {bos!r} is not one of {', '.join(BOS)}")
+    for name, value, least in (("tokens", tokens, 1), ("length", length, 2)):
+        if value is not None:
+            _check_whole(value, name, least)
+    if _is_ready(source):
+        prompts = _from_ids(source, tokens, length, bos, vocab_size, max_length)
+    else:
+        length = min(DEFAULT_LENGTH, max_length or DEFAULT_LENGTH) if length is None else length
+        _check_length(length, tokens, max_length)
+        first, joint = _special_ids(tokenizer, bos, source)
+        prompts = _from_text(open_corpus(source, split, column, revision), tokenizer, tokens, length, first, joint)
+        _check_ids(prompts.tokens, vocab_size, prompts.source["name"])
+    return prompts
+
+
+def partners(n: int, seed: int) -> np.ndarray:
+    """Which prompt's activations replace each prompt's under resample ablation: a random derangement.
+
+    Uniform over all derangements of range(n), by rejection. Each permutation sorts raw PCG64 draws: NumPy
+    keeps those the same in all versions and machines, and does not promise so of `Generator.permutation`.
+
+    Returns:
+        int64 [prompt], no entry equal to its index.
+
+    Raises:
+        UsageError: fewer than two prompts, or a negative seed.
+    """
+    _check_whole(seed, "seed", 0)
+    if n < 2:
+        raise UsageError(
+            f"resample needs two prompts and there is {n}: use more tokens, or ablate with mean or zero"
+        )
+    bits, own = np.random.PCG64(seed), np.arange(n)
+    while True:
+        drawn = np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
+        if not np.any(drawn == own):
+            return drawn
+
+
+def load_partners(source, n: int) -> np.ndarray:
+    """Partners chosen by the user, from an integer array or a `.npy` file: a permutation of range(n).
+
+    Entry i is the prompt whose activations replace prompt i's. A prompt may be its own partner: it is then
+    replaced by itself, which is the null control for that prompt.
+
+    Returns:
+        int64 [prompt].
+
+    Raises:
+        UsageError: unreadable, not n integers, or not a permutation; the first bad entry is named.
+    """
+    name, entries = _read_ids(source, "partners")
+    if entries.shape != (n,):
+        raise UsageError(f"{name} has shape {entries.shape}: give one partner for each of the {n} prompts")
+    for bad, problem in (
+        ((entries < 0) | (entries >= n), "is no prompt"),
+        (~np.isin(np.arange(n), np.unique(entries, return_index=True)[1]), "is named before"),
+    ):
+        if bad.any():
+            i = np.argmax(bad)
+            raise UsageError(f"{name}: entry {i}, {entries[i]}, {problem}: name each of 0 to {n - 1} once")
+    return entries.astype(np.int64)
+
+
+def token_texts(tokenizer, tokens: np.ndarray) -> np.ndarray:
+    """Each token id decoded alone, as str in an object array of the shape of `tokens`.
+
+    Without a tokenizer (None) the text is the id in figures.
+    """
+    distinct, where = np.unique(tokens, return_inverse=True)
+    texts = np.empty(distinct.size, dtype=object)
+    for i, token in enumerate(distinct.tolist()):
+        texts[i] = str(token) if tokenizer is None else _decode(tokenizer, token)
+    return texts[where].reshape(np.shape(tokens))
+
+
+def _decode(tokenizer, token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# Token ids, used as they are
+
+
+def _is_ready(source) -> bool:
+    if isinstance(source, (str, os.PathLike)):
+        return str(source).lower().endswith(".npy")
+    return source is not None
+
+
+def _from_ids(source, tokens, length, bos, vocab_size, max_length) -> Prompts:
+    name, ids = _read_ids(source, "tokens")
+    if bos == "always":
+        raise UsageError(f"bos 'always': the token ids of {name} are used as they are; put BOS in them")
+    _check_rows(ids, name)
+    if length is not None and length > ids.shape[1]:
+        raise UsageError(
+            f"length {length} is beyond the rows of {name}: set length to {ids.shape[1]} or less"
+        )
+    ids = ids[:, :length]
+    width = ids.shape[1]
+    _check_length(width, tokens, max_length)
+    ids = ids if tokens is None else ids[: tokens // width]
+    _check_ids(ids, vocab_size, name)
+    origin = {"kind": "npy" if isinstance(source, (str, os.PathLike)) else "array", "name": name}
+    origin |= {"bos_id": None, "bos_added": False, "length": width}
+    origin |= {"tokens_asked": None if tokens is None else int(tokens)}
+    return Prompts(ids.astype(np.int64, order="C"), np.arange(len(ids), dtype=np.int64), origin)
+
+
+def _read_ids(source, what: str) -> tuple[str, np.ndarray]:
+    """Name and values of an integer array, given or in a `.npy` file; pickled objects are never read."""
+    name, array = what, source
+    if isinstance(source, (str, os.PathLike)):
+        name = str(source)
+        try:
+            with open(os.path.expanduser(source), "rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, MemoryError) as error:
+            raise UsageError(f"cannot read {name} as a .npy array of integers: {one_line(error)}") from error
+    array = np.asarray(array)
+    if array.dtype.kind not in "iu":
+        raise UsageError(f"{name} holds {array.dtype}: give integers, for example int64")
+    return name, array
+
+
+# Text, packed
+
+
+def _special_ids(tokenizer, bos: str, source) -> tuple[int | None, int | None]:
+    """Ids that begin a row and that join two documents; None where there is none. Id 0 is a real token."""
+    if tokenizer is None:
+        raise UsageError(f"{source or SAMPLE} is text: give a tokenizer with it, or a .npy file of token ids")
+    first = None if bos == "never" else getattr(tokenizer, "bos_token_id", None)
+    if first is None and bos == "always":
+        raise UsageError("bos 'always': the tokenizer has no BOS token; choose auto or never")
+    return first, getattr(tokenizer, "eos_token_id", None)
+
+
+def _from_text(corpus, tokenizer, tokens, length: int, first: int | None, joint: int | None) -> Prompts:
+    documents, origin = corpus
+    tokens = DEFAULT_TOKENS if tokens is None and origin["kind"] == "dataset" else tokens
+    limit = None if tokens is None else max(1, tokens // length)
+    with closing(documents):
+        stream, starts, numbers = _stream(documents, tokenizer, joint, limit and limit * length)
+    rows, begins, end = _pack(stream, length, first, limit)
+    if not begins:
+        raise _too_short(origin["name"], stream, length, first)
+    origin |= {"tokenizer": str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)}
+    origin |= {"bos_id": first, "bos_added": first is not None, "separator_id": joint}
+    origin |= {"length": int(length), "tokens_asked": None if tokens is None else int(tokens)}
+    origin |= {"documents": int(numbers[_holder(starts, end - 1)]) + 1}
+    return Prompts(rows, numbers[_holder(starts, begins)], origin)
+
+
+def _stream(documents: Iterator[str], tokenizer, joint: int | None, wanted: int | None):
+    """The documents as one stream, read no further than `wanted` tokens need.
+
+    An EOS that is there already is not repeated; the one that joins two documents belongs to the second.
+
+    Returns:
+        ids int64 [token]; where each document that has any starts, int64 [document]; its index in the source.
+    """
+    pieces, starts, numbers, total, last = [np.empty(0, np.int64)], [], [], 0, joint
+    for number, ids in enumerate(_encoded(documents, tokenizer)):
+        if not ids.size:
+            continue
+        if joint not in (None, last, ids[0]):
+            ids = np.concatenate([[joint], ids])
+        pieces.append(ids)
+        starts.append(total)
+        numbers.append(number)
+        total, last = total + ids.size, ids[-1]
+        if wanted is not None and total >= wanted:
+            break
+    return np.concatenate(pieces), np.array(starts, np.int64), np.array(numbers, np.int64)
+
+
+def _encoded(documents: Iterator[str], tokenizer) -> Iterator[np.ndarray]:
+    while batch := list(islice(documents, _AT_ONCE)):
+        found = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        yield from (np.asarray(ids, dtype=np.int64) for ids in found["input_ids"])
+
+
+def _pack(stream: np.ndarray, length: int, bos: int | None, limit: int | None):
+    """Rows int64 [prompt, length], where in the stream each begins, and where the last one ends."""
+    rows, begins, at = [], [], 0
+    while at < stream.size and (limit is None or len(rows) < limit):
+        added = int(bos is not None and stream[at] != bos)
+        end = at + length - added
+        if end > stream.size:
+            break
+        rows.append(np.concatenate([np.full(added, bos or 0, np.int64), stream[at:end]]))
+        begins.append(at)
+        at = end
+    return np.array(rows, np.int64).reshape(-1, length), begins, at
+
+
+def _holder(starts: np.ndarray, at):
+    """Which document holds the tokens `at` of the stream."""
+    return np.searchsorted(starts, at, side="right") - 1
+
+
+def _too_short(name: str, stream: np.ndarray, length: int, bos: int | None) -> UsageError:
+    fits = stream.size + int(bos is not None and stream.size > 0 and stream[0] != bos)
+    remedy = f"set length to {fits} or less, or give more text" if fits >= 2 else "give more text"
+    return UsageError(f"{name} has {stream.size} tokens, too few for one row of {length}: {remedy}")
+
+
+# Checks
+
+
+def _check_whole(value, name: str, least: int) -> None:
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise UsageError(f"{name} {value!r}: give a whole number, {least} or more")
+
+
+def _check_length(length: int, tokens: int | None, max_length: int | None) -> None:
+    _check_whole(length, "length", 2)
+    if max_length is not None and length > max_length:
+        raise UsageError(f"length {length} is beyond the model: set length to {max_length} or less")
+    if tokens is not None and tokens < length:
+        raise UsageError(
+            f"tokens {tokens} is less than one row: ask for {length} or more, or a smaller length"
+        )
+
+
+def _check_rows(tokens: np.ndarray, name: str) -> None:
+    if tokens.ndim != 2:
+        raise UsageError(f"{name} has shape {tokens.shape}: give token ids [prompt, position]")
+    if tokens.shape[0] == 0:
+        raise UsageError(f"{name} has shape {tokens.shape}, no prompt at all: give at least one row")
+    if tokens.shape[1] < 2:
+        raise UsageError(
+            f"{name} has rows of {tokens.shape[1]}: give at least 2 tokens, the last is only a target"
+        )
+
+
+def _check_ids(tokens: np.ndarray, vocab_size: int | None, name: str) -> None:
+    limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
+    bad = np.argwhere((tokens < 0) | (tokens >= limit))
+    if bad.size:
+        prompt, at = bad[0]
+        raise UsageError(
+            f"{name}: token id {tokens[prompt, at]} at prompt {prompt}, position {at} is not one of"
+            f" 0 to {limit - 1}: use ids made with this model's tokenizer"
+        )
