@@ -52,13 +52,13 @@ def model(ds: xr.Dataset) -> str:
     return str(ds.attrs.get("model", "unnamed model"))
 
 
-def basis(heads: xr.Dataset) -> str:
-    """What the means of a summary are over: heads, tokens, share, target convention; and how much is done."""
-    counts, top = (_span(heads[name]) for name in ("tokens", "top_tokens"))
-    target = f"{heads.attrs.get('target', 'unknown')} target"
-    share = percent(heads.attrs["share"])
-    number_of_heads = f"{int((heads.tokens > 0).sum())} heads"
-    parts = [number_of_heads, f"{counts} tokens each", f"{top} in the top {share}", target]
+def basis(heads: xr.Dataset, top: bool = True) -> str:
+    """What the means of a summary are over: heads, tokens, top share, target; and how much is done."""
+    number = int((heads.tokens > 0).sum())
+    parts = [f"{number} head{'s' * (number != 1)}", f"{_span(heads.tokens)} tokens each"]
+    if top:
+        parts.append(f"{_span(heads.top_tokens)} in the top {percent(heads.attrs['share'])}")
+    parts.append(f"{heads.attrs.get('target', 'unknown')} target")
     return ", ".join(parts + unfinished(heads))
 
 
@@ -72,13 +72,13 @@ def noise(heads: xr.Dataset) -> str:
     floors = heads.noise_floor.values[np.isfinite(heads.noise_floor.values)]
     if not floors.size:
         return "noise floor not measured"
-    low, high = f"{floors.min():.0e}", f"{floors.max():.0e}"
+    low, high = f"{floors.min():.1g}", f"{floors.max():.1g}"
     return f"noise floor {low if low == high else f'{low} to {high}'} logits"
 
 
 def worst_closure(heads: xr.Dataset) -> str:
     values = heads.worst_closure.values[(heads.tokens > 0).values]
-    return f"{values.max():.0e} logits" if values.size else "unknown"
+    return f"{values.max():.1g} logits" if values.size else "unknown"
 
 
 def number(value: float) -> str:

@@ -18,7 +18,7 @@ from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError
 from selfrepair_nn.execution.backends import Backend, backend
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.preliminaries import mean_z, noise_floor, top_thresholds
-from selfrepair_nn.models.load import Model, load
+from selfrepair_nn.models.load import Model, load_described
 from selfrepair_nn.options import Options
 from selfrepair_nn.store import Store, explained, open_store, require_store
 from selfrepair_nn.variables import CLEAN, SWEPT
@@ -52,7 +52,7 @@ def run(
 
 
 def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
-    model = _loaded(experiment.options)
+    model = _loaded(experiment)
     _require_same_weights(store, model)
     runner = backend(experiment.options.backend, model)
     try:
@@ -196,16 +196,11 @@ def _call(recipe: str, choices: dict[str, Any]) -> str:
     return f"selfrepair_nn.run({', '.join([repr(recipe), *shown])})"
 
 
-def _loaded(options: Options) -> Model:
-    if isinstance(options.model, Model):
-        return options.model
-    return load(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        revision=options.revision,
-        check=options.check,
-    )
+def _loaded(experiment: Experiment) -> Model:
+    o = experiment.options
+    if isinstance(o.model, Model):
+        return o.model
+    return load_described(experiment.description, experiment.tokenizer, o.dtype, o.device, o.check)
 
 
 def _bar(store: Store, experiment: Experiment, progress: bool | None) -> tqdm:

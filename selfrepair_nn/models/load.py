@@ -143,14 +143,17 @@ def load(
         UsageError: no such model, dtype or device.
         UnsupportedModel: the family is unknown, or the check fails.
     """
+    description = describe(name, revision)
+    return load_described(description, load_tokenizer(description.source), dtype, device, check)
+
+
+def load_described(description: Description, tokenizer: Any, dtype: str, device: str, check: bool) -> Model:
+    """Load the weights of a model that is described already; see `load`."""
     from selfrepair_nn.models.check import require
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-    description = describe(name, revision)
-    module = _module(description, dtype, _device(device))
-    tokenizer = load_tokenizer(description.source)
-    model = wrap(module, tokenizer, description)
+    model = wrap(_module(description, dtype, _device(device)), tokenizer, description)
     if check:
         require(model)
     return model
