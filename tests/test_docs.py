@@ -28,7 +28,9 @@ def test_readme_shows_the_recipe_as_it_is():
     assert "\n".join(f"    {line}" if line else "" for line in lines) in shown
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
 def test_links_lead_somewhere(page):
     import re
 

@@ -118,6 +118,8 @@ def load_tokenizer(source: Source) -> Any:
         found = AutoTokenizer.from_pretrained(source.location, **source.arguments)
     except (OSError, ValueError, TypeError, KeyError, ImportError):
         return None
+    if not found.vocab_size:
+        return None
     found.name_or_path = source.name
     return found
 

@@ -1,0 +1,125 @@
+"""Finding, describing, loading and checking models."""
+
+import dataclasses
+
+import families
+import pytest
+import torch
+
+from selfrepair_nn.errors import UnsupportedModel, UsageError
+from selfrepair_nn.models.architectures import SUPPORTED, structure_of
+from selfrepair_nn.models.check import check, require
+from selfrepair_nn.models.load import EMBEDDED, describe, find, load, wrap
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_passes_the_check(name):
+    findings = check(wrap(families.build(name)))
+    assert len(findings) == 4
+    assert all(each.passed for each in findings), findings
+
+
+@pytest.mark.parametrize("name", families.REFUSED)
+def test_what_cannot_be_decomposed_is_refused_with_the_reason(name):
+    with pytest.raises(UnsupportedModel, match=r"supported are|head by head: it") as refused:
+        wrap(families.REFUSED[name]())
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_family_lists_the_supported():
+    with pytest.raises(UnsupportedModel) as refused:
+        wrap(families.REFUSED["gemma2"]())
+    assert all(name in str(refused.value) for name in SUPPORTED)
+
+
+def test_a_family_in_name_only_fails_the_check():
+    """A Llama whose layers do one thing more than the sum: supported by name, refused by measurement."""
+    module = families.build("llama-gqa")
+    layer = module.model.layers[0]
+    layer.register_forward_hook(lambda module, args, output: output * 1.5)
+    with pytest.raises(UnsupportedModel, match="cannot be decomposed exactly"):
+        require(wrap(module))
+
+
+@pytest.mark.parametrize("what", ["final norm", "unembedding"])
+def test_a_bent_last_step_fails_the_check(what):
+    module = families.build("llama-gqa")
+    bent = module.model.norm if what == "final norm" else module.lm_head
+    bent.register_forward_hook(lambda module, args, output: torch.tanh(output / 3) * 3)
+    with pytest.raises(UnsupportedModel, match="add up to the logit"):
+        require(wrap(module))
+
+
+def test_structure_needs_no_weights():
+    module = families.build("llama-headdim")
+    with torch.device("meta"):
+        bare = type(module)(module.config)
+    assert structure_of(bare) == structure_of(module)
+    assert structure_of(bare).d_head != module.config.hidden_size // module.config.num_attention_heads
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_models_are_described_and_loaded(name):
+    model = load(name)
+    assert model.structure == describe(name).structure
+    assert (model.structure.n_layers, model.structure.n_heads) == (8, 8)
+    assert model.tokenizer is not None
+    assert model.tokenizer.name_or_path == name
+
+
+def test_embedded_models_predict_text():
+    """Trained, not random: far below the log of the vocabulary on text they were not trained on."""
+    from selfrepair_nn.prompts import load_prompts
+
+    for name in EMBEDDED:
+        model = load(name)
+        prompts = load_prompts("sample", model.tokenizer, tokens=2048, length=128)
+        rows = torch.from_numpy(prompts.tokens)
+        with torch.no_grad():
+            loss = model.nn._module(rows, labels=rows, use_cache=False).loss.item()
+        assert loss < 4.3, (name, loss)
+
+
+def test_saved_directory_without_tokenizer(tmp_path):
+    families.build("opt").save_pretrained(tmp_path / "opt")
+    model = load(str(tmp_path / "opt"), dtype="float64")
+    assert model.tokenizer is None
+    assert model.dtype == "float64"
+    assert model.structure.model_type == "opt"
+
+
+def test_fingerprint_tells_weights_apart():
+    one, same, other = (wrap(families.build("gpt2", seed=s)).fingerprint for s in (0, 0, 1))
+    assert one == same != other
+
+
+def test_layout_is_plain_data():
+    layout = wrap(families.build("gpt2")).layout
+    assert layout == dataclasses.asdict(structure_of(families.build("gpt2")))
+    assert all(isinstance(v, (str, int, float, bool, dict, type(None))) for v in layout.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("./nowhere", "does not exist"), ("/nowhere", "does not exist"), ("x.gguf", "does not exist")],
+)
+def test_paths_that_are_not_there(name, said):
+    with pytest.raises(UsageError, match=said):
+        find(name)
+
+
+def test_directory_that_is_no_model(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.json"):
+        find(str(tmp_path))
+
+
+def test_hub_names_are_left_to_the_hub():
+    assert find("EleutherAI/pythia-160m", "step1000").arguments == {"revision": "step1000"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"), [({"dtype": "float8"}, "float64"), ({"device": "abacus"}, "cpu")]
+)
+def test_bad_dtype_and_device_list_what_there_is(choice, said):
+    with pytest.raises(UsageError, match=said):
+        load("tiny-neox", **choice)

@@ -1,0 +1,74 @@
+"""Recipes by name and by path, and the graphs they give."""
+
+import pytest
+
+from selfrepair_nn.components import FinalNorm, Head, Mlp
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.graph import Graph, freeze_set, sweep
+from selfrepair_nn.options import Options
+from selfrepair_nn.recipe import find_recipe, recipes
+
+
+class Sizes:
+    n_layers, n_heads = 3, 2
+
+
+def test_every_recipe_has_a_line_and_figures_that_exist():
+    from selfrepair_nn.figures import FIGURES
+
+    for recipe in recipes():
+        assert recipe.summary.endswith(".")
+        assert len(recipe.summary) < 110
+        assert set(recipe.figures) <= set(FIGURES)
+
+
+def test_heads_is_one_graph_swept():
+    graph = find_recipe("heads").graph(Sizes, Options(layers="1:", ablation="zero", target="raw"))
+    assert graph.ablate == ((Head(1, 0),), (Head(1, 1),), (Head(2, 0),), (Head(2, 1),))
+    assert (graph.replacement, graph.target, graph.record) == ("zero", "raw", "sums")
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text('"""Mine."""\nimport selfrepair_nn as sr\n\ndef graph(structure, options):\n'
+                    '    return sr.Graph(ablate=((sr.Head(0, 0), sr.Head(0, 1)),))\n')  # fmt: skip
+    recipe = find_recipe(str(path))
+    assert (recipe.name, recipe.summary, recipe.figures) == ("mine", "Mine.", ())
+    assert recipe.graph(Sizes, Options()).ablate == ((Head(0, 0), Head(0, 1)),)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("def graph(:", "SyntaxError"), ("x = 1", "defines no function graph"), ("1 / 0", "ZeroDivision")],
+)
+def test_a_recipe_that_is_none(tmp_path, text, said):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        find_recipe(str(tmp_path / "bad.py"))
+
+
+def test_unknown_recipe_lists_ours():
+    with pytest.raises(UsageError, match="heads"):
+        find_recipe("tails")
+
+
+def test_freezing_downstream_and_all():
+    down, everything = (freeze_set(name, 2, 2) for name in ("downstream", "all"))
+    assert down == {Head(0, 0), Head(0, 1), Head(1, 0), Head(1, 1), Mlp(0), Mlp(1)}
+    assert everything == down | {FinalNorm()}
+
+
+def test_a_graph_names_what_it_does_not_know():
+    heads = sweep((Head(0, 0),))
+    for choice in ({"replacement": "noise"}, {"target": "loss"}, {"record": "all"}, {"value_bias": "mlp"}):
+        with pytest.raises(UsageError, match="choose one of"):
+            Graph(ablate=heads, **choice)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"tokens": 0}, {"length": -1}, {"batch_size": 0}, {"rows": 1.5}, {"share": 0}, {"share": 1.1},
+               {"ablation": "noise"}, {"components": "some"}, {"backend": "cloud"}]
+)  # fmt: skip
+def test_options_refuse_what_cannot_be(choice):
+    with pytest.raises(UsageError, match=next(iter(choice))):
+        Options(**choice)
