@@ -12,26 +12,27 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _PLACES = {
-    "run": "execution.run",
-    "preview": "execution.preview",
-    "load": "models.load",
-    "wrap": "models.load",
-    "check": "models.check",
-    "open_store": "store",
-    "Graph": "graph",
-    "sweep": "graph",
-    "Head": "components",
-    "Mlp": "components",
-    "select_heads": "components",
-    "Options": "options",
-    "recipes": "recipe",
-    "top_share": "analysis",
-    "by_head": "analysis",
-    "by_layer": "analysis",
-    "summary": "analysis",
-    "plot": "figures",
-    "report": "report",
-    "simulate": "simulate",
+    "run": "execution.run:run",
+    "preview": "execution.preview:preview",
+    "load": "models.load:load",
+    "wrap": "models.load:wrap",
+    "check": "models.check:check",
+    "open_store": "store:open_store",
+    "Graph": "graph:Graph",
+    "sweep": "graph:sweep",
+    "Head": "components:Head",
+    "Mlp": "components:Mlp",
+    "select_heads": "components:select_heads",
+    "Options": "options:Options",
+    "list_recipes": "recipe:recipes",
+    "top_share": "analysis:top_share",
+    "by_head": "analysis:by_head",
+    "by_layer": "analysis:by_layer",
+    "most_repaired": "analysis:most_repaired",
+    "summary": "text:summary",
+    "plot": "figures:plot",
+    "write_report": "report:report",
+    "simulate_heads": "simulate:simulate",
 }
 __all__ = sorted(_PLACES)
 
@@ -45,7 +46,8 @@ def __getattr__(name: str) -> Any:
     """Public names load their room when they are first used: importing the package stays fast."""
     if name not in _PLACES:
         raise AttributeError(f"selfrepair_nn has no {name!r}; it offers {', '.join(__all__)}")
-    return getattr(import_module(f"selfrepair_nn.{_PLACES[name]}"), name)
+    room, _, found = _PLACES[name].partition(":")
+    return getattr(import_module(f"selfrepair_nn.{room}"), found)
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -85,7 +86,7 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
         return
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
-    from selfrepair_nn.analysis import summary
+    from selfrepair_nn.text import summary
     from selfrepair_nn.execution.run import run as run_recipe
 
     dataset = run_recipe(recipe, progress=progress, command=_command_line(), **choices)
@@ -104,13 +105,17 @@ def plan(recipe: str, **choices: Any) -> None:
 @cli.command()
 @click.argument("stores", nargs=-1, required=True)
 @click.option("--figure", "names", multiple=True, help="Figure to draw, repeatable; default: the recipe's.")
-@click.option("--out", default=None, help="Directory for the figures; default: beside the first store.")
+@click.option("--out", default=None, help="Directory for the figures; default: the first store's name without .zarr.")
 @click.option("--share", default=0.02, show_default=True, help="Top share of tokens, by direct effect.")
 def plot(stores: tuple[str, ...], names: tuple[str, ...], out: str | None, share: float) -> None:
     """Draw the figures of one or several STORES as PNG and SVG, and print their paths."""
     from selfrepair_nn.figures import plot as draw
+    from selfrepair_nn.recipe import find_recipe
+    from selfrepair_nn.store import open_store
 
-    for path in draw(list(stores), out, names=names or None, share=share):
+    datasets = [open_store(path) for path in stores]
+    wanted = names or find_recipe(datasets[0].attrs["recipe"]).figures
+    for path in draw(datasets, out or Path(stores[0]).with_suffix(""), wanted, share=share):
         click.echo(path)
 
 
@@ -119,16 +124,17 @@ def plot(stores: tuple[str, ...], names: tuple[str, ...], out: str | None, share
 @click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
 def report(store: str, out: str | None) -> None:
     """Write one HTML page about STORE: figures, tables and where the numbers come from."""
-    from selfrepair_nn.report import write_report
+    from selfrepair_nn.report import report as write
+    from selfrepair_nn.store import open_store
 
-    click.echo(write_report(store, out))
+    click.echo(write(open_store(store), out or Path(store).with_suffix(".html")))
 
 
 @cli.command()
 @click.argument("store")
 def info(store: str) -> None:
     """Print what STORE holds, how much of it is done, and where it comes from."""
-    from selfrepair_nn.analysis import summary
+    from selfrepair_nn.text import summary
     from selfrepair_nn.store import open_store
 
     dataset = open_store(store)

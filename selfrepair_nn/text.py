@@ -1,6 +1,7 @@
 """What a store holds, in words: the summary printed after a run, the titles and captions of figures."""
 
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -49,7 +50,9 @@ def title(ds: xr.Dataset) -> str:
 
 
 def model(ds: xr.Dataset) -> str:
-    return str(ds.attrs.get("model", "unnamed model"))
+    """The model's name; of a directory's path only the last part."""
+    name = str(ds.attrs.get("model", "unnamed model"))
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def basis(heads: xr.Dataset, top: bool = True) -> str:
@@ -64,7 +67,7 @@ def basis(heads: xr.Dataset, top: bool = True) -> str:
 
 def unfinished(heads: xr.Dataset) -> list[str]:
     done = heads.attrs.get("done_share", 1)
-    return [] if done == 1 else [f"{percent(done)} of the run done"]
+    return [] if done == 1 else [f"{percent(min(done, 0.999))} of the run done"]
 
 
 def noise(heads: xr.Dataset) -> str:

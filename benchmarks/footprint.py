@@ -1,0 +1,84 @@
+"""What is not speed: memory, growth with tokens and heads, the store, imports. Each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from statistics import median
+from typing import Any
+
+IMPORTS = """
+import sys, time
+start = time.process_time()
+import selfrepair_nn
+{then}
+print(time.process_time() - start, int("torch" in sys.modules))
+"""
+
+
+def child(approach: str, model: str, prompts: int, **selection: str) -> dict[str, float]:
+    """What `benchmarks.child` measured."""
+    order = json.dumps({"approach": approach, "model": model, "prompts": prompts, **selection})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.child", order], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{order} failed: {done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    took = f"{found['peak_mib']:.0f} MiB, {found['cpu']:.1f} CPU s"
+    print(f"  {approach} of {found['heads']} heads, {prompts} prompts: {took}", flush=True)
+    return found
+
+
+def footprint(model: str, spread: str, layers: str, sizes: list[int]) -> dict[str, Any]:
+    """Peak memory of every approach, and how the run's grows.
+
+    Args:
+        spread: heads from the first layer to the last: the most that is ever kept at once.
+        layers: those ablated while the number of prompts grows through `sizes`.
+    """
+    peaks = {name: child(name, model, sizes[0], heads=spread) for name in ("run", "naive", "suffix")}
+    growth = [child("run", model, size, layers=layers) for size in sizes]
+    run = peaks["run"]
+    per_token = run["prompts"] * (run["length"] - 1) * run["heads"]
+    return {
+        "peak_mib": {name: found["peak_mib"] for name, found in peaks.items()},
+        "loaded_mib": run["loaded_mib"],
+        "prompts_grown": sizes,
+        "peak_mib_by_prompts": [found["peak_mib"] for found in growth],
+        "cpu_ms_by_prompts": [_cost(found) for found in growth],
+        "peak_growth": growth[-1]["peak_mib"] / growth[0]["peak_mib"],
+        "bytes_per_head_token": run["store_bytes"] / per_token,
+        "share_of_writes": run["writes_cpu"] / run["cpu"],
+    }
+
+
+def by_heads(model: str, n_layers: int, counts: list[int], prompts: int) -> dict[str, Any]:
+    """Cost with the first few heads of every layer."""
+    found = []
+    for count in counts:
+        heads = ",".join(f"{layer}.{head}" for layer in range(n_layers) for head in range(count))
+        found.append(child("run", model, prompts, heads=heads))
+    return {"heads_grown": [f["heads"] for f in found], "cpu_ms_by_heads": [_cost(f) for f in found]}
+
+
+def _cost(found):
+    """CPU milliseconds for each ablated head and token."""
+    return 1000 * found["cpu"] / (found["heads"] * found["prompts"] * found["length"])
+
+
+def imports(repeats: int = 5) -> dict[str, Any]:
+    """CPU seconds of importing the package, and of everything that a run needs; whether the former loads torch."""
+
+    def once(then):
+        script = IMPORTS.format(then=then)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        return [float(word) for word in done.stdout.split()]
+
+    alone = [once("") for _ in range(repeats)]
+    needed = "selfrepair_nn.run, selfrepair_nn.load; import selfrepair_nn.tracing.jobs, transformers"
+    whole = [once(needed) for _ in range(repeats)]
+    return {
+        "import": median(seconds for seconds, _ in alone),
+        "import_for_run": median(seconds for seconds, _ in whole),
+        "import_loads_torch": any(torch for _, torch in alone),
+    }

@@ -1,0 +1,140 @@
+"""A store read once through, one block of prompts at a time: exact top shares, sums by prompt, extremes.
+
+Blocks are whole chunks as they were written, so nothing is decompressed twice. A case is one ablated head: a
+layer and a head, flattened. A token is a prompt and a position, flattened. Only what is marked `done` counts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from selfrepair_nn.variables import SWEEP
+
+BLOCK = 2**22  # values held at once
+
+
+@dataclass(frozen=True)
+class Top:
+    """The top tokens of every case, in order of token, with their direct effects (float64)."""
+
+    case: np.ndarray
+    token: np.ndarray
+    effect: np.ndarray
+
+    def pick(self, start: int, values: np.ndarray) -> tuple[slice, np.ndarray]:
+        """The entries in a block of `values` [case, prompt, position] from prompt `start`, and the values."""
+        n_positions = values.shape[2]
+        first = start * n_positions
+        within = slice(*np.searchsorted(self.token, (first, first + values.shape[1] * n_positions)))
+        return within, values.reshape(len(values), -1)[self.case[within], self.token[within] - first]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of a variable and numbers of tokens, both over (case, prompt)."""
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean over tokens, over (case); NaN where there are none."""
+        with np.errstate(invalid="ignore"):
+            return self.sums.sum(1) / self.counts.sum(1)
+
+    def error(self, done: np.ndarray) -> np.ndarray:
+        """Standard error of the mean, over (case): a ratio of two sums over independent prompts, linearised.
+
+        Where prompts have equally many tokens it is the standard error of their means. NaN below two prompts.
+        """
+        residual = self.sums - self.counts * self.mean[:, None]
+        n = done.sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            spread = np.sqrt((residual**2).sum(1) * n / (n - 1)) / self.counts.sum(1)
+        return np.where(n > 1, spread, np.nan)
+
+
+def done_cases(ds: xr.Dataset) -> np.ndarray:
+    """What counts: bool [case, prompt]."""
+    done = (ds.done & ds.selected).transpose(*SWEEP[:3]).values
+    return done.reshape(-1, done.shape[2])
+
+
+def direct_effects(ds: xr.Dataset, done: np.ndarray, share: float) -> tuple[np.ndarray, Top]:
+    """The sums [case, prompt] of the direct effects, and each case's top `share` of tokens, in one reading.
+
+    The top share is exactly max(1, floor(share n)) of a case's n done tokens, the first of equals, NaN last;
+    none if n is 0.
+    """
+    n_positions = ds.sizes["position"]
+    tokens = done.sum(1) * n_positions
+    wanted = np.where(tokens, np.maximum(1, (share * tokens).astype(int)), 0)
+    sums = np.zeros(done.shape)
+    best = [(np.empty(0), np.empty(0, int))] * len(done)
+    for start, values in _blocks(ds, "direct_effect"):
+        here = slice(start, start + values.shape[1])
+        sums[:, here] = _done_sums(values, done[:, here])
+        for case in np.flatnonzero(done[:, here].any(1)):
+            counted = np.flatnonzero(np.repeat(done[case, here], n_positions))
+            fresh = values[case].ravel()[counted].astype(float)
+            best[case] = _best(best[case], fresh, counted + start * n_positions, wanted[case])
+    return sums, _gather(best)
+
+
+def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndarray, np.ndarray]:
+    """The sums [case, prompt] of a variable, and its values on the entries of `top`, in float64."""
+    sums, chosen = np.zeros(done.shape), np.empty(top.token.size)
+    for start, values in _blocks(ds, name):
+        here = slice(start, start + values.shape[1])
+        sums[:, here] = _done_sums(values, done[:, here])
+        within, picked = top.pick(start, values)
+        chosen[within] = picked
+    return sums, chosen
+
+
+def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
+    """The largest absolute value of a variable, over (case); NaN where nothing is done."""
+    found = np.where(done.any(1), 0.0, np.nan)
+    for start, values in _blocks(ds, name):
+        by_prompt = np.where(done[:, start : start + values.shape[1]], np.abs(values).max(-1), 0)
+        found = np.maximum(found, by_prompt.max(1))
+    return found
+
+
+def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
+    array = ds[name].transpose(*SWEEP)
+    n_layers, n_heads, n_prompts, n_positions = array.shape
+    chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
+    step = chunk * max(1, BLOCK // (n_layers * n_heads * n_positions * chunk))
+    for start in range(0, n_prompts, step):
+        block = array.isel(prompt=slice(start, start + step)).values
+        yield start, block.reshape(n_layers * n_heads, -1, n_positions)
+
+
+def _done_sums(values: np.ndarray, done: np.ndarray) -> np.ndarray:
+    return np.where(done, values.sum(-1, dtype=float), 0)
+
+
+Ranked = tuple[np.ndarray, np.ndarray]  # values, tokens
+
+
+def _best(best: Ranked, fresh: np.ndarray, tokens: np.ndarray, count: int) -> Ranked:
+    """The `count` highest of the best so far and of fresh, later tokens, in order of token."""
+    values, kept = np.concatenate([best[0], fresh]), np.concatenate([best[1], tokens])
+    if values.size <= count:
+        return values, kept
+    ranked = np.where(np.isnan(values), -np.inf, values)
+    least = np.partition(ranked, -count)[-count]
+    chosen = ranked > least
+    chosen[np.flatnonzero(ranked == least)[: count - chosen.sum()]] = True
+    return values[chosen], kept[chosen]
+
+
+def _gather(best: list[Ranked]) -> Top:
+    case = np.repeat(np.arange(len(best)), [len(tokens) for _, tokens in best])
+    effect, token = (np.concatenate(parts) for parts in zip(*best, strict=True))
+    order = np.argsort(token, kind="stable")
+    return Top(case[order], token[order], effect[order])

@@ -1,0 +1,126 @@
+"""Each head's mean direct effect against the change of the logit when it is ablated (paper's Figure 2)."""
+
+import numpy as np
+import xarray as xr
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from selfrepair_nn import text
+from selfrepair_nn.analysis import SHARE
+from selfrepair_nn.components import Head
+from selfrepair_nn.figures import style
+
+LABELS = 8
+READING = "Dashed: y = \N{MINUS SIGN}x, no repair. Shaded, between it and the x-axis: self-repaired."
+EQUAL = 3  # the most that one axis may be longer than the other for both to have the same scale
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for each store, means over all tokens; heads in the wedge are self-repaired (section 2.2).
+
+    `datasets` is a store or a summary of `by_head`, a sequence of them, or a mapping from title to them.
+    Raises UsageError as `by_head` does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share)
+    columns = min(len(found), 3)
+    rows = -(-len(found) // columns)
+    figure = style.new_figure(0.9 + 4.7 * columns, 0.7 + 4.1 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(found) :]:
+        axes.remove()
+    for axes, (name, heads) in zip(panels, found.items(), strict=False):
+        _draw_panel(axes, heads)
+        axes.set_title(text.title(heads) if len(found) == 1 else name)
+        _colour_bar(figure, axes, heads)
+    style.caption(figure, [*style.captions(found, top=False), READING])
+    figure.draw_without_rendering()
+    for axes, heads in zip(panels, found.values(), strict=False):
+        _write_names(axes, heads)
+    return figure
+
+
+def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
+    x, y, layer, _ = _points(heads)
+    _limits(axes, x, y)
+    _wedge(axes)
+    colours = {"c": layer, "cmap": style.LAYERS, "norm": _norm(heads)}
+    axes.scatter(x, y, **colours, s=26, edgecolor="white", linewidth=0.4, zorder=3)
+    axes.set_xlabel("direct effect, mean over all tokens (logits)")
+    axes.set_ylabel("logit change when ablated,\nmean over all tokens (logits)")
+
+
+def _points(heads: xr.Dataset) -> tuple[np.ndarray, ...]:
+    """Direct effect, logit change, layer and head of every head with something done."""
+    known = (heads.tokens > 0).values
+    layer, head = np.meshgrid(heads["layer"].values, heads["head"].values, indexing="ij")
+    return heads.direct_effect.values[known], heads.logit_change.values[known], layer[known], head[known]
+
+
+def _limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Room for all points and the origin; both axes to one scale where their lengths allow it."""
+    middles, halves = zip(*(_extent(values) for values in (x, y)), strict=True)
+    if max(halves) <= EQUAL * min(halves):
+        halves = [max(halves)] * 2
+    for middle, half, set_limits in zip(middles, halves, (axes.set_xlim, axes.set_ylim), strict=True):
+        set_limits(middle - half, middle + half)
+    axes.set_box_aspect(1)
+    axes.locator_params(nbins=6)
+
+
+def _extent(values: np.ndarray) -> tuple[float, float]:
+    low, high = min(np.nanmin(values), 0), max(np.nanmax(values), 0)
+    return (low + high) / 2, 0.6 * (high - low) or 1e-3
+
+
+def _wedge(axes: Axes) -> None:
+    """The line y = -x, the axes, and between them the region where the rest of the model makes up for it."""
+    low, high = axes.get_xlim()
+    ends, line = np.array([low, 0, high]), {"color": "black", "linewidth": 0.7, "zorder": 1.5}
+    shade = {"color": style.SHADE, "alpha": 0.1, "linewidth": 0, "zorder": 0.5}
+    limits = axes.get_ylim()
+    axes.fill_between(ends, -ends, **shade)
+    axes.plot(ends, -ends, "k--", dashes=(5, 3), linewidth=1.1, zorder=2)
+    axes.axhline(0, **line)
+    axes.axvline(0, **line)
+    axes.set(xlim=(low, high), ylim=limits)
+
+
+def _norm(heads: xr.Dataset) -> Normalize:
+    last = max(heads.attrs.get("n_layers", 0) - 1, int(heads["layer"].max()), 1)
+    return Normalize(0, last)
+
+
+def _colour_bar(figure: Figure, axes: Axes, heads: xr.Dataset) -> None:
+    shown = ScalarMappable(_norm(heads), colormaps[style.LAYERS])
+    bar = figure.colorbar(shown, ax=axes, label="layer", pad=0.02, aspect=30, ticks=MaxNLocator(integer=True))
+    bar.outline.set_visible(False)
+
+
+def _write_names(axes: Axes, heads: xr.Dataset) -> None:
+    """Name the wedge, the heads farthest from the origin and those farthest from y = -x."""
+    x, y, layer, head = _points(heads)
+    by_size, by_distance = np.argsort(-np.hypot(x, y)), np.argsort(-abs(x + y))
+    order = list(dict.fromkeys(np.ravel([by_size, by_distance], order="F").tolist()))[:LABELS]
+    names = [Head(int(layer[i]), int(head[i])).label for i in order]
+    places = np.column_stack([x, y])
+    others = np.concatenate([places, _on_lines(axes)])
+    style.write_inside(axes, "self-repaired", _in_wedge(axes), others)
+    style.label_points(axes, places[order], names, others)
+
+
+def _in_wedge(axes: Axes) -> list[tuple[float, float]]:
+    """Spots between y = -x and the x-axis, the widest part first."""
+    ends = [end for end in reversed(axes.get_xlim()) if end]
+    across = [end * far for end in ends for far in (0.8, 0.65, 0.5)]
+    return [(x, -x * down) for x in across for down in (0.3, 0.5, 0.15)]
+
+
+def _on_lines(axes: Axes) -> np.ndarray:
+    """Points along y = -x and along the axes, where a label would not be read well."""
+    x, y = np.linspace(*axes.get_xlim(), 300), np.linspace(*axes.get_ylim(), 300)
+    return np.concatenate([np.column_stack(line) for line in ((x, -x), (x, 0 * x), (0 * y, y))])

@@ -1,0 +1,185 @@
+"""How every figure looks and is saved. Figures are objects of their own: pyplot's state is never touched."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from selfrepair_nn import text
+from selfrepair_nn.analysis import by_head
+from selfrepair_nn.errors import UsageError
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = "osD^vPX"
+MUTED, SHADE, LABEL = "#555555", "#0072B2", 7.5
+LAYERS = "viridis"
+SETTINGS = {
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 9,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "selfrepair_nn",
+}
+Datasets = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
+
+
+@contextmanager
+def settings(**changes: str) -> Iterator[None]:
+    """This module's settings, whatever the caller's are; those are back afterwards. Usable as a decorator."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS | changes)
+        yield
+
+
+def summaries(datasets: Datasets, share: float) -> dict[str, xr.Dataset]:
+    """The by-head summary of every dataset, under the name it has in the legend: its key, or its model.
+
+    Raises:
+        UsageError: no dataset, or one with nothing done.
+    """
+    if isinstance(datasets, xr.Dataset):
+        datasets = [datasets]
+    names = list(datasets) if isinstance(datasets, Mapping) else [None] * len(datasets)
+    stores = datasets.values() if isinstance(datasets, Mapping) else datasets
+    found = [by_head(ds, share) for ds in stores]
+    if not found:
+        raise UsageError("no dataset was given: a figure draws one store, or several")
+    for heads in found:
+        if not (heads.tokens > 0).any():
+            raise UsageError(f"{text.title(heads)!r} has nothing done yet: there is nothing to draw")
+    return dict(zip(_names(names, found), found, strict=True))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, with a canvas of its own."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def caption(figure: Figure, lines: Sequence[str]) -> None:
+    """Small print under the figure."""
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color=MUTED, linespacing=1.4)
+
+
+def captions(found: Mapping[str, xr.Dataset], top: bool = True) -> list[str]:
+    """What the numbers are over, one line per dataset; `top`: whether the figure shows top shares."""
+    facts = {name: f"{text.basis(heads, top)}; {text.noise(heads)}." for name, heads in found.items()}
+    return [*facts.values()] if len(found) == 1 else [f"{name}: {fact}" for name, fact in facts.items()]
+
+
+def title_of(found: Mapping[str, xr.Dataset]) -> str:
+    """Model and ablation of one dataset; what several have in common."""
+    if len(found) == 1:
+        return text.title(*found.values())
+    models, ablations = ({str(heads.attrs.get(a)) for heads in found.values()} for a in ("model", "ablation"))
+    parts = [models.pop() if len(models) == 1 else f"{len(models)} models"]
+    return ", ".join(parts + [f"{a} ablation" for a in ablations if len(ablations) == 1])
+
+
+def label_points(axes: Axes, places: np.ndarray, labels: Sequence[str], others: np.ndarray) -> None:
+    """Write each label beside its place (x, y), clear of the other labels, of the points `others` and edges.
+
+    Labels are set one after the other, each on the nearest free spot; one that finds none is left out. The
+    figure has been laid out before (draw_without_rendering).
+    """
+    for place, label in zip(places, labels, strict=True):
+        _first_free(axes, others, (partial(_annotate, axes, label, place, offset) for offset in _offsets()))
+
+
+def write_inside(axes: Axes, label: str, spots: Sequence[tuple[float, float]], others: np.ndarray) -> None:
+    """Write a label on the first of the spots (x, y) that is free; conditions as in `label_points`."""
+    look = {"ha": "center", "va": "center", "fontsize": 8, "style": "italic", "color": SHADE}
+    _first_free(axes, others, (partial(axes.text, *spot, label, **look) for spot in spots))
+
+
+def save(figure: Figure, directory: str | Path, name: str) -> list[Path]:
+    """Write the figure as PNG (200 dpi) and SVG (text as text), always the same bytes; returns both paths."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"{name}.{ending}" for ending in ("png", "svg")]
+    with settings():
+        figure.savefig(paths[0], dpi=200, metadata={"Software": None})
+        figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    return paths
+
+
+def outlined_svg(figure: Figure) -> bytes:
+    """The figure as SVG with letters as outlines, for a page whose reader may lack the font."""
+    buffer = BytesIO()
+    with settings(**{"svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _names(given: Sequence[str | None], found: Sequence[xr.Dataset]) -> list[str]:
+    """The names given; else the models if they tell the datasets apart and the rest is the same; else all."""
+    models, titles = [text.model(h) for h in found], [text.title(h) for h in found]
+    same = len({title.removeprefix(model) for title, model in zip(titles, models, strict=True)}) == 1
+    told = models if same and len(set(models)) == len(models) else titles
+    named = [name or default for name, default in zip(given, told, strict=True)]
+    earlier = [named[:i].count(name) for i, name in enumerate(named)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(named, earlier, strict=True)]
+
+
+def _offsets() -> list[tuple[float, float]]:
+    """Where a label may stand, in points from its mark: rings of growing radius, right and left first."""
+    turns = np.deg2rad([0, 180, 30, -30, 150, -150, 60, -60, 120, -120, 90, -90])
+    return [(r * np.cos(turn), r * np.sin(turn)) for r in (5, 9, 14, 20, 28, 38) for turn in turns]
+
+
+def _annotate(axes: Axes, label: str, place: np.ndarray, offset: tuple[float, float]) -> Text:
+    sides = {-1: "right", 0: "center", 1: "left"}
+    align = sides[int(np.sign(np.round(offset[0])))]
+    far = np.hypot(*offset) > 6
+    line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2} if far else None
+    look = {"ha": align, "va": "center", "fontsize": LABEL, "arrowprops": line, "zorder": 4}
+    return axes.annotate(label, place, offset, textcoords="offset points", **look)
+
+
+def _first_free(axes: Axes, others: np.ndarray, attempts: Iterable[Callable[[], Text]]) -> None:
+    """Keep the first text that covers nothing, of those that the attempts write."""
+    renderer = axes.figure.canvas.get_renderer()
+    frame, points = axes.get_window_extent(renderer), axes.transData.transform(others)
+    taken = [_box(written, renderer) for written in axes.texts]
+    for attempt in attempts:
+        written = attempt()
+        written.set_in_layout(False)
+        if _is_free(_box(written, renderer), frame, points, taken, axes.figure.dpi / 24):
+            return
+        written.remove()
+
+
+def _box(written: Text, renderer: RendererAgg) -> Bbox:
+    """Where the letters are, without the leader line that an annotation's own extent includes."""
+    written.get_window_extent(renderer)  # moves an annotation to where it will be drawn
+    return Text.get_window_extent(written, renderer)
+
+
+def _is_free(box: Bbox, frame: Bbox, points: np.ndarray, taken: list[Bbox], margin: float) -> bool:
+    grown = box.padded(margin)
+    inside = (points > [grown.x0, grown.y0]) & (points < [grown.x1, grown.y1])
+    within = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+    return within and not inside.all(1).any() and not any(grown.overlaps(other) for other in taken)

@@ -1,0 +1,65 @@
+"""What the tests share: one thread, quiet libraries, the models of `families` wrapped once for the whole session."""
+
+import os
+from collections import Counter
+from functools import cache
+
+import pytest
+
+# Read when torch, transformers and huggingface_hub are first imported: light tests stay free of all three.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def wrapped():
+    """wrapped(name, **options): a model of `families.build`, as the package takes it; made once, so never change it."""
+
+    @cache
+    def made(name, **options):
+        import families
+
+        from selfrepair_nn.models.load import wrap
+
+        return wrap(families.build(name, **options))
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def seeded(wrapped):
+    """seeded(name, prompts, length, seed): random token ids int64 [prompt, position] of a model's vocabulary."""
+    import families
+
+    def drawn(name, prompts=4, length=8, seed=0):
+        return families.random_ids(wrapped(name).nn._module, prompts, length, seed)
+
+    return drawn
+
+
+@pytest.fixture
+def measure(wrapped, seeded, tmp_path):
+    """measure(name, **choices): a heads run of an exact model on the seeded prompts, as a loaded dataset."""
+    import families
+
+    import selfrepair_nn as sr
+
+    def measured(name, exact=True, **choices):
+        choices = {"prompts": seeded(name), "components": "all"} | choices
+        if choices.get("ablation", "resample") == "resample":
+            choices.setdefault("partners", families.derangement(len(choices["prompts"])))
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.zarr"
+        return sr.run(model=wrapped(name, exact=exact), out=out, progress=False, **choices).load()
+
+    return measured
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say what was not tested and why, even when pytest is quiet: a skipped proof is no proof."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    if reasons:
+        terminalreporter.section("NOT TESTED", sep="!")
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")

@@ -1,0 +1,152 @@
+"""The command line as its user meets it: in this process, or in another one that can be interrupted and killed."""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from hashlib import sha256
+from io import StringIO
+from pathlib import Path
+from time import monotonic, sleep
+from unittest.mock import patch
+
+import families
+import numpy as np
+import torch
+import xarray as xr
+from tqdm import tqdm
+
+import selfrepair_nn
+from selfrepair_nn.cli import main
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+ENVIRONMENT = {"PYTHONPATH": str(Path(selfrepair_nn.__file__).parents[1]), "OMP_NUM_THREADS": "1"} | OFFLINE
+VOCABULARY = 61
+
+# Children of a server that has imported everything start at once; each is a process of its own all the same.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        "nnsight.modeling.transformers",
+        "selfrepair_nn.execution.run",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.gpt2.modeling_gpt2",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code (minus the signal that killed it), stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+def selfrepair(*arguments: object) -> Outcome:
+    """Run the command in this process. What would print a traceback is raised."""
+    out, err, code = StringIO(), StringIO(), 0
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with patch.object(sys, "argv", ["selfrepair", *map(str, arguments)]):
+            with redirect_stdout(out), redirect_stderr(err):
+                main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+class Process:
+    """The command in a process of its own; what it prints goes to files in `directory`, stderr or to a terminal."""
+
+    def __init__(self, directory: Path, *arguments: object, terminal: str | None = None) -> None:
+        self._out, self._err = directory / "stdout", directory / "stderr"
+        self._out.unlink(missing_ok=True)
+        streams = (str(self._out), terminal or str(self._err))
+        self._child = _FORKS.Process(target=_command, args=(list(map(str, arguments)), *streams))
+        self._child.start()
+
+    @property
+    def running(self) -> bool:
+        return self._child.is_alive()
+
+    def until(self, condition, seconds: float = 60) -> None:
+        """Wait until it has begun and `condition()` holds; AssertionError if it ends before that."""
+        end = monotonic() + seconds
+        while not (self._out.exists() and condition()):
+            assert self.running, f"ended too early: {self._err.read_text() if self._err.exists() else ''}"
+            assert monotonic() < end, "nothing happened"
+            sleep(0.002)
+
+    def send(self, number: int) -> None:
+        os.kill(self._child.pid, number)
+
+    def wait(self, seconds: float = 60) -> Outcome:
+        """Its outcome; AssertionError if it still runs after `seconds`."""
+        self._child.join(seconds)
+        if self.running:
+            self._child.kill()
+            raise AssertionError(f"still running after {seconds} s")
+        err = self._err.read_text() if self._err.exists() else ""
+        return Outcome(self._child.exitcode, self._out.read_text(), err)
+
+
+def saved(directory: Path, family: str = "gpt2", *, seed: int = 0) -> Path:
+    """A tiny model of a family, without a tokenizer, as a directory that `--model` takes."""
+    families.build(family, seed).save_pretrained(directory)
+    return directory
+
+
+def ids(path: Path, prompts: int = 6, length: int = 7, seed: int = 0) -> Path:
+    """Random token ids of the tiny GPT-2's vocabulary, as a file that `--prompts` takes."""
+    np.save(path, np.random.default_rng(seed).integers(0, VOCABULARY, (prompts, length)))
+    return path
+
+
+def files(directory: Path) -> dict[str, tuple[str, int]]:
+    """Every file below a directory: a hash of its bytes and the time it was written."""
+    found = sorted(p for p in directory.rglob("*") if p.is_file())
+    return {
+        str(p.relative_to(directory)): (sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in found
+    }
+
+
+def done(store: Path) -> int:
+    """Head x prompt pairs that a store says are done."""
+    return int(xr.open_zarr(store).done.sum()) if store.exists() else 0
+
+
+def assert_same_numbers(one: Path, other: Path) -> None:
+    """Bit for bit the same variables and coordinates, with the same attributes of each."""
+    first, second = (xr.open_zarr(path).load().drop_attrs(deep=False) for path in (one, other))
+    xr.testing.assert_identical(first, second)
+    for name in first.variables:
+        assert first[name].dtype == second[name].dtype
+        if first[name].dtype.kind == "f":
+            assert first[name].values.tobytes() == second[name].values.tobytes(), name
+
+
+def resume_command(outcome: Outcome) -> list[str]:
+    """The arguments of the command that an interrupted run printed last, for its user to copy."""
+    name, *arguments = shlex.split(outcome.err.strip().splitlines()[-1])
+    assert name == "selfrepair", outcome.err
+    return arguments
+
+
+def _command(arguments: list[str], out: str, err: str) -> None:
+    os.environ |= OFFLINE
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its default would be reported as leaked wherever the process is killed
+    sys.argv = ["selfrepair", *arguments]
+    for number, path in ((2, err), (1, out)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY), number)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    with open(1, "w", closefd=False) as sys.stdout:
+        main()

@@ -1,0 +1,266 @@
+"""Figures draw what analysis computed, leave nothing behind and are the same bytes each time."""
+
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.collections import PathCollection
+from matplotlib.text import Annotation, Text
+
+from selfrepair_nn import figures
+from selfrepair_nn.analysis import by_head, by_layer
+from selfrepair_nn.components import Head
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.simulate import simulate_heads, unfinished
+
+LAYER, PLANE = "self_repair_by_layer", "direct_effect_vs_logit_change"
+
+
+@pytest.fixture(scope="module")
+def ds():
+    return simulate_heads(6, 4, 8, 13, seed=1, model="gpt2")
+
+
+@pytest.fixture(scope="module")
+def part(ds):
+    return unfinished(ds, [Head(i, j) for i in (1, 2, 4) for j in (0, 3)], np.arange(8) < 5)
+
+
+@pytest.fixture(scope="module")
+def files(ds, tmp_path_factory):
+    return figures.plot(ds, tmp_path_factory.mktemp("plain"))
+
+
+def same(first: list, second: list) -> bool:
+    return all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True))
+
+
+def dots(axes) -> np.ndarray:
+    scatters = [c for c in axes.collections if isinstance(c, PathCollection)]
+    return np.concatenate([c.get_offsets() for c in scatters])
+
+
+def in_order(points: np.ndarray) -> np.ndarray:
+    return points[np.lexsort(points.T)]
+
+
+def words(figure) -> str:
+    return " ".join([figure.get_supxlabel(), *(a.get_title("left") for a in figure.axes)])
+
+
+@pytest.mark.parametrize("store", ["ds", "part"])
+def test_figure_1_shows_every_head_and_the_layer_means(store, request):
+    ds = request.getfixturevalue(store)
+    axes = figures.draw(LAYER, ds).axes[0]
+    heads, layers = by_head(ds), by_layer(ds)
+    known = (heads.tokens > 0).values
+    layer = np.broadcast_to(heads["layer"].values[:, None], known.shape)
+    expected = np.column_stack([layer[known], heads.top_self_repair.values[known]])
+    np.testing.assert_allclose(in_order(dots(axes)), in_order(expected))
+    line = next(line for line in axes.lines if len(line.get_xdata()) == 6)
+    np.testing.assert_allclose(line.get_xdata(), range(6))
+    np.testing.assert_allclose(line.get_ydata(), layers.top_self_repair)
+    assert any(np.all(line.get_ydata() == np.zeros(2)) for line in axes.lines)
+
+
+def test_figure_1_labels(ds):
+    figure = figures.draw(LAYER, ds, share=0.05)
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "layer"
+    assert axes.get_ylabel() == "self-repair, mean on top 5% of tokens (logits)"
+    for fact in (
+        "gpt2, resample ablation",
+        "104 tokens",
+        "5 in the top 5%",
+        "centred target",
+        "noise floor 8e-07",
+    ):
+        assert fact in words(figure)
+
+
+def test_figure_1_compares_models_by_depth(ds):
+    other = simulate_heads(3, 2, 4, 5, model="pythia")
+    figure = figures.draw(LAYER, [ds, other])
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "depth (% of layers)"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["gpt2", "pythia"]
+    lines = [line for line in axes.lines if line.get_label() in ("gpt2", "pythia")]
+    np.testing.assert_allclose(lines[0].get_xdata(), [0, 20, 40, 60, 80, 100])
+    np.testing.assert_allclose(lines[1].get_xdata(), [0, 50, 100])
+    assert len({line.get_color() for line in lines}) == 2
+    assert len(dots(axes)) == 24 + 6
+
+
+def test_depth_is_of_the_model_not_of_the_store(ds):
+    lower = ds.isel(layer=slice(0, 3))
+    axes = figures.draw(LAYER, [lower, ds]).axes[0]
+    line = next(line for line in axes.lines if line.get_label().startswith("gpt2"))
+    np.testing.assert_allclose(line.get_xdata(), [0, 20, 40])
+
+
+@pytest.mark.parametrize(("noise", "band"), [(2e-6, 0), (0.1, 1)])
+def test_figure_1_marks_what_lies_under_the_noise_floor(noise, band):
+    ds = simulate_heads(6, 4, 8, 13, seed=1, noise=noise)
+    axes = figures.draw(LAYER, ds).axes[0]
+    hollow = [c for c in axes.collections if isinstance(c, PathCollection) and not len(c.get_facecolor())]
+    heads = by_head(ds)
+    under = int((abs(heads.top_self_repair) < heads.noise_floor).sum())
+    assert sum(len(c.get_offsets()) for c in hollow) == under
+    assert (under > 0) == (band > 0)
+    assert sum(not isinstance(c, PathCollection) for c in axes.collections) == band
+
+
+@pytest.mark.parametrize("store", ["ds", "part"])
+def test_figure_2_shows_every_head_in_its_layers_colour(store, request):
+    ds = request.getfixturevalue(store)
+    axes = figures.draw(PLANE, ds).axes[0]
+    heads = by_head(ds)
+    known = (heads.tokens > 0).values
+    expected = np.column_stack([heads.direct_effect.values[known], heads.logit_change.values[known]])
+    np.testing.assert_allclose(dots(axes), expected)
+    scatter = next(c for c in axes.collections if isinstance(c, PathCollection))
+    np.testing.assert_array_equal(scatter.get_array(), np.broadcast_to(np.arange(6)[:, None], (6, 4))[known])
+    assert scatter.get_cmap().name == "viridis"
+    (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    inside = (expected > [low, bottom]) & (expected < [high, top])
+    assert inside.all()
+
+
+def test_figure_2_has_the_line_and_names_the_wedge(ds):
+    figure = figures.draw(PLANE, ds)
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "direct effect, mean over all tokens (logits)"
+    assert axes.get_ylabel() == "logit change when ablated,\nmean over all tokens (logits)"
+    assert any(
+        len(x) == 3 and np.array_equal(line.get_ydata(), -x)
+        for line in axes.lines
+        for x in [line.get_xdata()]
+    )
+    assert "the x-axis: self-repaired" in words(figure)
+    wedge = next(c for c in axes.collections if not isinstance(c, PathCollection))
+    paths = wedge.get_paths()
+    x = axes.get_xlim()[1] / 2
+    assert any(path.contains_point((x, -x / 2)) for path in paths)
+    assert not any(path.contains_point((x, x / 2)) or path.contains_point((x, -2 * x)) for path in paths)
+    assert "top 2%" not in words(figure)
+
+
+def test_figure_2_has_one_scale_where_it_can():
+    axes = figures.draw(PLANE, simulate_heads()).axes[0]
+    assert np.ptp(axes.get_xlim()) == pytest.approx(np.ptp(axes.get_ylim()))
+    null = figures.draw(PLANE, simulate_heads(ablation="identity")).axes[0]
+    assert np.ptp(null.get_xlim()) > 100 * np.ptp(null.get_ylim())
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_figure_2_names_the_extreme_heads_without_overlap(seed):
+    ds = simulate_heads(8, 8, 8, 13, seed=seed)
+    figure = figures.draw(PLANE, ds)
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    notes = [t for t in axes.texts if isinstance(t, Annotation)]
+    assert 7 <= len(notes) <= 8
+    assert axes.texts[0].get_text() == "self-repaired"
+    boxes = [Text.get_window_extent(t) for t in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    points = axes.transData.transform(dots(axes))
+    assert not any(box.contains(*point) for box in boxes for point in points)
+    frame = axes.get_window_extent()
+    assert all(frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) for box in boxes)
+    heads = by_head(ds)
+    size = np.hypot(heads.direct_effect, heads.logit_change).values
+    farthest = Head(*map(int, np.unravel_index(size.argmax(), size.shape))).label
+    note = next(t for t in notes if t.get_text() == farthest)
+    place = np.unravel_index(size.argmax(), size.shape)
+    np.testing.assert_allclose(note.xy, [heads.direct_effect.values[place], heads.logit_change.values[place]])
+
+
+def test_figure_2_has_a_panel_for_each_store(ds):
+    figure = figures.draw(PLANE, {"one": ds, "two": ds, "three": ds, "four": ds})
+    panels = [a for a in figure.axes if a.get_xlabel().startswith("direct")]
+    assert [a.get_title("left") for a in panels] == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("size", [(1, 1, 2, 1), (2, 1, 2, 3)])
+def test_small_stores_are_drawn(name, size):
+    assert figures.draw(name, simulate_heads(*size)).axes
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_bare_attributes_are_drawn(name, ds):
+    bare = ds.drop_vars("noise_floor").assign_attrs()
+    bare.attrs = {}
+    figure = figures.draw(name, [bare, bare])
+    assert "noise floor not measured" in figure.get_supxlabel()
+
+
+def test_a_summary_draws_the_same_bytes(ds, files, tmp_path):
+    assert same(figures.plot(by_head(ds), tmp_path), files)
+
+
+def test_the_same_model_twice_is_told_apart(ds):
+    def legend(*stores):
+        figure = figures.draw(LAYER, list(stores))
+        return [t.get_text() for t in figure.legends[0].get_texts()], figure.axes[0].get_title("left")
+
+    zero = simulate_heads(6, 4, 8, 13, model="gpt2", ablation="zero")
+    assert legend(ds, zero) == (["gpt2, resample ablation", "gpt2, zero ablation"], "gpt2")
+    assert legend(ds, ds)[0] == ["gpt2, resample ablation", "gpt2, resample ablation (2)"]
+    assert legend(ds, simulate_heads(model="pythia")) == (["gpt2", "pythia"], "2 models, resample ablation")
+
+
+def test_files_are_named_and_hold_no_date(files):
+    assert [p.name for p in files] == [
+        f"{name}.{ending}" for name in figures.FIGURES for ending in ("png", "svg")
+    ]
+    texts = [p.read_text() for p in files if p.suffix == ".svg"]
+    assert not any(word in text for text in texts for word in ("dc:date", "Matplotlib v"))
+
+
+def test_files_are_as_promised(ds, tmp_path):
+    figure = figures.draw(LAYER, ds)
+    png, svg = figures.save(figure, tmp_path / "deep" / "er", "figure-1")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    width, height = (int.from_bytes(png.read_bytes()[i : i + 4], "big") for i in (16, 20))
+    assert (width, height) == (int(6.4 * 200), int(4.2 * 200))
+    assert ">gpt2, resample ablation</text>" in svg.read_text()
+
+
+def test_the_callers_settings_neither_matter_nor_change(ds, files, tmp_path):
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.hashsalt": "mine"}):
+        before = dict(matplotlib.rcParams)
+        garish = figures.plot(ds, tmp_path)
+        assert dict(matplotlib.rcParams) == before
+    assert same(garish, files)
+
+
+def test_pyplot_is_not_even_imported(tmp_path):
+    code = f"""
+import sys
+from selfrepair_nn import figures
+from selfrepair_nn.simulate import simulate_heads
+figures.plot(simulate_heads(2, 2, 4, 5), {str(tmp_path)!r})
+print([name for name in ("matplotlib.pyplot", "torch", "transformers", "nnsight") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_figure_has_a_description():
+    assert figures.DESCRIPTIONS.keys() == figures.FIGURES.keys()
+    assert all(text.endswith(".") and len(text) < 110 for text in figures.DESCRIPTIONS.values())
+
+
+def test_errors_say_what_to_do(ds):
+    with pytest.raises(UsageError, match=f"no figure 'pie'; there are {LAYER}, {PLANE}"):
+        figures.draw("pie", ds)
+    with pytest.raises(UsageError, match="no dataset was given"):
+        figures.draw(LAYER, [])
+    with pytest.raises(UsageError, match="has nothing done yet"):
+        figures.draw(LAYER, unfinished(ds, done=False))
+    with pytest.raises(UsageError, match="not a store of the heads recipe"):
+        figures.draw(LAYER, xr.Dataset())

@@ -1,0 +1,140 @@
+"""Shared servers run jobs in a process without weights: there, by NDIF's own runner, the numbers are the same."""
+
+import os
+import sys
+from importlib.util import find_spec
+
+import families
+import nnsight
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from selfrepair_nn.components import select_heads
+from selfrepair_nn.graph import Graph, sweep
+from selfrepair_nn.models.load import load
+from selfrepair_nn.tracing.jobs import ablation_job, effects_job, logits_job, mean_job
+from selfrepair_nn.tracing.session import run_session
+
+REQUIRED = os.environ.get("SELFREPAIR_REQUIRE_SANDBOX") == "1"
+INSTALL = "pip install --no-deps --ignore-requires-python -r tests/requirements-sandbox.txt"
+pytestmark = pytest.mark.skipif(
+    find_spec("ndif") is None and not REQUIRED,
+    reason=f"the jobs were NOT tried in a process without weights, as shared servers run them: {INSTALL}",
+)
+RELATIVE = 1e-4  # float32
+
+
+def save_with_tokenizer(name, path):
+    """One of the tiny models in float32, with a tokenizer of as many words as it needs."""
+    model = families.build(name).float()
+    words = {f"w{i}": i for i in range(model.config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    model.save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0").save_pretrained(path)
+
+
+@pytest.fixture(scope="module", params=["neox-parallel", "gpt2", "llama-gqa"])
+def setting(request, tmp_path_factory):
+    """The sandbox, the same model in this process, and token ids."""
+    from sandbox import Sandbox
+
+    path = str(tmp_path_factory.mktemp("saved"))
+    save_with_tokenizer(request.param, path)
+    model = load(path, check=False)
+    sandbox = Sandbox(model.nn, path)
+    tokens = torch.as_tensor(families.random_ids(model.nn._module))
+    yield sandbox, model, {"tokens": tokens, "partner_tokens": tokens.roll(1, 0)}
+    sandbox.close()
+
+
+def planned(model, rows=96, **graph):
+    """Every head by itself, several to a pass, in more than one pass a layer."""
+    heads = select_heads(None, None, model.structure.n_layers, model.structure.n_heads)
+    return Graph(ablate=sweep(heads), **graph).plan(model.layout) | {"rows": rows}
+
+
+def assert_same(there, here):
+    """Equal to float32's rounding, as a share of each quantity's largest value."""
+    assert there.keys() == here.keys()
+    for name in here:
+        assert not there[name].requires_grad
+        assert there[name].shape == here[name].shape
+        assert (there[name] - here[name]).abs().max() <= RELATIVE * here[name].abs().max(), name
+
+
+@pytest.mark.parametrize("record", ["sums", "full"])
+@pytest.mark.parametrize("replacement", ["resample", "mean", "zero"])
+def test_ablations_are_the_same_there(setting, replacement, record):
+    sandbox, model, arrays = setting
+    means = {"model": model.layout, "layers": list(range(model.structure.n_layers))}
+    if replacement == "mean":
+        totals = sandbox.run(mean_job, arrays, means)
+        arrays = arrays | {"mean_z": {layer: z / arrays["tokens"].numel() for layer, z in totals.items()}}
+    plan = planned(model, replacement=replacement, record=record)
+    here = run_session(ablation_job, model.nn, arrays, plan)
+    assert here["logit_change"].abs().mean() > 1e-2
+    assert_same(sandbox.run(ablation_job, arrays, plan), here)
+
+
+def test_identity_changes_nothing_there(setting):
+    """The control: what crosses the socket and comes back is what was there."""
+    sandbox, model, arrays = setting
+    found = sandbox.run(ablation_job, arrays, planned(model, replacement="identity", record="full"))
+    for name in ("logit_change", "mean_logit_change", "from_heads", "from_mlps", "component_change"):
+        assert found[name].abs().max() <= RELATIVE * found["logit"].abs().max(), name
+
+
+def test_freezing_is_the_same_there(setting):
+    sandbox, model, arrays = setting
+    sizes = model.structure.n_layers, model.structure.n_heads
+    graph = Graph(ablate=sweep(select_heads("0", None, *sizes))).frozen("all", *sizes)
+    plan = graph.plan(model.layout) | {"rows": 96}
+    found = sandbox.run(ablation_job, arrays, plan)
+    assert_same(found, run_session(ablation_job, model.nn, arrays, plan))
+    assert found["from_mlps"].abs().max() <= RELATIVE * found["logit"].abs().max()
+
+
+def test_the_other_jobs_are_the_same_there(setting):
+    sandbox, model, arrays = setting
+    plan = planned(model)
+    assert_same(sandbox.run(effects_job, arrays, plan), run_session(effects_job, model.nn, arrays, plan))
+    plan = {"model": model.layout, "layers": [0, 2], "site": [1, 0]}
+    assert_same(sandbox.run(mean_job, arrays, plan), run_session(mean_job, model.nn, arrays, plan))
+    assert_same(sandbox.run(logits_job, arrays, plan), run_session(logits_job, model.nn, arrays, plan))
+
+
+# ---------------------------------------------------------------- that it really is such a process
+
+
+def look_around(model, arrays, plan):
+    """Where the block runs: its process, what holds the parameters there, what of ours it could import."""
+    return {
+        "process": os.getpid(),
+        "devices": {parameter.device.type for parameter in model._module.parameters()},
+        "package": [name for name in sys.modules if name.split(".")[0] in ("selfrepair_nn", "test_sandbox")],
+    }
+
+
+def read_a_weight(model, arrays, plan):
+    """What no job may do."""
+    return {"sum": model.lm_head._module.weight.sum().item()}
+
+
+def test_the_runner_has_no_weights_and_none_of_our_code(setting):
+    sandbox, model, arrays = setting
+    nnsight.register(__name__)
+    sandbox.run(ablation_job, arrays, planned(model))
+    found = sandbox.run(look_around, arrays, {})
+    assert found["process"] not in (os.getpid(), os.getppid())
+    assert found["devices"] == {"meta"}
+    assert found["package"] == []
+    assert {p.device.type for p in sandbox.client._module.parameters()} == {"meta"}
+    assert run_session(read_a_weight_here, model.nn, arrays, {})["sum"] != 0
+    with pytest.raises(Exception, match="meta"):
+        sandbox.run(read_a_weight, arrays, {})
+
+
+def read_a_weight_here(model, arrays, plan, tick):
+    return read_a_weight(model, arrays, plan)
