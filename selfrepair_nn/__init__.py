@@ -32,7 +32,7 @@ _PLACES = {
     "summary": "text:summary",
     "plot": "figures:plot",
     "write_report": "report:report",
-    "simulate_heads": "simulate:simulate",
+    "simulate_heads": "simulate:simulate_heads",
 }
 __all__ = sorted(_PLACES)
 

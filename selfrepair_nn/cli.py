@@ -86,8 +86,8 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
         return
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
-    from selfrepair_nn.text import summary
     from selfrepair_nn.execution.run import run as run_recipe
+    from selfrepair_nn.text import summary
 
     dataset = run_recipe(recipe, progress=progress, command=_command_line(), **choices)
     click.echo(summary(dataset))
@@ -134,8 +134,8 @@ def report(store: str, out: str | None) -> None:
 @click.argument("store")
 def info(store: str) -> None:
     """Print what STORE holds, how much of it is done, and where it comes from."""
-    from selfrepair_nn.text import summary
     from selfrepair_nn.store import open_store
+    from selfrepair_nn.text import summary
 
     dataset = open_store(store)
     click.echo(_described(dataset))

@@ -23,7 +23,8 @@ def test_an_unknown_name_lists_the_known():
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    code = "import sys, selfrepair_nn; print([m for m in ('torch', 'xarray', 'matplotlib', 'nnsight') if m in sys.modules])"
+    heavy = "('torch', 'xarray', 'matplotlib', 'nnsight')"
+    code = f"import sys, selfrepair_nn; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -119,10 +119,12 @@ def train(model, stream, bos, options, save):
 
 
 def save_half(model, folder):
-    """Write a float16 copy of the model; the model itself stays in float32."""
+    """Write the model with its weights rounded to float16, and a config that asks for float32 arithmetic."""
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.half().save_pretrained(folder)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
