@@ -2,8 +2,8 @@
 
 import multiprocessing
 import os
-import shlex
 import signal
+import subprocess
 import sys
 import threading
 from contextlib import redirect_stderr, redirect_stdout
@@ -83,7 +83,7 @@ class Process:
         while not (self._out.exists() and condition()):
             assert self.running, f"ended too early: {self._err.read_text() if self._err.exists() else ''}"
             assert monotonic() < end, "nothing happened"
-            sleep(0.002)
+            sleep(0.02)
 
     def send(self, number: int) -> None:
         os.kill(self._child.pid, number)
@@ -133,11 +133,11 @@ def assert_same_numbers(one: Path, other: Path) -> None:
             assert first[name].values.tobytes() == second[name].values.tobytes(), name
 
 
-def resume_command(outcome: Outcome) -> list[str]:
-    """The arguments of the command that an interrupted run printed last, for its user to copy."""
-    name, *arguments = shlex.split(outcome.err.strip().splitlines()[-1])
-    assert name == "selfrepair", outcome.err
-    return arguments
+def resume_command(err: str) -> list[str]:
+    """The arguments of the command that an interrupted run printed last, as a shell reads that line."""
+    printed = 'selfrepair() { printf "%s\\0" "$@"; }\n' + err.strip().splitlines()[-1]
+    found = subprocess.run(["sh", "-c", printed], capture_output=True, text=True, check=True)
+    return found.stdout.split("\0")[:-1]
 
 
 def _command(arguments: list[str], out: str, err: str) -> None:

@@ -25,8 +25,8 @@ from terminal import (
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import Incomplete, StoreError
-from selfrepair_nn.execution import run as run_room
 from selfrepair_nn.store import Store
+from selfrepair_nn.variables import CLEAN, COORDINATES, SWEPT, VARIABLES
 
 PROMPTS, HEADS, BATCH = 24, 15, 2
 PAIRS = PROMPTS * HEADS
@@ -52,8 +52,10 @@ def command(model, prompts):
 def undisturbed(tmp_path_factory, command):
     """The store of the run that nobody interrupted, and how long that took."""
     directory = tmp_path_factory.mktemp("undisturbed")
+    child = Process(directory, *command, "--out", directory / "s.zarr")
+    child.until(lambda: True)
     started = monotonic()
-    ended = Process(directory, *command, "--out", directory / "s.zarr").wait()
+    ended = child.wait()
     assert ended.code == 0, ended.err
     assert done(directory / "s.zarr") == PAIRS
     return directory / "s.zarr", monotonic() - started
@@ -63,7 +65,7 @@ def undisturbed(tmp_path_factory, command):
 def finished(tmp_path_factory, model, prompts):
     """The store of a small finished run and the choices that made it; nobody may change it."""
     store = tmp_path_factory.mktemp("finished") / "s.zarr"
-    choices = {"model": str(model), "prompts": str(prompts), "layers": "1", "batch_size": 12}
+    choices = {"model": str(model), "prompts": str(prompts), "layers": "1", "batch_size": 6}
     sr.run(out=store, **choices)
     return store, choices
 
@@ -73,39 +75,38 @@ def finished(tmp_path_factory, model, prompts):
 
 def test_killed_again_and_again(tmp_path, command, undisturbed):
     """At moments drawn from the whole length of a run: creation, model check, any unit, the end."""
-    store, (whole, duration), moments = tmp_path / "s.zarr", undisturbed, random.Random(0)
+    store, (whole, duration), moments = tmp_path / "s.zarr", undisturbed, random.Random(3)
     kept = [0]
-    for _ in range(7):
+    for share in (0.3, 0.8, 0.9, 0.9):
         child = Process(tmp_path, *command, "--out", store)
         child.until(lambda: True)
-        sleep(moments.uniform(0, duration))
-        child.send(signal.SIGKILL) if child.running else None
+        sleep(moments.uniform(0, share * duration))
+        child.send(signal.SIGKILL)
         assert child.wait().code in (-signal.SIGKILL, 0)
         kept.append(done(store))
         if store.exists():
             xr.open_zarr(store).load()
     assert kept == sorted(kept), "what was done stays done"
-    assert any(0 < k < PAIRS for k in kept), "no kill fell into the work: draw other moments"
     ended = Process(tmp_path, *command, "--out", store).wait()
     assert ended.code == 0, ended.err
     assert done(store) == PAIRS
     assert_same_numbers(store, whole)
 
 
-def test_killed_in_the_shell_and_run_again(tmp_path, command, undisturbed):
-    """The same with the real command in a process of its own, killed in the middle of its work."""
-    store = tmp_path / "s.zarr"
+def test_killed_and_interrupted_in_the_shell(tmp_path, command, undisturbed):
+    """The real command in a process of its own: kill -9 in the middle of its work, the same again, then Ctrl-C."""
+    store, kept = tmp_path / "s.zarr", 0
     arguments = [sys.executable, "-m", "selfrepair_nn", *map(str, command), "--out", str(store)]
-    child = subprocess.Popen(arguments, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE)
-    try:
-        while child.poll() is None and not 0 < done(store) < PAIRS:
-            sleep(0.01)
-    finally:
-        child.kill()
-        child.communicate()
-    assert child.returncode == -signal.SIGKILL
-    assert 0 < done(store) < PAIRS
-    ended = Process(tmp_path, *command, "--out", store).wait()
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 75)):
+        child = subprocess.Popen(arguments, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        while child.poll() is None and done(store) <= kept:
+            sleep(0.02)
+        child.send_signal(number)
+        err = child.communicate(timeout=60)[1]
+        assert child.returncode == code, err
+        assert kept < done(store) < PAIRS
+        kept = done(store)
+    ended = Process(tmp_path, *resume_command(err)).wait()
     assert ended.code == 0, ended.err
     assert_same_numbers(store, undisturbed[0])
 
@@ -113,52 +114,33 @@ def test_killed_in_the_shell_and_run_again(tmp_path, command, undisturbed):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(tmp_path, command, undisturbed, number):
     """Exit code 75, what is kept, and a command that finishes the run when it is copied as it is."""
-    store = tmp_path / "a store.zarr"  # a path that a shell would take for two
+    store = tmp_path / "it's a store.zarr"
     child = Process(tmp_path, *command, "--out", store)
     child.until(lambda: done(store) > 0)
     child.send(number)
     ended = child.wait(20)
-    kept = done(store)
+    units = done(store) // HEADS // BATCH
     assert ended.code == 75, ended
     assert ended.out == ""
     assert "Traceback" not in ended.err
-    assert 0 < kept < PAIRS
-    assert f"{kept // HEADS // BATCH} of {PROMPTS // BATCH} units are kept" in ended.err
-    assert resume_command(ended) == [*map(str, command), "--out", str(store)]
-    before = files(store)
-    ended = Process(tmp_path, *resume_command(ended)).wait()
+    assert 0 < units < PROMPTS // BATCH
+    assert f"{units} of {PROMPTS // BATCH} units are kept" in ended.err
+    assert resume_command(ended.err) == [*map(str, command), "--out", str(store)]
+    before = finished_chunks(store, units)
+    ended = Process(tmp_path, *resume_command(ended.err)).wait()
     assert ended.code == 0, ended.err
-    kept_files = {n for n in before if "/c/" in n and not n.startswith(("done", "noise_floor"))}
-    assert {n: files(store)[n] for n in kept_files} == {n: before[n] for n in kept_files}, "done work is not redone"
+    assert finished_chunks(store, units) == before, "what is done is not done again"
     assert_same_numbers(store, undisturbed[0])
 
 
-def test_interrupted_in_the_shell(tmp_path, command, undisturbed):
-    """Ctrl-C on the real command, then exactly the line that it printed, given to a shell."""
-    store, shims = tmp_path / "a store.zarr", tmp_path / "bin"
-    shims.mkdir()
-    (shims / "selfrepair").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m selfrepair_nn "$@"\n')
-    (shims / "selfrepair").chmod(0o755)
-    environment = os.environ | ENVIRONMENT | {"PATH": f"{shims}{os.pathsep}{os.environ['PATH']}"}
-    child = subprocess.Popen(
-        ["selfrepair", *map(str, command), "--out", str(store)],
-        env=environment,
-        executable=shims / "selfrepair",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while child.poll() is None and not done(store):
-        sleep(0.01)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
-    assert (child.returncode, out) == (75, ""), err
-    assert 0 < done(store) < PAIRS
-    again = subprocess.run(
-        ["sh", "-c", err.splitlines()[-1]], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert again.returncode == 0, again.stderr
-    assert_same_numbers(store, undisturbed[0])
+def finished_chunks(store, units):
+    """The files of the first units: their hashes and times."""
+    found = {tuple(name.split("/")): what for name, what in files(store).items() if "/c/" in name}
+    by_prompt = {n for n, v in VARIABLES.items() if "prompt" in v.dims} - {*COORDINATES, "done"}
+    where = {name: 2 + VARIABLES[name].dims.index("prompt") for name in by_prompt}
+    kept = {p: what for p, what in found.items() if p[0] in by_prompt and int(p[where[p[0]]]) < units}
+    assert len(kept) == units * len(CLEAN + SWEPT)
+    return kept
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -183,55 +165,53 @@ def test_interrupted_where_python_drops_exceptions(tmp_path, command, monkeypatc
     assert done(store) < PAIRS
 
 
-@pytest.mark.parametrize("stage", ["noise_floor", "_loaded", "backend"])
+@pytest.mark.parametrize(
+    "stage", ["execution.run.prepare", "store.Store.create", "execution.run._loaded", "execution.run.noise_floor"]
+)
 def test_interrupted_before_the_first_unit(tmp_path, command, monkeypatch, stage):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_room, stage, interrupted)
+    monkeypatch.setattr(f"selfrepair_nn.{stage}", interrupted)
     ended = selfrepair(*command, "--out", tmp_path / "s.zarr")
     assert ended.code == 75
-    assert resume_command(ended) == [*map(str, command), "--out", str(tmp_path / "s.zarr")]
+    assert "Traceback" not in ended.err
+    assert resume_command(ended.err) == [*map(str, command), "--out", str(tmp_path / "s.zarr")]
     assert done(tmp_path / "s.zarr") == 0
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("gone"), MemoryError()])
-@pytest.mark.parametrize("marked", [False, True])
-def test_an_exception_in_the_middle(tmp_path, model, prompts, monkeypatch, error, marked):
-    """Raised just before or just after a unit is marked: the next call goes on from there."""
-    choices = dict(model=str(model), prompts=str(prompts), batch_size=6, layers="2")
-    whole = sr.run(out=tmp_path / "whole.zarr", **choices)
-    write, left = Store.write_prompts, [2]
-
-    def failing(self, *arguments):
-        left[0] -= 1
-        if marked or left[0]:
-            write(self, *arguments)
-        if not left[0]:
-            raise error
-
-    monkeypatch.setattr(Store, "write_prompts", failing)
-    with pytest.raises(type(error)):
-        sr.run(out=tmp_path / "s.zarr", **choices)
-    monkeypatch.undo()
-    assert done(tmp_path / "s.zarr") == (2 if marked else 1) * 6 * 5
-    sr.run(out=tmp_path / "s.zarr", **choices)
-    assert_same_numbers(tmp_path / "s.zarr", whole.encoding["source"])
-
-
-@pytest.mark.parametrize("choice", [{"ablation": "mean"}, {"components": "top", "share": 0.1}])
-def test_what_is_known_of_the_whole_run_only_is_the_same_after_a_stop(tmp_path, model, prompts, monkeypatch, choice):
-    """Mean activations and the top share are computed anew by the run that resumes."""
-    choices = dict(model=str(model), prompts=str(prompts), batch_size=6, layers="2") | choice
-    sr.run(out=tmp_path / "whole.zarr", **choices)
+def stop_at(monkeypatch, start, error, marked=False):
+    """Let a run fail when the unit that starts at prompt `start` is to be written, or when it is `marked`."""
     write = Store.write_prompts
 
     def stopping(self, block, *arguments):
-        if block.start == 12:
-            raise KeyboardInterrupt
-        write(self, block, *arguments)
+        if marked or block.start != start:
+            write(self, block, *arguments)
+        if block.start == start:
+            raise error
 
     monkeypatch.setattr(Store, "write_prompts", stopping)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_exception_in_the_middle(tmp_path, finished, monkeypatch, marked):
+    """Just before or just after a unit is marked: the next call goes on from there."""
+    whole, choices = finished
+    stop_at(monkeypatch, 6, RuntimeError("out of memory"), marked)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sr.run(out=tmp_path / "s.zarr", **choices)
+    monkeypatch.undo()
+    assert done(tmp_path / "s.zarr") == (12 if marked else 6) * 5
+    sr.run(out=tmp_path / "s.zarr", **choices)
+    assert_same_numbers(tmp_path / "s.zarr", whole)
+
+
+@pytest.mark.parametrize("choice", [{"ablation": "mean"}, {"components": "top", "share": 0.1}])
+def test_what_is_known_of_the_whole_run_only_is_the_same_after_a_stop(tmp_path, finished, monkeypatch, choice):
+    """Mean activations and the top share are computed anew by the run that resumes."""
+    choices = finished[1] | choice
+    sr.run(out=tmp_path / "whole.zarr", **choices)
+    stop_at(monkeypatch, 12, KeyboardInterrupt)
     with pytest.raises(Incomplete, match="2 of 4 units"):
         sr.run(out=tmp_path / "s.zarr", **choices)
     monkeypatch.undo()
@@ -239,56 +219,42 @@ def test_what_is_known_of_the_whole_run_only_is_the_same_after_a_stop(tmp_path, 
     assert_same_numbers(tmp_path / "s.zarr", tmp_path / "whole.zarr")
 
 
-def test_another_batch_size_keeps_the_chunks_and_the_numbers(tmp_path, model, prompts, monkeypatch):
-    choices = dict(model=str(model), prompts=str(prompts), layers="2", out=tmp_path / "s.zarr")
-    whole = sr.run(**choices | {"out": tmp_path / "whole.zarr", "batch_size": 5})
-    write = Store.write_prompts
-
-    def stopping(self, block, *arguments):
-        if block.start == 10:
-            raise KeyboardInterrupt
-        write(self, block, *arguments)
-
-    monkeypatch.setattr(Store, "write_prompts", stopping)
-    with pytest.raises(Incomplete, match="2 of 5 units"):
-        sr.run(**choices, batch_size=5)
+def test_another_batch_size_keeps_the_chunks_and_the_numbers(tmp_path, finished, monkeypatch):
+    whole, choices = finished
+    stop_at(monkeypatch, 12, KeyboardInterrupt)
+    with pytest.raises(Incomplete, match="2 of 4 units"):
+        sr.run(out=tmp_path / "s.zarr", **choices)
     monkeypatch.undo()
-    sr.run(**choices, batch_size=7)
-    assert Store(tmp_path / "s.zarr").prompts_per_chunk == 5
-    assert_same_numbers(tmp_path / "s.zarr", whole.encoding["source"])
+    sr.run(out=tmp_path / "s.zarr", **choices | {"batch_size": 7})
+    assert Store(tmp_path / "s.zarr").prompts_per_chunk == 6
+    assert_same_numbers(tmp_path / "s.zarr", whole)
 
 
-def test_what_a_killed_creation_left_is_swept_away(tmp_path, command, monkeypatch):
-    """A kill in the middle of a creation leaves a hidden draft; the run that holds the lock clears it."""
-    rename, drafts = os.rename, []
+def test_a_draft_of_a_killed_creation_is_swept_away(tmp_path, command, monkeypatch):
+    """What a kill in the middle of a creation leaves is hidden; the next run, which holds the lock, clears it."""
 
     def killed(*_):
-        drafts.extend(p for p in tmp_path.iterdir() if p.is_dir())
         raise KeyboardInterrupt
 
-    import selfrepair_nn.store as store_room
-
     with monkeypatch.context() as patched:
-        patched.setattr(store_room, "_consolidate", killed)
-        patched.setattr(store_room.shutil, "rmtree", lambda *_, **__: None)
+        patched.setattr("selfrepair_nn.store._consolidate", killed)
+        patched.setattr("shutil.rmtree", lambda *_, **__: None)
         assert selfrepair(*command, "--out", tmp_path / "s.zarr").code == 75
-    assert rename is os.rename
-    assert [d for d in drafts if d.exists()], "the test left no draft"
+    assert [p for p in tmp_path.iterdir() if p.is_dir()], "this test made no draft"
     assert selfrepair(*command, "--layers", 2, "--out", tmp_path / "s.zarr").code == 0
-    assert not [d for d in drafts if d.exists()]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["s.zarr"]
 
 
 # Finished
 
 
-def test_a_finished_run_returns_at_once_and_needs_no_weights(tmp_path, prompts, monkeypatch):
+def test_a_finished_run_returns_at_once_and_needs_no_weights(tmp_path, prompts):
     model = saved(tmp_path / "m")
     command = ["run", "heads", "--model", model, "--prompts", prompts, "--out", tmp_path / "s.zarr"]
     first = selfrepair(*command)
     assert first.code == 0, first.err
     before = files(tmp_path / "s.zarr")
     (model / "model.safetensors").unlink()
-    monkeypatch.setattr(run_room, "load", lambda *_, **__: pytest.fail("loads weights"))
     second = selfrepair(*command)
     assert (second.code, second.out, second.err) == (0, first.out, first.err)
     assert files(tmp_path / "s.zarr") == before
@@ -355,15 +321,9 @@ def test_what_decides_no_number_is_free_to_change(finished, change):
 def test_other_weights_under_the_same_name_are_refused(tmp_path, prompts, monkeypatch):
     model = saved(tmp_path / "m")
     command = ["run", "heads", "--model", model, "--prompts", prompts, "--out", tmp_path / "s.zarr"]
-    write = Store.write_prompts
-
-    def stopping(self, *arguments):
-        write(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Store, "write_prompts", stopping)
-        assert selfrepair(*command, "--batch-size", 5).code == 75
+    stop_at(monkeypatch, 0, KeyboardInterrupt, marked=True)
+    assert selfrepair(*command, "--batch-size", 5).code == 75
+    monkeypatch.undo()
     before = files(tmp_path / "s.zarr")
     saved(model, seed=1)
     ended = selfrepair(*command)

@@ -5,7 +5,18 @@ import re
 import zlib
 from pathlib import Path
 
-KJV_BOOKS = ["Genesis", "Exodus", "Leviticus", "Numbers", "Deuteronomy", "Joshua", "Judges", "Ruth", "1 Samuel", "2 Samuel", "1 Kings", "2 Kings", "1 Chronicles", "2 Chronicles", "Ezra", "Nehemiah", "Esther", "Job", "Psalms", "Proverbs", "Ecclesiastes", "Song of Solomon", "Isaiah", "Jeremiah", "Lamentations", "Ezekiel", "Daniel", "Hosea", "Joel", "Amos", "Obadiah", "Jonah", "Micah", "Nahum", "Habakkuk", "Zephaniah", "Haggai", "Zechariah", "Malachi", "Matthew", "Mark", "Luke", "John", "Acts", "Romans", "1 Corinthians", "2 Corinthians", "Galatians", "Ephesians", "Philippians", "Colossians", "1 Thessalonians", "2 Thessalonians", "1 Timothy", "2 Timothy", "Titus", "Philemon", "Hebrews", "James", "1 Peter", "2 Peter", "1 John", "2 John", "3 John", "Jude", "Revelation"]
+# fmt: off
+KJV_BOOKS = [
+    "Genesis", "Exodus", "Leviticus", "Numbers", "Deuteronomy", "Joshua", "Judges", "Ruth", "1 Samuel",
+    "2 Samuel", "1 Kings", "2 Kings", "1 Chronicles", "2 Chronicles", "Ezra", "Nehemiah", "Esther", "Job",
+    "Psalms", "Proverbs", "Ecclesiastes", "Song of Solomon", "Isaiah", "Jeremiah", "Lamentations",
+    "Ezekiel", "Daniel", "Hosea", "Joel", "Amos", "Obadiah", "Jonah", "Micah", "Nahum", "Habakkuk",
+    "Zephaniah", "Haggai", "Zechariah", "Malachi", "Matthew", "Mark", "Luke", "John", "Acts", "Romans",
+    "1 Corinthians", "2 Corinthians", "Galatians", "Ephesians", "Philippians", "Colossians",
+    "1 Thessalonians", "2 Thessalonians", "1 Timothy", "2 Timothy", "Titus", "Philemon", "Hebrews", "James",
+    "1 Peter", "2 Peter", "1 John", "2 John", "3 John", "Jude", "Revelation",
+]
+# fmt: on
 HELDOUT = ["Ruth", "Esther", "Jonah", "Malachi", "Philippians", "James", "THE TEMPEST", "NORTHANGER ABBEY"]
 HELDOUT_CHAPTERS = {"NORTHANGER ABBEY": 7}
 SEPARATOR = "\n\f\n"
@@ -14,7 +25,11 @@ SEPARATOR = "\n\f\n"
 def read_documents(sources):
     """All documents as {title: text}, in a fixed order. `sources` is laid out as training/README.md says."""
     sources = Path(sources)
-    return read_bible(sources / "kjv.txt") | read_shakespeare(sources / "shakespeare") | read_austen(sources / "Rdata.rdb")
+    return (
+        read_bible(sources / "kjv.txt")
+        | read_shakespeare(sources / "shakespeare")
+        | read_austen(sources / "Rdata.rdb")
+    )
 
 
 def training_documents(documents):

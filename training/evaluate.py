@@ -56,8 +56,8 @@ def sample(model, tokenizer, prompt, tokens=80):
     """The prompt with a continuation sampled at temperature 0.8."""
     torch.manual_seed(0)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]])
-    options = dict(do_sample=True, temperature=0.8, top_k=0, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id)
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    settings = dict(do_sample=True, temperature=0.8, top_k=0, pad_token_id=tokenizer.eos_token_id)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **settings)
     return tokenizer.decode(output[0, 1:])
 
 
@@ -67,13 +67,16 @@ def main():
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--sources", required=True)
     parser.add_argument("--heldout", type=Path, required=True)
-    parser.add_argument("--prompts", nargs="*", default=["And the LORD said unto", "HAMLET.\n", "Emma could not"])
+    parser.add_argument(
+        "--prompts", nargs="*", default=["And the LORD said unto", "HAMLET.\n", "Emma could not"]
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    rows = consecutive_rows(pack(split_documents(options.heldout.read_text()), backend, eos), tokenizer.bos_token_id)
+    text = pack(split_documents(options.heldout.read_text()), backend, eos)
+    rows = consecutive_rows(text, tokenizer.bos_token_id)
     text_bytes = len(tokenizer.decode(rows[:, 1:].flatten(), skip_special_tokens=True).encode())
     losses = heldout_losses(model, rows)
     print(f"{rows.shape[0]} rows, {losses.numel()} targets, {text_bytes} bytes")

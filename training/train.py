@@ -42,7 +42,11 @@ def _neox_config(bos, eos):
         **SHAPE,
         intermediate_size=512,
         use_parallel_residual=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": ROTARY_SHARE},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": ROTARY_SHARE,
+        },
         tie_word_embeddings=False,
         bos_token_id=bos,
         eos_token_id=eos,
@@ -110,7 +114,8 @@ def train(model, stream, bos, options, save):
         optimizer.step()
         step, mean = step + 1, 0.98 * mean + 0.02 * loss.item()
         if step % 100 == 0:
-            print(f"step {step} done {done:.3f} loss {mean:.4f} seconds {time.monotonic() - began:.0f}", flush=True)
+            seconds = time.monotonic() - began
+            print(f"step {step} done {done:.3f} loss {mean:.4f} seconds {seconds:.0f}", flush=True)
         if time.monotonic() - saved > 60 * options.save_every:
             save()
             saved = time.monotonic()
