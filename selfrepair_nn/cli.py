@@ -218,6 +218,8 @@ def _interrupt(*_: Any) -> None:
 def _quiet_libraries() -> None:
     """Only what the user can act on; loading bars only on a terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

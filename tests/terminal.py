@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from io import StringIO
+from multiprocessing.connection import Connection
 from pathlib import Path
 from time import monotonic, sleep
 from unittest.mock import patch
@@ -53,9 +54,9 @@ def selfrepair(*arguments: object) -> Outcome:
     out, err, code = StringIO(), StringIO(), 0
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with patch.object(sys, "argv", ["selfrepair", *map(str, arguments)]):
-            with redirect_stdout(out), redirect_stderr(err):
-                main()
+        argv = patch.object(sys, "argv", ["selfrepair", *map(str, arguments)])
+        with argv, redirect_stdout(out), redirect_stderr(err):
+            main()
     except SystemExit as ended:
         code = ended.code
     finally:
@@ -64,9 +65,9 @@ def selfrepair(*arguments: object) -> Outcome:
 
 
 class Process:
-    """The command in a process of its own; what it prints goes to files in `directory`, stderr or to a terminal."""
+    """The command in a process of its own; what it prints goes to files in `directory`, or stderr to a `terminal`."""
 
-    def __init__(self, directory: Path, *arguments: object, terminal: str | None = None) -> None:
+    def __init__(self, directory: Path, *arguments: object, terminal: Connection | None = None) -> None:
         self._out, self._err = directory / "stdout", directory / "stderr"
         self._out.unlink(missing_ok=True)
         streams = (str(self._out), terminal or str(self._err))
@@ -86,7 +87,8 @@ class Process:
             sleep(0.02)
 
     def send(self, number: int) -> None:
-        os.kill(self._child.pid, number)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(self._child.pid, number)
 
     def wait(self, seconds: float = 60) -> Outcome:
         """Its outcome; AssertionError if it still runs after `seconds`."""
@@ -140,13 +142,16 @@ def resume_command(err: str) -> list[str]:
     return found.stdout.split("\0")[:-1]
 
 
-def _command(arguments: list[str], out: str, err: str) -> None:
+def _command(arguments: list[str], out: str, err: str | Connection) -> None:
     os.environ |= OFFLINE
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its default would be reported as leaked wherever the process is killed
     sys.argv = ["selfrepair", *arguments]
-    for number, path in ((2, err), (1, out)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY), number)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
-    with open(1, "w", closefd=False) as sys.stdout:
+    os.dup2(_written(err) if isinstance(err, str) else err.fileno(), 2)
+    os.dup2(_written(out), 1)
+    with open(2, "w", buffering=1, closefd=False) as sys.stderr, open(1, "w", closefd=False) as sys.stdout:
         main()
+
+
+def _written(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -94,7 +94,7 @@ def numbers(drawn, heads=None, **more):
 
 
 def same(actual, desired, atol=TIGHT):
-    """Every stored quantity equal, NaN in the same places; the labels of heads and prompts too."""
+    """Every stored quantity equal, NaN in the same places."""
     assert actual.data_vars.keys() == desired.data_vars.keys()
     for name in desired.data_vars:
         values = actual[name].transpose(*desired[name].dims)

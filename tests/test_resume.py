@@ -296,7 +296,8 @@ def test_other_settings_on_a_store_are_refused_by_name(request, finished, named,
     """Exactly what differs is named; identity and mean need no partners, so that there the partners differ too."""
     store, choices = finished
     before = files(store)
-    change = {k: request.getfixturevalue(v) if v in ("other_prompts", "chosen_partners") else v for k, v in change.items()}
+    made = ("other_prompts", "chosen_partners")
+    change = {k: request.getfixturevalue(v) if v in made else v for k, v in change.items()}
     with pytest.raises(StoreError, match="choose another --out") as caught:
         sr.run(**choices | change, out=store)
     message = str(caught.value)

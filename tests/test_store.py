@@ -1,4 +1,4 @@
-"""What a store promises: bare xarray reads it, it says what it holds, whole chunks or nothing, and it keeps secrets out."""
+"""What a store promises: bare xarray reads it, it describes itself, whole chunks or nothing, and no secrets."""
 
 import errno
 import json
@@ -279,7 +279,7 @@ def test_a_full_disk_leaves_the_block_unmarked_and_the_others_alone(tmp_path, mo
     store.write_prompts(slice(0, 3), block_values(slice(0, 3)), all_heads())
     before = files(tmp_path / "s.zarr")
     failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device"), after)
-    with pytest.raises(StoreError, match="No space left on device.*resume"):
+    with pytest.raises(StoreError, match=r"No space left on device.*resume"):
         store.write_prompts(slice(3, 6), block_values(slice(3, 6)), all_heads())
     monkeypatch.undo()
     assert not store.done[:, :, 3:].any()
@@ -418,7 +418,8 @@ def test_opening_what_is_no_store_names_it(tmp_path, make):
 def test_a_run_never_touches_what_is_no_store(tmp_path, model, make):
     make(tmp_path / "s.zarr")
     before = files(tmp_path)
-    ended = selfrepair("run", "heads", "--model", model, "--prompts", ids(tmp_path / "p.npy"), "--out", tmp_path / "s.zarr")
+    prompts = ids(tmp_path / "p.npy")
+    ended = selfrepair("run", "heads", "--model", model, "--prompts", prompts, "--out", tmp_path / "s.zarr")
     assert ended.code == 1
     assert "not a store of selfrepair_nn" in ended.err
     assert (tmp_path / "s.zarr").is_dir() == (make is not somebodys_file)
