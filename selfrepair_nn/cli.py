@@ -105,7 +105,9 @@ def plan(recipe: str, **choices: Any) -> None:
 @cli.command()
 @click.argument("stores", nargs=-1, required=True)
 @click.option("--figure", "names", multiple=True, help="Figure to draw, repeatable; default: the recipe's.")
-@click.option("--out", default=None, help="Directory for the figures; default: the first store's name without .zarr.")
+@click.option(
+    "--out", default=None, help="Directory for the figures; default: the first store's name without .zarr."
+)
 @click.option("--share", default=0.02, show_default=True, help="Top share of tokens, by direct effect.")
 def plot(stores: tuple[str, ...], names: tuple[str, ...], out: str | None, share: float) -> None:
     """Draw the figures of one or several STORES as PNG and SVG, and print their paths."""

@@ -1,6 +1,7 @@
 """An experiment as data: what is ablated, by what it is replaced, what is frozen, what is recorded."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from typing import Any
 
 from selfrepair_nn.components import FinalNorm, Head, Mlp, Site
@@ -54,6 +55,22 @@ class Graph:
         one_of("target", self.target, TARGETS)
         one_of("value_bias", self.value_bias, VALUE_BIASES)
         one_of("record", self.record, RECORDS)
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything it says: two graphs with the same digest do the same."""
+        others = [repr(getattr(self, f.name)) for f in fields(self) if f.name != "freeze"]
+        return sha256(repr([sorted(map(repr, self.freeze)), *others]).encode()).hexdigest()[:16]
+
+    def beyond(self, n_layers: int, n_heads: int) -> str | None:
+        """The label of a site that a model of this size does not have, or None."""
+        sites = [*(site for case in self.ablate for site in case), *sorted(self.freeze, key=str)]
+        for site in sites:
+            if getattr(site, "layer", 0) not in range(n_layers) or getattr(site, "head", 0) not in range(
+                n_heads
+            ):
+                return site.label
+        return None
 
     def frozen(self, name: str, n_layers: int, n_heads: int) -> "Graph":
         """This graph with a named set of frozen sites: "none", "downstream" or "all"."""

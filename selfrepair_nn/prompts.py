@@ -115,7 +115,9 @@ def load_prompts(
         length = min(DEFAULT_LENGTH, max_length or DEFAULT_LENGTH) if length is None else length
         _check_length(length, tokens, max_length)
         first, joint = _special_ids(tokenizer, bos, source)
-        prompts = _from_text(open_corpus(source, split, column, revision), tokenizer, tokens, length, first, joint)
+        prompts = _from_text(
+            open_corpus(source, split, column, revision), tokenizer, tokens, length, first, joint
+        )
         _check_ids(prompts.tokens, vocab_size, prompts.source["name"])
     return prompts
 

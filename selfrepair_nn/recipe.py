@@ -6,21 +6,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfrepair_nn.errors import UsageError
+from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
+from selfrepair_nn.graph import Graph
 
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
 """Where an installed wheel and a checkout keep the recipes."""
 
+SIGNATURE = "graph(structure, options)"
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: `graph(structure, options)` says what is done, `figures` names what is drawn from its store."""
+    """One experiment: `build(structure, options)` says what is done, `figures` names what is drawn from its store."""
 
-    name: str
+    path: Path
     summary: str
-    graph: Callable[[Any, Any], Any]
+    build: Callable[[Any, Any], Any]
     figures: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def graph(self, structure: Any, options: Any) -> Graph:
+        """What the recipe does with a model of this structure, given these options.
+
+        Raises:
+            UsageError: its function fails, or what it gives is no Graph that fits the model.
+        """
+        try:
+            found = self.build(structure, options)
+        except SelfRepairError:
+            raise
+        except Exception as error:
+            raise UsageError(f"recipe {str(self.path)!r}: {SIGNATURE} fails: {one_line(error)}") from error
+        if not isinstance(found, Graph):
+            raise UsageError(f"recipe {str(self.path)!r}: {SIGNATURE} gives {found!r}, not a Graph")
+        if not found.ablate or not all(found.ablate):
+            raise UsageError(
+                f"recipe {str(self.path)!r} ablates nothing: each entry of ablate names a site or more"
+            )
+        if beyond := found.beyond(structure.n_layers, structure.n_heads):
+            raise UsageError(
+                f"recipe {str(self.path)!r} names {beyond}: the model has layers 0 to {structure.n_layers - 1} "
+                f"of heads 0 to {structure.n_heads - 1}"
+            )
+        return found
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -54,9 +86,9 @@ def _load(path: Path) -> Recipe:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"recipe {str(path)!r} does not load: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"recipe {str(path)!r} does not load: {one_line(error)}") from error
     if not callable(getattr(module, "graph", None)):
-        raise UsageError(f"recipe {str(path)!r} defines no function graph(structure, options)")
+        raise UsageError(f"recipe {str(path)!r} defines no function {SIGNATURE}")
     summary = (module.__doc__ or "").strip().split("\n")[0]
-    return Recipe(path.stem, summary, module.graph, tuple(getattr(module, "FIGURES", ())))
+    return Recipe(path, summary, module.graph, tuple(getattr(module, "FIGURES", ())))

@@ -212,9 +212,9 @@ would change by as much as the head's own direct effect does. What it changes be
 <i>self-repair</i>: positive where the rest of the model makes up for a loss, negative where it breaks
 further (Equation 1 of Rushing and Nanda, 2024). It is the sum of what the other heads, the MLPs and the
 final norm do differently (Equation 2); the <i>closure</i> is the difference between the two sides, measured
-and not assumed. What lies under the <i>noise floor</i>, the effect of replacing a head by itself, is
-rounding. Means are over each head's top $share of tokens by direct effect, unless a figure says
-otherwise.</p>
+and not assumed. What lies under the <i>noise floor</i>, the effect of replacing a head by itself in a pass
+that rounds differently, is rounding. Means are over each head's top $share of tokens by direct effect,
+unless a figure says otherwise.</p>
 
 <h2>Figures</h2>
 $figures

@@ -1,6 +1,7 @@
 """One run on disk: a zarr directory that bare xarray opens, written in whole chunks, each marked when complete."""
 
 import json
+import re
 import shutil
 import uuid
 import warnings
@@ -41,6 +42,8 @@ class Store:
     ) -> "Store":
         """Write the whole template (labels, empty arrays, attributes) and only then give it its name.
 
+        The caller holds the store's lock: what an earlier, killed creation left behind is cleared away.
+
         Args:
             coordinates: name -> values, of variables.COORDINATES.
             data: names of the arrays to hold; values where they are known already, else None.
@@ -52,6 +55,7 @@ class Store:
             StoreError: the directory cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_drafts(path)
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         with explained(path):
             try:
@@ -97,6 +101,9 @@ class Store:
         """bool [layer, head, prompt]: what is computed and stored."""
         return self._group["done"][:]
 
+    def _sizes(self, name: str) -> dict[str, int]:
+        return dict(zip(variable(name).dims, self._group[name].shape, strict=True))
+
     def read(self, name: str) -> np.ndarray:
         return self._group[name][:]
 
@@ -109,10 +116,13 @@ class Store:
         """Write every array's part for the prompts of one chunk, then mark `done` [layer, head]: in this order.
 
         Raises:
-            StoreError: a value of the wrong shape, or the disk is full; the block is then not marked done.
+            ValueError: a value of the wrong shape; nothing is written.
+            StoreError: the disk is full, or the like; the block is then not marked done.
         """
         size = block.stop - block.start
         with explained(self.path):
+            for name, part in values.items():
+                variable(name).check(part, self._sizes(name) | {"prompt": size})
             for name, part in values.items():
                 where = tuple(block if d == "prompt" else slice(None) for d in variable(name).dims)
                 self._group[name][where] = part
@@ -145,6 +155,12 @@ def is_store(path: Path) -> bool:
         return zarr.open_group(path, mode="r").attrs.get("format") == FORMAT
     except (FileNotFoundError, ValueError, OSError, KeyError):
         return False
+
+
+def _sweep_drafts(path: Path) -> None:
+    for old in path.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}", old.name):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _labelled(name: str, values: Any) -> xr.Variable:

@@ -80,7 +80,7 @@ _ALL = (
     Variable("norm_on_change", SWEEP, "logit", "final norm on the change", "(S/S' - 1)(R' - R): the part of from_norm that rescales what changed (Appendix B)."),
     Variable("ablated_norm_scale", SWEEP, "1", "ablated final norm scale", "S': the final norm's scale in the ablated run."),
     Variable("closure", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
-    Variable("noise_floor", ("layer",), "logit", "noise floor", "Root mean square of the logit change when a head of this layer is replaced by itself: smaller effects are rounding."),
+    Variable("noise_floor", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
     # on request
     Variable("component_direct_effect", (*TOKEN, "component"), "logit", "direct effect of the component", "DE of every component in the clean run; with target_constant they add up to the logit."),
     Variable("component_change", (*SWEEP, "component"), "logit", "change of direct effect of the component", "DE after the ablation of (layer, head) minus DE before, of every component, under the clean norm scale."),

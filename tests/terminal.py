@@ -116,7 +116,8 @@ def files(directory: Path) -> dict[str, tuple[str, int]]:
     """Every file below a directory: a hash of its bytes and the time it was written."""
     found = sorted(p for p in directory.rglob("*") if p.is_file())
     return {
-        str(p.relative_to(directory)): (sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in found
+        str(p.relative_to(directory)): (sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+        for p in found
     }
 
 

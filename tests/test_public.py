@@ -25,7 +25,10 @@ def test_an_unknown_name_lists_the_known():
 def test_importing_the_package_loads_nothing_heavy():
     heavy = "('torch', 'xarray', 'matplotlib', 'nnsight')"
     code = f"import sys, selfrepair_nn; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_results_need_no_torch():
@@ -33,4 +36,7 @@ def test_results_need_no_torch():
         "import sys, selfrepair_nn as sr; ds = sr.simulate_heads(); sr.by_layer(ds); sr.summary(ds); sr.plot; "
         "sr.write_report; sr.open_store; print([m for m in ('torch', 'transformers', 'nnsight') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )

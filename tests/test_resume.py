@@ -166,7 +166,8 @@ def test_interrupted_where_python_drops_exceptions(tmp_path, command, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "stage", ["execution.run.prepare", "store.Store.create", "execution.run._loaded", "execution.run.noise_floor"]
+    "stage",
+    ["execution.run.prepare", "store.Store.create", "execution.run._loaded", "execution.run.noise_floor"],
 )
 def test_interrupted_before_the_first_unit(tmp_path, command, monkeypatch, stage):
     def interrupted(*_, **__):
@@ -207,7 +208,9 @@ def test_an_exception_in_the_middle(tmp_path, finished, monkeypatch, marked):
 
 
 @pytest.mark.parametrize("choice", [{"ablation": "mean"}, {"components": "top", "share": 0.1}])
-def test_what_is_known_of_the_whole_run_only_is_the_same_after_a_stop(tmp_path, finished, monkeypatch, choice):
+def test_what_is_known_of_the_whole_run_only_is_the_same_after_a_stop(
+    tmp_path, finished, monkeypatch, choice
+):
     """Mean activations and the top share are computed anew by the run that resumes."""
     choices = finished[1] | choice
     sr.run(out=tmp_path / "whole.zarr", **choices)
@@ -310,7 +313,8 @@ def test_other_settings_on_a_store_are_refused_by_name(request, finished, named,
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_size": 3}, {"rows": 50}, {"check": False}, {"tokens": PROMPTS * 7}, {"backend": "simulated"}]
+    "change",
+    [{"batch_size": 3}, {"rows": 50}, {"check": False}, {"tokens": PROMPTS * 7}, {"backend": "simulated"}],
 )
 def test_what_decides_no_number_is_free_to_change(finished, change):
     store, choices = finished

@@ -23,7 +23,20 @@ SIZES = {"layer": 2, "head": 3, "prompt": 7, "position": 4, "component": 5}
 PER_CHUNK = 3
 DATA = tuple(name for name in VARIABLES if name not in COORDINATES)
 BY_PROMPT = tuple(name for name in DATA if "prompt" in VARIABLES[name].dims and name != "done")
-TEXTS = ["", " the", "日本語", "é\u0301", "\ufffd", "🙂\n\t", "שלום", " ", "a\x00b", "x" * 3000, "'\"\\", "NaN"]
+TEXTS = [
+    "",
+    " the",
+    "日本語",
+    "é\u0301",
+    "\ufffd",
+    "🙂\n\t",
+    "שלום",
+    " ",
+    "a\x00b",
+    "x" * 3000,
+    "'\"\\",
+    "NaN",
+]
 
 
 def shape(name):
@@ -35,8 +48,12 @@ def coordinates():
     found = {}
     for name in COORDINATES:
         size = int(np.prod(shape(name)))
-        values = [TEXTS[i % len(TEXTS)] for i in range(size)] if VARIABLES[name].kind == "string" else range(size)
-        found[name] = np.array(values, dtype=object if VARIABLES[name].kind == "string" else None).reshape(shape(name))
+        values = (
+            [TEXTS[i % len(TEXTS)] for i in range(size)] if VARIABLES[name].kind == "string" else range(size)
+        )
+        found[name] = np.array(values, dtype=object if VARIABLES[name].kind == "string" else None).reshape(
+            shape(name)
+        )
     return found
 
 
@@ -146,7 +163,9 @@ def test_attributes_survive_json(tmp_path):
 )
 def test_a_run_is_stored_in_the_models_precision_but_at_least_float32(tmp_path, model, dtype, expected):
     found = sr.run(model=str(model), prompts=ids(tmp_path / "p.npy"), out=tmp_path / "s.zarr", dtype=dtype)
-    floats = {n: v.dtype.name for n, v in bare(found.encoding["source"]).data_vars.items() if v.dtype.kind == "f"}
+    floats = {
+        n: v.dtype.name for n, v in bare(found.encoding["source"]).data_vars.items() if v.dtype.kind == "f"
+    }
     assert set(SWEPT) < set(floats)
     assert set(floats.values()) == {expected}
 
@@ -159,7 +178,13 @@ def test_float64_is_stored_to_the_last_bit(tmp_path):
 
 
 def test_a_run_holds_what_the_contract_lists_and_all_its_provenance(tmp_path, model):
-    sr.run(model=str(model), prompts=ids(tmp_path / "p.npy"), out=tmp_path / "s.zarr", components="all", layers="1:")
+    sr.run(
+        model=str(model),
+        prompts=ids(tmp_path / "p.npy"),
+        out=tmp_path / "s.zarr",
+        components="all",
+        layers="1:",
+    )
     found = bare(tmp_path / "s.zarr")
     assert set(found.data_vars) == set(DATA)
     assert set(found.coords) == set(COORDINATES)
@@ -178,7 +203,9 @@ def test_a_run_holds_what_the_contract_lists_and_all_its_provenance(tmp_path, mo
 
 
 def test_the_done_map_tells_not_computed_from_nan(tmp_path, model):
-    choices = dict(model=str(model), prompts=ids(tmp_path / "p.npy"), heads="0.1,2.3", components="top", share=0.1)
+    choices = dict(
+        model=str(model), prompts=ids(tmp_path / "p.npy"), heads="0.1,2.3", components="top", share=0.1
+    )
     sr.run(out=tmp_path / "s.zarr", **choices)
     found = bare(tmp_path / "s.zarr")
     assert found.layer.values.tolist() == [0, 2]
@@ -242,7 +269,10 @@ def test_writing_touches_the_blocks_own_chunks_only(tmp_path, block):
     assert {name: after[name] for name in before} == before
     new = {tuple(Path(name).parts) for name in after.keys() - before.keys()}
     assert {parts[0] for parts in new} == {*BY_PROMPT, "done"}
-    for variable, *_, in new:
+    for (
+        variable,
+        *_,
+    ) in new:
         where = VARIABLES[variable].dims.index("prompt")
         chunks = {parts[2:][where] for parts in new if parts[0] == variable}
         assert chunks == {str(block.start // PER_CHUNK)}, variable
@@ -327,7 +357,9 @@ def test_the_final_name_appears_last(tmp_path, monkeypatch):
     assert not any(seen)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device"), ValueError])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device"), ValueError]
+)
 @pytest.mark.parametrize("after", [0, 2000, 9000])
 def test_a_creation_that_fails_leaves_nothing(tmp_path, monkeypatch, error, after):
     failing(monkeypatch, error, after)
@@ -424,7 +456,9 @@ def test_a_run_never_touches_what_is_no_store(tmp_path, model, make):
     assert "not a store of selfrepair_nn" in ended.err
     assert (tmp_path / "s.zarr").is_dir() == (make is not somebodys_file)
     assert before.items() <= files(tmp_path).items()
-    assert {n for n in files(tmp_path) if n.startswith("s.zarr")} == {n for n in before if n.startswith("s.zarr")}
+    assert {n for n in files(tmp_path) if n.startswith("s.zarr")} == {
+        n for n in before if n.startswith("s.zarr")
+    }
 
 
 def test_a_store_is_opened_with_its_path_and_variables_in_order(tmp_path):
@@ -442,12 +476,16 @@ def test_no_secret_of_the_environment_is_stored(tmp_path, monkeypatch, model):
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "NDIF_API_KEY", "NNSIGHT_API_KEY", "AWS_SECRET_ACCESS_KEY")
     for name in names:
         monkeypatch.setenv(name, f"marker-{name}-marker")
-    ended = selfrepair("run", "heads", "--model", model, "--prompts", ids(tmp_path / "p.npy"), "--out", tmp_path / "o")
+    ended = selfrepair(
+        "run", "heads", "--model", model, "--prompts", ids(tmp_path / "p.npy"), "--out", tmp_path / "o"
+    )
     assert ended.code == 0, ended.err
     written = [p for p in (tmp_path / "o").rglob("*") if p.is_file()]
     assert len(written) > 2 * len(SWEPT)
     assert not [p for p in written if b"marker" in p.read_bytes()]
     found = bare(tmp_path / "o" / f"heads-{model.name}.zarr")
     assert "marker" not in repr(found.attrs)
-    assert not [n for n, v in found.variables.items() if v.dtype.kind == "T" and "marker" in repr(v.values.tolist())]
+    assert not [
+        n for n, v in found.variables.items() if v.dtype.kind == "T" and "marker" in repr(v.values.tolist())
+    ]
     assert "marker" not in ended.out + ended.err

@@ -76,6 +76,7 @@ class Experiment:
             if self.partners is None
             else sha256(self.partners.astype("<i8").tobytes()).hexdigest(),
             "heads": [h.label for h in self.heads],
+            "graph": self.work.graph.digest,
             "ablation": o.ablation,
             "target": o.target,
             "value_bias": o.value_bias,
@@ -100,7 +101,7 @@ class Experiment:
             "target_text": texts[:, 1:],
             "document": self.prompts.document,
             "partner": np.full(n, -1) if self.partners is None else self.partners,
-            "ablation": self.options.ablation,
+            "ablation": self.work.graph.replacement,
         }
         if self.work.graph.record == "full":
             terms = self.work.components

@@ -12,16 +12,18 @@ CONTROL_HEADS = 3
 
 
 def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> np.ndarray:
-    """Root mean square change of the logit when heads of each layer are replaced by themselves: [layer].
+    """Root mean square change of the logit that rounding alone makes of an ablation in each layer: [layer].
 
-    A few heads ride in one pass, as in the run itself: alone, a pass has the clean pass's shapes and its rounding too.
+    Heads are replaced by themselves, and the residual stream that their pass takes up is moved by up to one rounding
+    step of the model's dtype. Without that step a clean and an ablated pass round alike, and what is found is 0
+    however coarse the dtype: but where something is really ablated they round differently.
     """
     from selfrepair_nn.tracing.jobs import ablation_job
 
     heads = [[h for h in experiment.heads if h.layer == layer][:CONTROL_HEADS] for layer in experiment.layers]
     cases = tuple((own[i % len(own)],) for own in heads for i in range(CONTROL_HEADS))
     graph = Graph(ablate=cases, replacement="identity", target=experiment.options.target)
-    plan = graph.plan(layout) | {"rows": experiment.work.rows}
+    plan = graph.plan(layout) | {"rows": experiment.work.rows, "shaken": True}
     changes = runner(ablation_job, experiment.arrays(slice(0, 1)), plan, None)["logit_change"]
     return changes.double().square().unflatten(0, (-1, CONTROL_HEADS)).mean((1, 2, 3)).sqrt().numpy()
 

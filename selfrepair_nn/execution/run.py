@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError
 from selfrepair_nn.execution.backends import Backend, backend
 from selfrepair_nn.execution.experiment import Experiment, prepare
+from selfrepair_nn.execution.interruption import interruptible
 from selfrepair_nn.execution.preliminaries import mean_z, noise_floor, top_thresholds
 from selfrepair_nn.models.load import Model, load_described
 from selfrepair_nn.options import Options
@@ -56,8 +58,9 @@ def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
     _require_same_weights(store, model)
     runner = backend(experiment.options.backend, model)
     try:
-        with _bar(store, experiment, progress) as bar:
-            _fill(store, experiment, model, runner, bar)
+        with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
+            for _ in _fill(store, experiment, model, runner, bar):
+                stop_if_asked()
     except KeyboardInterrupt:
         finished = _finished(store, experiment)
         kept = f"{sum(finished)} of {len(finished)} units are kept in {str(store.path)!r}"
@@ -65,8 +68,8 @@ def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
     store.annotate(finished=provenance.now())
 
 
-def _fill(store: Store, experiment: Experiment, model: Model, runner: Backend, bar: tqdm) -> None:
-    """Everything that is still missing, unit by unit."""
+def _fill(store: Store, experiment: Experiment, model: Model, runner: Backend, bar: tqdm) -> Iterator[slice]:
+    """Everything that is still missing, unit by unit; gives each when it is stored."""
     from selfrepair_nn.tracing.jobs import ablation_job
 
     plan = experiment.work.graph.plan(model.layout) | {"rows": experiment.work.rows}
@@ -88,6 +91,7 @@ def _fill(store: Store, experiment: Experiment, model: Model, runner: Backend, b
         if thresholds is not None:
             measured["component_change"][measured["direct_effect"] < thresholds[:, None, None]] = np.nan
         _write(store, experiment, block, measured)
+        yield block
 
 
 def _write(store: Store, experiment: Experiment, block: slice, measured: dict[str, np.ndarray]) -> None:
@@ -134,6 +138,7 @@ def _open_or_create(experiment: Experiment, command: str) -> Store:
 
 def _require_same_settings(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
     differing = [name for name in asked if asked[name] != stored.get(name)]
+    differing = [name for name in differing if name != "graph"] or differing
     if differing:
         said = "; ".join(f"{n} is {_short(stored.get(n))} there, {_short(asked[n])} here" for n in differing)
         raise StoreError(
@@ -168,7 +173,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         "n_heads": structure.n_heads,
         "parallel": int(structure.parallel),
         "target": options.target,
-        "ablation": options.ablation,
+        "ablation": experiment.work.graph.replacement,
         "value_bias": options.value_bias,
         "freeze": options.freeze,
         "dtype": experiment.dtype,

@@ -104,9 +104,9 @@ def describe(name: str, revision: str | None = None) -> Description:
     source = find(name, revision)
     with _explained(source):
         config = AutoConfig.from_pretrained(source.location, **source.arguments)
-    architecture_of(config)
-    with torch.device("meta"):
-        structure = structure_of(AutoModelForCausalLM.from_config(config))
+        architecture_of(config)
+        with torch.device("meta"):
+            structure = structure_of(AutoModelForCausalLM.from_config(config))
     return Description(source, config, structure, getattr(config, "_commit_hash", None))
 
 
@@ -185,8 +185,13 @@ def _module(description: Description, dtype: str, device: str) -> Any:
 
     source = description.source
     with _explained(source):
-        module = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=getattr(torch, dtype), **source.arguments
+        module, found = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=getattr(torch, dtype), output_loading_info=True, **source.arguments
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise SelfRepairError(
+            f"the files of model {source.name!r} lack {len(missing)} of its weights (for example {missing[0]}): "
+            "they would be random; give the files that belong to its configuration"
         )
     return module.to(device)
 
@@ -226,15 +231,15 @@ def _explained(source: Source):
     """Turn the loaders' many exceptions into one line with a remedy."""
     try:
         yield
+    except SelfRepairError:
+        raise
     except ImportError as error:
         raise SelfRepairError(
             f"loading {source.name!r} needs a package that is missing: {one_line(error)}"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:
         if source.gguf_file or Path(source.location).is_dir():
-            raise SelfRepairError(
-                f"model {source.name!r} could not be loaded: {one_line(error)}"
-            ) from error
+            raise SelfRepairError(f"model {source.name!r} could not be loaded: {one_line(error)}") from error
         raise UsageError(
             f"no model {source.name!r}: it is not embedded ({', '.join(EMBEDDED)}), not a directory here, "
             f"and the hub did not give it ({one_line(error)})"

@@ -66,6 +66,8 @@ def ablated_pass(model, plan, tokens, clean, probed, group):
     resume = start + 1 if plan["model"]["parallel"] else start
     rows = tokens.repeat(cases, 1)
     written = _change_of_writes(clean, probed, group, start, plan)
+    if plan.get("shaken"):
+        written = written + _rounding_steps(_repeat(clean["input"][resume], cases))
     nothing = torch.zeros(0, dtype=torch.long)
     with torch.no_grad(), model.trace(rows, use_cache=False, logits_to_keep=nothing):
         changes = save({"heads": {}, "mlps": {}})
@@ -108,6 +110,13 @@ def _take_up(model, plan, resume, residual):
         layers[layer].skip(residual[:, :1, :1])
     if resume:
         layers[resume - 1].skip(residual)
+
+
+def _rounding_steps(x):
+    """For each entry up to one rounding step, up or down, the same each time."""
+    generator = torch.Generator(x.device).manual_seed(0)
+    part = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1
+    return (widen(x) * torch.finfo(x.dtype).eps * part).to(x.dtype)
 
 
 def _change_of_writes(clean, probed, group, start, plan):

@@ -8,6 +8,7 @@ from selfrepair_nn.tracing.readouts import centre, norm_scale, per_head, product
 
 UNEMBEDDING_ELEMENTS = 2**23
 LARGE = 1024.0
+"""Length of the known vectors: beside it a bias, an epsilon or a rounding step is small. A power of two, so exact."""
 
 
 def probe(model, plan, layers, targets):
@@ -44,7 +45,8 @@ def _probe_layer(model, plan, layer, like, found):
     width = plan["model"]["n_heads"] * plan["model"]["d_head"]
     nothing = like.new_zeros(1, width)
     bias = widen(projection(nothing))[0]
-    weight = widen(projection(torch.eye(width, dtype=like.dtype, device=like.device))) - bias
+    rows = LARGE * torch.eye(width, dtype=like.dtype, device=like.device)
+    weight = (widen(projection(rows)) - bias) / LARGE
     found["output_bias"][layer] = bias
     found["output_projection"][layer] = weight.unflatten(
         0, (plan["model"]["n_heads"], plan["model"]["d_head"])
@@ -91,7 +93,7 @@ def _probe_unembedding(model, plan, eye, targets):
     step = max(1, UNEMBEDDING_ELEMENTS // bias.shape[0])
     columns = []
     for rows in eye.split(step):
-        out = widen(unembed(rows)) - bias
+        out = (widen(unembed(LARGE * rows)) - bias) / LARGE
         columns.append(torch.cat([out[:, wanted], out.mean(-1, keepdim=True)], -1))
     return torch.cat(columns).T.contiguous(), torch.cat([bias[wanted], bias.mean()[None]])
 
