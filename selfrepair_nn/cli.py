@@ -62,6 +62,8 @@ def _click_option(each: Any) -> Callable:
         "help": each.metadata["help"],
         "show_default": each.default is not None,
     }
+    if isinstance(each.default, tuple):
+        return click.option(flag, each.name, multiple=True, help=each.metadata["help"])
     if each.type is bool:
         return click.option(f"{flag}/--skip-{each.name}", each.name, **shared)
     if each.metadata["choices"]:

@@ -8,8 +8,17 @@ from selfrepair_nn.errors import UsageError
 KINDS = ("embedding", "position_embedding", "head", "attention_bias", "mlp")
 
 
+class _Site:
+    """A place in the model; each kind says how it is written."""
+
+    label: str
+
+    def __str__(self) -> str:
+        return self.label
+
+
 @dataclass(frozen=True, order=True)
-class Head:
+class Head(_Site):
     """Attention head `head` of layer `layer`, both counted from 0."""
 
     layer: int
@@ -19,13 +28,21 @@ class Head:
     def label(self) -> str:
         return f"L{self.layer}H{self.head}"
 
-    def __str__(self) -> str:
-        return self.label
+
+@dataclass(frozen=True, order=True)
+class Attention(_Site):
+    """All attention heads of layer `layer` together; the attention's output bias stays."""
+
+    layer: int
+
+    @property
+    def label(self) -> str:
+        return f"L{self.layer}.attention"
 
 
 @dataclass(frozen=True, order=True)
-class Mlp:
-    """The MLP of layer `layer`."""
+class Mlp(_Site):
+    """The MLP of layer `layer`, its output bias included."""
 
     layer: int
 
@@ -33,23 +50,66 @@ class Mlp:
     def label(self) -> str:
         return f"L{self.layer}.mlp"
 
-    def __str__(self) -> str:
-        return self.label
+
+@dataclass(frozen=True, order=True)
+class Neuron(_Site):
+    """Neuron `neuron` of the MLP of layer `layer`: what goes into row `neuron` of its output projection."""
+
+    layer: int
+    neuron: int
+
+    @property
+    def label(self) -> str:
+        return f"L{self.layer}N{self.neuron}"
 
 
 @dataclass(frozen=True, order=True)
-class FinalNorm:
+class Layers(_Site):
+    """The layers from `layer` up to, not including, `stop`: everything they write."""
+
+    layer: int
+    stop: int
+
+    @property
+    def label(self) -> str:
+        one = self.stop == self.layer + 1
+        return f"layer {self.layer}" if one else f"layers {self.layer}:{self.stop}"
+
+
+@dataclass(frozen=True, order=True)
+class Swap(_Site):
+    """Layer `layer` and the next one, to change places."""
+
+    layer: int
+
+    @property
+    def label(self) -> str:
+        return f"swap {self.layer},{self.layer + 1}"
+
+
+@dataclass(frozen=True, order=True)
+class Norm(_Site):
+    """The scale of the norm before the attention or the MLP (`before`) of layer `layer`."""
+
+    layer: int
+    before: str
+
+    @property
+    def label(self) -> str:
+        return f"L{self.layer}.{self.before}_norm"
+
+
+@dataclass(frozen=True, order=True)
+class FinalNorm(_Site):
     """The scale of the norm before the unembedding."""
 
     @property
     def label(self) -> str:
         return "final_norm"
 
-    def __str__(self) -> str:
-        return self.label
 
-
-Site = Head | Mlp | FinalNorm
+Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
+Freezable = Head | Attention | Mlp | Norm | FinalNorm
 
 
 @dataclass(frozen=True)

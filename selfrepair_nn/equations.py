@@ -14,9 +14,11 @@ def complete(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         R' = R + (DE' - DE) + from_heads + from_mlps                 summed ablated direct effects
         from_norm = (r - 1) R' = norm_on_existing + norm_on_change   (r - 1) R and (r - 1)(R' - R), Appendix B
         closure = self_repair - (from_heads + from_mlps + from_norm) Equation 2: zero if nothing was missed
+
+    What a reinforced head's run inserts into the residual stream counts with the head's own change.
     """
     wide = {name: np.asarray(value, dtype=np.float64) for name, value in measured.items()}
-    own = wide["ablated_direct_effect"] - wide["direct_effect"]
+    own = wide["ablated_direct_effect"] - wide["direct_effect"] + wide.get("inserted_direct_effect", 0)
     change = own + wide["from_heads"] + wide["from_mlps"]
     stretch = wide["norm_scale"] / wide["ablated_norm_scale"] - 1
     self_repair = wide["logit_change"] - own

@@ -47,6 +47,7 @@ class Options:
     freeze: str = option("none", "What keeps its clean value.", FREEZES)
     components: str = option("none", "Store every component's change too; alone: all.", COMPONENTS, "all")
     share: float = option(0.02, "Share of tokens that 'top' means, by direct effect.")
+    param: Any = option((), "Parameter of the recipe, NAME=VALUE; repeatable.")
     dtype: str = option("float32", "What the model computes in.", ("float32", "float64", "bfloat16", "float16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")

@@ -28,11 +28,16 @@ class Prompts:
         tokens: int64 [prompt, position], at least one row of at least two tokens, without padding.
         document: int64 [prompt], index in the source of the document in which the row starts.
         source: provenance that `json.dumps` accepts.
+        twin: int64 [prompt, position], a minimally different text for each row: what "twin" ablation reads from.
+        other: int64 [prompt, position], the token whose logit is subtracted from that of the next token; without
+            the last position. With it the target is the difference of the two.
     """
 
     tokens: np.ndarray
     document: np.ndarray
     source: dict
+    twin: np.ndarray | None = None
+    other: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _check_rows(self.tokens, self.source.get("name", "tokens"))
@@ -40,6 +45,10 @@ class Prompts:
             raise UsageError(
                 f"document has shape {self.document.shape}: give one index for each of {self.n} rows"
             )
+        for name, shape in (("twin", self.tokens.shape), ("other", (self.n, self.length - 1))):
+            ids = getattr(self, name)
+            if ids is not None and ids.shape != shape:
+                raise UsageError(f"{name} has shape {ids.shape}: give a token for each of {shape}")
 
     @property
     def n(self) -> int:
@@ -53,14 +62,18 @@ class Prompts:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the shape and then the token ids, both as little-endian int64."""
-        shape = np.array(self.tokens.shape, dtype="<i8")
-        return sha256(shape.tobytes() + self.tokens.astype("<i8").tobytes()).hexdigest()
+        """Hash of the shape and then the token ids, as little-endian int64; then of twin and other where there are."""
+        digest = sha256(np.array(self.tokens.shape, dtype="<i8").tobytes())
+        for ids in (self.tokens, self.twin, self.other):
+            if ids is not None:
+                digest.update(ids.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def take(self, n: int) -> "Prompts":
         """The first `n` prompts, or all where there are fewer. Raises UsageError if `n` is below 1."""
         _check_whole(n, "number of prompts", 1)
-        return replace(self, tokens=self.tokens[:n], document=self.document[:n])
+        parts = ("tokens", "document", "twin", "other")
+        return replace(self, **{p: getattr(self, p)[:n] for p in parts if getattr(self, p) is not None})
 
 
 def load_prompts(

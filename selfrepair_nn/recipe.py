@@ -1,19 +1,23 @@
 """Finding and loading recipes: ours by name, a user's own by path."""
 
+import ast
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
-from selfrepair_nn.graph import Graph
+from selfrepair_nn.graph import Graph, Variants
+from selfrepair_nn.options import Options
+from selfrepair_nn.prompts import Prompts
 
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
 """Where an installed wheel and a checkout keep the recipes."""
 
 SIGNATURE = "graph(structure, options)"
+PROMPTS = "prompts(structure, tokenizer, options)"
 
 
 @dataclass(frozen=True)
@@ -23,36 +27,98 @@ class Recipe:
     path: Path
     summary: str
     build: Callable[[Any, Any], Any]
+    make_prompts: Callable[[Any, Any, Any], Any] | None
+    parameters: Mapping[str, Any]
     figures: tuple[str, ...]
 
     @property
     def name(self) -> str:
         return self.path.stem
 
-    def graph(self, structure: Any, options: Any) -> Graph:
+    def resolved(self, options: Options) -> Options:
+        """The options with every parameter of the recipe: as given, or its default.
+
+        Raises:
+            UsageError: a parameter that the recipe does not have, or a value of another kind than its default.
+        """
+        return replace(options, param=self.parameters | self._given(options.param))
+
+    def _given(self, param: Any) -> dict[str, Any]:
+        pairs = param.items() if isinstance(param, Mapping) else (_pair(text) for text in param)
+        found = {}
+        for name, value in pairs:
+            if name not in self.parameters:
+                valid = ", ".join(self.parameters) or "none"
+                raise UsageError(f"recipe {self.name!r} has no parameter {name!r}; it has: {valid}")
+            found[name] = _like(name, value, self.parameters[name])
+        return found
+
+    def prompts(self, structure: Any, tokenizer: Any, options: Any) -> Prompts | None:
+        """The recipe's own prompts, or None where it takes those of the options.
+
+        Raises:
+            UsageError: its function fails, or gives no Prompts.
+        """
+        if self.make_prompts is None:
+            return None
+        found = self._called(self.make_prompts, PROMPTS, structure, tokenizer, options)
+        if not isinstance(found, Prompts | None):
+            raise UsageError(f"recipe {str(self.path)!r}: {PROMPTS} gives {found!r}, not Prompts")
+        return found
+
+    def graph(self, structure: Any, options: Any) -> Graph | Variants:
         """What the recipe does with a model of this structure, given these options.
 
         Raises:
             UsageError: its function fails, or what it gives is no Graph that fits the model.
         """
+        found = self._called(self.build, SIGNATURE, structure, options)
+        if not isinstance(found, Graph | Variants):
+            raise UsageError(
+                f"recipe {str(self.path)!r}: {SIGNATURE} gives {found!r}, not a Graph or Variants"
+            )
+        for graph in found.graphs.values() if isinstance(found, Variants) else [found]:
+            self._require_fit(graph, structure)
+        return found
+
+    def _called(self, function: Callable, called: str, *arguments: Any) -> Any:
         try:
-            found = self.build(structure, options)
+            return function(*arguments)
         except SelfRepairError:
             raise
         except Exception as error:
-            raise UsageError(f"recipe {str(self.path)!r}: {SIGNATURE} fails: {one_line(error)}") from error
-        if not isinstance(found, Graph):
-            raise UsageError(f"recipe {str(self.path)!r}: {SIGNATURE} gives {found!r}, not a Graph")
-        if not found.ablate or not all(found.ablate):
+            raise UsageError(f"recipe {str(self.path)!r}: {called} fails: {one_line(error)}") from error
+
+    def _require_fit(self, graph: Graph, structure: Any) -> None:
+        if not graph.ablate or not all(graph.ablate):
             raise UsageError(
                 f"recipe {str(self.path)!r} ablates nothing: each entry of ablate names a site or more"
             )
-        if beyond := found.beyond(structure.n_layers, structure.n_heads):
+        if beyond := graph.beyond(structure.n_layers, structure.n_heads):
             raise UsageError(
                 f"recipe {str(self.path)!r} names {beyond}: the model has layers 0 to {structure.n_layers - 1} "
                 f"of heads 0 to {structure.n_heads - 1}"
             )
-        return found
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"parameter {text!r}: write NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _like(name: str, value: Any, default: Any) -> Any:
+    """A value of the kind that the default is; one number or word alone is a list of one."""
+    if isinstance(default, tuple):
+        value = tuple(value) if isinstance(value, tuple | list) else (value,)
+    kinds = (int, float) if isinstance(default, float) else () if default is None else type(default)
+    if kinds and not isinstance(value, kinds):
+        raise UsageError(f"parameter {name}: {value!r} is not like its default, {default!r}")
+    return value
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -91,4 +157,6 @@ def _load(path: Path) -> Recipe:
     if not callable(getattr(module, "graph", None)):
         raise UsageError(f"recipe {str(path)!r} defines no function {SIGNATURE}")
     summary = (module.__doc__ or "").strip().split("\n")[0]
-    return Recipe(path, summary, module.graph, tuple(getattr(module, "FIGURES", ())))
+    parameters = dict(getattr(module, "PARAMETERS", {}))
+    figures = tuple(getattr(module, "FIGURES", ()))
+    return Recipe(path, summary, module.graph, getattr(module, "prompts", None), parameters, figures)

@@ -5,8 +5,9 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import zarr
 from zarr.codecs import BloscCodec
 
 from selfrepair_nn.errors import StoreError
-from selfrepair_nn.variables import COORDINATES, VARIABLES, variable
+from selfrepair_nn.variables import VARIABLES, Variable
 
 FORMAT = 1
 COMPRESSOR = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
@@ -36,6 +37,7 @@ class Store:
         coordinates: Mapping[str, Any],
         data: Mapping[str, np.ndarray | None],
         *,
+        dims: Callable[[Variable], tuple[str, ...]] = attrgetter("dims"),
         prompts_per_chunk: int,
         precision: str,
         attributes: Mapping[str, Any],
@@ -45,8 +47,9 @@ class Store:
         The caller holds the store's lock: what an earlier, killed creation left behind is cleared away.
 
         Args:
-            coordinates: name -> values, of variables.COORDINATES.
+            coordinates: name -> values, of variables.COORDINATES, or the labels of an axis of variants.
             data: names of the arrays to hold; values where they are known already, else None.
+            dims: the dimensions that a variable has in this store.
             prompts_per_chunk: length of a chunk along `prompt`: the block that is written at once.
             precision: "float32" or "float64".
             attributes: JSON-able; nested ones are stored as one JSON string.
@@ -60,7 +63,7 @@ class Store:
         with explained(path):
             try:
                 labels = xr.Dataset(
-                    coords={n: _labelled(n, coordinates[n]) for n in COORDINATES if n in coordinates}
+                    coords={name: _labelled(name, values) for name, values in coordinates.items()}
                 )
                 labels.attrs = {
                     k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()
@@ -69,7 +72,8 @@ class Store:
                 labels.to_zarr(draft, mode="w-", consolidated=False)
                 group = zarr.open_group(draft, mode="r+")
                 for name, values in data.items():
-                    _add_array(group, name, values, dict(labels.sizes), prompts_per_chunk, precision)
+                    sizes = {d: labels.sizes[d] for d in dims(VARIABLES[name])}
+                    _add_array(group, name, values, sizes, prompts_per_chunk, precision)
                 _consolidate(draft)
                 draft.rename(path)
             finally:
@@ -98,11 +102,8 @@ class Store:
 
     @property
     def done(self) -> np.ndarray:
-        """bool [layer, head, prompt]: what is computed and stored."""
+        """bool [layer, head, prompt] or [case, prompt]: what is computed and stored."""
         return self._group["done"][:]
-
-    def _sizes(self, name: str) -> dict[str, int]:
-        return dict(zip(variable(name).dims, self._group[name].shape, strict=True))
 
     def read(self, name: str) -> np.ndarray:
         return self._group[name][:]
@@ -113,20 +114,35 @@ class Store:
             self._group[name][...] = values
 
     def write_prompts(self, block: slice, values: Mapping[str, np.ndarray], done: np.ndarray) -> None:
-        """Write every array's part for the prompts of one chunk, then mark `done` [layer, head]: in this order.
+        """Write every array's part for the prompts of one chunk, then mark what is `done`: in this order.
+
+        Args:
+            values: name -> the array's part for these prompts.
+            done: bool [layer, head] or [case].
 
         Raises:
             ValueError: a value of the wrong shape; nothing is written.
             StoreError: the disk is full, or the like; the block is then not marked done.
         """
         size = block.stop - block.start
+        for name, part in values.items():
+            self._require_shape(name, part.shape, size)
         with explained(self.path):
             for name, part in values.items():
-                variable(name).check(part, self._sizes(name) | {"prompt": size})
-            for name, part in values.items():
-                where = tuple(block if d == "prompt" else slice(None) for d in variable(name).dims)
+                where = tuple(block if d == "prompt" else slice(None) for d in self._dims(name))
                 self._group[name][where] = part
-            self._group["done"][:, :, block] = np.repeat(done[:, :, None], size, axis=2)
+            self._group["done"][..., block] = np.repeat(done[..., None], size, axis=-1)
+
+    def _dims(self, name: str) -> tuple[str, ...]:
+        return self._group[name].metadata.dimension_names
+
+    def _require_shape(self, name: str, shape: tuple[int, ...], prompts: int) -> None:
+        dims = self._dims(name)
+        expected = tuple(
+            prompts if d == "prompt" else n for d, n in zip(dims, self._group[name].shape, strict=True)
+        )
+        if shape != expected:
+            raise ValueError(f"{name} should have shape {expected} over {dims}, got {shape}")
 
 
 def open_store(path: str | Path) -> xr.Dataset:
@@ -165,11 +181,19 @@ def _sweep_drafts(path: Path) -> None:
 
 def _labelled(name: str, values: Any) -> xr.Variable:
     """A coordinate with its description; text as variable-length strings."""
-    spec = variable(name)
-    array = np.asarray(values, dtype=object if spec.kind == "string" else spec.dtype("float32"))
+    spec = VARIABLES.get(name)
+    if spec is None or len(spec.dims) != np.ndim(values):
+        spec = _axis(name, values)
+    array = np.asarray(values, dtype=object if spec.kind == "string" else spec.dtype("float64"))
     return xr.Variable(
         spec.dims, array.astype(np.dtypes.StringDType()) if spec.kind == "string" else array, spec.attributes
     )
+
+
+def _axis(name: str, values: Any) -> Variable:
+    """A coordinate of the axis along which the variants of a run lie: numbers, or text."""
+    kind = "float" if all(isinstance(v, int | float) for v in values) else "string"
+    return Variable(name, (name,), "1", name, "What distinguishes the variants of this run.", kind)
 
 
 def _add_array(
@@ -181,17 +205,15 @@ def _add_array(
     precision: str,
 ) -> None:
     spec = VARIABLES[name]
-    shape = tuple(sizes[d] for d in spec.dims)
-    chunks = tuple(_chunk(spec.dims, d, sizes[d], per_chunk) for d in spec.dims)
     array = group.create_array(
         name,
-        shape=shape,
-        chunks=chunks,
+        shape=tuple(sizes.values()),
+        chunks=tuple(_chunk(tuple(sizes), d, size, per_chunk) for d, size in sizes.items()),
         dtype=spec.dtype(precision),
         compressors=COMPRESSOR,
-        dimension_names=spec.dims,
+        dimension_names=tuple(sizes),
         attributes=spec.attributes,
-        fill_value=np.nan if spec.kind == "float" else False,
+        fill_value={"float": np.nan, "int": -1, "bool": False}[spec.kind],
     )
     if values is not None:
         array[...] = values
@@ -205,10 +227,10 @@ def _consolidate(path: Path) -> None:
 
 
 def _chunk(dims: tuple[str, ...], dim: str, size: int, per_chunk: int) -> int:
-    """One chunk per written block of prompts and everything else, but one per layer where every component is kept."""
+    """One chunk per written block of prompts and everything else; where much is kept of a token, one per layer."""
     if dim == "prompt":
         return min(per_chunk, size)
-    return 1 if dim == "layer" and "component" in dims else size
+    return 1 if dim in ("layer", "case") and {"component", "neuron"} & set(dims) else size
 
 
 @contextmanager

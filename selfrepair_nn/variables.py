@@ -1,6 +1,6 @@
 """Every variable and coordinate a store can hold: name, dimensions, units and one sentence, each written once, here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,7 +10,11 @@ SWEEP = ("layer", "head", "prompt", "position")
 
 @dataclass(frozen=True)
 class Variable:
-    """One stored array: `kind` is "float" (the store's dtype), "int", "bool" or "string"."""
+    """One stored array: `kind` is "float" (the store's dtype), "int", "bool" or "string".
+
+    In a store whose runs ablate more than one head at once, or something else, `case` stands for `layer` and `head`;
+    in one with several variants, what is `ablated` has their axis as its first dimension.
+    """
 
     name: str
     dims: tuple[str, ...]
@@ -18,6 +22,7 @@ class Variable:
     long_name: str
     description: str
     kind: str = "float"
+    ablated: bool = False
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -33,11 +38,14 @@ class Variable:
         }
         return kinds[self.kind]
 
-    def check(self, values: np.ndarray, sizes: dict[str, int]) -> None:
-        """Raise ValueError unless `values` has this variable's shape for dimensions of these `sizes`."""
-        expected = tuple(sizes[d] for d in self.dims)
-        if values.shape != expected:
-            raise ValueError(f"{self.name} should have shape {expected} over {self.dims}, got {values.shape}")
+    def dims_in(self, grid: bool, axis: str | None) -> tuple[str, ...]:
+        """Its dimensions in a store with or without a grid of heads, and with an axis of variants or none."""
+        dims = self.dims
+        if not grid and dims[:2] == SWEEP[:2]:
+            dims = ("case", *dims[2:])
+        elif not grid and self.name == "noise_floor":
+            dims = ("case",)
+        return (axis, *dims) if axis and self.ablated else dims
 
 
 # One row a variable: a table reads better than a column of arguments.
@@ -54,7 +62,15 @@ _ALL = (
     Variable("target_text", TOKEN, "1", "target token", "The target token, as text.", "string"),
     Variable("document", ("prompt",), "1", "document", "Index of the document in which the prompt starts.", "int"),
     Variable("partner", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
-    Variable("ablation", (), "1", "ablation", "What the ablated head's activations were replaced by.", "string"),
+    Variable("ablation", (), "1", "ablation", "What the ablated site's activations were replaced by.", "string"),
+    Variable("case", ("case",), "1", "case", "What is ablated: sites joined by + are replaced together.", "string"),
+    Variable("case_layer", ("case",), "1", "layer of the case", "First layer that the case ablates.", "int"),
+    Variable("other", TOKEN, "1", "other token id", "Token whose logit is subtracted from the target's.", "int"),
+    Variable("other_text", TOKEN, "1", "other token", "That token, as text.", "string"),
+    Variable("edited_position", ("prompt",), "1", "edited position", "Position at which the head's write is added again.", "int"),
+    Variable("distance", ("distance",), "1", "distance", "How many tokens back the attention goes.", "int"),
+    Variable("rank", ("rank",), "1", "rank", "Place among the token's most repairing neurons, from 0.", "int"),
+    Variable("neuron", ("neuron",), "1", "neuron", "Index of the neuron in the recorded MLP.", "int"),
     Variable("component", ("component",), "1", "component", "Label of one term of the residual stream's sum.", "string"),
     Variable("component_kind", ("component",), "1", "kind of component", "embedding, position_embedding, head, attention_bias or mlp.", "string"),
     Variable("component_layer", ("component",), "1", "layer of the component", "Layer that writes the component; -1 for embeddings.", "int"),
@@ -82,17 +98,46 @@ _ALL = (
     Variable("closure", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
     Variable("noise_floor", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
     # on request
+    Variable("residual_norm", TOKEN, "1", "norm of the residual stream", "Length of the residual stream before the final norm, in the clean run."),
+    Variable("ablated_residual_norm", SWEEP, "1", "ablated norm of the residual stream", "Length of the residual stream before the final norm, in the ablated run."),
+    Variable("inserted_direct_effect", SWEEP, "logit", "direct effect of the insertion", "DE, under the clean norm scale, of what a reinforced head's run adds to the residual stream; not part of its self-repair."),
+    Variable("attention", (*SWEEP, "distance"), "1", "attention", "Attention the head pays, in the clean run, to the token so far back; 0 where there is none."),
+    Variable("mlp_direct_effect", TOKEN, "logit", "direct effect of the MLP", "DE of the recorded MLP in the clean run."),
+    Variable("mlp_change", SWEEP, "logit", "change of direct effect of the MLP", "DE of the recorded MLP after the ablation minus before, under the clean norm scale."),
+    Variable("top_neuron", (*SWEEP, "rank"), "1", "most repairing neurons", "Index of the neuron of the recorded MLP whose DE rises most, second most ...", "int"),
+    Variable("top_neuron_change", (*SWEEP, "rank"), "logit", "their changes of direct effect", "DE of that neuron after the ablation minus before, under the clean norm scale."),
+    Variable("top_neuron_direct_effect", (*SWEEP, "rank"), "logit", "their direct effects", "DE of that neuron in the clean run."),
+    Variable("neuron_direct_effect", (*SWEEP, "neuron"), "logit", "direct effect of the neuron", "DE of every neuron of the recorded MLP in the clean run, on the top tokens of (layer, head)."),
+    Variable("neuron_change", (*SWEEP, "neuron"), "logit", "change of direct effect of the neuron", "DE of every neuron of the recorded MLP after the ablation minus before, on the top tokens of (layer, head); with the bias, which does not change, they add up to mlp_change."),
     Variable("component_direct_effect", (*TOKEN, "component"), "logit", "direct effect of the component", "DE of every component in the clean run; with target_constant they add up to the logit."),
     Variable("component_change", (*SWEEP, "component"), "logit", "change of direct effect of the component", "DE after the ablation of (layer, head) minus DE before, of every component, under the clean norm scale."),
 )
 # fmt: on
 
-VARIABLES: dict[str, Variable] = {v.name: v for v in _ALL}
+_CLEAN = ("direct_effect", "attention", "neuron_direct_effect")
+"""What belongs to an ablated head, but to its clean run."""
+
+VARIABLES: dict[str, Variable] = {
+    v.name: replace(v, ablated=v.dims[:4] == SWEEP and v.name not in _CLEAN) for v in _ALL
+}
 
 COORDINATES = tuple(v.name for v in _ALL[: [v.name for v in _ALL].index("selected")])
 CLEAN = ("logit", "mean_logit", "target_constant", "norm_scale")
-SWEPT = tuple(v.name for v in _ALL if v.dims == SWEEP)
+_REQUESTED = ("ablated_residual_norm", "inserted_direct_effect", "mlp_change")
+SWEPT = tuple(v.name for v in _ALL if v.dims == SWEEP and v.name not in _REQUESTED)
+RANKS = 10
+"""How many of a token's most repairing neurons are kept by name."""
+
 COMPONENT = ("component_direct_effect", "component_change")
+NEURON = (
+    "mlp_direct_effect",
+    "mlp_change",
+    "top_neuron",
+    "top_neuron_change",
+    "top_neuron_direct_effect",
+    "neuron_direct_effect",
+    "neuron_change",
+)
 
 
 def variable(name: str) -> Variable:

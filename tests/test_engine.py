@@ -70,7 +70,7 @@ def job(model, ids, ablate, replacement, rows=10**6, mean_z=None, **graph):
     tokens = torch.as_tensor(ids)
     arrays = {"tokens": tokens, "partner_tokens": tokens[families.derangement(len(ids))]}
     if mean_z is not None:
-        arrays["mean_z"] = mean_z
+        arrays["means"] = {"z": mean_z}
     plan = Graph(ablate=ablate, replacement=replacement, **graph).plan(model.layout) | {"rows": rows}
     return {k: v.numpy() for k, v in run_session(ablation_job, model.nn, arrays, plan).items()}
 

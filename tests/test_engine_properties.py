@@ -87,8 +87,10 @@ def numbers(drawn, heads=None, **more):
     ).frozen(choices["freeze"], structure.n_layers, structure.n_heads)
     plan = graph.plan(drawn.model.layout) | {"rows": 2 * tokens.numel()}
     arrays = {"tokens": tokens, "partner_tokens": tokens[drawn.partners]}
-    totals = run_session(mean_job, drawn.model.nn, arrays, plan | {"layers": range(structure.n_layers)})
-    arrays["mean_z"] = {layer: total / tokens.numel() for layer, total in totals.items()}
+    totals = run_session(
+        mean_job, drawn.model.nn, arrays, plan | {"keep": {"z": list(range(structure.n_layers))}}
+    )
+    arrays["means"] = {"z": {layer: total / tokens.numel() for layer, total in totals["z"].items()}}
     found = run_session(ablation_job, drawn.model.nn, arrays, plan)
     return complete({name: values.numpy() for name, values in found.items()})
 

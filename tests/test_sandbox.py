@@ -68,10 +68,12 @@ def assert_same(there, here):
 @pytest.mark.parametrize("replacement", ["resample", "mean", "zero"])
 def test_ablations_are_the_same_there(setting, replacement, record):
     sandbox, model, arrays = setting
-    means = {"model": model.layout, "layers": list(range(model.structure.n_layers))}
+    means = {"model": model.layout, "keep": {"z": list(range(model.structure.n_layers))}}
     if replacement == "mean":
         totals = sandbox.run(mean_job, arrays, means)
-        arrays = arrays | {"mean_z": {layer: z / arrays["tokens"].numel() for layer, z in totals.items()}}
+        arrays = arrays | {
+            "means": {"z": {layer: z / arrays["tokens"].numel() for layer, z in totals["z"].items()}}
+        }
     plan = planned(model, replacement=replacement, record=record)
     here = run_session(ablation_job, model.nn, arrays, plan)
     assert here["logit_change"].abs().mean() > 1e-2

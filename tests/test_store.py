@@ -17,9 +17,10 @@ import selfrepair_nn as sr
 from selfrepair_nn import store as store_room
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.store import Store, open_store
-from selfrepair_nn.variables import COORDINATES, SWEPT, VARIABLES
+from selfrepair_nn.variables import CLEAN, COMPONENT, COORDINATES, SWEPT, VARIABLES
 
 SIZES = {"layer": 2, "head": 3, "prompt": 7, "position": 4, "component": 5}
+SIZES |= {"case": 2, "distance": 2, "rank": 3, "neuron": 6}
 PER_CHUNK = 3
 DATA = tuple(name for name in VARIABLES if name not in COORDINATES)
 BY_PROMPT = tuple(name for name in DATA if "prompt" in VARIABLES[name].dims and name != "done")
@@ -68,7 +69,8 @@ def block_values(block, seed=0):
     """Random values of everything that is written by blocks of prompts."""
     rng = np.random.default_rng(seed)
     sizes = SIZES | {"prompt": block.stop - block.start}
-    return {n: rng.normal(size=[sizes[d] for d in VARIABLES[n].dims]).astype("f4") for n in BY_PROMPT}
+    drawn = {n: rng.normal(0, 50, [sizes[d] for d in VARIABLES[n].dims]) for n in BY_PROMPT}
+    return {n: values.astype(VARIABLES[n].dtype("float32")) for n, values in drawn.items()}
 
 
 def all_heads(value=True):
@@ -186,8 +188,10 @@ def test_a_run_holds_what_the_contract_lists_and_all_its_provenance(tmp_path, mo
         layers="1:",
     )
     found = bare(tmp_path / "s.zarr")
-    assert set(found.data_vars) == set(DATA)
-    assert set(found.coords) == set(COORDINATES)
+    assert set(found.data_vars) == {"done", "selected", "noise_floor", *CLEAN, *SWEPT, *COMPONENT}
+    tokens = {"token", "target", "token_text", "target_text", "document", "partner", "ablation"}
+    terms = {"component", "component_kind", "component_layer", "component_head"}
+    assert set(found.coords) == {"layer", "head", "prompt", "position"} | tokens | terms
     assert found.sizes == {"layer": 2, "head": 5, "prompt": 6, "position": 6, "component": 3 * 7 + 2}
     assert found.component_change.sel(component="L2H4").notnull().all()
     assert found.done.all()
@@ -230,7 +234,8 @@ def test_a_block_is_written_and_nothing_else(tmp_path):
     for name in BY_PROMPT:
         dims = VARIABLES[name].dims
         np.testing.assert_array_equal(found[name].isel(prompt=slice(3, 6)).transpose(*dims), values[name])
-        assert found[name].isel(prompt=[0, 1, 2, 6]).isnull().all()
+        others = found[name].isel(prompt=[0, 1, 2, 6])
+        assert (others == -1).all() if VARIABLES[name].kind == "int" else others.isnull().all()
     np.testing.assert_array_equal(found.done.any(("layer", "head")), [False] * 3 + [True] * 3 + [False])
 
 

@@ -1,6 +1,6 @@
 """From a user's choices to everything a run needs to know, before any weight is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ import numpy as np
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.plan import Work, default_block
+from selfrepair_nn.graph import Graph, Reinforce, Replacement, Variants
 from selfrepair_nn.models.load import Description, Model, describe, load_tokenizer
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import SAMPLE, Prompts, load_partners, load_prompts, partners, token_texts
 from selfrepair_nn.recipe import Recipe, find_recipe
-from selfrepair_nn.variables import CLEAN, COMPONENT, SWEPT
+from selfrepair_nn.variables import CLEAN, COMPONENT, NEURON, RANKS, SWEPT, Variable
 
 SAMPLE_TOKENS = 16_384
 
@@ -32,17 +33,24 @@ class Experiment:
     work: Work
 
     @property
+    def graph(self) -> Graph:
+        """The graph, or the first of the variants: what they share."""
+        return self.work.graphs[0]
+
+    @property
+    def grid(self) -> bool:
+        """Whether results lie on a grid of layers and heads; otherwise along `case`."""
+        return self.graph.heads_only
+
+    @property
     def heads(self) -> tuple[Head, ...]:
-        """The ablated heads, in the order of the cases."""
-        return tuple(case[0] for case in self.work.graph.ablate)
+        """The ablated heads of a grid, in the order of the cases."""
+        return tuple(case[0] for case in self.graph.ablate)
 
     @property
     def layers(self) -> list[int]:
-        return sorted({h.layer for h in self.heads})
-
-    @property
-    def head_indices(self) -> list[int]:
-        return sorted({h.head for h in self.heads})
+        """The layers in which something is ablated first."""
+        return sorted({_first_layer(case) for case in self.graph.ablate})
 
     @property
     def dtype(self) -> str:
@@ -63,9 +71,14 @@ class Experiment:
         return out if out.suffix == ".zarr" else out / f"{self.recipe.name}-{name}.zarr"
 
     @property
+    def ablation(self) -> str:
+        """What the variants replace by, as one word, or several where they differ."""
+        return ", ".join(dict.fromkeys(graph.ablation for graph in self.work.graphs))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides every number in the store: two runs with the same settings are the same run."""
-        o = self.options
+        o, kinds = self.options, {graph.ablation for graph in self.work.graphs}
         return {
             "recipe": self.recipe.name,
             "model": self.description.source.name,
@@ -75,24 +88,44 @@ class Experiment:
             "partners": None
             if self.partners is None
             else sha256(self.partners.astype("<i8").tobytes()).hexdigest(),
-            "heads": [h.label for h in self.heads],
-            "graph": self.work.graph.digest,
-            "ablation": o.ablation,
-            "target": o.target,
-            "value_bias": o.value_bias,
+            "heads": self.graph.labels,
+            "graph": [self.work.axis, *(graph.digest for graph in self.work.graphs)],
+            "ablation": self.ablation,
+            "target": self.graph.target,
+            "value_bias": self.graph.value_bias,
             "freeze": o.freeze,
             "components": o.components,
-            "share": o.share if o.components == "top" else None,
-            "mean_prompts": min(o.mean_prompts, self.prompts.n) if o.ablation == "mean" else None,
+            "share": o.share if self.shared else None,
+            "mean_prompts": min(o.mean_prompts, self.prompts.n) if "mean" in kinds else None,
+            "seed": o.seed if self.reinforces else None,
         }
+
+    @property
+    def reinforces(self) -> bool:
+        return any(isinstance(graph.replacement, Reinforce) for graph in self.work.graphs)
+
+    @property
+    def shared(self) -> bool:
+        """Whether what is large is kept for each head's top share of tokens only."""
+        return self.graph.neurons is not None or (
+            self.graph.record == "full" and self.options.components == "top"
+        )
+
+    @property
+    def edited_position(self) -> np.ndarray:
+        """A position for each prompt, drawn evenly from a seed: where a head is reinforced."""
+        generator = np.random.default_rng(self.options.seed)
+        return generator.integers(0, self.prompts.length - 1, self.prompts.n)
+
+    def dims(self, spec: Variable) -> tuple[str, ...]:
+        """The dimensions of a variable in this run's store."""
+        return spec.dims_in(self.grid, self.work.axis)
 
     def coordinates(self) -> dict[str, Any]:
         """Labels of the store's dimensions."""
         tokens, n = self.prompts.tokens, self.prompts.n
         texts = token_texts(self.tokenizer, tokens)
-        found = {
-            "layer": self.layers,
-            "head": self.head_indices,
+        found = self._sites() | {
             "prompt": np.arange(n),
             "position": np.arange(self.prompts.length - 1),
             "token": tokens[:, :-1],
@@ -101,9 +134,26 @@ class Experiment:
             "target_text": texts[:, 1:],
             "document": self.prompts.document,
             "partner": np.full(n, -1) if self.partners is None else self.partners,
-            "ablation": self.work.graph.replacement,
+            "ablation": self.ablation,
         }
-        if self.work.graph.record == "full":
+        if self.prompts.other is not None:
+            found["other"] = self.prompts.other
+            found["other_text"] = token_texts(self.tokenizer, self.prompts.other)
+        if self.reinforces:
+            found["edited_position"] = self.edited_position
+        if self.work.axis:
+            found[self.work.axis] = self.work.labels
+        return found | self._requested()
+
+    def _sites(self) -> dict[str, Any]:
+        if self.grid:
+            return {"layer": self.layers, "head": self._head_indices}
+        return {"case": self.graph.labels, "case_layer": [_first_layer(case) for case in self.graph.ablate]}
+
+    def _requested(self) -> dict[str, Any]:
+        """Labels of what the graph records beyond the sums."""
+        found: dict[str, Any] = {}
+        if self.graph.record == "full":
             terms = self.work.components
             found |= {
                 "component": [c.label for c in terms],
@@ -111,39 +161,63 @@ class Experiment:
                 "component_layer": [c.layer for c in terms],
                 "component_head": [c.head for c in terms],
             }
+        if self.graph.neurons is not None:
+            neurons = self.description.structure.d_mlp
+            found |= {"neuron": np.arange(neurons), "rank": np.arange(min(RANKS, neurons))}
+        if self.graph.attention:
+            found["distance"] = list(self.graph.attention)
         return found
 
     def data(self) -> dict[str, np.ndarray | None]:
         """Names of the store's arrays, with the values that are known beforehand."""
-        names = [
-            "done",
-            *CLEAN,
-            *SWEPT,
-            "noise_floor",
-            *(COMPONENT if self.work.graph.record == "full" else ()),
-        ]
+        names = ["done", *CLEAN, *SWEPT, "noise_floor"]
+        names += COMPONENT if self.graph.record == "full" else ()
+        names += NEURON if self.graph.neurons is not None else ()
+        names += ("residual_norm", "ablated_residual_norm") if self.graph.residual_norm else ()
+        names += ("attention",) if self.graph.attention else ()
+        names += ("inserted_direct_effect",) if self.reinforces else ()
         return {"selected": self.selected} | dict.fromkeys(names)
 
     @property
+    def _head_indices(self) -> list[int]:
+        return sorted({h.head for h in self.heads})
+
+    @property
     def selected(self) -> np.ndarray:
-        """bool [layer, head], along the store's dimensions."""
+        """bool [layer, head] or [case], along the store's dimensions: what is part of the run."""
+        if not self.grid:
+            return np.ones(len(self.graph.ablate), bool)
         wanted = set(self.heads)
-        return np.array([[Head(layer, h) in wanted for h in self.head_indices] for layer in self.layers])
+        return np.array([[Head(layer, h) in wanted for h in self._head_indices] for layer in self.layers])
 
     def on_grid(self, values: np.ndarray) -> np.ndarray:
-        """From [case, …] to [layer, head, …], NaN where a head is not part of the run."""
-        grid = np.full((*self.selected.shape, *values.shape[1:]), np.nan, dtype=values.dtype)
+        """From [case, …] to [layer, head, …], filled where a head is not part of the run; as it is without a grid."""
+        if not self.grid:
+            return values
+        fill = np.nan if np.issubdtype(values.dtype, np.floating) else -1
+        grid = np.full((*self.selected.shape, *values.shape[1:]), fill, dtype=values.dtype)
         grid[self.selected] = values
         return grid
 
     def arrays(self, block: slice) -> dict[str, Any]:
-        """The token ids that a job on these prompts takes."""
+        """The token ids, and what goes with them, that a job on these prompts takes."""
         import torch
 
-        found = {"tokens": torch.from_numpy(self.prompts.tokens[block].copy())}
+        p = self.prompts
+        found = {"tokens": p.tokens[block]}
         if self.partners is not None:
-            found["partner_tokens"] = torch.from_numpy(self.prompts.tokens[self.partners[block]])
-        return found
+            found["partner_tokens"] = p.tokens[self.partners[block]]
+        if p.twin is not None:
+            found["twin_tokens"] = p.twin[block]
+        if p.other is not None:
+            found["other"] = p.other[block]
+        if self.reinforces:
+            found["edited_position"] = self.edited_position[block]
+        return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
+
+
+def _first_layer(case: tuple[Any, ...]) -> int:
+    return min(site.layer for site in case)
 
 
 def prepare(recipe: str, options: Options) -> Experiment:
@@ -153,16 +227,32 @@ def prepare(recipe: str, options: Options) -> Experiment:
         UsageError, SelfRepairError: as the rooms that read models, prompts and specifications say.
     """
     found = find_recipe(recipe)
+    options = found.resolved(options)
     if isinstance(options.model, Model):
         description, tokenizer = options.model.description, options.model.tokenizer
     else:
         description = describe(options.model, options.revision)
         tokenizer = load_tokenizer(description.source)
-    graph = found.graph(description.structure, options)
-    prompts = _prompts(options, description, tokenizer)
+    structure = description.structure
+    prompts = found.prompts(structure, tokenizer, options) or _prompts(options, description, tokenizer)
+    axis, graphs = _variants(found.graph(structure, options), prompts)
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
-    work = Work(graph, description.structure, prompts.n, prompts.length, block, options.rows)
-    return Experiment(found, options, description, tokenizer, prompts, _partners(options, prompts.n), work)
+    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows)
+    lent = _partners(options, prompts.n, {graph.replacement for graph in work.graphs})
+    return Experiment(found, options, description, tokenizer, prompts, lent, work)
+
+
+def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, dict[Any, Graph]]:
+    """The axis and its graphs; the target is the difference where the prompts name what is subtracted."""
+    graphs = found.graphs if isinstance(found, Variants) else {"": found}
+    if prompts.other is not None:
+        graphs = {label: replace(graph, target="difference") for label, graph in graphs.items()}
+    for graph in graphs.values():
+        if graph.replacement == "twin" and prompts.twin is None:
+            raise UsageError('ablation "twin" needs prompts with a twin: define prompts() in the recipe')
+        if graph.target == "difference" and prompts.other is None:
+            raise UsageError('target "difference" needs prompts that name the other token: define prompts()')
+    return (found.axis if isinstance(found, Variants) else None), dict(graphs)
 
 
 def _prompts(options: Options, description: Description, tokenizer: Any) -> Prompts:
@@ -181,8 +271,8 @@ def _prompts(options: Options, description: Description, tokenizer: Any) -> Prom
     )
 
 
-def _partners(options: Options, n: int) -> np.ndarray | None:
-    if options.ablation != "resample":
+def _partners(options: Options, n: int, replacements: set[Replacement]) -> np.ndarray | None:
+    if "resample" not in replacements:
         if options.partners is not None:
             raise UsageError(
                 f"partners are for resample ablation: leave them out with ablation {options.ablation!r}"

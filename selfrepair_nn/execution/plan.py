@@ -1,31 +1,48 @@
 """A graph over prompts, cut into units of work; and what they will cost before anything runs."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from selfrepair_nn.components import Component, components
 from selfrepair_nn.graph import Graph, writes_attention_bias
 from selfrepair_nn.models.architectures import Structure
-from selfrepair_nn.variables import SWEPT
+from selfrepair_nn.variables import RANKS, SWEPT
 
 BLOCK_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Work:
-    """The units of a run: every case of the graph on each block of prompts.
+    """The units of a run: every case of the graph, in every variant, on each block of prompts.
 
-    `rows` is the number of tokens in one forward pass, `block` the number of prompts in a unit.
+    `variants` are the graphs by label, along `axis` where there are several. `rows` is the number of tokens in one
+    forward pass, `block` the number of prompts in a unit.
     """
 
-    graph: Graph
+    axis: str | None
+    variants: Mapping[Any, Graph]
     structure: Structure
     prompts: int
     length: int
     block: int
     rows: int
+
+    @property
+    def graphs(self) -> list[Graph]:
+        return list(self.variants.values())
+
+    @property
+    def labels(self) -> list[Any]:
+        return list(self.variants)
+
+    @property
+    def graph(self) -> Graph:
+        """The first graph: what the variants share."""
+        return self.graphs[0]
 
     @property
     def units(self) -> list[slice]:
@@ -35,7 +52,7 @@ class Work:
     @property
     def case_tokens(self) -> int:
         """Ablated head x token pairs: what a run's progress is counted in."""
-        return len(self.graph.ablate) * self.prompts * self.length
+        return len(self.graphs) * len(self.graph.ablate) * self.prompts * self.length
 
     @property
     def components(self) -> list[Component]:
@@ -52,21 +69,29 @@ class Work:
         through; an ablated pass runs through the layers from its own on.
         """
         s, tokens, cases = self.structure, self.prompts * self.length, len(self.graph.ablate)
-        starts = Counter(min(case).layer for case in self.graph.ablate)
+        starts = Counter(min(site.layer for site in case) for case in self.graph.ablate)
         per_pass = max(1, self.rows // (self.block * self.length))
-        clean_passes = 2 if self.graph.replacement == "resample" else 1
+        clean_passes = sum(2 if graph.replacement in ("resample", "twin") else 1 for graph in self.graphs)
         depth = sum(count * (s.n_layers - layer - s.parallel) for layer, count in starts.items())
-        values = len(SWEPT) * cases + (
-            len(self.components) * (cases + 1) if self.graph.record == "full" else 0
-        )
+        stored = self._values_per_token(cases)
         return {
             "units": len(self.units),
-            "passes": len(self.units) * sum(-(-count // per_pass) for count in starts.values()),
+            "passes": len(self.graphs)
+            * len(self.units)
+            * sum(-(-count // per_pass) for count in starts.values()),
             "tokens": clean_passes * tokens,
-            "ablated_tokens": cases * tokens,
-            "flops": 2 * s.layer_parameters * tokens * (clean_passes + depth / s.n_layers),
-            "store_bytes": values * self.prompts * (self.length - 1) * np.dtype(precision).itemsize,
+            "ablated_tokens": len(self.graphs) * cases * tokens,
+            "flops": 2 * s.layer_parameters * tokens * (clean_passes + len(self.graphs) * depth / s.n_layers),
+            "store_bytes": stored * self.prompts * (self.length - 1) * np.dtype(precision).itemsize,
         }
+
+    def _values_per_token(self, cases: int) -> int:
+        """How many numbers the store holds for each token, what is not written included."""
+        swept = len(SWEPT) + self.graph.residual_norm
+        wide = len(self.components) if self.graph.record == "full" else 0
+        neurons = 0 if self.graph.neurons is None else self.structure.d_mlp + 3 * RANKS
+        clean = wide + cases * (neurons + len(self.graph.attention))
+        return clean + len(self.graphs) * cases * (swept + wide + neurons)
 
 
 def default_block(length: int) -> int:

@@ -4,43 +4,57 @@ from typing import Any
 
 import numpy as np
 
+from selfrepair_nn.components import Head, Mlp, Neuron
 from selfrepair_nn.execution.backends import Backend
 from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.graph import Graph
+from selfrepair_nn.graph import Graph, sweep
 
-CONTROL_HEADS = 3
+KEPT = {Head: "z", Mlp: "mlp", Neuron: "hidden"}
+"""What the mean replaces of a kind of site."""
 
 
 def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> np.ndarray:
     """Root mean square change of the logit that rounding alone makes of an ablation in each layer: [layer].
 
-    Heads are replaced by themselves, and the residual stream that their pass takes up is moved by up to one rounding
-    step of the model's dtype. Without that step a clean and an ablated pass round alike, and what is found is 0
-    however coarse the dtype: but where something is really ablated they round differently.
+    A head is replaced by itself, and the residual stream that its pass takes up is moved by up to one rounding step
+    of the model's dtype. Without that step a clean and an ablated pass round alike, and what is found is 0 however
+    coarse the dtype: but where something is really ablated they round differently. Where there is no grid of heads
+    it is [case], each as its first layer's.
     """
     from selfrepair_nn.tracing.jobs import ablation_job
 
-    heads = [[h for h in experiment.heads if h.layer == layer][:CONTROL_HEADS] for layer in experiment.layers]
-    cases = tuple((own[i % len(own)],) for own in heads for i in range(CONTROL_HEADS))
-    graph = Graph(ablate=cases, replacement="identity", target=experiment.options.target)
+    graph = Graph(
+        ablate=sweep(Head(layer, 0) for layer in experiment.layers),
+        replacement="identity",
+        target=experiment.graph.target,
+    )
     plan = graph.plan(layout) | {"rows": experiment.work.rows, "shaken": True}
     changes = runner(ablation_job, experiment.arrays(slice(0, 1)), plan, None)["logit_change"]
-    return changes.double().square().unflatten(0, (-1, CONTROL_HEADS)).mean((1, 2, 3)).sqrt().numpy()
+    floor = changes.double().square().mean((1, 2)).sqrt().numpy()
+    if experiment.grid:
+        return floor
+    return floor[[experiment.layers.index(min(s.layer for s in case)) for case in experiment.graph.ablate]]
 
 
-def mean_z(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> dict[int, Any]:
-    """Mean z of the reference prompts over all their positions: {layer: [heads * d_head]}, in float64."""
+def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> dict[str, dict[int, Any]]:
+    """Mean activations of the reference prompts over all their positions: {what: {layer: [width]}}, in float64."""
     from selfrepair_nn.tracing.jobs import mean_job
 
     reference = min(experiment.options.mean_prompts, experiment.prompts.n)
-    plan = {"model": layout, "layers": experiment.layers}
-    totals: dict[int, Any] = dict.fromkeys(experiment.layers, 0)
+    keep: dict[str, set[int]] = {}
+    for site in (site for case in experiment.graph.ablate for site in case):
+        keep.setdefault(KEPT.get(type(site), "z"), set()).add(site.layer)
+    plan = {"model": layout, "keep": {what: sorted(layers) for what, layers in keep.items()}}
+    totals: dict[str, dict[int, Any]] = {what: dict.fromkeys(layers, 0) for what, layers in keep.items()}
     for block in experiment.work.units:
         within = slice(block.start, min(block.stop, reference))
         if within.start < within.stop:
             summed = runner(mean_job, experiment.arrays(within), plan, None)
-            totals = {layer: totals[layer] + summed[layer] for layer in totals}
-    return {layer: total / (reference * experiment.prompts.length) for layer, total in totals.items()}
+            totals = {
+                w: {k: total + summed[w][k] for k, total in found.items()} for w, found in totals.items()
+            }
+    count = reference * experiment.prompts.length
+    return {what: {layer: total / count for layer, total in found.items()} for what, found in totals.items()}
 
 
 def top_thresholds(experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:
@@ -48,7 +62,7 @@ def top_thresholds(experiment: Experiment, plan: dict[str, Any], runner: Backend
     from selfrepair_nn.tracing.jobs import effects_job
 
     keep = max(1, int(experiment.options.share * experiment.prompts.n * (experiment.prompts.length - 1)))
-    best = np.empty((len(experiment.heads), 0))
+    best = np.empty((len(experiment.graph.ablate), 0))
     for block in experiment.work.units:
         effects = (
             runner(effects_job, experiment.arrays(block), plan, None)["direct_effect"].flatten(1).numpy()

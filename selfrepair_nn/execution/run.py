@@ -19,11 +19,14 @@ from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError
 from selfrepair_nn.execution.backends import Backend, backend
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.interruption import interruptible
-from selfrepair_nn.execution.preliminaries import mean_z, noise_floor, top_thresholds
+from selfrepair_nn.execution.preliminaries import means, noise_floor, top_thresholds
 from selfrepair_nn.models.load import Model, load_described
 from selfrepair_nn.options import Options
 from selfrepair_nn.store import Store, explained, open_store, require_store
-from selfrepair_nn.variables import CLEAN, SWEPT
+from selfrepair_nn.variables import SWEEP, VARIABLES
+
+PACKED = {"component_change", "neuron_change", "neuron_direct_effect"}
+"""What comes back for the top tokens only, where there is a threshold."""
 
 
 def run(
@@ -72,11 +75,14 @@ def _fill(store: Store, experiment: Experiment, model: Model, runner: Backend, b
     """Everything that is still missing, unit by unit; gives each when it is stored."""
     from selfrepair_nn.tracing.jobs import ablation_job
 
-    plan = experiment.work.graph.plan(model.layout) | {"rows": experiment.work.rows}
-    constants = {"mean_z": mean_z(experiment, model.layout, runner)} if plan["replacement"] == "mean" else {}
+    plans = [graph.plan(model.layout) | {"rows": experiment.work.rows} for graph in experiment.work.graphs]
+    constants: dict[str, Any] = {}
+    if any(plan["replacement"]["kind"] == "mean" for plan in plans):
+        constants["means"] = means(experiment, model.layout, runner)
     if np.isnan(store.read("noise_floor")).any():
         store.write("noise_floor", noise_floor(experiment, model.layout, runner))
-    thresholds = top_thresholds(experiment, plan, runner) if experiment.options.components == "top" else None
+    if experiment.shared:
+        constants["thresholds"] = top_thresholds(experiment, plans[0], runner)
     for block, finished in zip(experiment.work.units, _finished(store, experiment), strict=True):
         if finished:
             continue
@@ -85,22 +91,42 @@ def _fill(store: Store, experiment: Experiment, model: Model, runner: Backend, b
         def tick(cases: int, tokens: int = tokens) -> None:
             bar.update(cases * tokens)
 
-        found = runner(ablation_job, experiment.arrays(block) | constants, plan, tick)
-        measured = {name: value.numpy() for name, value in found.items()}
-        _require_finite(measured, block)
-        if thresholds is not None:
-            measured["component_change"][measured["direct_effect"] < thresholds[:, None, None]] = np.nan
-        _write(store, experiment, block, measured)
+        arrays = experiment.arrays(block) | _sent(constants)
+        found = [_measured(runner(ablation_job, arrays, plan, tick), constants, block) for plan in plans]
+        _write(store, experiment, block, found)
         yield block
 
 
-def _write(store: Store, experiment: Experiment, block: slice, measured: dict[str, np.ndarray]) -> None:
-    """One unit into the store: the job's numbers and what follows from them, then the mark."""
-    found = complete(measured)
-    values = {name: found[name] for name in CLEAN} | {name: experiment.on_grid(found[name]) for name in SWEPT}
-    if "component_change" in found:
-        values["component_direct_effect"] = found["component_direct_effect"]
-        values["component_change"] = experiment.on_grid(found["component_change"])
+def _sent(constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a run as a job takes them."""
+    import torch
+
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in constants.items()}
+
+
+def _measured(found: dict[str, Any], constants: dict[str, Any], block: slice) -> dict[str, np.ndarray]:
+    """A job's result as arrays, finite, with everything that follows from it; NaN where only top tokens came back."""
+    measured = {name: value.numpy() for name, value in found.items()}
+    _require_finite(measured, block)
+    if "thresholds" in constants:
+        top = measured["direct_effect"] >= constants["thresholds"][:, None, None].astype(
+            measured["direct_effect"].dtype
+        )
+        for name in PACKED & set(measured):
+            whole = np.full((*top.shape, measured[name].shape[-1]), np.nan, measured[name].dtype)
+            whole[top] = measured[name]
+            measured[name] = whole
+    return complete(measured)
+
+
+def _write(store: Store, experiment: Experiment, block: slice, variants: list[dict[str, np.ndarray]]) -> None:
+    """One unit into the store: what each variant's job measured and what follows from it, then the mark."""
+    values = {}
+    for name in store.names & VARIABLES.keys() & variants[0].keys():
+        swept = VARIABLES[name].dims[:2] == SWEEP[:2]
+        parts = [experiment.on_grid(found[name]) if swept else found[name] for found in variants]
+        varies = experiment.work.axis and VARIABLES[name].ablated
+        values[name] = np.stack(parts) if varies else parts[0]
     store.write_prompts(block, values, experiment.selected)
 
 
@@ -126,6 +152,7 @@ def _open_or_create(experiment: Experiment, command: str) -> Store:
             path,
             experiment.coordinates(),
             experiment.data(),
+            dims=experiment.dims,
             prompts_per_chunk=experiment.work.block,
             precision=experiment.precision,
             attributes=_attributes(experiment, command),
@@ -172,8 +199,8 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         "n_layers": structure.n_layers,
         "n_heads": structure.n_heads,
         "parallel": int(structure.parallel),
-        "target": options.target,
-        "ablation": experiment.work.graph.replacement,
+        "target": experiment.graph.target,
+        "ablation": experiment.ablation,
         "value_bias": options.value_bias,
         "freeze": options.freeze,
         "dtype": experiment.dtype,

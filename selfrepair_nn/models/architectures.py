@@ -32,7 +32,9 @@ class Architecture:
     value: str
     value_layout: str
     output_projection: str
+    mlp_norm: str
     mlp: str
+    down_projection: str
     centred_norm: bool = True
     parallel: Callable[[Config], bool] = lambda config: False
     refuse: Callable[[Config], str | None] = lambda config: None
@@ -63,7 +65,9 @@ ARCHITECTURES = (
         value="attn.c_attn",
         value_layout="stacked",
         output_projection="attn.c_proj",
+        mlp_norm="ln_2",
         mlp="mlp",
+        down_projection="mlp.c_proj",
         refuse=_refuse_gpt2,
     ),
     Architecture(
@@ -78,7 +82,9 @@ ARCHITECTURES = (
         value="attention.query_key_value",
         value_layout="interleaved",
         output_projection="attention.dense",
+        mlp_norm="post_attention_layernorm",
         mlp="mlp",
+        down_projection="mlp.dense_4h_to_h",
         parallel=lambda config: config.use_parallel_residual,
     ),
     Architecture(
@@ -93,7 +99,9 @@ ARCHITECTURES = (
         value="self_attn.v_proj",
         value_layout="own",
         output_projection="self_attn.o_proj",
+        mlp_norm="post_attention_layernorm",
         mlp="mlp",
+        down_projection="mlp.down_proj",
         centred_norm=False,
     ),
     Architecture(
@@ -108,7 +116,9 @@ ARCHITECTURES = (
         value="self_attn.v_proj",
         value_layout="own",
         output_projection="self_attn.out_proj",
+        mlp_norm="final_layer_norm",
         mlp="fc2",
+        down_projection="fc2",
         refuse=_refuse_opt,
     ),
 )
@@ -125,6 +135,7 @@ class Structure:
     n_heads: int
     d_head: int
     d_model: int
+    d_mlp: int
     vocab_size: int
     layer_parameters: int
     max_length: int | None
@@ -167,6 +178,7 @@ def structure_of(module: Any) -> Structure:
         n_heads=config.num_attention_heads,
         d_head=width // config.num_attention_heads,
         d_model=d_model,
+        d_mlp=_widths(at(layer, architecture.down_projection))[0],
         vocab_size=at(module, architecture.unembedding).weight.shape[0],
         layer_parameters=sum(p.numel() for p in layers.parameters()),
         max_length=getattr(config, "max_position_embeddings", None),

@@ -3,82 +3,97 @@
 import torch
 from nnsight import save
 
+from selfrepair_nn.tracing.cases import cases_of, entrance, needs, prepare, sources
 from selfrepair_nn.tracing.decompose import (
     ablated_readout,
     clean_readout,
     component_effects,
-    direct_effect,
+    neuron_query,
     query,
 )
-from selfrepair_nn.tracing.passes import ablated_pass, clean_pass, embeddings
+from selfrepair_nn.tracing.passes import ablated_pass, attention_paid, clean_pass, embeddings
 from selfrepair_nn.tracing.places import part, place
 from selfrepair_nn.tracing.probes import probe
 from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
+
+LARGE = ("component_change", "neuron_change")
+"""Many numbers for each token: where thresholds are given, only those of the top tokens come back."""
 
 
 def ablation_job(model, arrays, plan, tick=None):
     """Ablate every case of the plan on one block of prompts.
 
     Args:
-        arrays: "tokens" [prompt, position]; for resample "partner_tokens" of the same shape; for mean "mean_z"
-            {layer: [heads * d_head]}.
-        plan: "cases" (list of lists of [layer, head]), "replacement", "frozen_heads" {layer: [head]}, "frozen_mlps"
-            [layer], "frozen_norm", "target", "value_bias", "record" ("sums" or "full"), "rows" (tokens in a pass).
+        arrays: "tokens" [prompt, position]; for resample "partner_tokens", for twin "twin_tokens", of the same shape;
+            for mean "means" {what: {layer: tensor}} as `mean_job` sums them; for reinforce "edited_position"
+            [prompt]; for the difference target "other" [prompt, position], the tokens whose logit is subtracted;
+            "thresholds" [case], if given: see below.
+        plan: what graph.Graph.plan gives, and "rows" (tokens in a pass).
         tick: called with the number of cases after each pass (only where the job runs in the caller's process).
 
-    Returns a dict of float tensors; positions are those with a next token:
+    Returns a dict of tensors; positions are those with a next token:
         logit, mean_logit, target_constant, norm_scale [prompt, position]
         direct_effect, ablated_direct_effect, logit_change, mean_logit_change, from_heads, from_mlps,
         ablated_norm_scale [case, prompt, position]
-        with "full": component_direct_effect [prompt, position, component],
-        component_change [case, prompt, position, component]
+        with "full": component_direct_effect [prompt, position, component], component_change
+        with "neurons": mlp_direct_effect [prompt, position], mlp_change [case, prompt, position], top_neuron,
+        top_neuron_change, top_neuron_direct_effect [case, prompt, position, rank], neuron_change,
+        neuron_direct_effect
+        with "residual_norm": residual_norm [prompt, position], ablated_residual_norm [case, prompt, position]
+        with "reinforce": inserted_direct_effect [case, prompt, position]
+        with "attention": attention [case, prompt, position, distance]
+    component_change [case, prompt, position, component], and neuron_change and neuron_direct_effect likewise, come as
+    [token, …] where thresholds are given: only tokens whose direct effect reaches their case's, in order.
     """
-    tokens, count = arrays["tokens"], plan["model"]["n_layers"]
-    cases = [[(layer, head) for layer, head in case] for case in plan["cases"]]
-    starts = sorted({min(case)[0] for case in cases})
-    first = 0 if plan["record"] == "full" else starts[0]
-    parallel = plan["model"]["parallel"]
-    clean = clean_pass(model, plan, tokens, first, inputs=[s + 1 if parallel else s for s in starts])
-    probed = probe(model, plan, range(first, count), tokens[:, 1:])
-    probed["query"] = {layer: query(probed, layer) for layer in range(first, count)}
+    tokens, cases = arrays["tokens"], cases_of(plan)
+    clean = clean_pass(model, plan, tokens, needs(plan, cases))
+    probed = _probed(model, plan, arrays, cases)
     state = clean_readout(clean, probed, plan)
-    replace = _replacements(model, arrays, plan, clean, probed, cases)
-    results = []
-    for group in _groups(cases, tokens.numel(), plan["rows"]):
-        replaced = [{site: replace(site) for site in case} for case in group]
-        changes = ablated_pass(model, plan, tokens, clean, probed, replaced)
-        results.append(ablated_readout(changes, group, replaced, clean, probed, state, plan))
+    if plan["record"] == "full":
+        embedded = embeddings(model, plan, tokens)
+        state["component_effects"] = component_effects(embedded, clean, probed, state, plan)
+    source = sources(model, plan, arrays, clean, cases)
+    results, done = [], 0
+    for group in _groups(cases, plan, tokens.numel()):
+        ready = [prepare(model, plan, arrays, clean, source, probed, case) for case in group]
+        changes = ablated_pass(model, plan, tokens, clean, probed, ready)
+        found = ablated_readout(changes, ready, clean, probed, state, plan)
+        results.append(_packed(found, state, arrays, done))
+        done += len(group)
         if tick is not None:
             tick(len(group))
     out = {name: torch.cat([r[name] for r in results]) for name in results[0]}
     out |= {name: state[name] for name in ("logit", "mean_logit", "norm_scale")}
     out["target_constant"] = probed["constant"]
+    out |= {name: state[name] for name in ("residual_norm", "mlp_direct_effect") if name in state}
     if plan["record"] == "full":
-        out["component_direct_effect"] = component_effects(
-            embeddings(model, plan, tokens), clean, probed, state, plan
-        )
+        out["component_direct_effect"] = state["component_effects"]
+    if plan["attention"]:
+        out["attention"] = _attention(model, plan, tokens, clean, cases)
     return {name: value.cpu() for name, value in out.items()}
 
 
 def effects_job(model, arrays, plan, tick=None):
-    """Direct effect of every case's heads, nothing ablated: {"direct_effect": [case, prompt, position]}."""
-    tokens, count = arrays["tokens"], plan["model"]["n_layers"]
-    layers = sorted({layer for case in plan["cases"] for layer, _ in case})
-    clean = clean_pass(model, plan, tokens, layers[0])
-    probed = probe(model, plan, layers, tokens[:, 1:])
-    scale = norm_scale(clean["input"][count], plan)[:, :-1]
-    probed["query"] = {layer: query(probed, layer) for layer in layers}
+    """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
+    same = plan | {"replacement": {"kind": "identity"}, "record": "sums", "neurons": None, "attention": []}
+    cases, tokens = cases_of(plan), arrays["tokens"]
+    clean = clean_pass(model, same, tokens, needs(same, cases))
+    probed = _probed(model, same, arrays, cases)
+    scale = norm_scale(clean["input"][plan["model"]["n_layers"]], plan)[:, :-1]
     effects = []
-    for case in plan["cases"]:
-        terms = [direct_effect(_of(clean["z"], site, plan), site, probed, scale, plan) for site in case]
-        effects.append(sum(terms[1:], terms[0]))
+    for case in cases:
+        ready = prepare(model, same, arrays, clean, clean, probed, case)
+        effects.append(sum(before for before, _ in ready["effects"].values()) / scale)
     return {"direct_effect": torch.stack(effects).cpu()}
 
 
 def mean_job(model, arrays, plan, tick=None):
-    """Sum of z over a block's prompts and positions, in float64: {layer: [heads * d_head]} for `plan["layers"]`."""
-    kept = clean_pass(model, plan, arrays["tokens"], only=plan["layers"])
-    return {layer: z.double().sum((0, 1)).cpu() for layer, z in kept["z"].items()}
+    """Sums over a block's prompts and positions, in float64: {what: {layer: [width]}} for `plan["keep"]`."""
+    kept = clean_pass(model, plan, arrays["tokens"], plan["keep"])
+    return {
+        what: {layer: x.double().sum((0, 1)).cpu() for layer, x in layers.items()}
+        for what, layers in kept.items()
+    }
 
 
 def logits_job(model, arrays, plan, tick=None):
@@ -89,7 +104,7 @@ def logits_job(model, arrays, plan, tick=None):
     Returns a dict: logits, ablated_logits [prompt, position, vocabulary].
     """
     tokens, (layer, head) = arrays["tokens"], plan["site"]
-    partner = clean_pass(model, plan, arrays["partner_tokens"], only=[layer])["z"][layer]
+    partner = clean_pass(model, plan, arrays["partner_tokens"], {"z": [layer]})["z"][layer]
     with torch.no_grad(), model.trace(tokens, use_cache=False):
         clean = save(place(model, plan, "unembedding").output)
     with torch.no_grad(), model.trace(tokens, use_cache=False):
@@ -99,41 +114,49 @@ def logits_job(model, arrays, plan, tick=None):
     return {"logits": widen(clean).cpu(), "ablated_logits": widen(ablated).cpu()}
 
 
-def _replacements(model, arrays, plan, clean, probed, cases):
-    """A function from (layer, head) to the z that replaces it: [prompt, position, d_head]."""
-    kind = plan["replacement"]
-    if kind == "resample":
-        layers = sorted({layer for case in cases for layer, _ in case})
-        source = clean_pass(model, plan, arrays["partner_tokens"], only=layers)["z"]
-    else:
-        source = clean["z"]
-
-    def replace(site):
-        layer, head = site
-        z = _of(source, site, plan)
-        if kind == "zero":
-            return probed["value_constant"][layer][head].to(z.dtype).expand_as(z)
-        if kind == "mean":
-            mean = per_head(arrays["mean_z"][layer], plan)[head]
-            return mean.to(z.device, z.dtype).expand_as(z)
-        return z
-
-    return replace
+def _probed(model, plan, arrays, cases):
+    """What the probe finds, with the target directions pulled back through every projection that is read."""
+    sites = [site for case in cases for site in case]
+    first = 0 if plan["record"] == "full" else min(site[1] for site in sites)
+    layers = range(first, plan["model"]["n_layers"])
+    neurons = {site[1] for site in sites if site[0] == "neuron"}
+    neurons |= set() if plan["neurons"] is None else {plan["neurons"]}
+    probed = probe(model, plan, layers, arrays["tokens"][:, 1:], arrays.get("other"), sorted(neurons))
+    probed["query"] = {layer: query(probed, layer) for layer in layers}
+    probed["neuron_query"] = {layer: neuron_query(probed, layer) for layer in neurons}
+    return probed
 
 
-def _groups(cases, tokens, rows):
-    """Split the cases, in order, into passes: one first layer each, at most `rows` tokens (but at least one case)."""
-    size = max(1, rows // tokens)
+def _packed(found, state, arrays, start):
+    """Where thresholds are given, of the large results only those of the tokens that reach them."""
+    if "neuron_change" in found:
+        effects = state["neuron_effects"]
+        found["neuron_direct_effect"] = effects.expand(len(found["direct_effect"]), *effects.shape)
+    if "thresholds" not in arrays:
+        return found
+    effect = found["direct_effect"]
+    limits = arrays["thresholds"][start : start + len(effect), None, None].to(effect.device)
+    top = effect >= limits
+    large = (*LARGE, "neuron_direct_effect")
+    return {name: value[top] if name in large else value for name, value in found.items()}
+
+
+def _attention(model, plan, tokens, clean, cases):
+    """Attention of each case's head: [case, prompt, position, distance]."""
+    heads = [site for case in cases for site in case if site[0] == "head"]
+    layers = sorted({site[1] for site in heads})
+    paid = attention_paid(model, plan, tokens, clean, layers, plan["attention"])
+    return torch.stack([paid[site[1]][:, :-1, site[2]] for site in heads])
+
+
+def _groups(cases, plan, tokens):
+    """Split the cases, in order, into passes: one entrance each, at most `rows` tokens (but at least one case)."""
+    size = max(1, plan["rows"] // tokens)
     groups = []
     for case in cases:
         last = groups[-1] if groups else None
-        if last and len(last) < size and min(last[0])[0] == min(case)[0]:
+        if last and len(last) < size and entrance(last[0], plan) == entrance(case, plan):
             last.append(case)
         else:
             groups.append([case])
     return groups
-
-
-def _of(kept, site, plan):
-    """One head's z, from z kept by layer."""
-    return per_head(kept[site[0]], plan)[:, :, site[1]]

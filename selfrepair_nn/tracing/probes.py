@@ -11,16 +11,19 @@ LARGE = 1024.0
 """Length of the known vectors: beside it a bias, an epsilon or a rounding step is small. A power of two, so exact."""
 
 
-def probe(model, plan, layers, targets):
+def probe(model, plan, layers, targets, others=None, neurons=()):
     """What direct effects need of the weights.
 
     Args:
         layers: decoder layers whose output projection is wanted.
         targets: token ids [prompt, position] whose logits are measured.
+        others: token ids [prompt, position] whose logits are subtracted, for the target "difference".
+        neurons: layers whose MLP's output projection is wanted.
 
     Returns a dict:
         output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
         value_constant {layer: [heads, d_head]}  the part of z that no input changes (zero if value_bias is "head")
+        down_projection {layer: [neurons, d_model]}, norm_bias {(layer, which): [d_model]} of frozen norms
         direction [prompt, position, d_model]    d_t = C(gamma * u_t)
         constant [prompt, position]              k_t = <beta, u_t> + b_U[t]
         mean_direction [d_model], mean_constant [] the same for the mean row of the vocabulary
@@ -32,26 +35,37 @@ def probe(model, plan, layers, targets):
     ):
         like = place(model, plan, "final_norm").input[0, :1]
         eye = torch.eye(size, dtype=like.dtype, device=like.device)
-        found = save({"output_projection": {}, "output_bias": {}, "value_constant": {}})
+        found = save(
+            {"output_projection": {}, "output_bias": {}, "value_constant": {}, "down_projection": {}}
+        )
         for layer in layers:
             _probe_layer(model, plan, layer, like, found)
+        for layer in neurons:
+            down = part(model, plan, layer, "down_projection")
+            found["down_projection"][layer] = _linear(down, like, plan["model"]["d_mlp"])[0]
+        found["norm_bias"] = {
+            (layer, which): widen(part(model, plan, layer, f"{which}_norm")(torch.zeros_like(like)))[0]
+            for layer, which in plan["frozen_norms"]
+        }
         found["norm_at_zero"], found["norm_at_known"] = _probe_norm(model, plan, like)
-        found["rows"], found["biases"] = _probe_unembedding(model, plan, eye, targets.to(like.device))
-    return found | _pull_back(plan, found, targets)
+        wanted = targets if others is None else torch.cat([targets, others])
+        found["rows"], found["biases"] = _probe_unembedding(model, plan, eye, wanted.to(like.device))
+    return found | _pull_back(plan, found, wanted, len(targets))
 
 
 def _probe_layer(model, plan, layer, like, found):
     projection = part(model, plan, layer, "output_projection")
-    width = plan["model"]["n_heads"] * plan["model"]["d_head"]
-    nothing = like.new_zeros(1, width)
-    bias = widen(projection(nothing))[0]
-    rows = LARGE * torch.eye(width, dtype=like.dtype, device=like.device)
-    weight = (widen(projection(rows)) - bias) / LARGE
-    found["output_bias"][layer] = bias
-    found["output_projection"][layer] = weight.unflatten(
-        0, (plan["model"]["n_heads"], plan["model"]["d_head"])
-    )
+    heads, width = plan["model"]["n_heads"], plan["model"]["d_head"]
+    rows, found["output_bias"][layer] = _linear(projection, like, heads * width)
+    found["output_projection"][layer] = rows.unflatten(0, (heads, width))
     found["value_constant"][layer] = _value_constant(model, plan, layer, like)
+
+
+def _linear(projection, like, width):
+    """A linear map of `width` inputs: its weights, a row for each input, from long unit vectors, and its bias."""
+    bias = widen(projection(like.new_zeros(1, width)))
+    rows = LARGE * torch.eye(width, dtype=like.dtype, device=like.device)
+    return (widen(projection(rows)) - bias) / LARGE, bias[0]
 
 
 def _value_constant(model, plan, layer, like):
@@ -98,8 +112,11 @@ def _probe_unembedding(model, plan, eye, targets):
     return torch.cat(columns).T.contiguous(), torch.cat([bias[wanted], bias.mean()[None]])
 
 
-def _pull_back(plan, found, targets):
-    """d_t and k_t of every token from the probed norm and unembedding rows (DESIGN section 2)."""
+def _pull_back(plan, found, wanted, prompts):
+    """d_t and k_t of every token from the probed norm and unembedding rows.
+
+    `wanted` holds the targets of the `prompts`, followed, for the target "difference", by what is subtracted.
+    """
     beta = found["norm_at_zero"]
     known = widen(_known(beta[None]))
     gamma = (found["norm_at_known"] - beta) / (known / norm_scale(known, plan)[..., None])[0]
@@ -108,10 +125,14 @@ def _pull_back(plan, found, targets):
     shift = 1.0 if plan["target"] == "centred" else 0.0
     rows, biases = rows[:-1] - shift * mean_row, biases[:-1] - shift * mean_bias
     directions, constants = centre(gamma * rows, plan), product(rows, beta) + biases
-    inverse = targets.to(beta.device).unique(return_inverse=True)[1]
+    inverse = wanted.to(beta.device).unique(return_inverse=True)[1]
+    directions, constants = directions[inverse], constants[inverse]
+    if plan["target"] == "difference":
+        directions = directions[:prompts] - directions[prompts:]
+        constants = constants[:prompts] - constants[prompts:]
     return {
-        "direction": directions[inverse],
-        "constant": constants[inverse],
+        "direction": directions,
+        "constant": constants,
         "mean_direction": centre(gamma * mean_row, plan),
         "mean_constant": (beta * mean_row).sum() + mean_bias,
     }
