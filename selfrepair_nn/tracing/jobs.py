@@ -121,7 +121,8 @@ def _probed(model, plan, arrays, cases):
     layers = range(first, plan["model"]["n_layers"])
     neurons = {site[1] for site in sites if site[0] == "neuron"}
     neurons |= set() if plan["neurons"] is None else {plan["neurons"]}
-    probed = probe(model, plan, layers, arrays["tokens"][:, 1:], arrays.get("other"), sorted(neurons))
+    others = arrays["other"] if plan["target"] == "difference" else None
+    probed = probe(model, plan, layers, arrays["tokens"][:, 1:], others, sorted(neurons))
     probed["query"] = {layer: query(probed, layer) for layer in layers}
     probed["neuron_query"] = {layer: neuron_query(probed, layer) for layer in neurons}
     return probed
