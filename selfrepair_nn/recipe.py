@@ -2,12 +2,13 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.graph import Graph
+from selfrepair_nn.options import Options
 
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
@@ -18,16 +19,31 @@ SIGNATURE = "graph(structure, options)"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: `build(structure, options)` says what is done, `figures` names what is drawn from its store."""
+    """One experiment: `build(structure, options)` says what is done, `figures` names what is drawn from its store.
+
+    `defaults` are options that the recipe takes where they are left at the default of every recipe.
+    """
 
     path: Path
     summary: str
     build: Callable[[Any, Any], Any]
     figures: tuple[str, ...]
+    defaults: dict[str, Any]
 
     @property
     def name(self) -> str:
         return self.path.stem
+
+    def options(self, given: Options) -> Options:
+        """The options given, with the recipe's defaults.
+
+        Raises:
+            UsageError: a default that is no option, or a value that it cannot have.
+        """
+        usual = {each.name: each.default for each in fields(Options)}
+        if unknown := ", ".join(self.defaults.keys() - usual):
+            raise UsageError(f"recipe {str(self.path)!r}: DEFAULTS names {unknown}, which is no option of a run")
+        return replace(given, **{n: v for n, v in self.defaults.items() if getattr(given, n) == usual[n]})
 
     def graph(self, structure: Any, options: Any) -> Graph:
         """What the recipe does with a model of this structure, given these options.
@@ -91,4 +107,5 @@ def _load(path: Path) -> Recipe:
     if not callable(getattr(module, "graph", None)):
         raise UsageError(f"recipe {str(path)!r} defines no function {SIGNATURE}")
     summary = (module.__doc__ or "").strip().split("\n")[0]
-    return Recipe(path, summary, module.graph, tuple(getattr(module, "FIGURES", ())))
+    figures, defaults = getattr(module, "FIGURES", ()), getattr(module, "DEFAULTS", {})
+    return Recipe(path, summary, module.graph, tuple(figures), dict(defaults))

@@ -153,6 +153,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
         UsageError, SelfRepairError: as the rooms that read models, prompts and specifications say.
     """
     found = find_recipe(recipe)
+    options = found.options(options)
     if isinstance(options.model, Model):
         description, tokenizer = options.model.description, options.model.tokenizer
     else:
