@@ -24,11 +24,17 @@ class Top:
     effect: np.ndarray
 
     def pick(self, start: int, values: np.ndarray) -> tuple[slice, np.ndarray]:
-        """The entries in a block of `values` [case, prompt, position] from prompt `start`, and the values."""
-        n_positions = values.shape[2]
+        """The entries in a block of `values` [case, prompt, position, …] from prompt `start`, and the values."""
+        n_cases, n_prompts, n_positions = values.shape[:3]
         first = start * n_positions
-        within = slice(*np.searchsorted(self.token, (first, first + values.shape[1] * n_positions)))
-        return within, values.reshape(len(values), -1)[self.case[within], self.token[within] - first]
+        within = slice(*np.searchsorted(self.token, (first, first + n_prompts * n_positions)))
+        flat = values.reshape(n_cases, n_prompts * n_positions, *values.shape[3:])
+        return within, flat[self.case[within], self.token[within] - first]
+
+    def of(self, cases: slice) -> "Top":
+        """The entries of these cases, counted from the first of them."""
+        here = (self.case >= cases.start) & (self.case < cases.stop)
+        return Top(self.case[here] - cases.start, self.token[here], self.effect[here])
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,9 @@ def direct_effects(ds: xr.Dataset, done: np.ndarray, share: float) -> tuple[np.n
     none if n is 0.
     """
     n_positions = ds.sizes["position"]
-    tokens = done.sum(1) * n_positions
-    wanted = np.where(tokens, np.maximum(1, (share * tokens).astype(int)), 0)
+    wanted = _wanted(done.sum(1) * n_positions, share)
     sums = np.zeros(done.shape)
-    best = [(np.empty(0), np.empty(0, int))] * len(done)
+    best = [NOTHING] * len(done)
     for start, values in _blocks(ds, "direct_effect"):
         here = slice(start, start + values.shape[1])
         sums[:, here] = _done_sums(values, done[:, here])
@@ -92,6 +97,53 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
         within, picked = top.pick(start, values)
         chosen[within] = picked
     return sums, chosen
+
+
+def ratio_sums(ds: xr.Dataset, name: str, other: str, done: np.ndarray) -> np.ndarray:
+    """The sums [case, prompt] of one variable divided by another on each token; a division by 0 counts as 0."""
+    sums = np.zeros(done.shape)
+    for (start, above), (_, below) in zip(_blocks(ds, name), _blocks(ds, other), strict=True):
+        here = slice(start, start + above.shape[1])
+        sums[:, here] = _done_sums(ratios(above, below), done[:, here])
+    return sums
+
+
+def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Elementwise quotient in float64; 0 where `below` is 0."""
+    return np.divide(above, below, out=np.zeros(above.shape), where=below != 0, dtype=float)
+
+
+def tokens_of(ds: xr.Dataset, name: str, cases: np.ndarray) -> np.ndarray:
+    """Every value [case, prompt, position] of a few cases, in float64."""
+    return np.concatenate([values[cases].astype(float) for _, values in _blocks(ds, name)], axis=1)
+
+
+def in_top(values: np.ndarray, share: float) -> np.ndarray:
+    """Which of one case's `values` [token] are in its top share: bool [token], as in `direct_effects`."""
+    marks = np.zeros(values.size, bool)
+    _, kept = _best(NOTHING, values, np.arange(values.size), int(_wanted(np.array(values.size), share)))
+    marks[kept] = True
+    return marks
+
+
+def component_sums(ds: xr.Dataset, top: Top) -> tuple[np.ndarray, np.ndarray]:
+    """Sums [case, component] of the components' changes over those entries of `top` that are stored, and their number.
+
+    Read one layer and one chunk of prompts at a time; what holds no entry is not read.
+    """
+    array = ds.component_change.transpose(*SWEEP, "component")
+    n_layers, n_heads, n_prompts, n_positions, n_components = array.shape
+    step = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
+    sums, counts = np.zeros((n_layers * n_heads, n_components)), np.zeros(n_layers * n_heads, int)
+    for layer in range(n_layers):
+        here = top.of(slice(layer * n_heads, (layer + 1) * n_heads))
+        for start in sorted({int(token) // n_positions // step * step for token in here.token}):
+            within, picked = here.pick(start, array[layer, :, start : start + step].values)
+            stored = np.isfinite(picked).all(1)
+            cases = layer * n_heads + here.case[within][stored]
+            np.add.at(sums, cases, picked[stored].astype(float))
+            np.add.at(counts, cases, 1)
+    return sums, counts
 
 
 def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
@@ -119,6 +171,11 @@ def _done_sums(values: np.ndarray, done: np.ndarray) -> np.ndarray:
 
 
 Ranked = tuple[np.ndarray, np.ndarray]  # values, tokens
+NOTHING: Ranked = (np.empty(0), np.empty(0, int))
+
+
+def _wanted(tokens: np.ndarray, share: float) -> np.ndarray:
+    return np.where(tokens, np.maximum(1, (share * tokens).astype(int)), 0)
 
 
 def _best(best: Ranked, fresh: np.ndarray, tokens: np.ndarray, count: int) -> Ranked:

@@ -3,7 +3,7 @@
 import ast
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,19 @@ PROMPTS = "prompts(structure, tokenizer, options)"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: `build(structure, options)` says what is done, `figures` names what is drawn from its store."""
+    """One experiment: `build(structure, options)` says what is done, `figures` names what is drawn from its store.
+
+    `make_prompts(structure, tokenizer, options)`, if there is one, makes the prompts. `parameters` are choices of the
+    recipe's own with their defaults (`options.param`); `defaults` are options that it takes where they are left at
+    the default of every recipe.
+    """
 
     path: Path
     summary: str
     build: Callable[[Any, Any], Any]
     make_prompts: Callable[[Any, Any, Any], Any] | None
     parameters: Mapping[str, Any]
+    defaults: Mapping[str, Any]
     figures: tuple[str, ...]
 
     @property
@@ -36,12 +42,19 @@ class Recipe:
         return self.path.stem
 
     def resolved(self, options: Options) -> Options:
-        """The options with every parameter of the recipe: as given, or its default.
+        """The options, with the recipe's defaults and every parameter of its own: as given, or its default.
 
         Raises:
-            UsageError: a parameter that the recipe does not have, or a value of another kind than its default.
+            UsageError: a default that is no option; a parameter that the recipe does not have, or a value of another
+                kind than its default.
         """
-        return replace(options, param=self.parameters | self._given(options.param))
+        usual = {each.name: each.default for each in fields(Options)}
+        if unknown := ", ".join(self.defaults.keys() - usual):
+            raise UsageError(
+                f"recipe {str(self.path)!r}: DEFAULTS names {unknown}, which is no option of a run"
+            )
+        own = {n: v for n, v in self.defaults.items() if getattr(options, n) == usual[n]}
+        return replace(options, **own, param=self.parameters | self._given(options.param))
 
     def _given(self, param: Any) -> dict[str, Any]:
         pairs = param.items() if isinstance(param, Mapping) else (_pair(text) for text in param)
@@ -158,5 +171,6 @@ def _load(path: Path) -> Recipe:
         raise UsageError(f"recipe {str(path)!r} defines no function {SIGNATURE}")
     summary = (module.__doc__ or "").strip().split("\n")[0]
     parameters = dict(getattr(module, "PARAMETERS", {}))
-    figures = tuple(getattr(module, "FIGURES", ()))
-    return Recipe(path, summary, module.graph, getattr(module, "prompts", None), parameters, figures)
+    defaults, figures = dict(getattr(module, "DEFAULTS", {})), tuple(getattr(module, "FIGURES", ()))
+    prompts = getattr(module, "prompts", None)
+    return Recipe(path, summary, module.graph, prompts, parameters, defaults, figures)

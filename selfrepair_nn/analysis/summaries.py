@@ -1,12 +1,10 @@
-"""From a store to numbers: pure functions of a dataset, alike for a finished run and for a partly done one.
-
-Only what is marked `done` counts. All means are taken in float64. A store may be larger than memory.
-"""
+"""What each head and each layer do on average, over all tokens and over the top share."""
 
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, largest, read
+from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, largest, ratios, read
+from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import SWEEP, VARIABLES
 
@@ -30,8 +28,23 @@ def done_share(ds: xr.Dataset) -> xr.DataArray:
     Raises:
         UsageError: `ds` is not a store of the heads recipe.
     """
-    _check_store(ds)
+    check_store(ds)
     return (ds.done & ds.selected).mean("prompt").where(ds.selected)
+
+
+def only(ds: xr.Dataset, layers: str | None = None, heads: str | None = None) -> xr.Dataset:
+    """The store as if no other heads had been run; `layers` and `heads` as in `select_heads` ("8:12", "9.6,10.*").
+
+    Raises:
+        UsageError: a specification is misspelt or leaves nothing, or `ds` is not a store of the heads recipe.
+    """
+    check_store(ds)
+    wanted = select_heads(layers, heads, *(ds.attrs.get(f"n_{d}s", int(ds[d].max()) + 1) for d in HEADS))
+    named = [[Head(i, j) in wanted for j in ds["head"].values] for i in ds["layer"].values]
+    chosen = ds.selected & xr.DataArray(named, dims=HEADS)
+    if not chosen.any():
+        raise UsageError(f"the store holds no head of layers {layers!r} and heads {heads!r}: name others")
+    return ds.assign(selected=chosen)
 
 
 def top_share(ds: xr.Dataset, share: float = SHARE) -> xr.DataArray:
@@ -43,8 +56,8 @@ def top_share(ds: xr.Dataset, share: float = SHARE) -> xr.DataArray:
     Raises:
         UsageError: `share` is not in (0, 1], or `ds` is not a store of the heads recipe.
     """
-    _check_share(share)
-    _check_store(ds)
+    check_share(share)
+    check_store(ds)
     done = done_cases(ds)
     _, top = direct_effects(ds, done, share)
     marks = np.zeros((len(done), ds.sizes["prompt"] * ds.sizes["position"]), bool)
@@ -72,10 +85,10 @@ def by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     Raises:
         UsageError: `share` is not in (0, 1] or not the summary's, or `ds` is not a store of the heads recipe.
     """
-    _check_share(share)
+    check_share(share)
     if "top_self_repair" in ds:
         return _same_share(ds, share)
-    _check_store(ds)
+    check_store(ds)
     shape = [ds.sizes[d] for d in HEADS]
     found = {name: (HEADS, values.reshape(shape)) for name, values in _summed_up(ds, share).items()}
     heads = xr.Dataset(found, {d: ds[d].variable for d in HEADS if d in ds.coords}, ds.attrs)
@@ -146,7 +159,7 @@ def _summed_up(ds: xr.Dataset, share: float) -> dict[str, np.ndarray]:
 
 def _norm_share(from_norm: np.ndarray, top: Top, tokens: np.ndarray) -> np.ndarray:
     """Section 3.2 and Appendix A: clipped per token; a token of no direct effect has nothing to repair."""
-    shares = np.divide(from_norm, top.effect, out=np.zeros_like(from_norm), where=top.effect != 0)
+    shares = ratios(from_norm, top.effect)
     with np.errstate(invalid="ignore"):
         return np.bincount(top.case, np.clip(shares, 0, 1), len(tokens)) / tokens
 
@@ -188,12 +201,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def _check_share(share: float) -> None:
+def check_share(share: float) -> None:
     if not 0 < share <= 1:
         raise UsageError(f"share {share!r} is not in (0, 1]: write 0.02 for the top 2% of tokens")
 
 
-def _check_store(ds: xr.Dataset) -> None:
+def check_store(ds: xr.Dataset) -> None:
     missing = [name for name in REQUIRED if name not in ds]
     if missing:
         raise UsageError(f"this is not a store of the heads recipe: it lacks {', '.join(missing)}")

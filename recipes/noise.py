@@ -1,0 +1,19 @@
+"""Self-repair token by token: direct effect and logit change of single late heads (paper: Figure 3)."""
+
+import selfrepair_nn as sr
+
+FIGURES = ("token_noise",)
+
+
+def graph(structure, options):
+    """Each head of the last third of the layers is one ablated run, unless layers or heads are chosen."""
+    chosen = options.layers or options.heads
+    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
+    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    return sr.Graph(
+        ablate=sr.sweep(heads),
+        replacement=options.ablation,
+        record="sums" if options.components == "none" else "full",
+        target=options.target,
+        value_bias=options.value_bias,
+    ).frozen(options.freeze, structure.n_layers, structure.n_heads)

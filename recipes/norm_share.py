@@ -1,0 +1,17 @@
+"""What the final norm repairs of every head, and by which part (paper: Figures 6, 10, 11, Appendix B)."""
+
+import selfrepair_nn as sr
+
+FIGURES = ("norm_share",)
+
+
+def graph(structure, options):
+    """Each selected head is one ablated run."""
+    heads = sr.select_heads(options.layers, options.heads, structure.n_layers, structure.n_heads)
+    return sr.Graph(
+        ablate=sr.sweep(heads),
+        replacement=options.ablation,
+        record="sums" if options.components == "none" else "full",
+        target=options.target,
+        value_bias=options.value_bias,
+    ).frozen(options.freeze, structure.n_layers, structure.n_heads)

@@ -1,0 +1,98 @@
+"""Self-repair token by token (section 2.3): how far a head's direct effect tells what its ablation does."""
+
+import numpy as np
+import xarray as xr
+
+from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_share, check_store
+from selfrepair_nn.blocks import done_cases, in_top, ratios, tokens_of
+from selfrepair_nn.variables import VARIABLES
+
+COUNT = 4
+FATES = {
+    "broken": "logit falls by more than the direct effect",
+    "under": "repaired in part",
+    "over": "repaired beyond the direct effect",
+}
+
+
+def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+    """Direct effect and logit change of every token of a few heads, and how they go together, over (rank).
+
+    The heads are the `count` of largest mean direct effect in the last third of the model's layers; if no head
+    there has anything done, of all layers; all heads if there are no more than `count` (choose with `only`).
+
+    - layer, head: which head it is; direct_effect, logit_change: over (rank, prompt, position), in logits, NaN
+      where not done; top: whether the token is in the head's top share;
+    - correlation: Pearson's, of direct effect and logit change; NaN if either never varies;
+    - with r = logit_change / direct_effect, the share of tokens that are broken (r < -1: more is lost than the
+      head wrote), under (-1 < r < 0: repaired in part, between the line y = -x and the x-axis) and over (r > 0:
+      the logit moves the other way). What lies on a line exactly, or has no direct effect, is none of them;
+    - tokens: how many tokens these are over. top_x is x over the head's top share.
+
+    Memory: 16 bytes for each token of each of these heads.
+
+    Raises:
+        UsageError: `share` is not in (0, 1], or `ds` is not a store of the heads recipe.
+    """
+    check_share(share)
+    check_store(ds)
+    heads = by_head(ds, share)
+    cases = _loudest(heads, count)
+    names = ("direct_effect", "logit_change")
+    done = np.repeat(done_cases(ds)[cases][..., None], ds.sizes["position"], axis=2)
+    effect, change = (np.where(done, tokens_of(ds, name, cases), np.nan) for name in names)
+    top = np.array([_top(values, share) for values in effect]).reshape(effect.shape)
+    dims = ("rank", "prompt", "position")
+    found = {name: (dims, values) for name, values in zip(names, (effect, change), strict=True)}
+    found |= {"top": (dims, top)} | _place(heads, cases)
+    for prefix, counted in (("", done), ("top_", top)):
+        rows = [_together(x[c], y[c]) for x, y, c in zip(effect, change, counted, strict=True)]
+        found |= {prefix + name: ("rank", [row[name] for row in rows]) for name in rows[0]}
+    return _describe(xr.Dataset(found, attrs=heads.attrs))
+
+
+def _loudest(heads: xr.Dataset, count: int) -> np.ndarray:
+    """The cases of these heads, the largest mean direct effect first."""
+    known = (heads.tokens > 0).values
+    if known.sum() > count:
+        n_layers = heads.attrs.get("n_layers", int(heads["layer"].max()) + 1)
+        late = known & (heads["layer"].values >= 2 * n_layers // 3)[:, None]
+        known = late if late.any() else known
+    effects = np.where(known, heads.direct_effect.values, -np.inf).ravel()
+    return np.argsort(-effects, kind="stable")[: min(count, known.sum())]
+
+
+def _top(values: np.ndarray, share: float) -> np.ndarray:
+    flat = values.ravel()
+    known = np.flatnonzero(~np.isnan(flat))
+    marks = np.zeros(flat.size, bool)
+    marks[known] = in_top(flat[known], share)
+    return marks
+
+
+def _place(heads: xr.Dataset, cases: np.ndarray) -> dict:
+    places = np.unravel_index(cases, heads.tokens.shape)
+    return {d: ("rank", heads[d].values[at]) for d, at in zip(HEADS, places, strict=True)}
+
+
+def _together(effect: np.ndarray, change: np.ndarray) -> dict[str, float]:
+    """What is said of two vectors [token]."""
+    varies = effect.size and np.ptp(effect) > 0 and np.ptp(change) > 0
+    ratio = ratios(change, effect)
+    return {
+        "correlation": np.corrcoef(effect, change)[0, 1] if varies else np.nan,
+        "broken": np.mean(ratio < -1),
+        "under": np.mean((ratio > -1) & (ratio < 0)),
+        "over": np.mean(ratio > 0),
+        "tokens": effect.size,
+    }
+
+
+def _describe(found: xr.Dataset) -> xr.Dataset:
+    for name in ("direct_effect", "logit_change"):
+        found[name].attrs = VARIABLES[name].attributes
+    meanings = FATES | {"correlation": "correlation of direct effect and logit change", "tokens": "tokens"}
+    for name, text in meanings.items():
+        found[name].attrs = {"units": "1", "long_name": text}
+        found[f"top_{name}"].attrs = {"units": "1", "long_name": f"{text}, top share"}
+    return found.set_coords(HEADS)

@@ -1,0 +1,101 @@
+"""A store beside the per-layer means that the paper's authors published."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from selfrepair_nn.analysis.summaries import SHARE, by_head, by_layer
+from selfrepair_nn.errors import UsageError
+
+PUBLISHED = Path(__file__).parents[1] / "paper" / "layer_means.json"
+QUANTITIES = (
+    "direct_effect",
+    "ablated_direct_effect",
+    "logit_change",
+    "self_repair",
+    "from_heads",
+    "from_mlps",
+    "from_norm",
+    "norm_share",
+)
+SETTINGS = {"ablation": "resample", "target": "centred", "value_bias": "output", "freeze": "none"}
+"""How the published numbers were measured."""
+
+
+def compare_paper(ds: xr.Dataset, reference: str | None = None) -> xr.Dataset:
+    """A store's means of each layer beside the published ones, over (source, layer), source "store" and "paper".
+
+    Variables are those of QUANTITIES, the same for both: means over a layer's heads of the means over each head's
+    top 2% of tokens by direct effect, in logits; norm_share: of clip(from_norm / direct_effect, 0, 1), no unit.
+    `reference_layer(layer)` is the layer of the reference that each is put beside: the same layer, or the one at the
+    same depth where the models have different numbers of layers.
+
+    Args:
+        ds: a store or its summary.
+        reference: a name of `references()`; default: the one that has the name of the store's model.
+
+    The attributes are those of the summary, with `reference` and, where the store was not measured as the published
+    numbers were, `differs`: one sentence.
+
+    Raises:
+        UsageError: no such reference, or none of the model's name; else as by_head.
+    """
+    layers = by_layer(by_head(ds, SHARE), SHARE)
+    name = reference or _same_model(layers)
+    if name not in references():
+        raise UsageError(
+            f"no reference {name!r}; the paper's per-layer means are of {', '.join(references())}"
+        )
+    published = references()[name]
+    beside = _beside(layers, published["layers"])
+    found = {}
+    for quantity in QUANTITIES:
+        own = layers[quantity if quantity == "norm_share" else f"top_{quantity}"]
+        values = np.stack([own.values, np.array(published[quantity])[beside]])
+        found[quantity] = xr.Variable(("source", "layer"), values, own.attrs)
+    labels = {"source": ["store", "paper"], "layer": layers["layer"], "reference_layer": ("layer", beside)}
+    sizes = {"reference_n_layers": published["layers"], "n_layers": _n_layers(layers)}
+    found = xr.Dataset(found, labels, layers.attrs | sizes | {"reference": name})
+    return found.assign_attrs(differs=_differs(layers)) if _differs(layers) else found
+
+
+@cache
+def references() -> dict[str, dict[str, Any]]:
+    """The published per-layer means: model -> {"layers": number of layers, quantity -> list over layers}."""
+    return json.loads(PUBLISHED.read_text())["models"]
+
+
+def reference_of(ds: xr.Dataset) -> str | None:
+    """The name of the published model that a store's model is, or None."""
+    name = str(ds.attrs.get("model", "")).rstrip("/").rpartition("/")[2].lower()
+    return next((key for key, one in references().items() if name in one["names"]), None)
+
+
+def _same_model(ds: xr.Dataset) -> str:
+    found = reference_of(ds)
+    if found is None:
+        raise UsageError(
+            f"the paper's per-layer means are of {', '.join(references())}, none of them {ds.attrs.get('model')!r}: "
+            "choose one to compare with by --reference"
+        )
+    return found
+
+
+def _n_layers(layers: xr.Dataset) -> int:
+    return int(layers.attrs.get("n_layers", layers["layer"].max() + 1))
+
+
+def _beside(layers: xr.Dataset, n_layers: int) -> np.ndarray:
+    """The reference's layer at the same depth, over (layer)."""
+    deepest = max(_n_layers(layers) - 1, 1)
+    return np.rint(layers["layer"].values * (n_layers - 1) / deepest).astype(int)
+
+
+def _differs(layers: xr.Dataset) -> str:
+    unlike = {k: layers.attrs[k] for k, v in SETTINGS.items() if layers.attrs.get(k, v) != v}
+    said = "; ".join(f"{k} is {v} here, {SETTINGS[k]} there" for k, v in unlike.items())
+    return f"Not measured as in the paper: {said}." if said else ""
