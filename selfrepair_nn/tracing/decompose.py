@@ -2,6 +2,7 @@
 
 import torch
 
+from selfrepair_nn.tracing.passes import of_rows
 from selfrepair_nn.tracing.readouts import along, norm_scale, per_head, product, widen
 
 
@@ -38,42 +39,39 @@ def clean_readout(clean, probed, plan):
     return state
 
 
-def ablated_readout(changes, group, clean, probed, state, plan):
-    """The stored quantities of one pass: [case, prompt, position] each."""
-    scale, count = state["norm_scale"], len(group)
+def ablated_readout(changes, riding, clean, probed, state, plan):
+    """The stored quantities of one pass: [row, position] each, for the positions that have a next token."""
 
-    def fold(x):
-        return x.unflatten(0, (count, -1))
+    def of(x):
+        return of_rows(x, riding["prompts"], riding, measured=True)
 
-    effects = [_effects(case, changes, index, scale) for index, case in enumerate(group)]
-    before = torch.stack([sum(b for b, _ in each.values()) for each in effects])
-    after = torch.stack([sum(a for _, a in each.values()) for each in effects])
-    heads = sum((fold(x.sum(-1)) / scale for x in changes["heads"].values()), torch.zeros_like(before))
-    mlps = sum((fold(x) / scale for x in changes["mlps"].values()), torch.zeros_like(before))
-    final = fold(widen(changes["final"]))[:, :, :-1]
-    difference = final - widen(clean["input"][plan["model"]["n_layers"]])[:, :-1]
-    ablated_scale = scale.expand_as(before) if plan["frozen_norm"] else norm_scale(final, plan)
+    scale, direction = of(state["norm_scale"]), of(probed["direction"])
+    effects = _effects(changes, riding, state["norm_scale"])
+    before, after = (_in_rows(effects, which) for which in (0, 1))
+    heads = sum((x.sum(-1) / scale for x in changes["heads"].values()), torch.zeros_like(before))
+    mlps = sum((x / scale for x in changes["mlps"].values()), torch.zeros_like(before))
+    final = widen(changes["final"])[:, : riding["measured"]]
+    difference = final - of(widen(clean["input"][plan["model"]["n_layers"]]))
+    ablated_scale = scale if plan["frozen_norm"] else norm_scale(final, plan)
+    change, mean_change = along(difference, direction), along(difference, probed["mean_direction"])
     out = {
         "direct_effect": before,
         "ablated_direct_effect": after,
-        "logit_change": _rescaled(
-            state["effects"], along(difference, probed["direction"]) / scale, scale, ablated_scale
-        ),
-        "mean_logit_change": _rescaled(
-            state["mean_effects"], along(difference, probed["mean_direction"]) / scale, scale, ablated_scale
-        ),
-        "from_heads": heads - _own_seen(group, effects, ("head",), scale),
-        "from_mlps": mlps - _own_seen(group, effects, ("mlp", "neuron"), scale),
+        "logit_change": _rescaled(of(state["effects"]), change / scale, scale, ablated_scale),
+        "mean_logit_change": _rescaled(of(state["mean_effects"]), mean_change / scale, scale, ablated_scale),
+        "from_heads": heads - _own_seen(effects, riding, ("head",)),
+        "from_mlps": mlps - _own_seen(effects, riding, ("mlp", "neuron")),
         "ablated_norm_scale": ablated_scale,
     }
     if plan["residual_norm"]:
         out["ablated_residual_norm"] = final.norm(dim=-1)
     if plan["replacement"]["kind"] == "reinforce":
-        out["inserted_direct_effect"] = torch.stack([case["inserted"] for case in group]) / scale
+        inserted = [of_rows(case["inserted"], at, riding, measured=True) for case, at in riding["cases"]]
+        out["inserted_direct_effect"] = torch.cat(inserted) / scale
     if plan["record"] == "full":
-        out["component_change"] = _component_changes(changes, group, effects, state, plan)
+        out["component_change"] = _component_changes(changes, riding, effects, scale, state, plan)
     if plan["neurons"] is not None:
-        out |= _neuron_changes(changes, fold, state, plan, before)
+        out |= _neuron_changes(changes, riding, scale, of(state["neuron_effects"]), plan)
     return out
 
 
@@ -82,54 +80,69 @@ def _rescaled(effects, change, scale, ablated_scale):
     return (scale / ablated_scale - 1) * (effects + change) + change
 
 
-def _effects(case, changes, index, scale):
-    """Direct effect of each site of a case before and after, in logits: {site: (before, after)}.
+def _effects(changes, riding, scale):
+    """Direct effect of each site of each case before and after, in logits, in the rows of the case.
 
-    A reinforced head is not replaced: its effect afterwards is what its pass showed.
+    Returns [{site: (before, after)}], [row of the case, position] each. A reinforced head is not replaced: its effect
+    afterwards is what its pass showed.
     """
-    found = {site: (before / scale, after / scale) for site, (before, after) in case["effects"].items()}
-    if "inserted" in case:
-        (site,) = case["sites"]
-        prompts = scale.shape[0]
-        change = changes["heads"][site[1]][index * prompts : (index + 1) * prompts, :, site[2]]
-        found[site] = (found[site][0], found[site][0] + change / scale)
+    found, first = [], 0
+    for case, prompts in riding["cases"]:
+        own, rows = {}, slice(first, first + len(prompts))
+        for site, pair in case["effects"].items():
+            before, after = (of_rows(x / scale, prompts, riding, measured=True) for x in pair)
+            if "inserted" in case:
+                change = changes["heads"][site[1]][rows, :, site[2]]
+                after = before + change / of_rows(scale, prompts, riding, measured=True)
+            own[site] = (before, after)
+        found.append(own)
+        first = rows.stop
     return found
 
 
-def _own_seen(group, effects, kinds, scale):
-    """The part of the measured changes of heads or MLPs that belongs to the ablated sites themselves: [case, …]."""
+def _in_rows(effects, which):
+    """The summed effects of each case's sites, before (0) or after (1): [row, position]."""
+    return torch.cat([sum(pair[which] for pair in own.values()) for own in effects])
+
+
+def _own_seen(effects, riding, kinds):
+    """The part of the measured changes of heads or MLPs that belongs to the ablated sites themselves: [row, …]."""
     sums = []
-    for case, found in zip(group, effects, strict=True):
+    for (case, _), own in zip(riding["cases"], effects, strict=True):
+        nothing = torch.zeros_like(next(iter(own.values()))[0])
         seen = [
             after - before
-            for site, (before, after) in found.items()
+            for site, (before, after) in own.items()
             if site[0] in kinds and (site in case["new"] or "inserted" in case)
         ]
-        sums.append(sum(seen, torch.zeros_like(scale)))
-    return torch.stack(sums)
+        sums.append(sum(seen, nothing))
+    return torch.cat(sums)
 
 
-def _component_changes(changes, group, effects, state, plan):
-    """Every component's change of direct effect: [case, prompt, position, component]."""
-    scale, cases = state["norm_scale"], len(group)
+def _component_changes(changes, riding, effects, scale, state, plan):
+    """Every component's change of direct effect: [row, position, component]."""
     index = _component_index(plan)
-    out = scale.new_zeros(cases, *scale.shape, len(index))
+    out = scale.new_zeros(*scale.shape, len(index))
     for layer, x in changes["heads"].items():
         first = index["head", layer, 0]
-        out[..., first : first + x.shape[-1]] = x.unflatten(0, (cases, -1)) / scale[..., None]
+        out[..., first : first + x.shape[-1]] = x / scale[..., None]
     for layer, x in changes["mlps"].items():
-        out[..., index["mlp", layer]] = x.unflatten(0, (cases, -1)) / scale
-    for number, (case, found) in enumerate(zip(group, effects, strict=True)):
-        for site, (before, after) in found.items():
+        out[..., index["mlp", layer]] = x / scale
+    first = 0
+    for (case, prompts), own in zip(riding["cases"], effects, strict=True):
+        rows = slice(first, first + len(prompts))
+        first = rows.stop
+        for site, (before, after) in own.items():
             if site[0] == "layers":
                 gone = [i for name, i in index.items() if name[1] in range(site[1], site[2])]
-                out[number, ..., gone] = -state["component_effects"][..., gone]
+                kept = of_rows(state["component_effects"], prompts, riding, measured=True)
+                out[rows, :, gone] = -kept[..., gone]
             elif site in case["new"] or "inserted" in case:
                 continue
             elif site[0] == "neuron":
-                out[number, ..., index["mlp", site[1]]] += after - before
+                out[rows, :, index["mlp", site[1]]] += after - before
             else:
-                out[number, ..., index[site]] = after - before
+                out[rows, :, index[site]] = after - before
     return out
 
 
@@ -158,18 +171,19 @@ def component_effects(embedded, clean, probed, state, plan):
     return torch.stack(effects, -1) / scale[..., None]
 
 
-def _neuron_changes(changes, fold, state, plan, before):
+def _neuron_changes(changes, riding, scale, clean, plan):
     """What the recorded MLP and its neurons changed; the most repairing neurons of each token by name."""
-    scale, layer, clean = state["norm_scale"], plan["neurons"], state["neuron_effects"]
+    layer = plan["neurons"]
     if layer in changes["mlps"]:
-        change, whole = fold(changes["neurons"]) / scale[..., None], fold(changes["mlps"][layer]) / scale
+        change, whole = changes["neurons"] / scale[..., None], changes["mlps"][layer] / scale
     else:
-        change, whole = clean.new_zeros(len(before), *clean.shape), torch.zeros_like(before)
+        change, whole = torch.zeros_like(clean), torch.zeros_like(scale)
     most, which = change.topk(min(plan["ranks"], change.shape[-1]))
     return {
         "mlp_change": whole,
         "top_neuron": which,
         "top_neuron_change": most,
-        "top_neuron_direct_effect": clean.expand_as(change).gather(-1, which),
+        "top_neuron_direct_effect": clean.gather(-1, which),
         "neuron_change": change,
+        "neuron_direct_effect": clean,
     }

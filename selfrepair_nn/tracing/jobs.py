@@ -3,7 +3,7 @@
 import torch
 from nnsight import save
 
-from selfrepair_nn.tracing.cases import cases_of, entrance, needs, prepare, sources
+from selfrepair_nn.tracing.cases import cases_of, needs, prepare, sources
 from selfrepair_nn.tracing.decompose import (
     ablated_readout,
     clean_readout,
@@ -15,8 +15,9 @@ from selfrepair_nn.tracing.passes import ablated_pass, attention_paid, clean_pas
 from selfrepair_nn.tracing.places import part, place
 from selfrepair_nn.tracing.probes import probe
 from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
+from selfrepair_nn.tracing.rows import gathered, passes
 
-LARGE = ("component_change", "neuron_change")
+LARGE = ("component_change", "neuron_change", "neuron_direct_effect")
 """Many numbers for each token: where thresholds are given, only those of the top tokens come back."""
 
 
@@ -27,9 +28,11 @@ def ablation_job(model, arrays, plan, tick=None):
         arrays: "tokens" [prompt, position]; for resample "partner_tokens", for twin "twin_tokens", of the same shape;
             for mean "means" {what: {layer: tensor}} as `mean_job` sums them; for reinforce "edited_position"
             [prompt]; for the difference target "other" [prompt, position], the tokens whose logit is subtracted;
-            "thresholds" [case], if given: see below.
+            "thresholds" [case], if given: see below; "wanted" [case, prompt], if given: how many positions of each
+            prompt are wanted for each case, the rest being NaN.
         plan: what graph.Graph.plan gives, and "rows" (tokens in a pass).
-        tick: called with the number of cases after each pass (only where the job runs in the caller's process).
+        tick: called with the number of rows, a case on a prompt each, after each pass (only in
+            the caller's process).
 
     Returns a dict of tensors; positions are those with a next token:
         logit, mean_logit, target_constant, norm_scale [prompt, position]
@@ -53,16 +56,20 @@ def ablation_job(model, arrays, plan, tick=None):
         embedded = embeddings(model, plan, tokens)
         state["component_effects"] = component_effects(embedded, clean, probed, state, plan)
     source = sources(model, plan, arrays, clean, cases)
-    results, done = [], 0
-    for group in _groups(cases, plan, tokens.numel()):
-        ready = [prepare(model, plan, arrays, clean, source, probed, case) for case in group]
-        changes = ablated_pass(model, plan, tokens, clean, probed, ready)
-        found = ablated_readout(changes, ready, clean, probed, state, plan)
-        results.append(_packed(found, state, arrays, done))
-        done += len(group)
+    found, where, ready = [], None, {}
+    for riding in passes(cases, plan, tokens, arrays.get("wanted")):
+        if where != (riding["start"], riding["inside"]):
+            where, ready = (riding["start"], riding["inside"]), {}
+        for index, _ in riding["cases"]:
+            if index not in ready:
+                ready[index] = prepare(model, plan, arrays, clean, source, probed, cases[index])
+        prepared = riding | {"cases": [(ready[index], prompts) for index, prompts in riding["cases"]]}
+        changes = ablated_pass(model, plan, tokens, clean, probed, prepared)
+        results = ablated_readout(changes, prepared, clean, probed, state, plan)
+        found.append((riding, *_split(results, riding, arrays, tokens)))
         if tick is not None:
-            tick(len(group))
-    out = {name: torch.cat([r[name] for r in results]) for name in results[0]}
+            tick(len(riding["prompts"]))
+    out = gathered(found, *state["norm_scale"].shape, len(cases))
     out |= {name: state[name] for name in ("logit", "mean_logit", "norm_scale")}
     out["target_constant"] = probed["constant"]
     out |= {name: state[name] for name in ("residual_norm", "mlp_direct_effect") if name in state}
@@ -128,18 +135,20 @@ def _probed(model, plan, arrays, cases):
     return probed
 
 
-def _packed(found, state, arrays, start):
-    """Where thresholds are given, of the large results only those of the tokens that reach them."""
-    if "neuron_change" in found:
-        effects = state["neuron_effects"]
-        found["neuron_direct_effect"] = effects.expand(len(found["direct_effect"]), *effects.shape)
+def _split(results, riding, arrays, tokens):
+    """The results of a pass; and, where thresholds are given, of the large ones only the tokens that reach them.
+
+    Returns ({name: [row, position, …]}, {name: [token, …]}, the tokens' places in [case, prompt, position]).
+    """
     if "thresholds" not in arrays:
-        return found
-    effect = found["direct_effect"]
-    limits = arrays["thresholds"][start : start + len(effect), None, None].to(effect.device)
-    top = effect >= limits
-    large = (*LARGE, "neuron_direct_effect")
-    return {name: value[top] if name in large else value for name, value in found.items()}
+        return results, {}, None
+    cases = torch.cat([torch.full((len(p),), i) for i, p in riding["cases"]])
+    effect = results["direct_effect"]
+    top = effect >= arrays["thresholds"][cases, None].to(effect.device)
+    row, position = top.nonzero(as_tuple=True)
+    rows = (cases * tokens.shape[0] + riding["prompts"]).to(row.device)
+    few = {name: results.pop(name)[top] for name in LARGE if name in results}
+    return results, few, rows[row] * tokens.shape[1] + position
 
 
 def _attention(model, plan, tokens, clean, cases):
@@ -148,16 +157,3 @@ def _attention(model, plan, tokens, clean, cases):
     layers = sorted({site[1] for site in heads})
     paid = attention_paid(model, plan, tokens, clean, layers, plan["attention"])
     return torch.stack([paid[site[1]][:, :-1, site[2]] for site in heads])
-
-
-def _groups(cases, plan, tokens):
-    """Split the cases, in order, into passes: one entrance each, at most `rows` tokens (but at least one case)."""
-    size = max(1, plan["rows"] // tokens)
-    groups = []
-    for case in cases:
-        last = groups[-1] if groups else None
-        if last and len(last) < size and entrance(last[0], plan) == entrance(case, plan):
-            last.append(case)
-        else:
-            groups.append([case])
-    return groups

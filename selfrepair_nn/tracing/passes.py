@@ -142,73 +142,95 @@ def _values(out, plan):
     return out.unflatten(-1, (-1, width))
 
 
-def ablated_pass(model, plan, tokens, clean, probed, group):
-    """One forward pass in which every case of `group` rides as its own copy of the prompts.
+def ablated_pass(model, plan, tokens, clean, probed, riding):
+    """One forward pass in which every row is one case on one prompt.
 
     All cases begin at the same place: the layers below are skipped, and the pass takes up the clean residual stream
-    with what the case writes there added; sites further up are replaced on the way.
+    with what the case writes there added; sites further up are replaced on the way. What comes after the longest
+    row's last wanted token is left out: by causality it changes nothing before.
 
     Args:
         tokens: ids [prompt, position].
         clean: what `clean_pass` kept of these tokens.
         probed: what `probe` found, with "query" {layer: [prompt, position, heads * d_head]}, the target directions
             pulled back through each output projection, and "neuron_query" likewise.
-        group: list of cases as `cases.prepare` gives them.
+        riding: what `rows.passes` gives, with its cases as `cases.prepare` gives them.
 
-    Returns a dict of changes of ⟨x_c, d_t⟩ (not yet divided by S), row = case * prompts + prompt:
+    Returns a dict of changes of ⟨x_c, d_t⟩ (not yet divided by S), over the rows of the pass:
         heads {layer: [row, position, heads]}, mlps {layer: [row, position]}, neurons [row, position, neurons],
         final [row, position, d_model].
     """
-    cases, count = len(group), plan["model"]["n_layers"]
-    start, inside = group[0]["start"], group[0]["inside"]
-    rows = tokens.repeat(cases, 1)
-    written = torch.cat([case["written"] for case in group])
+    count = plan["model"]["n_layers"]
+    start, inside = riding["start"], riding["inside"]
+    rows = riding["tokens"]
+    written = torch.cat([of_rows(case["written"], at, riding) for case, at in riding["cases"]])
     with torch.no_grad(), model.trace(rows, use_cache=False, logits_to_keep=no_logits()):
         changes = save({"heads": {}, "mlps": {}})
-        taken_up = _repeat(clean["input"][start], cases)
+        taken_up = of_rows(clean["input"][start], riding["prompts"], riding)
         if start or not inside:
             _take_up(model, plan, start, taken_up if inside else taken_up + written)
         for layer in range(start, count):
             if layer == start and inside:
-                attention = _repeat(clean["attention"][start], cases) + written
+                attention = of_rows(clean["attention"][start], riding["prompts"], riding) + written
                 part(model, plan, start, "attention_norm").skip(taken_up)
                 part(model, plan, start, "attention").skip((attention, None))
             else:
-                _freeze_norm(model, plan, clean, probed, layer, "attention", cases)
-                projection = part(model, plan, layer, "output_projection")
-                z = projection.input
-                _edit_heads(per_head(z, plan), clean["z"][layer], layer, group, plan)
-                changes["heads"][layer] = _changes_of_heads(
-                    z, clean["z"][layer], probed["query"][layer], plan
-                )
-            _freeze_norm(model, plan, clean, probed, layer, "mlp", cases)
-            _through_mlp(model, plan, clean, probed, layer, group, rows, changes)
+                _freeze_norm(model, plan, clean, probed, layer, "attention", riding)
+                _through_heads(model, plan, clean, probed, layer, riding, changes)
+            _freeze_norm(model, plan, clean, probed, layer, "mlp", riding)
+            _through_mlp(model, plan, clean, probed, layer, riding, changes)
         changes["final"] = place(model, plan, "final_norm").input
     return changes
 
 
-def _through_mlp(model, plan, clean, probed, layer, group, rows, changes):
+def of_rows(x, prompts, riding, measured=False):
+    """What belongs to each row, from x [prompt, position, …]; `measured` leaves out what has no next token."""
+    return x[prompts.to(x.device), : riding["measured"] if measured else riding["length"]]
+
+
+def _through_heads(model, plan, clean, probed, layer, riding, changes):
+    """Replace heads, or freeze them, and read what changed."""
+    z = part(model, plan, layer, "output_projection").input
+    kept, split = of_rows(clean["z"][layer], riding["prompts"], riding), per_head(z, plan)
+    frozen = plan["frozen_heads"].get(layer, [])
+    if frozen:
+        split[:, :, frozen] = per_head(kept, plan)[:, :, frozen]
+    for rows, site, new in _here(riding, "head", layer):
+        split[rows, :, site[2]] = new.to(z.dtype)
+    query = of_rows(probed["query"][layer], riding["prompts"], riding, measured=True)
+    change = widen((z - kept)[:, : riding["measured"]])
+    changes["heads"][layer] = per_head(change * query, plan).sum(-1)
+
+
+def _through_mlp(model, plan, clean, probed, layer, riding, changes):
     """Replace neurons and MLPs, or freeze them, and read what changed."""
-    edited = any(site[:2] == ("neuron", layer) for case in group for site in case["new"])
+    rows, prompts = riding["tokens"], riding["prompts"]
+    edited = any(site[:2] == ("neuron", layer) for case, _ in riding["cases"] for site in case["new"])
     if edited or plan["neurons"] == layer:
         hidden = _hidden(model, plan, layer, rows)
-        _edit_neurons(hidden, layer, group)
+        for at, site, new in _here(riding, "neuron", layer):
+            hidden[at, :, site[2]] = new.to(hidden.dtype)
         if plan["neurons"] == layer:
-            positions = probed["neuron_query"][layer].shape[1]
-            change = (hidden - _repeat(clean["hidden"][layer], len(group)))[:, :positions]
-            changes["neurons"] = widen(change) * _repeat(probed["neuron_query"][layer], len(group))
+            change = (hidden - of_rows(clean["hidden"][layer], prompts, riding))[:, : riding["measured"]]
+            changes["neurons"] = widen(change) * of_rows(probed["neuron_query"][layer], prompts, riding, True)
     out = part(model, plan, layer, "mlp").output
-    shaped, kept = _like_rows(out, rows), _repeat(clean["mlp"][layer], len(group))
+    shaped, kept = _like_rows(out, rows), of_rows(clean["mlp"][layer], prompts, riding)
     if layer in plan["frozen_mlps"]:
         shaped[:] = kept
-    _edit_mlps(shaped, layer, group)
-    changes["mlps"][layer] = along_target(shaped - kept, probed["direction"])
+    for at, _, new in _here(riding, "mlp", layer):
+        shaped[at] = new.to(out.dtype)
+    direction = of_rows(probed["direction"], prompts, riding, measured=True)
+    changes["mlps"][layer] = along((shaped - kept)[:, : riding["measured"]], direction)
 
 
-def along_target(change, direction):
-    """Dot product with each prompt's target directions: [case * prompt, position, d] -> [case * prompt, position]."""
-    prompts, positions = direction.shape[:2]
-    return along(change[:, :positions].unflatten(0, (-1, prompts)), direction).flatten(0, 1)
+def _here(riding, kind, layer):
+    """The replacements of a kind of site in a layer: (rows of the case, site, what replaces it in each row)."""
+    first = 0
+    for case, prompts in riding["cases"]:
+        for site, new in case["new"].items():
+            if site[:2] == (kind, layer):
+                yield slice(first, first + len(prompts)), site, of_rows(new, prompts, riding)
+        first += len(prompts)
 
 
 def _take_up(model, plan, start, residual):
@@ -222,56 +244,16 @@ def _take_up(model, plan, start, residual):
         layers[0].input[:] = residual
 
 
-def _freeze_norm(model, plan, clean, probed, layer, before, cases):
+def _freeze_norm(model, plan, clean, probed, layer, before, riding):
     """Give a norm's output the clean scale: what it divides by does not react."""
     if [layer, before] not in plan["frozen_norms"]:
         return
     norm = part(model, plan, layer, f"{before}_norm")
-    kept = _repeat(clean[f"{before}_scale"][layer], cases).flatten()
+    kept = of_rows(clean[f"{before}_scale"][layer], riding["prompts"], riding).flatten()
     ratio = (norm_scale(norm.input, plan).flatten() / kept)[:, None]
     out, bias = norm.output, probed["norm_bias"][layer, before]
     flat = widen(out).reshape(-1, out.shape[-1])
     out[:] = ((flat - bias) * ratio + bias).to(out.dtype).reshape(out.shape)
-
-
-def _edit_heads(z, clean, layer, group, plan):
-    """In place: write frozen heads back, then each case's replacements. z [row, position, heads, d_head]."""
-    frozen = plan["frozen_heads"].get(layer, [])
-    if frozen:
-        z[:, :, frozen] = _repeat(per_head(clean, plan)[:, :, frozen], len(group))
-    for rows, site, new in _here(group, "head", layer, z.shape[0]):
-        z[rows, :, site[2]] = new.to(z.dtype)
-
-
-def _edit_neurons(hidden, layer, group):
-    for rows, site, new in _here(group, "neuron", layer, hidden.shape[0]):
-        hidden[rows, :, site[2]] = new.to(hidden.dtype)
-
-
-def _edit_mlps(out, layer, group):
-    for rows, _, new in _here(group, "mlp", layer, out.shape[0]):
-        out[rows] = new.to(out.dtype)
-
-
-def _here(group, kind, layer, rows):
-    """The group's replacements of a kind of site in a layer: (rows of the case, site, what replaces it)."""
-    prompts = rows // len(group)
-    for index, case in enumerate(group):
-        for site, new in case["new"].items():
-            if site[:2] == (kind, layer):
-                yield slice(index * prompts, (index + 1) * prompts), site, new
-
-
-def _changes_of_heads(z, clean, query, plan):
-    """Every head's change of ⟨x_c, d_t⟩: [row, position, heads]."""
-    prompts, positions = query.shape[:2]
-    change = (z - _repeat(clean, z.shape[0] // prompts))[:, :positions].unflatten(0, (-1, prompts))
-    return per_head(widen(change) * query, plan).sum(-1).flatten(0, 1)
-
-
-def _repeat(x, times):
-    """`times` copies of x one after another along the first dimension."""
-    return x.repeat(times, *[1] * (x.dim() - 1))
 
 
 def _like_rows(out, tokens):
