@@ -50,7 +50,10 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 
 def _draw_parts(axes: Axes, found: Mapping[str, xr.Dataset], share: float) -> None:
-    looks = {"top_norm_on_existing": ("on the existing logits", "-"), "top_norm_on_change": ("on the change", ":")}
+    looks = {
+        "top_norm_on_existing": ("on the existing logits", "-"),
+        "top_norm_on_change": ("on the change", ":"),
+    }
     for index, heads in enumerate(found.values()):
         for name, (label, style_) in looks.items():
             shown = label if index == 0 else None

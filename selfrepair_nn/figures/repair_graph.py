@@ -131,7 +131,11 @@ def _draw_arrow(axes: Axes, arrow: Arrow, start: float, end: float, largest: flo
 
 
 def _draw_label(axes: Axes, label: str, x: float, row: str, kind: str) -> None:
-    box = {"boxstyle": "round,pad=0.35", "facecolor": "#E4E4E4" if kind == "mlp" else "white", "linewidth": 0.7}
+    box = {
+        "boxstyle": "round,pad=0.35",
+        "facecolor": "#E4E4E4" if kind == "mlp" else "white",
+        "linewidth": 0.7,
+    }
     height = {"ablated": 1, "reacting": 0}[row]
     axes.text(x, height, label, ha="center", va="center", fontsize=style.LABEL, bbox=box, zorder=3)
 

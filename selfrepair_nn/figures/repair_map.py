@@ -36,7 +36,13 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     for row, (name, pairs) in zip(panels, found.items(), strict=True):
         image = _draw_store(row, pairs)
         label = f"mean change of direct effect, top {percent(share)} of tokens (logits)"
-        looks = {"pad": 0.01, "aspect": 40, "extend": "both", "ticks": _ticks(image.norm.vmax), "format": _plain}
+        looks = {
+            "pad": 0.01,
+            "aspect": 40,
+            "extend": "both",
+            "ticks": _ticks(image.norm.vmax),
+            "format": _plain,
+        }
         figure.colorbar(image, ax=row, label=label, **looks).outline.set_visible(False)
         row[0].set_title("heads" if len(found) == 1 else f"{name}: heads")
     style.heading(figure, found)
