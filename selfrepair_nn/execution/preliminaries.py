@@ -49,7 +49,7 @@ def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> di
         keep.setdefault(KEPT.get(type(site), "z"), set()).add(site.layer)
     plan = {"model": layout, "keep": {what: sorted(layers) for what, layers in keep.items()}}
     width = {"z": layout["n_heads"] * layout["d_head"], "mlp": layout["d_model"], "hidden": layout["d_mlp"]}
-    shapes = {what: {layer: (width[what],) for layer in layers} for what, layers in plan["keep"].items()}
+    shapes = {what: dict.fromkeys(layers, (width[what],)) for what, layers in plan["keep"].items()}
     blocks = [slice(b.start, min(b.stop, reference)) for b in experiment.work.units if b.start < reference]
     units = [Unit("mean", mean_job, b, plan, experiment.arrays, shapes) for b in blocks]
     sums = {unit.prompts.start: found for unit, found in runner(units)}
