@@ -65,7 +65,8 @@ def _click_option(each: Any) -> Callable:
     if isinstance(each.default, tuple):
         return click.option(flag, each.name, multiple=True, help=each.metadata["help"])
     if each.type is bool:
-        return click.option(f"{flag}/--skip-{each.name}", each.name, **shared)
+        names = f"{flag}/--skip-{each.name}" if each.default else flag
+        return click.option(names, each.name, is_flag=True, **shared | {"show_default": each.default})
     if each.metadata["choices"]:
         alone = {"is_flag": False, "flag_value": each.metadata["alone"]} if each.metadata["alone"] else {}
         return click.option(flag, each.name, type=click.Choice(each.metadata["choices"]), **shared, **alone)
