@@ -63,7 +63,7 @@ def _click_option(each: Any) -> Callable:
         "show_default": each.default is not None,
     }
     if isinstance(each.default, tuple):
-        return click.option(flag, each.name, multiple=True, help=each.metadata["help"])
+        return click.option(flag, each.name, multiple=True, default=each.default, help=each.metadata["help"])
     if each.type is bool:
         names = f"{flag}/--skip-{each.name}" if each.default else flag
         return click.option(names, each.name, is_flag=True, **shared | {"show_default": each.default})

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -16,17 +18,18 @@ PATIENCE = 600
 TESTS = Path(__file__).parent
 
 
-def ask(server, requests, folder):
-    """Run ablation jobs on a server. Each request is {"model": hub name, "arrays": …, "graph": Graph's arguments}.
+def ask(env, requests, folder):
+    """Run jobs on the server that `env` tells a client of.
 
-    Each reply is {"found": the job's result, "devices": what holds the client's parameters, "sent", "returned": bytes,
+    Each request is {"model": hub name, "arrays": …, "graph": Graph's arguments}; without a graph it asks where it runs.
+    Each reply is {"found": the job's result, "devices": where the client's parameters are, "sent", "returned": bytes,
     "seconds": a round trip}.
     """
     asked, answered = folder / "requests.pt", folder / "replies.pt"
     torch.save(requests, asked)
     done = subprocess.run(
         [sys.executable, str(Path(__file__).resolve()), str(asked), str(answered)],
-        env=os.environ | server.env | {"PYTHONPATH": str(TESTS.parent)},
+        env=os.environ | env | {"PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -58,17 +61,32 @@ def far_model(name):
     return model, asdict(structure_of(model._module))
 
 
-def _answer(model, arrays, graph):
-    from unittest.mock import patch
+def look_around(model, arrays, plan):
+    """A job that tells where the parameters are that it could reach."""
+    return {"devices": sorted({parameter.device.type for parameter in model._module.parameters()})}
 
+
+def _answer(model, arrays=None, graph=None):
     import nnsight
-    from nnsight.intervention.backends.remote import RemoteBackend
 
     from selfrepair_nn.tracing.jobs import ablation_job
     from selfrepair_nn.tracing.session import run_session
 
     nnsight.register("selfrepair_nn")
     far, layout = far_model(model)
+    job, plan = (ablation_job, planned(layout, graph)) if graph else (look_around, {})
+    began = time.perf_counter()
+    with _counted() as counted:
+        found = run_session(job, far, arrays, plan, remote=True)
+    seconds = time.perf_counter() - began
+    return {"found": found, "devices": look_around(far, None, None)["devices"], "seconds": seconds, **counted}
+
+
+@contextmanager
+def _counted():
+    """Bytes of the request's and of the result's blob, in the dict that it gives."""
+    from nnsight.intervention.backends.remote import RemoteBackend
+
     counted = {}
     post, finalize = RemoteBackend._post, RemoteBackend.finalize
 
@@ -80,12 +98,8 @@ def _answer(model, arrays, graph):
         counted["returned"] = len(content)
         return finalize(self, content)
 
-    began = time.perf_counter()
     with patch.multiple(RemoteBackend, _post=posting, finalize=finalizing):
-        found = run_session(ablation_job, far, arrays, planned(layout, graph), remote=True)
-    seconds = time.perf_counter() - began
-    devices = sorted({parameter.device.type for parameter in far._module.parameters()})
-    return {"found": found, "devices": devices, "seconds": seconds, **counted}
+        yield counted
 
 
 if __name__ == "__main__":

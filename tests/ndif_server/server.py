@@ -1,4 +1,4 @@
-"""NDIF on this machine's CPU: its published server, with stand-ins on loopback for the model hub and the object store."""
+"""NDIF's published server on this machine's CPU, with stand-ins for the model hub and the object store, on loopback."""
 
 import json
 import random
@@ -87,12 +87,14 @@ class Ndif:
         dtype: what the models compute in.
         time_limit: seconds after which a request is ended; None for no limit.
         deploy: models to have running from the start (default: all); the others are deployed when asked for.
+        special: what differs for single models, {name: {field of NDIF's DeploymentConfig: value}}, for example
+            {"local/tiny-neox": {"dtype": "bfloat16", "execution_timeout_seconds": 2.0, "replicas": 2}}.
         settings: further NDIF_… variables of the server's environment.
 
     Attributes:
         url, hub_url: where clients find the API and the model hub.
-        env: what a client's environment needs; read when nnsight and huggingface_hub are first imported.
-        key, trusted_key: the API keys that "sandboxed" lets in, without tags and with the tag "trusted".
+        env, trusted_env: what a client's environment needs (read when nnsight and huggingface_hub are first imported),
+            with `key` and `trusted_key`: the API keys that "sandboxed" lets in, without and with the tag "trusted".
         seconds: how long the start took, until every model of `deploy` answered.
     """
 
@@ -103,17 +105,20 @@ class Ndif:
         dtype: str = "float32",
         time_limit: float | None = None,
         deploy: list[str] | None = None,
+        special: Mapping[str, dict] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}")
         self.mode = mode
-        self.models = {name: Path(directory).resolve() for name, directory in models.items()}
-        self.deploy = list(models) if deploy is None else deploy
-        self.settings = {"NDIF_DEFAULT_DTYPE": dtype, "NDIF_MODEL_IMPORT_PATH": MODES[mode]}
-        if time_limit:
-            self.settings["NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS"] = str(time_limit)
-        self.settings |= settings or {}
+        actor = {"NDIF_DEFAULT_DTYPE": dtype, "NDIF_MODEL_IMPORT_PATH": MODES[mode]}
+        limit = {"NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS": str(time_limit)} if time_limit else {}
+        self.place = services.Place(
+            models={name: Path(directory).resolve() for name, directory in models.items()},
+            deploy=list(models) if deploy is None else deploy,
+            special=dict(special or {}),
+            settings=actor | limit | dict(settings or {}),
+        )
         self.key, self.trusted_key = str(uuid.uuid4()), str(uuid.uuid4())
         self.running: dict[str, Process] = {}
 
@@ -122,13 +127,8 @@ class Ndif:
         if reason := missing():
             raise Unavailable(f"an NDIF server CANNOT BE STARTED HERE: {reason}")
         began = time.monotonic()
-        directory = Path(
-            tempfile.mkdtemp(prefix="ndif-", dir="/tmp")
-        )  # holds sockets, whose paths must be short
-        ports = dict(zip(services.PORTS, _free_ports(len(services.PORTS)), strict=True))
-        self.place = services.Place(
-            directory, ports, self.models, self.deploy, str(uuid.uuid4()), self.settings
-        )
+        self.place.directory = Path(tempfile.mkdtemp(prefix="ndif-", dir="/tmp"))  # for sockets: a short path
+        self.place.ports = dict(zip(services.PORTS, _free_ports(len(services.PORTS)), strict=True))
         self.write_keys({self.key: [], self.trusted_key: ["trusted"]})
         try:
             self.start(*SERVICES)
@@ -159,24 +159,39 @@ class Ndif:
         return self.place.url("hub")
 
     @property
+    def client_cache(self) -> Path:
+        """Where clients with `env` keep what they take from the hub."""
+        return self.place.directory / "client"
+
+    @property
     def env(self) -> dict[str, str]:
-        key = self.key if self.mode == "sandboxed" else ""
+        return self._env_with(self.key)
+
+    @property
+    def trusted_env(self) -> dict[str, str]:
+        return self._env_with(self.trusted_key)
+
+    def _env_with(self, key: str) -> dict[str, str]:
+        key = key if self.mode == "sandboxed" else ""
         return services.hub_environment(self.place, "client") | {"NDIF_HOST": self.url, "NDIF_API_KEY": key}
 
-    def status(self) -> dict[str, str]:
-        """State of each deployed model ("RUNNING", "DEPLOYING", …) as the server tells it, by its hub name."""
-        reply = json.loads(services.get(f"{self.url}/status", timeout=30))
-        entries = [each for each in reply["deployments"].values() if each.get("repo_id")]
-        return {each["repo_id"]: each["application_state"] for each in entries if "application_state" in each}
+    def status(self) -> dict[str, list[str]]:
+        """What the server tells: by its hub name, the state of every replica of a model ("RUNNING", "DEPLOYING", …)."""
+        states: dict[str, list[str]] = {}
+        for each in json.loads(services.get(f"{self.url}/status", timeout=30))["deployments"].values():
+            if "application_state" in each:
+                states.setdefault(each.get("repo_id"), []).append(each["application_state"])
+        return states
 
     def wait_for_models(self) -> None:
         """Until each model of `deploy` is running. Raises RuntimeError after some minutes."""
+        wanted = self.place.deploy
 
         def ready() -> bool:
             states = self.status()
-            return all(states.get(name) == "RUNNING" for name in self.deploy)
+            return all(set(states.get(name, [])) == {"RUNNING"} for name in wanted)
 
-        _wait(ready, f"not all of {', '.join(self.deploy)} are running", self.running["ray"])
+        _wait(ready, f"not all of {', '.join(wanted)} are running", self.running["ray"])
 
     # ------------------------------------------------------------ faults and repairs
 
@@ -196,7 +211,7 @@ class Ndif:
 
     def start(self, *names: str, **settings: str) -> None:
         """Start services that are down and wait until they answer. `settings`: NDIF_… variables from now on."""
-        self.settings |= settings
+        self.place.settings |= settings
         for name in names:
             self._launch(name)
         for name in names:
@@ -264,12 +279,12 @@ def _title(process: psutil.Process) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, below those that the system hands out: they stay free until they are used."""
+    """Ports nobody listens on, between those that Ray's client and the system choose: free until they are used."""
     sockets: list[socket.socket] = []
     while len(sockets) < count:
         each = socket.socket()
         try:
-            each.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+            each.bind(("127.0.0.1", random.randrange(24_000, 32_000)))
             sockets.append(each)
         except OSError:
             each.close()

@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import urllib.request
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,14 +21,15 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass
 class Place:
-    """One server's directory, ports, models, secrets and NDIF_… settings."""
+    """What is particular to one server. `directory` and `ports` are given when it starts."""
 
-    directory: Path
-    ports: dict[str, int]
     models: dict[str, Path]
     deploy: list[str]
-    hub_token: str
-    settings: dict[str, str] = field(default_factory=dict)
+    special: dict[str, dict]
+    settings: dict[str, str]
+    hub_token: str = field(default_factory=lambda: str(uuid.uuid4()))
+    directory: Path = Path()
+    ports: dict[str, int] = field(default_factory=dict)
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.ports[name]}"
@@ -67,6 +69,7 @@ def environment(place: Place) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_MEMORY_MONITOR": "1",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which keeps every address on loopback
         "NDIF_HOME": str(place.directory / "ndif"),
         "NDIF_API_URL": place.url("api"),
         "NDIF_REDIS_URL": f"redis://{place.address('redis')}",
@@ -76,7 +79,9 @@ def environment(place: Place) -> dict[str, str]:
         "NDIF_OBJECT_STORE_SECRET_KEY": "locallocal",
         "NDIF_CONTROLLER_IMPORT_PATH": "ndif_cpu.CPUControllerActor",
         "NDIF_DEPLOYMENTS": "|".join(model_key(name) for name in place.deploy),
+        "NDIF_SPECIAL": json.dumps({model_key(name): fields for name, fields in place.special.items()}),
         "NDIF_DEFAULT_PADDING_BIAS": "0",
+        "NDIF_SANDBOX_POOL_SIZE": "1",
         "NDIF_AUTOSCALING_MAX_REPLICAS": "1",
         "NDIF_STATUS_TTL_S": "1",
         "NDIF_KEYS": str(place.directory / "keys.json"),

@@ -6,8 +6,12 @@ controller assigns is a number that Ray counts, never a device.
 """
 
 import gc
+import json
+import os
+from functools import partial, partialmethod
 
 import ray
+from ndif.common.schema.controller import DeploymentConfig
 from ndif.services.ray.deployments.controller.controller import _ControllerActor
 from ndif.services.ray.deployments.modeling.base import KILL_REASON_PREEMPTED, BaseModelDeployment
 from ndif.services.ray.sandbox import host
@@ -17,6 +21,11 @@ from nnsight.modeling.mixins.remotable import Remotable
 
 host.RUNNER_ENV += ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY")
 """A sandbox's process inherits these names only, and it must find our hub; the token for weights is not among them."""
+
+PATIENCE = 180
+host.spawn = partial(host.spawn, timeout=PATIENCE)
+host.Pool.acquire = partialmethod(host.Pool.acquire, timeout=PATIENCE)
+"""A busy machine can need more than NDIF's half minute to start a sandbox's process."""
 
 
 class CPUDeployment(BaseModelDeployment):
@@ -60,10 +69,17 @@ def _take_and_drop_trust_remote_code(name: str) -> None:
 
 
 class CPUController(_ControllerActor):
+    """NDIF_SPECIAL holds, as JSON, what differs for single models: {model key: {field of DeploymentConfig: value}}."""
+
     def __init__(self, *args, **kwargs):
         for name in ("describe_checkpoint", "max_tp_size"):
             _take_and_drop_trust_remote_code(name)
         super().__init__(*args, **kwargs)
+
+    def _deploy(self, deployments):
+        special = json.loads(os.environ["NDIF_SPECIAL"])
+        configs = DeploymentConfig.normalize(deployments)
+        return super()._deploy({k: c.model_copy(update=special.get(k, {})) for k, c in configs.items()})
 
 
 @ray.remote(num_cpus=1, max_restarts=-1)
