@@ -2,25 +2,29 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test env lint bench clean
+.PHONY: demo test env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
 	$(BIN)/selfrepair run heads --model tiny-neox
 	$(BIN)/selfrepair plot outputs/heads-tiny-neox.zarr
 
-test: env            ## set up, then pass all tests
+test: env server     ## set up, then pass all tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+server: env          ## what a real NDIF server in the tests needs; without it they are skipped, and say so
+	-$(BIN)/python -m tests.ndif_server install
 
 bench: env           ## speed and memory against named baselines
 	$(BIN)/python -m benchmarks
 
 env: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt tests/requirements-sandbox.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python -r tests/requirements-sandbox.txt
 	touch $@
 
 clean:

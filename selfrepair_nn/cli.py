@@ -63,9 +63,10 @@ def _click_option(each: Any) -> Callable:
         "show_default": each.default is not None,
     }
     if isinstance(each.default, tuple):
-        return click.option(flag, each.name, multiple=True, help=each.metadata["help"])
+        return click.option(flag, each.name, multiple=True, default=each.default, help=each.metadata["help"])
     if each.type is bool:
-        return click.option(f"{flag}/--skip-{each.name}", each.name, **shared)
+        names = f"{flag}/--skip-{each.name}" if each.default else flag
+        return click.option(names, each.name, is_flag=True, **shared | {"show_default": each.default})
     if each.metadata["choices"]:
         alone = {"is_flag": False, "flag_value": each.metadata["alone"]} if each.metadata["alone"] else {}
         return click.option(flag, each.name, type=click.Choice(each.metadata["choices"]), **shared, **alone)
@@ -111,14 +112,26 @@ def plan(recipe: str, **choices: Any) -> None:
     "--out", default=None, help="Directory for the figures; default: the first store's name without .zarr."
 )
 @click.option("--share", default=0.02, show_default=True, help="Top share of tokens, by direct effect.")
-def plot(stores: tuple[str, ...], names: tuple[str, ...], out: str | None, share: float) -> None:
+@click.option("--layers", default=None, help="Draw only these layers: 8:12 or 0,5,-1; default: all.")
+@click.option("--heads", default=None, help="Draw only these heads: 9.6,10.*; default: all.")
+def plot(
+    stores: tuple[str, ...],
+    names: tuple[str, ...],
+    out: str | None,
+    share: float,
+    layers: str | None,
+    heads: str | None,
+) -> None:
     """Draw the figures of one or several STORES as PNG and SVG, and print their paths."""
+    from selfrepair_nn.analysis import only
     from selfrepair_nn.figures import plot as draw
     from selfrepair_nn.recipe import find_recipe
     from selfrepair_nn.store import open_store
 
     datasets = [open_store(path) for path in stores]
     wanted = names or find_recipe(datasets[0].attrs["recipe"]).figures
+    if layers or heads:
+        datasets = [only(ds, layers, heads) for ds in datasets]
     for path in draw(datasets, out or Path(stores[0]).with_suffix(""), wanted, share=share):
         click.echo(path)
 
@@ -132,6 +145,26 @@ def report(store: str, out: str | None) -> None:
     from selfrepair_nn.store import open_store
 
     click.echo(write(open_store(store), out or Path(store).with_suffix(".html")))
+
+
+@cli.command("compare-paper")
+@click.argument("store")
+@click.option("--reference", default=None, help="Model of the paper to compare with; default: STORE's own.")
+@click.option(
+    "--out", default=None, help="Directory for the figure; default: the store's name without .zarr."
+)
+def compare_paper(store: str, reference: str | None, out: str | None) -> None:
+    """Print STORE's means of each layer beside those that the paper's authors published, and draw both."""
+    from selfrepair_nn.figures import paper_comparison, save
+    from selfrepair_nn.store import open_store
+    from selfrepair_nn.text import comparison
+
+    dataset = open_store(store)
+    click.echo(comparison(dataset, reference))
+    figure = paper_comparison.draw(dataset, reference=reference)
+    click.echo()
+    for path in save(figure, out or Path(store).with_suffix(""), "paper_comparison"):
+        click.echo(path)
 
 
 @cli.command()

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+DERIVED = ("self_repair", "from_norm", "norm_on_existing", "norm_on_change", "closure")
+"""What `complete` adds."""
+
 
 def complete(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Add self_repair, its parts and its closure to what a job measured, in float64.

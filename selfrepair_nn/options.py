@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import FREEZES, REPLACEMENTS, TARGETS, VALUE_BIASES, one_of
@@ -60,15 +61,47 @@ class Options:
     rows: int = option(2304, "Tokens in one forward pass: ablated heads ride together until it is full.")
     backend: str = option("local", "Where the model runs.", BACKENDS)
     check: bool = option(True, "Prove at load that the model is decomposed exactly.")
+    remote: bool = option(False, "Run on an NDIF server: no weights are needed here.")
+    host: str | None = option(None, "Address of your own NDIF server, such as http://127.0.0.1:8001; implies remote.")
+    in_flight: int = option(2, "Jobs on the server at a time.")
+    patience: int = option(1800, "Seconds to wait for a server that is silent before a job or the server is given up.")
+    yes: bool = option(False, "Start a large remote run without asking.")
     # fmt: on
 
     def __post_init__(self) -> None:
         for each in fields(self):
             if each.metadata["choices"]:
                 one_of(each.name, getattr(self, each.name), dict.fromkeys(each.metadata["choices"], ""))
-        for name in ("tokens", "length", "mean_prompts", "batch_size", "rows"):
+        for name in ("tokens", "length", "mean_prompts", "batch_size", "rows", "in_flight", "patience"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
         if not 0 < self.share <= 1:
             raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")
+        if self.host is not None:
+            _require_address(self.host)
+        if self.served and self.backend != "local":
+            raise UsageError(
+                f"backend {self.backend!r} is in this process: leave it out, or --remote and --host"
+            )
+        if self.served and self.dtype != "float32":
+            raise UsageError(
+                f"dtype {self.dtype!r} cannot be chosen here: the server decides what it computes in"
+            )
+
+    @property
+    def served(self) -> bool:
+        """Whether the model runs on an NDIF server."""
+        return self.remote or self.host is not None
+
+
+def _require_address(host: str) -> None:
+    try:
+        parts = urlsplit(host)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        fits, parts = False, urlsplit("")
+    if parts.username or parts.password:
+        raise UsageError("the host's address must not hold a name or a password: keys come from NDIF_API_KEY")
+    if not fits or parts.query or parts.fragment:
+        raise UsageError(f"host {host!r} is not an address: write for example http://127.0.0.1:8001")

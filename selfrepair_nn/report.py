@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.figure import Figure
 
 from selfrepair_nn import figures, text
 from selfrepair_nn.analysis import SHARE, by_head, by_layer, most_repaired, percent
@@ -51,7 +52,7 @@ def render(ds: xr.Dataset, *, share: float = SHARE, store: str | None = None) ->
         "basis": escape(text.basis(heads)),
         "banner": "".join(f"<p class=banner>Not finished: {line}.</p>" for line in text.unfinished(heads)),
         "facts": _facts(heads, layers),
-        "figures": "".join(_figure(each, heads, share) for each in figures.FIGURES),
+        "figures": "".join(_figure(name, figure) for name, figure in figures.drawn(ds, share=share)),
         "share": percent(share),
         "layers": _layer_table(layers),
         "best": _head_table(best),
@@ -91,8 +92,8 @@ def _facts(heads: xr.Dataset, layers: xr.Dataset) -> str:
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in pairs)
 
 
-def _figure(name: str, heads: xr.Dataset, share: float) -> str:
-    image = base64.b64encode(outlined_svg(figures.draw(name, heads, share=share))).decode()
+def _figure(name: str, figure: Figure) -> str:
+    image = base64.b64encode(outlined_svg(figure)).decode()
     about = escape(figures.DESCRIPTIONS[name])
     source = f'src="data:image/svg+xml;base64,{image}" alt="{about}"'
     return f"<figure><img {source}><figcaption>{about}</figcaption></figure>"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis import SHARE, by_head, by_layer, most_repaired, percent
+from selfrepair_nn.analysis import SHARE, by_head, by_layer, compare_paper, most_repaired, percent
 from selfrepair_nn.components import Head
 
 WIDTH = 100
@@ -17,6 +17,16 @@ COLUMNS = {
     "= heads": "top_from_heads",
     "+ MLPs": "top_from_mlps",
     "+ norm": "top_from_norm",
+}
+QUANTITY_NAMES = {
+    "direct_effect": "direct effect",
+    "ablated_direct_effect": "ablated DE",
+    "logit_change": "logit change",
+    "self_repair": "self-repair",
+    "from_heads": "from heads",
+    "from_mlps": "from MLPs",
+    "from_norm": "from norm",
+    "norm_share": "norm share",
 }
 
 
@@ -39,6 +49,30 @@ def summary(ds: xr.Dataset, share: float = SHARE) -> str:
     best = most_repaired(heads, 5, share)
     closing = [f"most repaired: {_ranking(best)}", f"{noise(heads)}, worst |closure| {worst_closure(heads)}"]
     return "\n".join([*opening, *rows, *closing])
+
+
+def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
+    """A store's per-layer means beside the paper's, as plain text of at most 100 columns; arguments as `compare_paper`.
+
+    The last line of each table is the mean over layers of the absolute difference. Errors as in `compare_paper`.
+    """
+    heads = by_head(ds, SHARE)
+    found = compare_paper(heads, reference)
+    found = found.isel(layer=np.flatnonzero(found.direct_effect.sel(source="store").notnull()))
+    name, same = found.attrs["reference"], found.attrs["n_layers"] == found.attrs["reference_n_layers"]
+    opening = [f"{title(heads)}, beside {name} as the paper's authors published it", basis(heads)]
+    opening += [found.attrs["differs"]] if "differs" in found.attrs else []
+    if not same:
+        sizes = f"{found.attrs['n_layers']} layers here, {found.attrs['reference_n_layers']} there"
+        opening.append(f"{sizes}: each stands beside the layer of {name} at the same depth.")
+    opening.append("Means over heads on each head's top 2% of tokens by direct effect, in logits:")
+    if not found.sizes["layer"]:
+        return "\n".join([*opening[:-1], "nothing is done yet"])
+    lines = [line for each in opening for line in textwrap.wrap(each, WIDTH)]
+    names = list(QUANTITY_NAMES)
+    for shown in (names[:4], names[4:]):
+        lines += ["", *_beside(found[shown], same)]
+    return "\n".join(lines)
 
 
 def title(ds: xr.Dataset) -> str:
@@ -113,6 +147,19 @@ def _row(layer: xr.Dataset) -> str:
     marks = {"top_self_repair": "~" if layer.under_noise else " "}
     cells = "".join(f"{number(float(layer[name])):>12}{marks.get(name, ' ')}" for name in COLUMNS.values())
     return f"{int(layer.layer):5}{int(layer.heads):6}  {cells}{float(layer.top_repaired):8.0%}"
+
+
+def _beside(found: xr.Dataset, same: bool) -> list[str]:
+    """A table of the store's and the paper's columns of some quantities."""
+    lines = ["layer".ljust(12) + "".join(f"{QUANTITY_NAMES[name]:>21}" for name in found.data_vars)]
+    lines.append(" " * 12 + f"{'here':>12}{'paper':>9}" * len(found.data_vars))
+    for layer in range(found.sizes["layer"]):
+        one = found.isel(layer=layer)
+        label = f"{int(one.layer):5}" + ("" if same else f" / {int(one.reference_layer)}")
+        cells = (f"{number(here):>12}{number(paper):>9}" for here, paper in (v.values for v in one.values()))
+        lines.append(label.ljust(12) + "".join(cells))
+    apart = (float(abs(v.diff("source")).mean()) for v in found.values())
+    return [*lines, "apart".ljust(12) + "".join(f"{value:21.3f}" for value in apart)]
 
 
 def _ranking(best: xr.Dataset) -> str:

@@ -56,6 +56,32 @@ def measure(wrapped, seeded, tmp_path):
     return measured
 
 
+@pytest.fixture(scope="session")
+def server():
+    """A healthy NDIF server, started once for all tests; never break it. Skips, loudly, where none can run.
+
+    It is sandboxed; with `trusted_env` requests run beside the weights. Under "local/…" it has the embedded models,
+    tiny-neox in bfloat16 too, and SmolLM2 where that can be had.
+    """
+    from ndif_server import Ndif, missing
+    from smollm2 import Unavailable, smollm2
+
+    from selfrepair_nn.models.load import EMBEDDED, find
+
+    required = os.environ.get("SELFREPAIR_REQUIRE_SERVER") == "1"
+    if (reason := missing()) and not required:
+        pytest.skip(f"NOTHING WAS TRIED ON A REAL NDIF SERVER: {reason}")
+    models = {f"local/{name}": find(name).location for name in EMBEDDED}
+    models["local/tiny-neox-bfloat16"] = models["local/tiny-neox"]
+    try:
+        models["local/smollm2"] = smollm2()
+    except Unavailable:
+        if required:
+            raise
+    with Ndif(models, "sandboxed", special={"local/tiny-neox-bfloat16": {"dtype": "bfloat16"}}) as running:
+        yield running
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say what was not tested and why, even when pytest is quiet: a skipped proof is no proof."""
     reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))

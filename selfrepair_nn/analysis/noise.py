@@ -27,7 +27,7 @@ def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.
     - with r = logit_change / direct_effect, the share of tokens that are broken (r < -1: more is lost than the
       head wrote), under (-1 < r < 0: repaired in part, between the line y = -x and the x-axis) and over (r > 0:
       the logit moves the other way). What lies on a line exactly, or has no direct effect, is none of them;
-    - tokens: how many tokens these are over. top_x is x over the head's top share.
+    - tokens: how many tokens these are over. top_x is x over the head's top share; noise_floor: of the head's layer.
 
     Memory: 16 bytes for each token of each of these heads.
 
@@ -44,7 +44,9 @@ def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.
     top = np.array([_top(values, share) for values in effect]).reshape(effect.shape)
     dims = ("rank", "prompt", "position")
     found = {name: (dims, values) for name, values in zip(names, (effect, change), strict=True)}
-    found |= {"top": (dims, top)} | _place(heads, cases)
+    place = dict(zip(HEADS, np.unravel_index(cases, heads.tokens.shape), strict=True))
+    found |= {"top": (dims, top), "noise_floor": ("rank", heads.noise_floor.values[place["layer"]])}
+    found |= {d: ("rank", heads[d].values[at]) for d, at in place.items()}
     for prefix, counted in (("", done), ("top_", top)):
         rows = [_together(x[c], y[c]) for x, y, c in zip(effect, change, counted, strict=True)]
         found |= {prefix + name: ("rank", [row[name] for row in rows]) for name in rows[0]}
@@ -70,11 +72,6 @@ def _top(values: np.ndarray, share: float) -> np.ndarray:
     return marks
 
 
-def _place(heads: xr.Dataset, cases: np.ndarray) -> dict:
-    places = np.unravel_index(cases, heads.tokens.shape)
-    return {d: ("rank", heads[d].values[at]) for d, at in zip(HEADS, places, strict=True)}
-
-
 def _together(effect: np.ndarray, change: np.ndarray) -> dict[str, float]:
     """What is said of two vectors [token]."""
     varies = effect.size and np.ptp(effect) > 0 and np.ptp(change) > 0
@@ -91,6 +88,7 @@ def _together(effect: np.ndarray, change: np.ndarray) -> dict[str, float]:
 def _describe(found: xr.Dataset) -> xr.Dataset:
     for name in ("direct_effect", "logit_change"):
         found[name].attrs = VARIABLES[name].attributes
+    found.noise_floor.attrs = VARIABLES["noise_floor"].attributes
     meanings = FATES | {"correlation": "correlation of direct effect and logit change", "tokens": "tokens"}
     for name, text in meanings.items():
         found[name].attrs = {"units": "1", "long_name": text}

@@ -80,7 +80,7 @@ def _same_model(ds: xr.Dataset) -> str:
     if found is None:
         raise UsageError(
             f"the paper's per-layer means are of {', '.join(references())}, none of them {ds.attrs.get('model')!r}: "
-            "choose one to compare with by --reference"
+            "name one of them as the reference (--reference)"
         )
     return found
 

@@ -75,7 +75,8 @@ def _own(ds: xr.Dataset) -> np.ndarray:
 def _check_components(ds: xr.Dataset, share: float) -> None:
     if "component_change" not in ds:
         raise UsageError("this store holds no component changes: run its recipe with --components top")
-    stored = json.loads(ds.attrs.get("settings", "{}")).get("share")
+    settings = json.loads(ds.attrs.get("settings", "{}"))
+    stored = settings.get("share") if settings.get("components") == "top" else None
     if stored is not None and share > stored:
         raise UsageError(
             f"this store holds component changes of the top {percent(stored)} of tokens only: "

@@ -207,9 +207,12 @@ def check_share(share: float) -> None:
 
 
 def check_store(ds: xr.Dataset) -> None:
-    missing = [name for name in REQUIRED if name not in ds]
+    """Raise UsageError unless `ds` is a store of single ablated heads, without an axis of variants."""
+    missing = [name for name in (*REQUIRED, *HEADS) if name not in ds.variables and name not in ds.dims]
     if missing:
         raise UsageError(f"this is not a store of the heads recipe: it lacks {', '.join(missing)}")
+    if axes := ", ".join(map(str, set(ds.logit_change.dims) - set(SWEEP))):
+        raise UsageError(f"this store has several values of {axes}: choose one, as ds.sel({axes}=…)")
 
 
 def _same_share(summary: xr.Dataset, share: float) -> xr.Dataset:

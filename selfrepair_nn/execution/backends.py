@@ -1,17 +1,17 @@
-"""Where a job runs. Every backend takes the same job, arrays and plan, and gives the same dict of tensors."""
+"""Where jobs run. Every backend takes units of work and gives each with its result: a dict of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from selfrepair_nn.execution.units import Unit
 from selfrepair_nn.models.load import Model
 from selfrepair_nn.options import BACKENDS, one_of
 
-Job = Callable[..., dict]
-Backend = Callable[[Job, dict, dict, Callable[[int], None] | None], dict[str, Any]]
+Backend = Callable[[Iterable[Unit]], Iterator[tuple[Unit, dict[str, Any]]]]
 
 
 def backend(name: str, model: Model) -> Backend:
-    """A function (job, arrays, plan, tick) -> result for a backend's name; `tick` is only called by local ones.
+    """The backend of that name for a model in this process: units are run in order, each when it is asked for.
 
     Raises:
         UsageError: no backend of that name.
@@ -23,9 +23,16 @@ def backend(name: str, model: Model) -> Backend:
         nnsight.register("selfrepair_nn")
     remote = "local" if name == "simulated" else False
 
-    def run(job: Job, arrays: dict, plan: dict, tick: Callable[[int], None] | None = None) -> dict[str, Any]:
+    def run(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, Any]]]:
         from selfrepair_nn.tracing.session import run_session
 
-        return run_session(job, model.nn, arrays, plan, tick, remote)
+        for unit in units:
+            yield unit, run_session(unit.job, model.nn, unit.arrays, unit.plan, unit.tick, remote)
 
     return run
+
+
+def only(runner: Backend, unit: Unit) -> dict[str, Any]:
+    """The result of a single unit."""
+    ((_, found),) = runner([unit])
+    return found

@@ -11,7 +11,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.plan import Work, default_block
 from selfrepair_nn.graph import Graph, Reinforce, Replacement, Variants
-from selfrepair_nn.models.load import Description, Model, describe, load_tokenizer
+from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, load_tokenizer
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import SAMPLE, Prompts, load_partners, load_prompts, partners, token_texts
 from selfrepair_nn.recipe import Recipe, find_recipe
@@ -54,7 +54,9 @@ class Experiment:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in."""
+        """What the model computes in; only a server knows what it does."""
+        if self.options.served:
+            return AS_SERVED
         given = self.options.model
         return given.dtype if isinstance(given, Model) else self.options.dtype
 

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.components import Head, Mlp, Neuron
-from selfrepair_nn.execution.backends import Backend
+from selfrepair_nn.execution.backends import Backend, only
 from selfrepair_nn.execution.experiment import Experiment
+from selfrepair_nn.execution.units import Unit, ablation_shapes
 from selfrepair_nn.graph import Graph, sweep
 
 KEPT = {Head: "z", Mlp: "mlp", Neuron: "hidden"}
@@ -29,7 +30,9 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
         target=experiment.graph.target,
     )
     plan = graph.plan(layout) | {"rows": experiment.work.rows, "shaken": True}
-    changes = runner(ablation_job, experiment.arrays(slice(0, 1)), plan, None)["logit_change"]
+    shapes = ablation_shapes(plan, experiment.prompts.length - 1, 0, packed=False)
+    unit = Unit("noise floor", ablation_job, slice(0, 1), plan, experiment.arrays, shapes)
+    changes = only(runner, unit)["logit_change"]
     floor = changes.double().square().mean((1, 2)).sqrt().numpy()
     if experiment.grid:
         return floor
@@ -45,16 +48,16 @@ def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> di
     for site in (site for case in experiment.graph.ablate for site in case):
         keep.setdefault(KEPT.get(type(site), "z"), set()).add(site.layer)
     plan = {"model": layout, "keep": {what: sorted(layers) for what, layers in keep.items()}}
-    totals: dict[str, dict[int, Any]] = {what: dict.fromkeys(layers, 0) for what, layers in keep.items()}
-    for block in experiment.work.units:
-        within = slice(block.start, min(block.stop, reference))
-        if within.start < within.stop:
-            summed = runner(mean_job, experiment.arrays(within), plan, None)
-            totals = {
-                w: {k: total + summed[w][k] for k, total in found.items()} for w, found in totals.items()
-            }
+    width = {"z": layout["n_heads"] * layout["d_head"], "mlp": layout["d_model"], "hidden": layout["d_mlp"]}
+    shapes = {what: dict.fromkeys(layers, (width[what],)) for what, layers in plan["keep"].items()}
+    blocks = [slice(b.start, min(b.stop, reference)) for b in experiment.work.units if b.start < reference]
+    units = [Unit("mean", mean_job, b, plan, experiment.arrays, shapes) for b in blocks]
+    sums = {unit.prompts.start: found for unit, found in runner(units)}
     count = reference * experiment.prompts.length
-    return {what: {layer: total / count for layer, total in found.items()} for what, found in totals.items()}
+    return {
+        what: {layer: sum(sums[b.start][what][layer] for b in blocks) / count for layer in layers}
+        for what, layers in plan["keep"].items()
+    }
 
 
 def top_thresholds(experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:
@@ -62,11 +65,13 @@ def top_thresholds(experiment: Experiment, plan: dict[str, Any], runner: Backend
     from selfrepair_nn.tracing.jobs import effects_job
 
     keep = max(1, int(experiment.options.share * experiment.prompts.n * (experiment.prompts.length - 1)))
+    shapes = {"direct_effect": ("case", "prompt", experiment.prompts.length - 1)}
+    units = [
+        Unit("direct effects", effects_job, block, plan, experiment.arrays, shapes)
+        for block in experiment.work.units
+    ]
     best = np.empty((len(experiment.graph.ablate), 0))
-    for block in experiment.work.units:
-        effects = (
-            runner(effects_job, experiment.arrays(block), plan, None)["direct_effect"].flatten(1).numpy()
-        )
-        best = np.concatenate([best, effects], axis=1)
+    for _, found in runner(units):
+        best = np.concatenate([best, found["direct_effect"].flatten(1).numpy()], axis=1)
         best = -np.partition(-best, min(keep, best.shape[1]) - 1, axis=1)[:, :keep]
     return best.min(axis=1)

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from selfrepair_nn.execution.experiment import prepare
+from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.options import Options
+
+LARGE = {"flops": 1e17, "units": 1000, "store_bytes": 10 * 2**30}
+"""Beyond any of these a remote run is large: about ten minutes of one accelerator, a thousand jobs, 10 GiB."""
 
 
 def preview(recipe: str = "heads", **choices: Any) -> dict[str, Any]:
@@ -11,7 +14,11 @@ def preview(recipe: str = "heads", **choices: Any) -> dict[str, Any]:
 
     Takes what `run` takes and raises what it raises, but loads no weights and writes nothing.
     """
-    experiment = prepare(recipe, Options(**choices))
+    return preview_of(prepare(recipe, Options(**choices)))
+
+
+def preview_of(experiment: Experiment) -> dict[str, Any]:
+    """The plan of an experiment that is prepared already; see `preview`."""
     structure, prompts = experiment.description.structure, experiment.prompts
     return {
         "store": str(experiment.path),
@@ -20,6 +27,11 @@ def preview(recipe: str = "heads", **choices: Any) -> dict[str, Any]:
         "heads": f"{len(experiment.heads)}, {experiment.options.ablation} ablation",
         "block": experiment.work.block,
     } | experiment.work.cost(experiment.precision)
+
+
+def large(found: dict[str, Any]) -> bool:
+    """Whether a plan is one that a server's owner would want to be asked about."""
+    return any(found[name] > limit for name, limit in LARGE.items())
 
 
 def preview_text(found: dict[str, Any]) -> str:

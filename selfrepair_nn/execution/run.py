@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +16,27 @@ from tqdm import tqdm
 
 from selfrepair_nn import provenance
 from selfrepair_nn.equations import complete
-from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError
+from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageError
 from selfrepair_nn.execution.backends import Backend, backend
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.interruption import interruptible
 from selfrepair_nn.execution.preliminaries import means, noise_floor, top_thresholds
-from selfrepair_nn.models.load import Model, load_described
+from selfrepair_nn.execution.preview import large, preview_of, preview_text
+from selfrepair_nn.execution.units import PACKED, Unit, ablation_shapes
+from selfrepair_nn.models.load import Model, load_described, structure_only
 from selfrepair_nn.options import Options
+from selfrepair_nn.remote.ledger import Ledger, ledger_path
 from selfrepair_nn.store import Store, explained, open_store, require_store
 from selfrepair_nn.variables import SWEEP, VARIABLES
 
-PACKED = {"component_change", "neuron_change", "neuron_direct_effect"}
-"""What comes back for the top tokens only, where there is a threshold."""
-
 
 def run(
-    recipe: str = "heads", *, progress: bool | None = None, command: str = "", **choices: Any
+    recipe: str = "heads",
+    *,
+    progress: bool | None = None,
+    command: str = "",
+    confirm: Callable[[str], bool] | None = None,
+    **choices: Any,
 ) -> xr.Dataset:
     """Run a recipe, or resume it where it stopped, and open its store.
 
@@ -38,6 +44,7 @@ def run(
         recipe: a recipe's name, or the path of your own.
         progress: True or False; None shows a bar on stderr if that is a terminal.
         command: what the store says made it; default: this call.
+        confirm: asked, with the plan, before a large remote run that `yes` does not allow; None refuses it.
         choices: the fields of `Options`: model, prompts, out, tokens, layers, heads, ablation …
 
     Returns the store's dataset, lazily; `dataset.encoding["source"]` is its path.
@@ -45,9 +52,12 @@ def run(
     Raises:
         UsageError: a choice that does not exist or does not fit.
         StoreError: the store is another run's, is in use, or cannot be written.
-        Incomplete: interrupted; the same call resumes.
+        Incomplete: interrupted, or a server failed for too long; the same call resumes.
+        Fault: a server refuses what another attempt would not change.
     """
     experiment = prepare(recipe, Options(**choices))
+    if experiment.options.served:
+        _require_consent(experiment, confirm)
     with _only_writer(experiment.path):
         store = _open_or_create(experiment, command or _call(recipe, choices))
         experiment = replace(experiment, work=replace(experiment.work, block=store.prompts_per_chunk))
@@ -59,64 +69,135 @@ def run(
 def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
     model = _loaded(experiment)
     _require_same_weights(store, model)
-    runner = backend(experiment.options.backend, model)
     try:
         with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
-            for _ in _fill(store, experiment, model, runner, bar):
+            for _ in _fill(store, experiment, model, _runner(store, experiment, model), bar):
                 stop_if_asked()
     except KeyboardInterrupt:
-        finished = _finished(store, experiment)
-        kept = f"{sum(finished)} of {len(finished)} units are kept in {str(store.path)!r}"
-        raise Incomplete(f"interrupted: {kept}; the same command resumes") from None
-    store.annotate(finished=provenance.now())
+        raise Incomplete(f"interrupted: {_kept(store, experiment)}; the same command resumes") from None
+    except Incomplete as error:
+        raise Incomplete(f"{error}\n{_kept(store, experiment)}; the same command resumes") from None
+    store.annotate(finished=provenance.now(), **_traffic(store, experiment))
+
+
+def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
+    if not experiment.options.served:
+        return backend(experiment.options.backend, model)
+    from selfrepair_nn.execution.remote import connected
+
+    return connected(experiment.options, model, store, _ledger(store))
+
+
+def _ledger(store: Store) -> Ledger:
+    if "run" not in store.attributes:
+        store.annotate(run=uuid.uuid4().hex)
+    return Ledger(ledger_path(store.path), store.attributes["run"])
 
 
 def _fill(store: Store, experiment: Experiment, model: Model, runner: Backend, bar: tqdm) -> Iterator[slice]:
     """Everything that is still missing, unit by unit; gives each when it is stored."""
-    from selfrepair_nn.tracing.jobs import ablation_job
-
     plans = [graph.plan(model.layout) | {"rows": experiment.work.rows} for graph in experiment.work.graphs]
     constants: dict[str, Any] = {}
     if any(plan["replacement"]["kind"] == "mean" for plan in plans):
         constants["means"] = means(experiment, model.layout, runner)
     if np.isnan(store.read("noise_floor")).any():
         store.write("noise_floor", noise_floor(experiment, model.layout, runner))
-    if experiment.shared:
-        constants["thresholds"] = top_thresholds(experiment, plans[0], runner)
-    for block, finished in zip(experiment.work.units, _finished(store, experiment), strict=True):
-        if finished:
-            continue
-        tokens = (block.stop - block.start) * experiment.prompts.length
-
-        def tick(cases: int, tokens: int = tokens) -> None:
-            bar.update(cases * tokens)
-
-        arrays = experiment.arrays(block) | _sent(constants)
-        found = [_measured(runner(ablation_job, arrays, plan, tick), constants, block) for plan in plans]
-        _write(store, experiment, block, found)
+    limits = top_thresholds(experiment, plans[0], runner) if experiment.shared else None
+    units = [
+        _unit(experiment, plan, index, block, constants, limits, bar)
+        for block, finished in zip(experiment.work.units, _finished(store, experiment), strict=True)
+        for index, plan in enumerate(plans)
+        if not finished
+    ]
+    for block, found in _by_block(runner(units), plans):
+        _write(store, experiment, block, [_measured(each, limits) for each in found])
+        if experiment.options.served:
+            bar.update(experiment.work.case_tokens // experiment.prompts.n * (block.stop - block.start))
         yield block
 
 
-def _sent(constants: dict[str, Any]) -> dict[str, Any]:
-    """The constants of a run as a job takes them."""
-    import torch
+def _unit(
+    experiment: Experiment,
+    plan: dict[str, Any],
+    variant: int,
+    block: slice,
+    constants: dict[str, Any],
+    limits: np.ndarray | None,
+    bar: tqdm,
+) -> Unit:
+    """One variant on one block of prompts."""
+    from selfrepair_nn.tracing.jobs import ablation_job
 
-    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in constants.items()}
+    tokens, axis = (block.stop - block.start) * experiment.prompts.length, experiment.work.axis
+    return Unit(
+        name=f"ablation, {axis} {experiment.work.labels[variant]}" if axis else "ablation",
+        job=ablation_job,
+        prompts=block,
+        plan=plan,
+        inputs=lambda prompts: experiment.arrays(prompts) | constants,
+        shapes=ablation_shapes(
+            plan, experiment.prompts.length - 1, len(experiment.work.components), limits is not None
+        ),
+        thresholds=limits,
+        tick=lambda cases: bar.update(cases * tokens),
+    )
 
 
-def _measured(found: dict[str, Any], constants: dict[str, Any], block: slice) -> dict[str, np.ndarray]:
-    """A job's result as arrays, finite, with everything that follows from it; NaN where only top tokens came back."""
+def _by_block(
+    results: Iterator[tuple[Unit, dict[str, Any]]], plans: list[dict[str, Any]]
+) -> Iterator[tuple[slice, list[dict[str, Any]]]]:
+    """The results of all variants on a block, in the plans' order, as soon as the last of them is there."""
+    gathered: dict[int, dict[int, dict[str, Any]]] = {}
+    for unit, found in results:
+        if flaw := unit.flaw(found):
+            raise SelfRepairError(f"{unit.label}: {flaw}: try --dtype float32, or look at those prompts")
+        here = gathered.setdefault(unit.prompts.start, {})
+        here[id(unit.plan)] = found
+        if len(here) == len(plans):
+            yield unit.prompts, [here[id(plan)] for plan in plans]
+            del gathered[unit.prompts.start]
+
+
+def _measured(found: dict[str, Any], limits: np.ndarray | None) -> dict[str, np.ndarray]:
+    """A job's result as arrays with everything that follows from it; NaN where only top tokens came back."""
     measured = {name: value.numpy() for name, value in found.items()}
-    _require_finite(measured, block)
-    if "thresholds" in constants:
-        top = measured["direct_effect"] >= constants["thresholds"][:, None, None].astype(
-            measured["direct_effect"].dtype
-        )
-        for name in PACKED & set(measured):
+    if limits is not None:
+        top = measured["direct_effect"] >= limits[:, None, None]
+        for name in measured.keys() & set(PACKED):
             whole = np.full((*top.shape, measured[name].shape[-1]), np.nan, measured[name].dtype)
             whole[top] = measured[name]
             measured[name] = whole
     return complete(measured)
+
+
+def _kept(store: Store, experiment: Experiment) -> str:
+    finished = _finished(store, experiment)
+    return f"{sum(finished)} of {len(finished)} units are kept in {str(store.path)!r}"
+
+
+def _traffic(store: Store, experiment: Experiment) -> dict[str, Any]:
+    """For the store's attributes: what a remote run sent and got back."""
+    if not experiment.options.served:
+        return {}
+    from selfrepair_nn.execution.remote import traffic
+
+    return {"traffic": traffic(_ledger(store))}
+
+
+def _require_consent(experiment: Experiment, confirm: Callable[[str], bool] | None) -> None:
+    """Nothing goes to a server before its extent was chosen, nor, if it is large, before it was agreed to."""
+    o = experiment.options
+    plan = preview_of(experiment)
+    if o.layers is None and o.heads is None and o.tokens is None:
+        raise UsageError(
+            f"{preview_text(plan)}\n\nnothing was sent: a remote run takes --layers or --heads, or --tokens. "
+            "Choose how much of this you want"
+        )
+    if large(plan) and not o.yes and not (confirm and confirm(preview_text(plan))):
+        raise UsageError(
+            f"{preview_text(plan)}\n\nnothing was sent: this is a large run. Add --yes to start it, or choose less "
+            "with --layers, --heads or --tokens"
+        )
 
 
 def _write(store: Store, experiment: Experiment, block: slice, variants: list[dict[str, np.ndarray]]) -> None:
@@ -130,15 +211,6 @@ def _write(store: Store, experiment: Experiment, block: slice, variants: list[di
     store.write_prompts(block, values, experiment.selected)
 
 
-def _require_finite(measured: dict[str, np.ndarray], block: slice) -> None:
-    for name, values in measured.items():
-        if not np.isfinite(values).all():
-            raise SelfRepairError(
-                f"the model's {name} is not finite on prompts {block.start} to {block.stop - 1}: "
-                "try --dtype float32, or look at those prompts"
-            )
-
-
 def _finished(store: Store, experiment: Experiment) -> list[bool]:
     """Whether each unit is stored."""
     done = store.done[experiment.selected]
@@ -148,6 +220,10 @@ def _finished(store: Store, experiment: Experiment) -> list[bool]:
 def _open_or_create(experiment: Experiment, command: str) -> Store:
     path = experiment.path
     if not path.exists():
+        if experiment.options.served:
+            from selfrepair_nn.execution.remote import server_of
+
+            server_of(experiment.options).greet()
         return Store.create(
             path,
             experiment.coordinates(),
@@ -204,7 +280,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         "value_bias": options.value_bias,
         "freeze": options.freeze,
         "dtype": experiment.dtype,
-        "backend": options.backend,
+        "backend": "remote" if options.served else options.backend,
         "created": provenance.now(),
         "command": command,
         "settings": experiment.settings,
@@ -230,6 +306,8 @@ def _call(recipe: str, choices: dict[str, Any]) -> str:
 
 def _loaded(experiment: Experiment) -> Model:
     o = experiment.options
+    if o.served:
+        return structure_only(experiment.description, experiment.tokenizer)
     if isinstance(o.model, Model):
         return o.model
     return load_described(experiment.description, experiment.tokenizer, o.dtype, o.device, o.check)

@@ -1,28 +1,60 @@
 """Figures of a store, one per file, all with one signature: draw(datasets, *, share) -> matplotlib Figure.
 
-`draw` draws one by name, `save` writes it, `plot` does both for all of them. Datasets are a store, a summary
-by `analysis.by_head`, a list of those, or a mapping from legend to them.
+`draw` draws one by name, `save` writes it, `plot` does both for several. Datasets are a store, a list of stores, or a
+mapping from legend to them; a summary by `analysis.by_head` stands for its store where nothing else is needed. Each
+file says in TAKES what that is: a "summary", a store's single "tokens", or its "components" too.
+`paper_comparison` stands apart: its second dataset ships with the package.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.figures import direct_effect_vs_logit_change, self_repair_by_layer
-from selfrepair_nn.figures.style import Datasets, save, summaries
+from selfrepair_nn.figures import (
+    direct_effect_vs_logit_change,
+    distance_by_layer,
+    norm_share,
+    repair_graph,
+    repair_map,
+    self_repair_by_layer,
+    token_noise,
+)
+from selfrepair_nn.figures.style import Datasets, named, save, summaries
 
-__all__ = ["DESCRIPTIONS", "FIGURES", "draw", "plot", "save"]
+__all__ = ["DESCRIPTIONS", "FIGURES", "draw", "drawn", "plot", "save", "suited"]
 
-_MODULES = {m.__name__.rpartition(".")[2]: m for m in (self_repair_by_layer, direct_effect_vs_logit_change)}
+_MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        self_repair_by_layer,
+        direct_effect_vs_logit_change,
+        distance_by_layer,
+        token_noise,
+        norm_share,
+        repair_map,
+        repair_graph,
+    )
+}
+_HAVE = {
+    "summary": lambda ds: True,
+    "tokens": lambda ds: "position" in ds.dims,
+    "components": lambda ds: "component_change" in ds,
+}
 FIGURES: dict[str, Callable[..., Figure]] = {name: module.draw for name, module in _MODULES.items()}
 DESCRIPTIONS: dict[str, str] = {name: module.__doc__.splitlines()[0] for name, module in _MODULES.items()}
 
 
+def suited(datasets: Datasets) -> list[str]:
+    """The names of the figures for which every one of these datasets holds enough. Raises UsageError if there is none."""
+    stores = named(datasets).values()
+    return [name for name, module in _MODULES.items() if all(map(_HAVE[module.TAKES], stores))]
+
+
 def draw(name: str, datasets: Datasets, *, share: float = SHARE) -> Figure:
-    """Draw the figure of this name from one dataset (a store or a summary of `by_head`) or several.
+    """Draw the figure of this name from one dataset or several.
 
     Raises:
         UsageError: no figure of this name, or as the figure's own `draw`.
@@ -32,9 +64,26 @@ def draw(name: str, datasets: Datasets, *, share: float = SHARE) -> Figure:
     return FIGURES[name](datasets, share=share)
 
 
+def drawn(
+    datasets: Datasets, names: Iterable[str] | None = None, *, share: float = SHARE
+) -> Iterator[tuple[str, Figure]]:
+    """Names and figures, by default of all that the datasets are `suited` to; stores are summarised once for all.
+
+    Errors as in `draw`.
+    """
+    stores = named(datasets)
+    found = summaries(stores, share)
+    for name in suited(stores) if names is None else names:
+        by_summary = name in FIGURES and _MODULES[name].TAKES == "summary"
+        yield name, draw(name, found if by_summary else stores, share=share)
+
+
 def plot(
-    datasets: Datasets, directory: str | Path, names: Iterable[str] = FIGURES, *, share: float = SHARE
+    datasets: Datasets, directory: str | Path, names: Iterable[str] | None = None, *, share: float = SHARE
 ) -> list[Path]:
-    """Draw and save figures by name, by default all; returns the files, two for each. Errors as in `draw`."""
-    found = summaries(datasets, share)
-    return [path for name in names for path in save(draw(name, found, share=share), directory, name)]
+    """Draw and save figures by name, by default all that the datasets are `suited` to.
+
+    Returns the files, two for each figure. Errors as in `draw`.
+    """
+    figures = drawn(datasets, names, share=share)
+    return [path for name, figure in figures for path in save(figure, directory, name)]

@@ -12,11 +12,11 @@ from matplotlib.ticker import MaxNLocator
 from selfrepair_nn import text
 from selfrepair_nn.analysis import SHARE
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import style
+from selfrepair_nn.figures import plane, style
 
+TAKES = "summary"
 LABELS = 8
 READING = "Dashed: y = \N{MINUS SIGN}x, no repair. Shaded, between it and the x-axis: self-repaired."
-EQUAL = 3  # the most that one axis may be longer than the other for both to have the same scale
 
 
 @style.settings()
@@ -46,8 +46,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
     x, y, layer, _ = _points(heads)
-    _limits(axes, x, y)
-    _wedge(axes)
+    plane.limits(axes, x, y)
+    plane.wedge(axes)
     colours = {"c": layer, "cmap": style.LAYERS, "norm": _norm(heads)}
     axes.scatter(x, y, **colours, s=26, edgecolor="white", linewidth=0.4, zorder=3)
     axes.set_xlabel("direct effect, mean over all tokens (logits)")
@@ -59,35 +59,6 @@ def _points(heads: xr.Dataset) -> tuple[np.ndarray, ...]:
     known = (heads.tokens > 0).values
     layer, head = np.meshgrid(heads["layer"].values, heads["head"].values, indexing="ij")
     return heads.direct_effect.values[known], heads.logit_change.values[known], layer[known], head[known]
-
-
-def _limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Room for all points and the origin; both axes to one scale where their lengths allow it."""
-    middles, halves = zip(*(_extent(values) for values in (x, y)), strict=True)
-    if max(halves) <= EQUAL * min(halves):
-        halves = [max(halves)] * 2
-    for middle, half, set_limits in zip(middles, halves, (axes.set_xlim, axes.set_ylim), strict=True):
-        set_limits(middle - half, middle + half)
-    axes.set_box_aspect(1)
-    axes.locator_params(nbins=6)
-
-
-def _extent(values: np.ndarray) -> tuple[float, float]:
-    low, high = min(np.nanmin(values), 0), max(np.nanmax(values), 0)
-    return (low + high) / 2, 0.6 * (high - low) or 1e-3
-
-
-def _wedge(axes: Axes) -> None:
-    """The line y = -x, the axes, and between them the region where the rest of the model makes up for it."""
-    low, high = axes.get_xlim()
-    ends, line = np.array([low, 0, high]), {"color": "black", "linewidth": 0.7, "zorder": 1.5}
-    shade = {"color": style.SHADE, "alpha": 0.1, "linewidth": 0, "zorder": 0.5}
-    limits = axes.get_ylim()
-    axes.fill_between(ends, -ends, **shade)
-    axes.plot(ends, -ends, "k--", dashes=(5, 3), linewidth=1.1, zorder=2)
-    axes.axhline(0, **line)
-    axes.axvline(0, **line)
-    axes.set(xlim=(low, high), ylim=limits)
 
 
 def _norm(heads: xr.Dataset) -> Normalize:

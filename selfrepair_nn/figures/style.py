@@ -42,6 +42,7 @@ SETTINGS = {
     "svg.hashsalt": "selfrepair_nn",
 }
 Datasets = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
+Summary = Callable[[xr.Dataset, float], xr.Dataset]
 
 
 @contextmanager
@@ -53,23 +54,47 @@ def settings(**changes: str) -> Iterator[None]:
         yield
 
 
-def summaries(datasets: Datasets, share: float) -> dict[str, xr.Dataset]:
-    """The by-head summary of every dataset, under the name it has in the legend: its key, or its model.
+def named(datasets: Datasets) -> dict[str, xr.Dataset]:
+    """Every dataset under the name it has in the legend: its key, or its model.
 
     Raises:
-        UsageError: no dataset, or one with nothing done.
+        UsageError: no dataset.
     """
     if isinstance(datasets, xr.Dataset):
         datasets = [datasets]
     names = list(datasets) if isinstance(datasets, Mapping) else [None] * len(datasets)
-    stores = datasets.values() if isinstance(datasets, Mapping) else datasets
-    found = [by_head(ds, share) for ds in stores]
-    if not found:
+    stores = list(datasets.values()) if isinstance(datasets, Mapping) else list(datasets)
+    if not stores:
         raise UsageError("no dataset was given: a figure draws one store, or several")
-    for heads in found:
+    return dict(zip(_names(names, stores), stores, strict=True))
+
+
+def summaries(datasets: Datasets, share: float, by: Summary = by_head) -> dict[str, xr.Dataset]:
+    """The by-head summary of every dataset, as `by` makes it, under its name in the legend.
+
+    Raises:
+        UsageError: no dataset, or one with nothing done.
+    """
+    found = {name: by(ds, share) for name, ds in named(datasets).items()}
+    for heads in found.values():
         if not (heads.tokens > 0).any():
             raise UsageError(f"{text.title(heads)!r} has nothing done yet: there is nothing to draw")
-    return dict(zip(_names(names, found), found, strict=True))
+    return found
+
+
+def colour(index: int) -> str:
+    """The colour of the dataset with this index."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def marker(index: int) -> str:
+    """The marker of the dataset with this index."""
+    return MARKERS[index % len(MARKERS)]
+
+
+def as_percent(value: float, _position: int) -> str:
+    """A tick's label where an axis shows shares."""
+    return f"{100 * value:,.10g}%".replace("-", "\N{MINUS SIGN}")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -77,6 +102,11 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def heading(figure: Figure, found: Mapping[str, xr.Dataset]) -> None:
+    """`title_of` above a figure of several panels."""
+    figure.suptitle(title_of(found), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
 
 
 def caption(figure: Figure, lines: Sequence[str]) -> None:
@@ -97,6 +127,12 @@ def title_of(found: Mapping[str, xr.Dataset]) -> str:
     models, ablations = ({str(heads.attrs.get(a)) for heads in found.values()} for a in ("model", "ablation"))
     parts = [models.pop() if len(models) == 1 else f"{len(models)} models"]
     return ", ".join(parts + [f"{a} ablation" for a in ablations if len(ablations) == 1])
+
+
+def legend(figure: Figure, axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
+    """Which dataset has which colour, beside the figure, if there are several; `axes` shows them all."""
+    if len(found) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
 
 
 def label_points(axes: Axes, places: np.ndarray, labels: Sequence[str], others: np.ndarray) -> None:

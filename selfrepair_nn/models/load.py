@@ -14,6 +14,8 @@ EMBEDDED = {
     "tiny-neox": "2M parameters, 8 layers x 8 heads, parallel attention and MLP, LayerNorm (Pythia's architecture)",
     "tiny-llama": "2M parameters, 8 layers x 8 heads, grouped queries, RMSNorm (Llama's architecture)",
 }
+AS_SERVED = "as served"
+UNKNOWN_WEIGHTS = "not known: they are on a server"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -159,6 +161,31 @@ def load_described(description: Description, tokenizer: Any, dtype: str, device:
     if check:
         require(model)
     return model
+
+
+def structure_only(description: Description, tokenizer: Any) -> Model:
+    """A model as a client of a server needs it: its modules on the meta device, no weights read.
+
+    Raises:
+        UsageError: a GGUF file, which servers do not serve.
+    """
+    from nnsight import TransformersModel
+    from nnsight.modeling import huggingface
+
+    source = description.source
+    if source.gguf_file:
+        raise UsageError(f"a server cannot serve {source.name!r}: name the model as the server knows it")
+    if Path(source.location).is_dir():
+        # nnsight asks the hub for the proper spelling of every name; a directory is its own name.
+        huggingface._ID_CACHE[source.location] = source.location
+    with _explained(source):
+        nn = TransformersModel(
+            source.location,
+            revision=source.revision,
+            task="text-generation",
+            tokenizer=tokenizer or _no_tokenizer(),
+        )
+    return Model(description, nn, tokenizer, AS_SERVED, "server", UNKNOWN_WEIGHTS)
 
 
 def wrap(module: Any, tokenizer: Any = None, description: Description | None = None) -> Model:

@@ -16,3 +16,12 @@ def run_session(job, model, arrays, plan, tick=None, remote=False):
         with model.session():
             result = save(job(model, arrays, plan, tick))
     return result
+
+
+def hand_over(job, model, arrays, plan, backend):
+    """Give the same session, unrun, to an nnsight backend. What it saves is called `RESULT` there."""
+    with model.session(backend=backend):
+        result = save(job(model, arrays, plan))  # noqa: F841 - the name of what comes back
+
+
+RESULT = "result"

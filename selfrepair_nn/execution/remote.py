@@ -1,0 +1,146 @@
+"""A model on an NDIF server as a backend: its requests, what is asked of it before the first, what is kept of it."""
+
+import sys
+import uuid
+from typing import Any
+
+from nnsight import register
+from nnsight.schema.request import RequestModel
+from nnsight.tracing.backend import Backend as Tracing
+from tqdm import tqdm
+
+from selfrepair_nn.errors import SelfRepairError, StoreError, one_line
+from selfrepair_nn.execution.backends import only
+from selfrepair_nn.execution.flight import Flight
+from selfrepair_nn.execution.units import Unit
+from selfrepair_nn.models.load import Model
+from selfrepair_nn.options import Options
+from selfrepair_nn.remote.ledger import Ledger
+from selfrepair_nn.remote.server import Answer, Server
+from selfrepair_nn.tracing.greeting import greeting_job
+from selfrepair_nn.tracing.session import RESULT, hand_over
+
+SHARED = ("python", "torch", "transformers", "nnsight", "ndif")
+"""Packages of the server whose versions are kept with the numbers."""
+
+
+class ServedModel:
+    """A model on a server: units become requests to it, and its answers results."""
+
+    def __init__(self, server: Server, model: Model) -> None:
+        register("selfrepair_nn")
+        self.server, self._nn = server, model.nn
+        self.key, self._environment = model_key(model), model.nn._remoteable_get_env()
+
+    def pack(self, unit: Unit) -> bytes:
+        """The unit's session and its arrays, serialised and compressed."""
+        request = _Kept()
+        hand_over(unit.job, self._nn, unit.arrays, unit.plan, request)
+        return request.blob
+
+    def send(self, request: bytes, job: str) -> str | None:
+        return self.server.send(request, self.key, self._environment, job)
+
+    def ask(self, job: str) -> Answer | None:
+        return self.server.ask(job)
+
+    def fetch(self, address: str) -> tuple[Any, int] | None:
+        found = self.server.fetch(address)
+        return (found[0].get(RESULT), found[1]) if found else None
+
+
+class _Kept(Tracing):
+    """An nnsight backend that keeps the request instead of sending it."""
+
+    def __call__(self, tracer: Any) -> None:
+        self.blob = RequestModel.serialize(tracer, compress=True)
+
+
+def server_of(options: Options) -> Server:
+    """The server that the options name; what it has to say goes to stderr."""
+    return Server(options.host, options.patience, say)
+
+
+def say(line: str) -> None:
+    """A line for the user, above the progress bar."""
+    tqdm.write(f"selfrepair: {line}", file=sys.stderr)
+
+
+def model_key(model: Model) -> str:
+    """What servers call this model.
+
+    Raises:
+        SelfRepairError: the hub, which knows the proper spelling of its name, does not answer.
+    """
+    try:
+        return model.nn.to_model_key()
+    except Exception as error:
+        raise SelfRepairError(
+            f"the hub does not say how {model.name!r} is properly spelt ({one_line(error)}): "
+            "check the name, HF_ENDPOINT and the connection"
+        ) from error
+
+
+def require_ready(served: ServedModel, name: str) -> None:
+    """Say so if the model does not run there yet: the first job then waits for it, or fails.
+
+    Raises:
+        Fault: no NDIF server answers.
+    """
+    served.server.greet()
+    states = [d.get("application_state") for d in served.server.status() if d.get("model_key") == served.key]
+    if "RUNNING" not in states:
+        state = str(states[0]).lower() if states else "not deployed"
+        say(
+            f"{name} is {state} at {served.server.host}: the first job waits until the server has it, or says why not"
+        )
+
+
+def greeting(layout: dict[str, Any]) -> Unit:
+    """The smallest unit of work: one token. Its name is new each time, so that an old answer is never taken for it."""
+    import torch
+
+    tokens = {"tokens": torch.zeros(1, 1, dtype=torch.long)}
+    shapes = {"residual": (layout["d_model"],)}
+    return Unit(
+        f"greeting {uuid.uuid4().hex[:8]}",
+        greeting_job,
+        slice(0, 1),
+        {"model": layout},
+        lambda _: tokens,
+        shapes,
+    )
+
+
+def connected(options: Options, model: Model, store: Any, ledger: Ledger) -> Flight:
+    """The backend for a store: the server answers, runs the model, and computes in what the store was begun with.
+
+    Raises:
+        Fault: as the server says.
+        StoreError: the server computes in another dtype than before.
+    """
+    served = ServedModel(server_of(options), model)
+    require_ready(served, model.name)
+    flight = Flight(served, ledger, options.in_flight, options.patience, say)
+    dtype = str(only(flight, greeting(model.layout))["residual"].dtype).removeprefix("torch.")
+    known = store.attributes.get("dtype")
+    if known not in (model.dtype, dtype):
+        raise StoreError(
+            f"{str(store.path)!r} was begun on a server that computes in {known}, this one computes in {dtype}: "
+            "choose another --out"
+        )
+    versions = served.server.environment()
+    store.annotate(
+        dtype=dtype, server={"host": served.server.host} | {n: versions[n] for n in SHARED if n in versions}
+    )
+    return flight
+
+
+def traffic(ledger: Ledger) -> dict[str, int]:
+    """Jobs sent for a store so far, and the bytes of their requests and results."""
+    records = ledger.records.values()
+    return {
+        "jobs": sum(r.jobs for r in records),
+        "bytes_sent": sum(r.bytes_sent for r in records),
+        "bytes_returned": sum(r.bytes_returned for r in records),
+    }

@@ -1,0 +1,180 @@
+"""Units of work: one call of a job each, what it must give, and its halves for a server to which it is too much."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from selfrepair_nn.equations import DERIVED
+from selfrepair_nn.variables import CLEAN, COMPONENT, NEURON, SWEPT, VARIABLES
+
+PACKED = ("component_change", "neuron_change", "neuron_direct_effect")
+"""What comes back for the top tokens only, where there are thresholds: [token, …], case by case."""
+
+Shape = tuple[str | int, ...]
+Shapes = Mapping[Any, "Shape | Shapes"]
+Job = Callable[..., dict]
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One call `job(model, arrays, plan)`, and the shape of every tensor that it gives.
+
+    In a shape, a number is a size, "case" stands for the plan's cases, "prompt" for the unit's prompts and "token" for
+    the pairs of case and token whose direct effect reaches `thresholds` [case]. A result without "case" is the same for
+    all cases; one without "prompt" is a sum over prompts.
+
+    `inputs` gives the job's arrays for some prompts. `part` is set where the unit is a part of another one: (first,
+    stop) of its cases. `tick` is called as the job goes on, where it runs in this process.
+    """
+
+    name: str
+    job: Job
+    prompts: slice
+    plan: dict[str, Any]
+    inputs: Callable[[slice], dict[str, Any]]
+    shapes: Shapes
+    thresholds: np.ndarray | None = None
+    part: tuple[int, int] | None = None
+    tick: Callable[[int], None] | None = None
+
+    @property
+    def label(self) -> str:
+        """What a ledger and a message call it."""
+        cases = f", cases {self.part[0]} to {self.part[1] - 1}" if self.part else ""
+        return f"{self.name}, prompts {self.prompts.start} to {self.prompts.stop - 1}{cases}"
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """What the job takes beside the model and the plan."""
+        import torch
+
+        limits = {} if self.thresholds is None else {"thresholds": torch.from_numpy(self.thresholds)}
+        return self.inputs(self.prompts) | limits
+
+    def halves(self) -> tuple["Unit", ...]:
+        """Two units that together give the same: half of the prompts each, or of one prompt half of the cases each.
+
+        None at all where there is only one prompt and one case.
+        """
+        start, stop, cases = self.prompts.start, self.prompts.stop, len(self.plan.get("cases", ()))
+        if stop - start > 1:
+            middle = (start + stop) // 2
+            return tuple(replace(self, prompts=slice(*ends)) for ends in ((start, middle), (middle, stop)))
+        middle = cases // 2
+        return tuple(self._some_cases(*ends) for ends in ((0, middle), (middle, cases))) if cases > 1 else ()
+
+    def _some_cases(self, first: int, stop: int) -> "Unit":
+        before = self.part[0] if self.part else 0
+        limits = None if self.thresholds is None else self.thresholds[first:stop]
+        plan = self.plan | {"cases": self.plan["cases"][first:stop]}
+        return replace(self, plan=plan, thresholds=limits, part=(before + first, before + stop))
+
+    def join(self, *found: dict[Any, Any]) -> dict[Any, Any]:
+        """The result of this unit from those of its halves."""
+        along = "prompt" if self.prompts.stop - self.prompts.start > 1 else "case"
+        tokens = [self._top_tokens(half) for half in found] if self.thresholds is not None else []
+        halves = zip(*(dict(_leaves(half)).values() for half in found), strict=True)
+        shapes = [shape for _, shape in _leaves(self.shapes)]
+        return _nested(
+            self.shapes,
+            iter([_joined(shape, along, pair, tokens) for shape, pair in zip(shapes, halves, strict=True)]),
+        )
+
+    def _top_tokens(self, found: dict[Any, Any]) -> list[int]:
+        """How many tokens of each case reach its threshold."""
+        import torch
+
+        limits = torch.from_numpy(self.thresholds)[: len(found["direct_effect"]), None, None]
+        return (found["direct_effect"] >= limits).sum((1, 2)).tolist()
+
+    def flaw(self, found: Any) -> str | None:
+        """What is wrong with a result: names, shapes, types or a number that is not finite; None if nothing is."""
+        if _names(found) != _names(self.shapes):
+            return f"it holds {_names(found)}, not {_names(self.shapes)}"
+        sizes = {"prompt": self.prompts.stop - self.prompts.start, "case": len(self.plan.get("cases", ()))}
+        for (name, shape), (_, value) in zip(_leaves(self.shapes), _leaves(found), strict=True):
+            if "token" in shape:
+                sizes["token"] = sum(self._top_tokens(found))
+            wanted = tuple(sizes.get(size, size) for size in shape)
+            if problem := _problem(name, value, wanted):
+                return problem
+        return None
+
+
+def ablation_shapes(plan: dict[str, Any], positions: int, components: int, packed: bool) -> Shapes:
+    """The shapes of what an ablation job gives: all that the store keeps but what follows from the rest.
+
+    `positions` are those with a next token, `components` the terms of the residual stream; `packed` where there are
+    thresholds.
+    """
+    names = [*CLEAN, *(name for name in SWEPT if name not in DERIVED)]
+    names += COMPONENT if plan["record"] == "full" else ()
+    names += NEURON if plan["neurons"] is not None else ()
+    names += ("residual_norm", "ablated_residual_norm") if plan["residual_norm"] else ()
+    names += ("attention",) if plan["attention"] else ()
+    names += ("inserted_direct_effect",) if plan["replacement"]["kind"] == "reinforce" else ()
+    neurons = plan["model"]["d_mlp"]
+    sizes = {
+        "prompt": "prompt",
+        "position": positions,
+        "component": components,
+        "neuron": neurons,
+        "rank": min(plan["ranks"], neurons),
+        "distance": len(plan["attention"]),
+    }
+    shapes = {}
+    for name in names:
+        dims = VARIABLES[name].dims
+        swept = dims[:2] == ("layer", "head")
+        shape = tuple(sizes[d] for d in (dims[2:] if swept else dims))
+        shapes[name] = ("token", shape[-1]) if packed and name in PACKED else ("case",) * swept + shape
+    return shapes
+
+
+def _names(found: Any) -> Any:
+    """The names of a result, those within others included."""
+    if not isinstance(found, Mapping):
+        return None
+    inner = {name: _names(value) for name, value in found.items()}
+    return {n: inner[n] for n in sorted(inner, key=str)} if any(inner.values()) else sorted(map(str, inner))
+
+
+def _leaves(found: Mapping[Any, Any], outer: str = "") -> list[tuple[str, Any]]:
+    """Everything in a result that is no further mapping, in one order whatever order it came in."""
+    leaves = []
+    for name in sorted(found, key=str):
+        label, value = f"{outer}{name}", found[name]
+        leaves += _leaves(value, f"{label} ") if isinstance(value, Mapping) else [(label, value)]
+    return leaves
+
+
+def _nested(shapes: Shapes, values: Any) -> dict[Any, Any]:
+    """Values in the order of `_leaves`, named and nested as the shapes are."""
+    return {
+        name: _nested(shapes[name], values) if isinstance(shapes[name], Mapping) else next(values)
+        for name in sorted(shapes, key=str)
+    }
+
+
+def _joined(shape: Shape, along: str, pair: tuple[Any, Any], tokens: list[list[int]]) -> Any:
+    import torch
+
+    if "token" in shape and along == "prompt":
+        by_case = zip(*(half.split(counts) for half, counts in zip(pair, tokens, strict=True)), strict=True)
+        return torch.cat([part for case in by_case for part in case])
+    if along in shape or "token" in shape:
+        return torch.cat(pair, shape.index(along) if along in shape else 0)
+    return pair[0] + pair[1] if along == "prompt" else pair[0]
+
+
+def _problem(name: str, value: Any, wanted: tuple[int, ...]) -> str | None:
+    import torch
+
+    whole = name in VARIABLES and VARIABLES[name].kind == "int"
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() == whole:
+        return f"{name} is no tensor of {'whole' if whole else 'floating-point'} numbers"
+    if tuple(value.shape) != wanted:
+        return f"{name} has shape {tuple(value.shape)}, not {wanted}"
+    return None if value.isfinite().all() else f"{name} is not finite"

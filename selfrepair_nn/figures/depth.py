@@ -1,0 +1,73 @@
+"""What figures against depth share: a dot for each head, a line through the means of each layer."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from selfrepair_nn.analysis import by_layer
+from selfrepair_nn.figures import style
+
+VISIBLE = 0.004  # the least part of an axis that the eye sees as a band
+
+
+def draw_heads(axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: float, **line: str) -> None:
+    """Variable `name` of each summary: heads as dots, hollow under the noise floor; the layers' means as a line.
+
+    One summary is drawn by layer index, several by depth in percent of their models' layers.
+    """
+    for index, (legend, heads) in enumerate(found.items()):
+        colour, marker = style.colour(index), style.marker(index)
+        places = np.broadcast_to(depth(heads, len(found) == 1)[:, None], heads.tokens.shape)
+        known, quiet = (heads.tokens > 0).values, _quiet(heads[name], heads.noise_floor)
+        for chosen, face in ((known & ~quiet, colour), (quiet, "none")):
+            if chosen.any():
+                look = {"s": 16, "marker": marker, "alpha": 0.45, "linewidth": 0.8}
+                values = heads[name].values[chosen]
+                axes.scatter(places[chosen], values, facecolor=face, edgecolor=colour, **look)
+        draw_means(axes, heads, name, share, index, len(found) == 1, label=legend, **line)
+
+
+def draw_means(
+    axes: Axes, heads: xr.Dataset, name: str, share: float, index: int, alone: bool, **line: str
+) -> None:
+    """Means over the heads of each layer, in the colour of the summary with this index."""
+    look = {"linewidth": 2, "marker": style.marker(index), "markersize": 3.5, "zorder": 3}
+    means = by_layer(heads, share)[name]
+    axes.plot(depth(heads, alone), means, color=style.colour(index), **(look | line))
+
+
+def draw_noise(axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
+    """For a single summary a band around zero, where it is thick enough to be seen."""
+    if len(found) > 1:
+        return
+    [heads] = found.values()
+    floor, (low, high) = heads.noise_floor.fillna(0).values, axes.get_ylim()
+    if floor.max() > VISIBLE * (high - low):
+        look = {"color": "#999999", "alpha": 0.35, "linewidth": 0, "zorder": 0.5}
+        axes.fill_between(depth(heads, True), -floor, floor, **look)
+
+
+def name_axis(axes: Axes, alone: bool) -> None:
+    """What the horizontal axis shows, and zero as a line."""
+    axes.axhline(0, color="black", linewidth=0.8, zorder=1.5)
+    axes.margins(x=0.03)
+    axes.set_xlabel("layer" if alone else "depth (% of layers)")
+    if alone:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def depth(heads: xr.Dataset, alone: bool) -> np.ndarray:
+    """Where each layer stands on the horizontal axis: its index, or percent of the way to the model's last."""
+    layer = heads["layer"].values.astype(float)
+    if alone:
+        return layer
+    deepest = max(heads.attrs.get("n_layers", layer.max() + 1) - 1, layer.max(), 1)
+    return 100 * layer / deepest
+
+
+def _quiet(values: xr.DataArray, floor: xr.DataArray) -> np.ndarray:
+    """Where values in logits lie under the noise floor."""
+    return (abs(values) < floor).values & (values.attrs.get("units") == "logit")

@@ -1,0 +1,35 @@
+"""How far each head lies from y = -x, no repair, by layer: over all tokens and over its top tokens."""
+
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, percent
+from selfrepair_nn.figures import depth, style
+
+TAKES = "summary"
+READING = (
+    "Distance: (logit change + direct effect) / √2. Of a head of positive direct effect, above zero is repaired, below zero is broken.",
+    "Dots: attention heads (hollow: under the noise floor, the grey band). Lines: means of each layer.",
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw two panels, means over all tokens and over the top share; several stores by depth in percent.
+
+    `datasets` is a store or a summary of `by_head`, a sequence of them, or a mapping from legend to them.
+    Raises UsageError as `by_head` does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share)
+    figure = style.new_figure(9.6 if len(found) == 1 else 11, 4.0)
+    panels = figure.subplots(1, 2)
+    tokens = {"distance": "all tokens", "top_distance": f"top {percent(share)} of tokens"}
+    for axes, (name, told) in zip(panels, tokens.items(), strict=True):
+        depth.draw_heads(axes, found, name, share)
+        depth.name_axis(axes, len(found) == 1)
+        depth.draw_noise(axes, found)
+        axes.set_title(told)
+        axes.set_ylabel("distance from y = \N{MINUS SIGN}x (logits)")
+    style.heading(figure, found)
+    style.legend(figure, panels[0], found)
+    style.caption(figure, [*style.captions(found), *READING])
+    return figure

@@ -1,0 +1,61 @@
+"""What the final norm repairs, by layer: in logits, by its two parts, as a share of the direct effect (Figures 6, 10, 11)."""
+
+from collections.abc import Mapping
+
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, norm_by_head, percent
+from selfrepair_nn.figures import depth, style
+
+TAKES = "tokens"
+READING = (
+    "Dots: attention heads. Lines: means of each layer. The norm's repair is (S/S' \N{MINUS SIGN} 1) R', with R' the sum of all "
+    "direct effects after the ablation and R before it:",
+    "(S/S' \N{MINUS SIGN} 1) R on the existing logits and (S/S' \N{MINUS SIGN} 1)(R' \N{MINUS SIGN} R) on the change. Tokens "
+    "of hardly any direct effect decide an unclipped share.",
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw four panels: the norm's repair, its two parts (Appendix B), its clipped and its unclipped share of DE.
+
+    `datasets` is a store or a result of `norm_by_head`, a sequence of them, or a mapping from legend to them;
+    several are drawn by depth in percent. Raises UsageError as `norm_by_head` does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, norm_by_head)
+    alone, top = len(found) == 1, f"top {percent(share)} of tokens"
+    figure = style.new_figure(9.6 if alone else 11, 7.2)
+    whole, parts, clipped, ratio = figure.subplots(2, 2).ravel()
+    depth.draw_heads(whole, found, "top_from_norm", share)
+    _draw_parts(parts, found, share)
+    depth.draw_heads(clipped, found, "norm_share", share)
+    depth.draw_heads(ratio, found, "norm_ratio", share)
+    ratio.set_yscale("symlog", linthresh=1)
+    clipped.set_ylim(0, 1)
+    for axes in (clipped, ratio):
+        axes.yaxis.set_major_formatter(style.as_percent)
+    titles = (f"repair by the norm, {top}", f"its two parts, {top}")
+    titles += (f"clipped share, {top}", "unclipped share, all tokens")
+    for axes, title in zip((whole, parts, clipped, ratio), titles, strict=True):
+        axes.set_title(title)
+        depth.name_axis(axes, alone)
+        axes.set_ylabel("logits" if axes in (whole, parts) else "norm's repair / direct effect")
+    style.heading(figure, found)
+    style.legend(figure, whole, found)
+    style.caption(figure, [*style.captions(found), *READING])
+    return figure
+
+
+def _draw_parts(axes: Axes, found: Mapping[str, xr.Dataset], share: float) -> None:
+    looks = {
+        "top_norm_on_existing": ("on the existing logits", "-"),
+        "top_norm_on_change": ("on the change", ":"),
+    }
+    for index, heads in enumerate(found.values()):
+        for name, (label, style_) in looks.items():
+            shown = label if index == 0 else None
+            depth.draw_means(axes, heads, name, share, index, len(found) == 1, label=shown, linestyle=style_)
+    axes.legend()

@@ -1,0 +1,78 @@
+"""Direct effect against logit change on single tokens, for the loudest late heads (the paper's Figure 3)."""
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, percent, token_noise
+from selfrepair_nn.components import Head
+from selfrepair_nn.figures import plane, style
+
+TAKES = "tokens"
+CELLS = 80
+READING = (
+    "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's top {share} of tokens. Dashed: y = "
+    "\N{MINUS SIGN}x, no repair.",
+    "Under: repaired in part, between the dashed line and the x-axis. Over: beyond the x-axis. "
+    "Broken: beyond the dashed line, more is lost than the head wrote.",
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for each head that `token_noise` chooses; several stores have a row each.
+
+    `datasets` is a store, a sequence of them, or a mapping from title to them. Raises UsageError as `token_noise`
+    does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, token_noise)
+    most, alone = max(tokens.sizes["rank"] for tokens in found.values()), len(found) == 1
+    columns = min(most, 2 if alone else 4)
+    rows = -(-most // columns) * len(found)
+    figure = style.new_figure(0.4 + 4.4 * columns, 1.2 + 4.3 * rows)
+    figure.get_layout_engine().set(h_pad=0.12)
+    panels = figure.subplots(rows, columns, squeeze=False).reshape(len(found), -1)
+    for row, (name, tokens) in zip(panels, found.items(), strict=True):
+        for rank, axes in enumerate(row):
+            if rank < tokens.sizes["rank"]:
+                _draw_head(axes, tokens.isel(rank=rank), share, "" if alone else f"{name}, ")
+            else:
+                axes.remove()
+    style.heading(figure, found)
+    style.caption(figure, [*style.captions(found), *(line.format(share=percent(share)) for line in READING)])
+    return figure
+
+
+def _draw_head(axes: Axes, tokens: xr.Dataset, share: float, prefix: str) -> None:
+    known = ~np.isnan(tokens.direct_effect.values)
+    x, y = tokens.direct_effect.values[known], tokens.logit_change.values[known]
+    plane.limits(axes, x, y)
+    plane.wedge(axes)
+    axes.axvline(x[tokens.top.values[known]].min(), color=style.MUTED, linestyle=":", linewidth=1, zorder=2)
+    density = _density(axes, x, y)
+    order = np.argsort(density, kind="stable")
+    look = {"cmap": style.LAYERS, "norm": LogNorm(1, max(density.max(), 2)), "s": 5, "linewidth": 0}
+    axes.scatter(x[order], y[order], c=density[order], rasterized=True, zorder=1, **look)
+    axes.set_xlabel("direct effect (logits)")
+    axes.set_ylabel("logit change when ablated (logits)")
+    axes.set_title(prefix + Head(int(tokens["layer"]), int(tokens["head"])).label, pad=27)
+    said = [_said(tokens, "", f"all {int(tokens.tokens):,} tokens")]
+    said.append(_said(tokens, "top_", f"top {percent(share)}"))
+    place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
+    axes.text(0, 1.02, "\n".join(said), linespacing=1.3, **place)
+
+
+def _density(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How many tokens share each token's cell of the panel."""
+    edges = [np.linspace(*limits, CELLS + 1) for limits in (axes.get_xlim(), axes.get_ylim())]
+    counts, *_ = np.histogram2d(x, y, edges)
+    cells = (np.digitize(v, e[1:-1]) for v, e in zip((x, y), edges, strict=True))
+    return counts[tuple(cells)]
+
+
+def _said(tokens: xr.Dataset, prefix: str, which: str) -> str:
+    correlation = f"{float(tokens[f'{prefix}correlation']):.2f}".replace("-", "\N{MINUS SIGN}")
+    fates = ", ".join(f"{name} {float(tokens[prefix + name]):.0%}" for name in ("broken", "under", "over"))
+    return f"{which}: correlation {correlation}; {fates}"

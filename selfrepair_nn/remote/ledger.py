@@ -1,0 +1,111 @@
+"""Every job that was ever sent for a store, on disk before anything waits for it: one JSON line for each thing known.
+
+A part is what one request asks for, by its label. Its record is what the lines about it add up to. A line that a
+killed process left unfinished is no line.
+"""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from selfrepair_nn.store import explained
+
+SENDING, SENT, FETCHED, TAKEN, FAILED, SPLIT, GIVEN_UP = (
+    "sending", "sent", "fetched", "taken", "failed", "split", "given up",
+)  # fmt: skip
+
+
+@dataclass
+class Record:
+    """What is known of one part: its last event and job, when that was sent, and how its jobs failed."""
+
+    part: str
+    event: str = ""
+    job: str = ""
+    sent: float = 0.0
+    jobs: int = 0
+    bytes_sent: int = 0
+    bytes_returned: int = 0
+    failures: Counter = field(default_factory=Counter)
+    text: str = ""
+    split: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether the server has, or may have, its job or the job's result: also where that was taken once already."""
+        return self.event in (SENDING, SENT, FETCHED, TAKEN)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take in one line about this part."""
+        self.event, self.job = line["event"], line.get("job", self.job)
+        self.bytes_returned += line["bytes"] if self.event == FETCHED else 0
+        if self.event == SENDING:
+            self.sent, self.jobs = datetime.fromisoformat(line["time"]).timestamp(), self.jobs + 1
+            self.bytes_sent += line["bytes"]
+        if self.event == FAILED:
+            self.failures[line["kind"]] += 1
+            self.text = line["text"]
+        if self.event == GIVEN_UP:
+            self.failures.clear()
+        self.split |= self.event == SPLIT
+
+
+class Ledger:
+    """The jobs of one run of one store. `run` tells this store from an earlier one at the same path.
+
+    Raises:
+        StoreError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self._run = path, run
+        self.records: dict[str, Record] = {}
+        for line in lines(path):
+            if line.get("run") == run:
+                self[line["part"]].add(line)
+
+    def __getitem__(self, part: str) -> Record:
+        return self.records.setdefault(part, Record(part))
+
+    def write(self, event: str, part: str, **facts: Any) -> None:
+        """One more line, on the disk when this returns."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"time": now, "run": self._run, "event": event, "part": part} | facts
+        with explained(self.path), open(self.path, "ab+") as file:
+            file.write((b"" if _whole(file) else b"\n") + json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self[part].add(line)
+
+
+def ledger_path(store: Path) -> Path:
+    """Where the ledger of a store lies: beside it, so that the store holds nothing but arrays."""
+    return store.with_suffix(".jobs.jsonl")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Everything that a ledger says, in order; empty if there is none."""
+    with explained(path):
+        text = path.read_text(errors="replace") if path.exists() else ""
+    return [found for line in text.splitlines() if (found := _read(line)) is not None]
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"time", "event", "part"} <= found.keys() else None
+
+
+def _whole(file: Any) -> bool:
+    """Whether the file's last line is finished."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return True
+    file.seek(size - 1)
+    return file.read(1) == b"\n"

@@ -1,0 +1,207 @@
+"""One NDIF server over HTTP: sending a job, asking about it, fetching its result. Every wait has an end."""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential_jitter,
+    wait_random_exponential,
+)
+
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.remote.faults import Fault, refusal
+from selfrepair_nn.remote.secrets import hidden, ndif_key
+
+CONNECT_SECONDS, READ_SECONDS, GREETING_SECONDS = 10.0, 60.0, 10.0
+BACKOFF = wait_random_exponential(multiplier=0.25, max=30)
+BETWEEN_JOBS = wait_exponential_jitter(initial=2, max=60, jitter=2)
+NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server says of a job: its status, a sentence, and where the result is once it is completed."""
+
+    status: str
+    description: str
+    result: str | None
+
+
+class _Again(Exception):
+    """The same call may succeed a little later; the text says what happened."""
+
+
+class Server:
+    """The NDIF server at `host`, or at the one that nnsight is configured for.
+
+    `patience` is how many seconds to go on trying while it does not answer; `notify` takes a line for the user
+    whenever something has to be tried again.
+
+    Raises (from every method that asks the server):
+        Fault: "unreachable" when patience is over; else what the answer means.
+    """
+
+    def __init__(
+        self, host: str | None, patience: float, notify: Callable[[str], None] = lambda line: None
+    ) -> None:
+        from nnsight.schema.config import CONFIG
+
+        self.host = (host or CONFIG.API.HOST).rstrip("/")
+        if not self.host.startswith(("http://", "https://")):
+            raise UsageError(f"host {self.host!r} is not an address: write for example http://127.0.0.1:8001")
+        self.patience, self._notify = patience, notify
+        timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+        self._http = httpx.Client(base_url=self.host, timeout=timeout, headers=_headers())
+        self._plain = httpx.Client(timeout=timeout)  # results lie elsewhere: no key goes there
+
+    def greet(self) -> None:
+        """Find out, within seconds, whether an NDIF server answers at all."""
+        answer = self._patiently(self._get, "/ping", patience=min(GREETING_SECONDS, self.patience))
+        if answer.status_code != 200 or "pong" not in answer.text:
+            raise Fault("not ndif", f"HTTP {answer.status_code} at {self.host}/ping")
+
+    def status(self) -> list[dict[str, Any]]:
+        """What is deployed there: model_key, repo_id, revision, application_state, dtype … for each replica."""
+        return list(self._json("/status").get("deployments", {}).values())
+
+    def environment(self) -> dict[str, str]:
+        """Versions there: python, and every package by its import name."""
+        found = self._json("/env")
+        return {"python": found["python_version"].split()[0]} | found["packages"]
+
+    def send(self, blob: bytes, model_key: str, environment: dict[str, Any], job: str) -> str | None:
+        """Submit a serialised request under the id `job`.
+
+        Returns the id under which the server knows it (its own, if it does not take ours), or None if the connection
+        broke after the request was sent: then only asking tells whether it arrived.
+        """
+        envelope = {"model_key": model_key, "compress": True, "env": environment, "id": job}
+        answer = self._patiently(self._post, json.dumps(envelope), blob)
+        if answer is None or answer.status_code in (500, 502, 504):
+            return None
+        if answer.status_code != 200:
+            raise refusal(answer.status_code, _detail(answer))
+        return _parsed(answer)["id"]
+
+    def ask(self, job: str) -> Answer | None:
+        """The latest status of a job, or None if the server knows no job of that id (any more, or not yet)."""
+        answer = self._patiently(self._get, f"/response/{job}")
+        if answer.status_code == 404:
+            return None
+        found = _parsed(answer)
+        return Answer(found["status"], found.get("description") or "", found.get("data"))
+
+    def fetch(self, address: str) -> tuple[dict[str, Any], int] | None:
+        """A result and the bytes that it took, or None if it is not kept there any more."""
+        answer = self._patiently(self._download, address)
+        return (
+            None if answer.status_code in (403, 404, 410) else (_loaded(answer.content), len(answer.content))
+        )
+
+    def _get(self, path: str) -> httpx.Response:
+        return _served(self._http.get(path))
+
+    def _download(self, address: str) -> httpx.Response:
+        return _served(self._plain.get(address))
+
+    def _post(self, envelope: str, blob: bytes) -> httpx.Response | None:
+        try:
+            answer = self._http.post(
+                "/request",
+                data={"data": envelope},
+                files={"blob": ("request", blob, "application/octet-stream")},
+                headers={"ndif-timestamp": repr(time.time())},
+            )
+        except NEVER_ARRIVED:
+            raise
+        except httpx.RequestError:
+            return None
+        if answer.status_code in (429, 503):
+            raise _Again(f"HTTP {answer.status_code}: {_detail(answer)}")
+        return answer
+
+    def _json(self, path: str) -> dict[str, Any]:
+        answer = self._patiently(self._get, path)
+        if answer.status_code != 200:
+            raise refusal(answer.status_code, _detail(answer))
+        return _parsed(answer)
+
+    def _patiently(self, call: Callable, *arguments: Any, patience: float | None = None) -> Any:
+        """The call's answer; tried again, ever more slowly, until patience is over."""
+        trying = Retrying(
+            stop=stop_after_delay(self.patience if patience is None else patience),
+            wait=BACKOFF,
+            retry=retry_if_exception_type((_Again, httpx.RequestError)),
+            before_sleep=self._say,
+            reraise=True,
+        )
+        try:
+            return trying(call, *arguments)
+        except (_Again, httpx.RequestError) as error:
+            raise Fault("unreachable", f"{self.host}: {error or type(error).__name__}") from None
+
+    def _say(self, state: RetryCallState) -> None:
+        error = state.outcome.exception()
+        said = hidden(str(error)) or type(error).__name__
+        self._notify(f"{self.host} does not answer ({said}); trying again in {state.next_action.sleep:.0f} s")
+
+
+def pause_before(attempt: int) -> float:
+    """Seconds to wait before a failed job is sent for the `attempt`-th time again."""
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = attempt
+    return BETWEEN_JOBS(state)
+
+
+def _headers() -> dict[str, str]:
+    """What nnsight's own client sends: the server may refuse versions that it does not work with."""
+    key = ndif_key()
+    known = {"nnsight-version": version("nnsight"), "python-version": sys.version.replace("\n", " ")}
+    return known | ({"ndif-api-key": key} if key else {})
+
+
+def _served(answer: httpx.Response) -> httpx.Response:
+    if answer.status_code == 429 or answer.status_code >= 500:
+        raise _Again(f"HTTP {answer.status_code}: {_detail(answer)}")
+    return answer
+
+
+def _detail(answer: httpx.Response) -> str:
+    try:
+        found = answer.json()
+    except ValueError:
+        return answer.text[:300]
+    return str(found.get("detail", found) if isinstance(found, dict) else found)
+
+
+def _parsed(answer: httpx.Response) -> dict[str, Any]:
+    try:
+        found = answer.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Fault("not ndif", f"HTTP {answer.status_code}: {answer.text[:300]}")
+    return found
+
+
+def _loaded(content: bytes) -> dict[str, Any]:
+    """The saved values of a result. Only tensors, numbers, text and their containers are ever unpickled."""
+    import torch
+    import zstandard
+
+    try:
+        unpacked = zstandard.ZstdDecompressor().decompress(content)
+        return torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise Fault("result", f"{type(error).__name__}: {error}") from error
