@@ -72,8 +72,11 @@ def direct_effects(ds: xr.Dataset, done: np.ndarray, share: float) -> tuple[np.n
     """The sums [case, prompt] of the direct effects, and each case's top `share` of tokens, in one reading.
 
     The top share is exactly max(1, floor(share n)) of a case's n done tokens, the first of equals, NaN last;
-    none if n is 0.
+    none if n is 0. In a store of the top share alone it is what reaches the case's threshold: that share of the whole
+    run, as far as it is done.
     """
+    if "threshold" in ds:
+        return _above_thresholds(ds, done)
     n_positions = ds.sizes["position"]
     wanted = _wanted(done.sum(1) * n_positions, share)
     sums = np.zeros(done.shape)
@@ -86,6 +89,20 @@ def direct_effects(ds: xr.Dataset, done: np.ndarray, share: float) -> tuple[np.n
             fresh = values[case].ravel()[counted].astype(float)
             best[case] = _best(best[case], fresh, counted + start * n_positions, wanted[case])
     return sums, _gather(best)
+
+
+def _above_thresholds(ds: xr.Dataset, done: np.ndarray) -> tuple[np.ndarray, Top]:
+    limits = ds.threshold.transpose(*SWEEP[:2]).values.ravel()
+    n_positions, sums = ds.sizes["position"], np.zeros(done.shape)
+    found: list[tuple[np.ndarray, ...]] = []
+    for start, values in _blocks(ds, "direct_effect"):
+        here = slice(start, start + values.shape[1])
+        sums[:, here] = _done_sums(values, done[:, here])
+        case, prompt, position = np.nonzero((values >= limits[:, None, None]) & done[:, here, None])
+        effects = values[case, prompt, position].astype(float)
+        order = np.argsort(prompt * n_positions + position, kind="stable")
+        found.append((case[order], ((start + prompt) * n_positions + position)[order], effects[order]))
+    return sums, Top(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndarray, np.ndarray]:

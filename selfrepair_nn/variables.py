@@ -97,6 +97,13 @@ _ALL = (
     Variable("ablated_norm_scale", SWEEP, "1", "ablated final norm scale", "S': the final norm's scale in the ablated run."),
     Variable("closure", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
     Variable("noise_floor", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
+    # where only the top share is ablated, or only as much as an answer needs
+    Variable("threshold", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all prompts of the run: what is ablated, and stored beside direct_effect."),
+    Variable("estimate", SWEEP[:2], "logit", "estimated self-repair", "Mean self-repair on the head's top share, from the prompts done when the head was finished."),
+    Variable("half_width", SWEEP[:2], "logit", "half-width of its interval", "Half the width of the 95% confidence interval of that mean, documents (or prompts, where there are few documents) taken as independent."),
+    Variable("prompts_used", SWEEP[:2], "1", "prompts used", "Number of prompts that the estimate is from.", "int"),
+    Variable("layer_estimate", ("layer",), "logit", "estimated self-repair of the layer", "Mean of the estimates of the layer's heads."),
+    Variable("layer_half_width", ("layer",), "logit", "half-width of its interval", "Half the width of the 95% confidence interval of that mean."),
     # on request
     Variable("residual_norm", TOKEN, "1", "norm of the residual stream", "Length of the residual stream before the final norm, in the clean run."),
     Variable("ablated_residual_norm", SWEEP, "1", "ablated norm of the residual stream", "Length of the residual stream before the final norm, in the ablated run."),
