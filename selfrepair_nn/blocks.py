@@ -132,7 +132,7 @@ def component_sums(ds: xr.Dataset, top: Top) -> tuple[np.ndarray, np.ndarray]:
     Read one layer and one chunk of prompts at a time; what holds no entry is not read.
     """
     array = ds.component_change.transpose(*SWEEP, "component")
-    n_layers, n_heads, n_prompts, n_positions, n_components = array.shape
+    n_layers, n_heads, _, n_positions, n_components = array.shape
     step = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     sums, counts = np.zeros((n_layers * n_heads, n_components)), np.zeros(n_layers * n_heads, int)
     for layer in range(n_layers):

@@ -13,6 +13,7 @@ FATES = {
     "under": "repaired in part",
     "over": "repaired beyond the direct effect",
 }
+STATISTICS = ("correlation", *FATES, "tokens")
 
 
 def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
@@ -49,7 +50,7 @@ def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.
     found |= {d: ("rank", heads[d].values[at]) for d, at in place.items()}
     for prefix, counted in (("", done), ("top_", top)):
         rows = [_together(x[c], y[c]) for x, y, c in zip(effect, change, counted, strict=True)]
-        found |= {prefix + name: ("rank", [row[name] for row in rows]) for name in rows[0]}
+        found |= {prefix + name: ("rank", [row[name] for row in rows]) for name in STATISTICS}
     return _describe(xr.Dataset(found, attrs=heads.attrs))
 
 

@@ -48,7 +48,7 @@ DESCRIPTIONS: dict[str, str] = {name: module.__doc__.splitlines()[0] for name, m
 
 
 def suited(datasets: Datasets) -> list[str]:
-    """The names of the figures for which every one of these datasets holds enough. Raises UsageError if there is none."""
+    """The names of the figures for which each of these datasets holds enough. UsageError if there is no dataset."""
     stores = named(datasets).values()
     return [name for name, module in _MODULES.items() if all(map(_HAVE[module.TAKES], stores))]
 

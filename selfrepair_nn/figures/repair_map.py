@@ -13,9 +13,10 @@ from selfrepair_nn.figures import style
 
 TAKES = "components"
 READING = (
-    "Rows: ablated heads, layer by layer. Columns: what changes its direct effect; blue repairs, red breaks, grey is the "
-    "ablated head itself. A row adds up to the head's self-repair.",
-    "Colours are by square root, so that small changes are seen; the few larger than the scale have the colour of its ends.",
+    "Rows: ablated heads, layer by layer. Columns: what changes its direct effect; blue repairs, red breaks, grey is "
+    "the ablated head itself. A row adds up to the head's self-repair.",
+    "Colours are by square root, so that small changes are seen; the few larger than the scale have the colour of its "
+    "ends.",
 )
 HALF = 0.5  # from the middle of a cell to its edge
 SHOWN = 98  # percentile of a panel's sizes at which the colours may end

@@ -13,8 +13,8 @@ from selfrepair_nn.figures import plane, style
 TAKES = "tokens"
 CELLS = 80
 READING = (
-    "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's top {share} of tokens. Dashed: y = "
-    "\N{MINUS SIGN}x, no repair.",
+    "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's top {share} of tokens. "
+    "Dashed: y = \N{MINUS SIGN}x, no repair.",
     "Under: repaired in part, between the dashed line and the x-axis. Over: beyond the x-axis. "
     "Broken: beyond the dashed line, more is lost than the head wrote.",
 )
