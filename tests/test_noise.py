@@ -97,6 +97,7 @@ def test_other_datasets_are_refused(ds):
         token_noise(ds, 0)
     with pytest.raises(UsageError, match="lacks done"):
         token_noise(ds.drop_vars("done"))
+    bare = ds.drop_vars("ablation")
+    variants = bare.assign(logit_change=bare.logit_change.expand_dims(ablation=2))
     with pytest.raises(UsageError, match=r"several values of ablation: choose one, as ds.sel\(ablation=…\)"):
-        variants = ds.logit_change.drop_vars("ablation").expand_dims(ablation=2)
-        token_noise(ds.drop_vars("ablation").assign(logit_change=variants))
+        token_noise(variants)
