@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from selfrepair_nn import provenance
-from selfrepair_nn.components import Head
+from selfrepair_nn.components import Head, Mlp
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageError
 from selfrepair_nn.execution.backends import Backend, backend
@@ -298,8 +298,9 @@ def _short(value: Any) -> str:
 
 
 def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
-    options, structure = experiment.options, experiment.description.structure
-    return {
+    options, structure, neurons = experiment.options, experiment.description.structure, experiment.graph.neurons
+    recorded = {} if neurons is None else {"recorded_mlp": Mlp(neurons).label}
+    return recorded | {
         "title": f"{experiment.recipe.name} of {experiment.description.source.name}",
         "recipe": experiment.recipe.name,
         "model": experiment.description.source.name,
