@@ -133,7 +133,7 @@ def in_top(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def component_sums(ds: xr.Dataset, top: Top) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [case, component] of the components' changes over those entries of `top` that are stored, and their number."""
+    """Sums [case, component] of the components' changes over the stored entries of `top`, and how many those are."""
     cases = ds.sizes["layer"] * ds.sizes["head"]
     sums, counts = np.zeros((cases, ds.sizes["component"])), np.zeros(cases, int)
     for entries, changes in stored_rows(ds.component_change, top):

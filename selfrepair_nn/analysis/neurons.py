@@ -98,8 +98,8 @@ def neuron_changes(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> 
     - change_size: the mean absolute change; cumulative_size: that of all neurons up to this place, as a share of all;
     - median_direct_effect: the median of its direct effect in the clean run, in logits.
 
-    stored_tokens as in `neuron_sparsity`. Medians are exact: where they are over many tokens, the store is read
-    again for every few neurons. Errors as in `neuron_sparsity`.
+    rising(rank): how many neurons have a mean change above 0. stored_tokens as in `neuron_sparsity`. Medians are exact:
+    where they are over many tokens, the store is read again for every few neurons. Errors as in `neuron_sparsity`.
     """
     heads, top, rank = _top_tokens(ds, share, count)
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
@@ -117,8 +117,14 @@ def neuron_changes(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> 
     with np.errstate(invalid="ignore"):
         ordered |= {"neuron": order, "cumulative_size": summed / summed[:, -1:]}
     found = heads.assign({name: (("rank", "place"), values) for name, values in ordered.items()})
-    found = found.assign(stored_tokens=("rank", counts[:, 0]), place=np.arange(1, neurons + 1))
-    units = dict.fromkeys(named, "logit") | dict.fromkeys(("neuron", "cumulative_size", "stored_tokens"), "1")
+    found = found.assign(
+        rising=("rank", (change > 0).sum(1)),
+        stored_tokens=("rank", counts[:, 0]),
+        place=np.arange(1, neurons + 1),
+    )
+    units = dict.fromkeys(named, "logit") | dict.fromkeys(
+        ("neuron", "cumulative_size", "rising", "stored_tokens"), "1"
+    )
     return _described(found, units)
 
 
@@ -133,7 +139,8 @@ def neuron_consistency(ds: xr.Dataset, share: float = SHARE, count: int = COUNT)
       in which it is one of the repairing neurons.
 
     Over (rank): entries, the number of tokens; shared_within, shared_between: how many repairing neurons two tokens of
-    the same prompt, or of different ones, have in common, on average over all pairs.
+    the same prompt, or of different ones, have in common, on average over all pairs. shared_by_chance is what two
+    random choices of ten neurons have in common, on average.
 
     Errors as in `erasure_neurons`.
     """
@@ -142,11 +149,16 @@ def neuron_consistency(ds: xr.Dataset, share: float = SHARE, count: int = COUNT)
     named = np.where(entries_of(ds.top_neuron_change, top) > 0, entries_of(ds.top_neuron, top), -1)
     prompt = top.token // ds.sizes["position"]
     each = [_recurring(named[rank == r], prompt[rank == r], neurons) for r in range(n)]
-    found = {name: ("rank", [one[name] for one in each]) for name in ("entries", "shared_within", "shared_between")}
+    found = {
+        name: ("rank", [one[name] for one in each]) for name in ("entries", "shared_within", "shared_between")
+    }
     for name in ("neuron", "in_tokens", "in_prompts"):
         found[name] = (("rank", "place"), np.reshape([one[name] for one in each], (n, neurons)))
-    found = heads.assign(found | {"place": np.arange(1, neurons + 1)})
-    return _described(found, dict.fromkeys(("in_tokens", "in_prompts", "neuron", "entries"), "1"))
+    ranks = ds.sizes["rank"]
+    found |= {"shared_by_chance": ranks**2 / neurons, "place": np.arange(1, neurons + 1)}
+    return _described(
+        heads.assign(found), dict.fromkeys(("in_tokens", "in_prompts", "neuron", "entries"), "1")
+    )
 
 
 def _top_tokens(
@@ -167,7 +179,9 @@ def _top_tokens(
 
 def _check_neurons(ds: xr.Dataset, share: float) -> None:
     if not set(NEURON) <= set(ds):
-        raise UsageError("this store records no neurons: run the recipe neurons, or one with Graph(neurons=LAYER)")
+        raise UsageError(
+            "this store records no neurons: run the recipe neurons, or one with Graph(neurons=LAYER)"
+        )
     stored = json.loads(ds.attrs.get("settings", "{}")).get("share")
     if stored is not None and share > stored:
         raise UsageError(
@@ -238,6 +252,7 @@ LONG_NAMES = {
     "entries": "number of tokens",
     "repairs": "share of tokens on which the neuron repairs this part of the direct effect",
     "stored_tokens": "number of tokens",
+    "rising": "number of neurons that repair on average",
     "change": "mean change of direct effect of the neuron",
     "change_size": "mean absolute change of direct effect of the neuron",
     "cumulative_size": "share of all absolute change up to this neuron",

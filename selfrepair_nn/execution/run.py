@@ -298,7 +298,11 @@ def _short(value: Any) -> str:
 
 
 def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
-    options, structure, neurons = experiment.options, experiment.description.structure, experiment.graph.neurons
+    options, structure, neurons = (
+        experiment.options,
+        experiment.description.structure,
+        experiment.graph.neurons,
+    )
     recorded = {} if neurons is None else {"recorded_mlp": Mlp(neurons).label}
     return recorded | {
         "title": f"{experiment.recipe.name} of {experiment.description.source.name}",
