@@ -17,24 +17,26 @@ BLOCK = 2**22  # values held at once
 
 @dataclass(frozen=True)
 class Top:
-    """The top tokens of every case, in order of token, with their direct effects (float64)."""
+    """The top tokens of every case, in order of token, with their direct effects (float64).
+
+    Where the tokens are ranked by another variable, `effect` is that.
+    """
 
     case: np.ndarray
     token: np.ndarray
     effect: np.ndarray
 
-    def pick(self, start: int, values: np.ndarray) -> tuple[slice, np.ndarray]:
+    def pick(self, start: int, values: np.ndarray, first_case: int = 0) -> tuple[slice, np.ndarray]:
         """The entries in a block of `values` [case, prompt, position, …] from prompt `start`, and the values."""
         n_cases, n_prompts, n_positions = values.shape[:3]
         first = start * n_positions
         within = slice(*np.searchsorted(self.token, (first, first + n_prompts * n_positions)))
         flat = values.reshape(n_cases, n_prompts * n_positions, *values.shape[3:])
-        return within, flat[self.case[within], self.token[within] - first]
+        return within, flat[self.case[within] - first_case, self.token[within] - first]
 
-    def of(self, cases: slice) -> "Top":
-        """The entries of these cases, counted from the first of them."""
-        here = (self.case >= cases.start) & (self.case < cases.stop)
-        return Top(self.case[here] - cases.start, self.token[here], self.effect[here])
+    def of(self, chosen: np.ndarray) -> "Top":
+        """Only the chosen entries: indices, or a bool for each."""
+        return Top(self.case[chosen], self.token[chosen], self.effect[chosen])
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,12 @@ def done_cases(ds: xr.Dataset) -> np.ndarray:
     return done.reshape(-1, done.shape[2])
 
 
-def direct_effects(ds: xr.Dataset, done: np.ndarray, share: float) -> tuple[np.ndarray, Top]:
+def direct_effects(
+    ds: xr.Dataset, done: np.ndarray, share: float, by: str = "direct_effect"
+) -> tuple[np.ndarray, Top]:
     """The sums [case, prompt] of the direct effects, and each case's top `share` of tokens, in one reading.
+
+    `by` names another variable to be summed and ranked by.
 
     The top share is exactly max(1, floor(share n)) of a case's n done tokens, the first of equals, NaN last;
     none if n is 0.
@@ -78,7 +84,7 @@ def direct_effects(ds: xr.Dataset, done: np.ndarray, share: float) -> tuple[np.n
     wanted = _wanted(done.sum(1) * n_positions, share)
     sums = np.zeros(done.shape)
     best = [NOTHING] * len(done)
-    for start, values in _blocks(ds, "direct_effect"):
+    for start, values in _blocks(ds, by):
         here = slice(start, start + values.shape[1])
         sums[:, here] = _done_sums(values, done[:, here])
         for case in np.flatnonzero(done[:, here].any(1)):
@@ -127,23 +133,43 @@ def in_top(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def component_sums(ds: xr.Dataset, top: Top) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [case, component] of the components' changes over those entries of `top` that are stored, and their number.
+    """Sums [case, component] of the components' changes over the stored entries of `top`, and how many those are."""
+    cases = ds.sizes["layer"] * ds.sizes["head"]
+    sums, counts = np.zeros((cases, ds.sizes["component"])), np.zeros(cases, int)
+    for entries, changes in stored_rows(ds.component_change, top):
+        np.add.at(sums, top.case[entries], changes)
+        np.add.at(counts, top.case[entries], 1)
+    return sums, counts
+
+
+def stored_rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `rows` gives, in float64, without the entries that were not stored."""
+    for entries, values in rows(array, top):
+        stored = np.isfinite(values).all(-1)
+        yield entries[stored], values[stored].astype(float)
+
+
+def rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Entries of `top` and what a variable of more dimensions than a token's holds for them: [entry], [entry, …].
 
     Read one layer and one chunk of prompts at a time; what holds no entry is not read.
     """
-    array = ds.component_change.transpose(*SWEEP, "component")
-    n_layers, n_heads, _, n_positions, n_components = array.shape
+    array = array.transpose(*SWEEP, ...)
+    n_heads, n_positions = array.sizes["head"], array.sizes["position"]
     step = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
-    sums, counts = np.zeros((n_layers * n_heads, n_components)), np.zeros(n_layers * n_heads, int)
-    for layer in range(n_layers):
-        here = top.of(slice(layer * n_heads, (layer + 1) * n_heads))
-        for start in sorted({int(token) // n_positions // step * step for token in here.token}):
-            within, picked = here.pick(start, array[layer, :, start : start + step].values)
-            stored = np.isfinite(picked).all(1)
-            cases = layer * n_heads + here.case[within][stored]
-            np.add.at(sums, cases, picked[stored].astype(float))
-            np.add.at(counts, cases, 1)
-    return sums, counts
+    layer, chunk = top.case // n_heads, top.token // n_positions // step
+    for at in sorted({*zip(layer.tolist(), chunk.tolist(), strict=True)}):
+        entries, start = np.flatnonzero((layer == at[0]) & (chunk == at[1])), at[1] * step
+        values = array[at[0], :, start : start + step].values
+        yield entries, top.of(entries).pick(start, values, at[0] * n_heads)[1]
+
+
+def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
+    """What such a variable holds for every entry of `top`, all at once: [entry, …]."""
+    found = np.empty((top.token.size, *array.transpose(*SWEEP, ...).shape[len(SWEEP) :]), array.dtype)
+    for entries, values in rows(array, top):
+        found[entries] = values
+    return found
 
 
 def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:

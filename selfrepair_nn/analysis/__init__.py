@@ -3,6 +3,12 @@
 Only what is marked `done` counts. All means are taken in float64. A store may be larger than memory.
 """
 
+from selfrepair_nn.analysis.neurons import (
+    erasure_neurons,
+    neuron_changes,
+    neuron_consistency,
+    neuron_sparsity,
+)
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
@@ -30,7 +36,11 @@ __all__ = [
     "by_layer",
     "compare_paper",
     "done_share",
+    "erasure_neurons",
     "most_repaired",
+    "neuron_changes",
+    "neuron_consistency",
+    "neuron_sparsity",
     "norm_by_head",
     "only",
     "percent",

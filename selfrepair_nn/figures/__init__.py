@@ -2,7 +2,7 @@
 
 `draw` draws one by name, `save` writes it, `plot` does both for several. Datasets are a store, a list of stores, or a
 mapping from legend to them; a summary by `analysis.by_head` stands for its store where nothing else is needed. Each
-file says in TAKES what that is: a "summary", a store's single "tokens", or its "components" too.
+file says in TAKES what that is: a "summary", a store's single "tokens", or its "components" or "neurons" too.
 `paper_comparison` stands apart: its second dataset ships with the package.
 """
 
@@ -16,6 +16,10 @@ from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import (
     direct_effect_vs_logit_change,
     distance_by_layer,
+    erasure_neurons,
+    neuron_changes,
+    neuron_consistency,
+    neuron_sparsity,
     norm_share,
     repair_graph,
     repair_map,
@@ -36,12 +40,17 @@ _MODULES = {
         norm_share,
         repair_map,
         repair_graph,
+        erasure_neurons,
+        neuron_sparsity,
+        neuron_changes,
+        neuron_consistency,
     )
 }
 _HAVE = {
     "summary": lambda ds: True,
     "tokens": lambda ds: "position" in ds.dims,
     "components": lambda ds: "component_change" in ds,
+    "neurons": lambda ds: "neuron_change" in ds,
 }
 FIGURES: dict[str, Callable[..., Figure]] = {name: module.draw for name, module in _MODULES.items()}
 DESCRIPTIONS: dict[str, str] = {name: module.__doc__.splitlines()[0] for name, module in _MODULES.items()}
