@@ -1,18 +1,22 @@
 """Every kind of edit and record of the engine, against whole forward passes with plain hooks, and by its identities."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cache
+from itertools import product
 
 import families
 import numpy as np
 import oracle_edits
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Norm, Swap
 from selfrepair_nn.equations import complete
-from selfrepair_nn.graph import Constant, Graph, OtherHead, Reinforce, Scale, freeze_set, sweep
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.graph import Constant, Graph, OtherHead, Reinforce, Scale, Variants, freeze_set, sweep
 from selfrepair_nn.tracing.jobs import ablation_job, effects_job
 from selfrepair_nn.tracing.session import run_session
 
@@ -163,7 +167,7 @@ def test_every_kind_of_site(job, name, replacement, freeze, target, value_bias, 
 def test_deleted_layers(job, name, freeze):
     """By really taking them out of the model; all of them at the end."""
     ablate = sweep([Layers(0, 1), Layers(1, 2), Layers(2, 3), Layers(0, 2), Layers(1, 3), Layers(0, 3)])
-    for choices in ({"target": "centred"}, {"target": "difference", "value_bias": "head"}):
+    for choices in ({}, {"target": "difference", "value_bias": "head"})[: 1 + (freeze == "nothing")]:
         found = job(
             name, ablate, "zero", record="full", residual_norm=True, freeze=FREEZES[freeze], **choices
         )
@@ -175,7 +179,7 @@ def test_deleted_layers(job, name, freeze):
 def test_swapped_layers(job, name, freeze):
     """By really swapping them in the model."""
     ablate = sweep([Swap(0), Swap(1)])
-    for choices in ({"target": "centred"}, {"target": "difference", "value_bias": "head"}):
+    for choices in ({}, {"target": "difference", "value_bias": "head"})[: 1 + (freeze == "nothing")]:
         found = job(name, ablate, "zero", residual_norm=True, freeze=FREEZES[freeze], **choices)
         agree(name, found, ablate, "zero", FREEZES[freeze], **choices)
 
@@ -264,7 +268,7 @@ def test_what_changes_nothing(job, name):
     """Scale 1, identity, a head in its own place, reinforcement by 0: in every case, to rounding."""
     alone = sweep(Head(layer, head) for layer in range(LAYERS) for head in range(HEADS))
     trials = [(CASES, "identity"), (CASES, Scale(1.0)), (alone, Reinforce(0.0))]
-    trials += [((case,), OtherHead(case[0])) for case in alone]
+    trials += [((case,), OtherHead(case[0])) for case in alone[::4]]
     for ablate, replacement in trials:
         found = job(name, ablate, replacement, record="full")
         for part in ("logit_change", "mean_logit_change", "from_heads", "from_mlps", "component_change"):
@@ -381,14 +385,13 @@ def test_attention(wrapped, name, length):
     with torch.no_grad():
         weights = eager(tokens, output_attentions=True, use_cache=False).attentions
     assert found.shape == (3, 4, length - 1, len(distances))
-    for index, head in enumerate(heads):
-        for place, distance in enumerate(distances):
-            diagonal = weights[head.layer][:, head.head].diagonal(-distance, 1, 2)[
-                :, : length - 1 - distance or None
-            ]
-            seen = found[index, :, distance:, place].numpy()
-            close(seen, diagonal[:, : seen.shape[1]], TIGHT if name == "gpt2" else EAGER)
-            assert not found[index, :, :distance, place].any()
+    theirs = np.zeros(found.shape)
+    for (index, head), (place, distance) in product(enumerate(heads), enumerate(distances)):
+        for position in range(distance, length - 1):
+            paid = weights[head.layer][:, head.head, position, position - distance]
+            theirs[index, :, position, place] = paid
+    close(found.numpy(), theirs, TIGHT if name == "gpt2" else EAGER)
+    assert not found[..., 4].any()
 
 
 def test_attention_to_all_distances_adds_up(job):
@@ -436,3 +439,95 @@ def test_thresholds_are_of_the_stored_effects(name, dtype):
         plan = Graph(ablate=ablate, replacement=replacement).plan(model.layout) | {"rows": 100}
         chosen, stored = (run_session(f, model.nn, prompts(name), plan) for f in (effects_job, ablation_job))
         assert torch.equal(chosen["direct_effect"], stored["direct_effect"])
+
+
+# ---------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (dict(ablate=(Head(0, 1),)), r"sweep\(\["),
+        (dict(ablate=("L0H1",)), r"sweep\(\["),
+        (dict(ablate=((Norm(0, "mlp"),),)), "L0.mlp_norm cannot be ablated; choose"),
+        (dict(ablate=((Head(0, 1), Head(0, 1)),)), "name it once"),
+        (dict(ablate=((Attention(1), Head(1, 2)),)), "L1.attention and L1H2"),
+        (dict(ablate=((Neuron(2, 3), Mlp(2)),)), "L2N3 and L2.mlp"),
+        (dict(ablate=((Layers(0, 1), Mlp(2)),), replacement="zero"), "alone"),
+        (dict(ablate=((Swap(0),),)), 'with replacement "zero"'),
+        (dict(ablate=((Swap(0),),), replacement="zero", record="full"), 'record "sums"'),
+        (dict(ablate=((Swap(0),),), replacement="zero", neurons=1), "choose another layer"),
+        (dict(ablate=((Mlp(1),),), neurons=1), "choose another layer"),
+        (dict(ablate=((Mlp(1),),), replacement=OtherHead(Head(0, 0))), "ablate heads"),
+        (dict(ablate=((Attention(1),),), replacement=Reinforce(1.0)), "one head at a time"),
+        (dict(ablate=((Head(1, 0), Head(1, 1)),), replacement=Reinforce(1.0)), "one head at a time"),
+        (dict(ablate=((Head(1, 0),),), replacement=0.5), "choose one of"),
+        (dict(ablate=((Head(1, 0),),), replacement=Scale), "choose one of"),
+        (dict(ablate=((Head(1, 0),),), freeze=frozenset({Neuron(1, 0)})), "L1N0 cannot be frozen; choose"),
+        (dict(ablate=((Mlp(1),),), attention=(1,)), "let each entry"),
+        (dict(ablate=((Head(1, 0),),), attention=(-1,)), "from 0 on"),
+        (dict(ablate=((Head(1, 0),),), attention=(1.5,)), "from 0 on"),
+    ],
+    ids=str,
+)
+def test_a_graph_that_cannot_be_says_why(graph, said):
+    """In one line, with the name of what is wrong and with what to do."""
+    with pytest.raises(UsageError, match=said) as caught:
+        Graph(**graph)
+    assert "\n" not in str(caught.value)
+
+
+def test_norms_receivers_and_axes_that_cannot_be():
+    graph = Graph(ablate=((Head(0, 1),),))
+    for wrong, said in (
+        (lambda: Norm(1, "final"), "attention, mlp"),
+        (lambda: graph.path((Mlp(3),), 3, 2), "L3.mlp cannot receive: choose"),
+        (lambda: graph.path((Attention(3),), 3, 2), "layers 0 to 2 with heads 0 to 1"),
+        (lambda: graph.path((Neuron(1, 1),), 3, 2), "L1N1 cannot receive: choose"),
+        (lambda: Variants("layer", {0: graph}), "choose another"),
+        (lambda: Variants("scale", {}), "at least one"),
+        (lambda: Variants("scale", {0: graph, 1: replace(graph, neurons=2)}), "share neurons"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            wrong()
+
+
+LAYER = st.integers(0, 3)  # the last is one too many
+PARTS = st.one_of(
+    st.builds(Head, LAYER, st.integers(0, 4)),
+    st.builds(Attention, LAYER),
+    st.builds(Mlp, LAYER),
+    st.builds(Neuron, LAYER, st.integers(0, 43)),
+)
+WHOLE = st.one_of(st.builds(Layers, LAYER, st.integers(1, 4)), st.builds(Swap, LAYER), st.just(FinalNorm()))
+ONE_CASE = (
+    st.lists(PARTS, min_size=1, max_size=3) | st.tuples(PARTS) | st.lists(WHOLE, min_size=1, max_size=2)
+)
+FREEZABLE = st.builds(Head, LAYER, st.integers(0, 4)) | st.sampled_from([*sorted(NORMS), FinalNorm()])
+FREEZABLE |= st.builds(Mlp, LAYER) | st.builds(Attention, LAYER)
+ANY_REPLACEMENT = st.just("zero") | st.sampled_from(
+    [*REPLACEMENTS, Reinforce(1.0), OtherHead(Head(9, 0)), "noise", None]
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ablate=st.lists(ONE_CASE.map(tuple), min_size=1, max_size=2).map(tuple),
+    replacement=ANY_REPLACEMENT,
+    freeze=st.frozensets(FREEZABLE, max_size=4),
+    record=st.sampled_from(["sums", "full"]),
+    neurons=st.none() | LAYER,
+    attention=st.just(()) | st.just(()) | st.tuples(st.integers(-1, 9)),
+)
+def test_any_graph_is_refused_in_one_line_or_runs_and_closes(job, wrapped, ablate, replacement, **more):
+    """Nothing in between: no graph that is accepted fails within the model, or leaves a remainder."""
+    graph, refused = None, ""
+    try:
+        graph = Graph(ablate=ablate, replacement=replacement, **more)
+    except UsageError as error:
+        refused = str(error)
+    assert len(refused.splitlines()) == (graph is None)
+    if graph is not None and graph.beyond(wrapped("gpt2", exact=True).structure) is None:
+        found = job("gpt2", ablate, replacement, **more)
+        close(found["closure"], 0, size=np.abs(found["logit_change"]).max())
+        assert all(np.isfinite(values).all() for values in found.values())
