@@ -11,12 +11,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
+from terminal import assert_same_numbers
 
+import selfrepair_nn as sr
 from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Norm, Swap
 from selfrepair_nn.equations import complete
-from selfrepair_nn.errors import UsageError
+from selfrepair_nn.errors import Incomplete, UsageError
 from selfrepair_nn.graph import Constant, Graph, OtherHead, Reinforce, Scale, Variants, freeze_set, sweep
+from selfrepair_nn.models.load import wrap
+from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.jobs import ablation_job, effects_job
 from selfrepair_nn.tracing.session import run_session
 
@@ -427,8 +431,6 @@ def test_packed_is_unpacked_on_the_top_tokens(job, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thresholds_are_of_the_stored_effects(name, dtype):
     """Bit for bit, or a token at the threshold would be lost; of cases with several sites, too."""
-    from selfrepair_nn.models.load import wrap
-
     model = wrap(families.build(name).to(dtype))
     trials = [
         (CASES, "resample"),
@@ -531,3 +533,218 @@ def test_any_graph_is_refused_in_one_line_or_runs_and_closes(job, wrapped, ablat
         found = job("gpt2", ablate, replacement, **more)
         close(found["closure"], 0, size=np.abs(found["logit_change"]).max())
         assert all(np.isfinite(values).all() for values in found.values())
+
+
+# ---------------------------------------------------------------- in a store
+
+RECIPE = '''"""Edits of several kinds, or variants of them."""
+
+import selfrepair_nn as sr
+
+PARAMETERS = {"only": ""}
+CASES = (
+    (sr.Head(0, 1), sr.Mlp(0), sr.Neuron(1, 2)),
+    (sr.Attention(1),),
+    (sr.Neuron(2, 3),),
+    (sr.Head(2, 0), sr.Head(1, 1)),
+)
+
+
+def graph(structure, options):
+    sizes = structure.n_layers, structure.n_heads
+    plain = sr.Graph(ablate=CASES, record="full", residual_norm=True, neurons=2)
+    variants = {
+        "resample": plain,
+        "mean": sr.Graph(ablate=CASES, replacement="mean", record="full", residual_norm=True, neurons=2),
+        "half": sr.Graph(ablate=CASES, replacement=sr.Scale(0.5), record="full", residual_norm=True, neurons=2),
+        "path": plain.path((sr.Mlp(2), sr.Head(2, 1)), *sizes),
+    }
+    return variants[options.param["only"]] if options.param["only"] else sr.Variants("ablation", variants)
+'''
+
+REINFORCED = '''"""Heads that read their own output, more and more of it."""
+
+import selfrepair_nn as sr
+
+
+def graph(structure, options):
+    heads = sr.sweep([sr.Head(0, 1), sr.Head(1, 0), sr.Head(1, 1)])
+    graphs = {scale: sr.Graph(ablate=heads, replacement=sr.Reinforce(scale)) for scale in (0.0, 0.5, 2.0)}
+    return sr.Variants("scale", graphs)
+'''
+
+TWINS = '''"""Prompts with a twin, measured by the difference of two tokens; the attention of the heads."""
+
+import numpy as np
+
+import selfrepair_nn as sr
+
+TOKENS = np.array(GIVEN)
+
+
+def prompts(structure, tokenizer, options):
+    twin = TOKENS.copy()
+    twin[:, 2] = np.roll(TOKENS, 2, 0)[:, 2]
+    return sr.Prompts(TOKENS, np.arange(len(TOKENS)), {"name": "given"}, twin, np.roll(TOKENS, 3, 0)[:, 1:])
+
+
+def graph(structure, options):
+    heads = sr.sweep([sr.Head(0, 1), sr.Head(2, 0)])
+    return sr.Graph(ablate=heads, replacement="twin", attention=(0, 1, 3))
+'''
+
+
+@pytest.fixture
+def stored(wrapped, seeded, tmp_path):
+    """stored(recipe's text, family, **choices): a run of a recipe of one's own, as a loaded dataset."""
+
+    def run(text, name, out="s.zarr", **choices):
+        (tmp_path / "mine.py").write_text(text)
+        choices = {"prompts": seeded(name), "batch_size": 3, "progress": False} | choices
+        choices.setdefault("partners", families.derangement(4) if text == RECIPE else None)
+        return sr.run(
+            str(tmp_path / "mine.py"), model=wrapped(name, exact=True), out=tmp_path / out, **choices
+        ).load()
+
+    return run
+
+
+RECIPE_CASES = (
+    (Head(0, 1), Mlp(0), Neuron(1, 2)),
+    (Attention(1),),
+    (Neuron(2, 3),),
+    (Head(2, 0), Head(1, 1)),
+)
+TOP_ONLY = ("component_change", "neuron_change", "neuron_direct_effect")
+
+
+def assert_theirs(dataset, name, cases, replacement, **more):
+    """Every variable of a store without variants, by name, against the oracle; large ones on the top tokens only."""
+    for index, case in enumerate(cases):
+        theirs, one = expected(name, case, replacement, **more), dataset.isel(case=index)
+        theirs = theirs | {"neuron_change": theirs["neuron_change"][2]}
+        for part in theirs.keys() & set(dataset.data_vars):
+            values, wanted = one[part].values, theirs[part].numpy()
+            if part in TOP_ONLY:
+                kept = np.isfinite(values).all(-1)
+                assert kept.sum() == TOP
+                assert (np.isnan(values) | kept[..., None]).all()
+                assert one.direct_effect.values[kept].min() >= one.direct_effect.values[~kept].max()
+                values, wanted = values[kept], wanted[kept]
+            close(values, wanted, err_msg=f"{part} of {case}")
+
+
+TOP = 7  # a quarter of 4 prompts of 7 positions
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "llama-gqa"])
+def test_cases_in_a_store(stored, name):
+    """Labels, dimensions, and every number by its label, over blocks of three prompts and one."""
+    dataset = stored(RECIPE, name, param={"only": "resample"}, share=0.25, components="top")
+    labels = ["L0H1+L0.mlp+L1N2", "L1.attention", "L2N3", "L2H0+L1H1"]
+    assert dataset.case.values.tolist() == labels
+    assert dataset.case_layer.values.tolist() == [0, 1, 2, 1]
+    assert dataset.done.dims == ("case", "prompt")
+    assert dataset.done.all()
+    assert dataset.selected.dims == dataset.noise_floor.dims == ("case",)
+    assert dataset.noise_floor[1] == dataset.noise_floor[3]
+    assert np.isfinite(dataset.noise_floor).all()
+    dims = {"direct_effect": (), "component_change": ("component",), "top_neuron": ("rank",)}
+    dims |= {"neuron_change": ("neuron",), "ablated_residual_norm": (), "mlp_change": ()}
+    for part, last in dims.items():
+        assert dataset[part].dims == ("case", "prompt", "position", *last)
+    assert not {"layer", "head"} & set(dataset.dims)
+    assert dataset.component.values.tolist() == edited(name).labels
+    assert_theirs(dataset, name, RECIPE_CASES, "resample")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox-parallel"])
+def test_variants_are_the_single_runs(stored, name):
+    """Along their axis; what is of the clean run has no such axis."""
+    choices = {"share": 0.25, "components": "top", "mean_prompts": 3}
+    dataset = stored(RECIPE, name, **choices)
+    assert dataset.ablation.values.tolist() == ["resample", "mean", "half", "path"]
+    for label in dataset.ablation.values.tolist():
+        lent = {} if label in ("resample", "path") else {"partners": None}
+        alone = stored(RECIPE, name, f"{label}.zarr", param={"only": label}, **choices | lent)
+        for part in alone.data_vars:
+            assert ("ablation" in dataset[part].dims) == (part not in CLEAN_ONLY), part
+            values = dataset[part] if part in CLEAN_ONLY else dataset[part].sel(ablation=label)
+            assert values.dims == alone[part].dims
+            assert_array_equal(values, alone[part], err_msg=f"{part}, {label}")
+    assert_theirs(dataset.sel(ablation="half"), name, RECIPE_CASES, Scale(0.5))
+    changes = dataset.logit_change.values
+    assert all(np.abs(changes[i] - changes[j]).max() > 1e-2 for i in range(4) for j in range(i))
+
+
+CLEAN_ONLY = ("done", "selected", "noise_floor", "logit", "mean_logit", "target_constant", "norm_scale")
+CLEAN_ONLY += ("direct_effect", "residual_norm", "component_direct_effect", "mlp_direct_effect")
+CLEAN_ONLY += ("neuron_direct_effect",)
+
+
+@pytest.mark.parametrize("text", [RECIPE, REINFORCED], ids=["cases", "reinforced"])
+def test_stopped_and_resumed(stored, monkeypatch, tmp_path, text):
+    """Bit for bit what an undisturbed run gives, means and thresholds included."""
+    choices = {"batch_size": 1, "share": 0.25}
+    stored(text, "gpt2", "whole.zarr", **choices)
+    write = Store.write_prompts
+
+    def stopping(self, block, *arguments):
+        if block.start == 2:
+            raise KeyboardInterrupt
+        write(self, block, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write_prompts", stopping)
+        with pytest.raises(Incomplete, match="2 of 4 units"):
+            stored(text, "gpt2", "part.zarr", **choices)
+    stopped = sr.open_store(tmp_path / "part.zarr")
+    finished = stopped.done.any([d for d in stopped.done.dims if d != "prompt"])
+    assert finished.values.tolist() == [True, True, False, False]
+    stored(text, "gpt2", "part.zarr", **choices)
+    assert_same_numbers(tmp_path / "part.zarr", tmp_path / "whole.zarr")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox-parallel"])
+def test_reinforcement_in_a_store(stored, name):
+    """A grid of heads by scales; each prompt is edited at the position that the store names."""
+    dataset = stored(REINFORCED, name, seed=5)
+    assert dataset.scale.values.tolist() == [0.0, 0.5, 2.0]
+    assert dataset.inserted_direct_effect.dims == ("scale", "layer", "head", "prompt", "position")
+    assert dataset.direct_effect.dims == ("layer", "head", "prompt", "position")
+    where = torch.as_tensor(dataset.edited_position.values)
+    assert set(where.tolist()) <= set(range(7))
+    them = oracle_edits.Edited(families.build(name, exact=True), prompts(name) | {"edited_position": where})
+    close(dataset.logit_change.sel(scale=0).values[dataset.selected], 0)
+    for scale, head in product((0.5, 2.0), (Head(0, 1), Head(1, 0), Head(1, 1))):
+        one = dataset.sel(scale=scale, layer=head.layer, head=head.head)
+        theirs = them.case((plain(head),), ("reinforce", scale))
+        for part in theirs.keys() & set(dataset.data_vars):
+            close(one[part].values, theirs[part], err_msg=part)
+        beside = np.arange(7) != where.numpy()[:, None]
+        close(one.inserted_direct_effect.values[beside], 0, 0)
+        assert (np.abs(one.inserted_direct_effect.values[~beside]) > 1e-6).all()
+        earlier = np.arange(7) < where.numpy()[:, None]
+        close(one.logit_change.values[earlier], 0)
+    assert not dataset.selected.sel(layer=0, head=0)
+    assert np.isnan(dataset.logit_change.sel(layer=0, head=0)).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_twins_and_differences_in_a_store(stored, name):
+    """Prompts of the recipe's own, with another token to compare with; attention by its distance."""
+    ids = prompts(name)["tokens"].numpy()
+    dataset = stored(TWINS.replace("GIVEN", str(ids.tolist())), name)
+    assert_array_equal(dataset.other, np.roll(ids, 3, 0)[:, 1:])
+    assert dataset.attrs["target"] == "difference"
+    assert dataset.attention.dims == ("layer", "head", "prompt", "position", "distance")
+    assert dataset.distance.values.tolist() == [0, 1, 3]
+    for head in (Head(0, 1), Head(2, 0)):
+        theirs = expected(name, (head,), "twin", target="difference")
+        one = dataset.sel(layer=head.layer, head=head.head)
+        for part in theirs.keys() & set(dataset.data_vars):
+            close(one[part].values, theirs[part], err_msg=part)
+        close(one.closure.values, 0)
+        whole = one.attention.sum("distance")
+        close(whole[:, :2].values, 1)
+        assert (whole[:, 4:] < 1).all()
