@@ -94,6 +94,12 @@ class Norm(_Site):
     layer: int
     before: str
 
+    def __post_init__(self) -> None:
+        if self.before not in ("attention", "mlp"):
+            raise UsageError(
+                f"norm before {self.before!r} is not known; choose one of attention, mlp, or FinalNorm()"
+            )
+
     @property
     def label(self) -> str:
         return f"L{self.layer}.{self.before}_norm"

@@ -18,7 +18,7 @@ from selfrepair_nn.components import (
     Swap,
 )
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import RANKS
+from selfrepair_nn.variables import RANKS, VARIABLES
 
 REPLACEMENTS = {
     "resample": "the same site's value at the same position of the prompt's partner",
@@ -94,8 +94,8 @@ class Graph:
         Graph(ablate=sweep(heads), loudest=4)             only the four that write most of the targets
         Graph(ablate=((Head(9, 6), Head(9, 9)),))         two heads at once
         Graph(ablate=sweep((Layers(3, 4),)), replacement="zero")    layer 3 deleted
-        graph.frozen("downstream")                        nothing but the final norm may react
-        graph.path((Mlp(11),))                            only what MLP 11 makes of it may react
+        graph.frozen("downstream", n_layers, n_heads)     nothing but the final norm may react
+        graph.path((Mlp(11),), n_layers, n_heads)         only what MLP 11 makes of it may react
 
     Raises:
         UsageError: an unknown replacement, target, value_bias or record, or sites that do not go with them.
@@ -113,17 +113,19 @@ class Graph:
     loudest: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.replacement, str):
-            one_of("ablation", self.replacement, REPLACEMENTS | {"twin": ""})
+        _require_replacement(self.replacement)
         one_of("target", self.target, TARGETS | {"difference": ""})
         one_of("value_bias", self.value_bias, VALUE_BIASES)
         one_of("record", self.record, RECORDS)
         for case in self.ablate:
+            _require_sites(case)
             _require_possible(case, self.replacement)
         if self.loudest is not None and not (self.heads_only and self.loudest >= 1):
             raise UsageError(
                 f"loudest={self.loudest!r}: it is a number of heads, of those that are swept one by one"
             )
+        _require_freezable(self.freeze)
+        _require_recordable(self)
 
     @property
     def ablation(self) -> str:
@@ -149,28 +151,31 @@ class Graph:
         others = [repr(getattr(self, f.name)) for f in fields(self) if f.name != "freeze"]
         return sha256(repr([sorted(map(repr, self.freeze)), *others]).encode()).hexdigest()[:16]
 
-    def beyond(self, n_layers: int, n_heads: int) -> str | None:
-        """The label of a site that a model of this size does not have, or None."""
+    def beyond(self, structure: Any) -> str | None:
+        """The label of a site that a model of this structure does not have, or None."""
         sites = [*(site for case in self.ablate for site in case), *sorted(self.freeze, key=str)]
         sites += [Mlp(self.neurons)] if self.neurons is not None else []
-        for site in sites:
-            last = (
-                site.stop - 1
-                if isinstance(site, Layers)
-                else getattr(site, "layer", 0) + isinstance(site, Swap)
-            )
-            inside = 0 <= getattr(site, "layer", 0) <= last < n_layers
-            if not inside or getattr(site, "head", 0) not in range(n_heads):
-                return site.label
-        return None
+        sites += [self.replacement.head] if isinstance(self.replacement, OtherHead) else []
+        return next((site.label for site in sites if not _lies_in(site, structure)), None)
 
     def frozen(self, name: str, n_layers: int, n_heads: int) -> "Graph":
         """This graph with a named set of frozen sites: "none", "downstream" or "all"."""
         return replace(self, freeze=freeze_set(name, n_layers, n_heads))
 
-    def path(self, receivers: Iterable[Head | Mlp], n_layers: int, n_heads: int) -> "Graph":
-        """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live."""
-        return replace(self, freeze=freeze_set("downstream", n_layers, n_heads) - frozenset(receivers))
+    def path(self, receivers: Iterable[Head | Attention | Mlp], n_layers: int, n_heads: int) -> "Graph":
+        """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live.
+
+        Raises:
+            UsageError: a receiver that is neither a head nor an MLP of the model.
+        """
+        every = freeze_set("downstream", n_layers, n_heads)
+        open_ones = {single for site in receivers for single in _expanded(site, n_heads)}
+        if strange := sorted(map(str, open_ones - every)):
+            raise UsageError(
+                f"{strange[0]} cannot receive: choose heads, attention layers and MLPs of layers 0 to "
+                f"{n_layers - 1} with heads 0 to {n_heads - 1}"
+            )
+        return replace(self, freeze=every - open_ones)
 
     def plan(self, structure: dict[str, Any]) -> dict[str, Any]:
         """The graph as the plain dict that travels with a job; `structure` is a Structure as a dict."""
@@ -209,6 +214,8 @@ class Variants:
         first = next(iter(self.graphs.values()), None)
         if first is None:
             raise UsageError(f"variants along {self.axis!r} need at least one graph")
+        if self.axis in VARIABLES and self.axis != "ablation":
+            raise UsageError(f"variants along {self.axis!r}: every store uses that name; choose another")
         for label, graph in self.graphs.items():
             for name in (
                 "ablate",
@@ -250,15 +257,79 @@ def one_of(what: str, value: str, valid: Mapping[str, str]) -> None:
         raise UsageError(f"{what} {value!r} is not known; choose one of {', '.join(valid)}")
 
 
+def _lies_in(site: Ablatable | Freezable, structure: Any) -> bool:
+    """Whether a model has a site."""
+    first = getattr(site, "layer", 0)
+    last = site.stop - 1 if isinstance(site, Layers) else first + isinstance(site, Swap)
+    inside = 0 <= first <= last < structure.n_layers and getattr(site, "head", 0) in range(structure.n_heads)
+    return inside and (not isinstance(site, Neuron) or site.neuron in range(structure.d_mlp))
+
+
+def _require_replacement(replacement: Replacement) -> None:
+    if isinstance(replacement, str):
+        one_of("ablation", replacement, REPLACEMENTS | {"twin": ""})
+    elif not isinstance(replacement, Replacement):
+        raise UsageError(
+            f"ablation {replacement!r} is not known; choose one of {', '.join(REPLACEMENTS)}, twin, or a Scale, "
+            "Constant, OtherHead or Reinforce with its number"
+        )
+
+
+def _require_sites(case: tuple[Ablatable, ...]) -> None:
+    """A case is a tuple of sites, none of which lies within another."""
+    if not isinstance(case, tuple | list):
+        raise UsageError(
+            f"ablate: {case} is no tuple of sites; write sweep([...]) to ablate sites one by one"
+        )
+    for index, site in enumerate(case):
+        if not isinstance(site, Ablatable):
+            raise UsageError(
+                f"{site} cannot be ablated; choose a Head, Attention, Mlp, Neuron, Layers or Swap"
+            )
+        for other in case[:index]:
+            if site == other or (site.layer == other.layer and {type(site), type(other)} in _NESTED):
+                raise UsageError(
+                    f"{other.label} and {site.label} in one case are the same place: name it once"
+                )
+
+
+_NESTED = ({Attention, Head}, {Mlp, Neuron})
+
+
+def _require_freezable(sites: frozenset[Freezable]) -> None:
+    for site in sites:
+        if not isinstance(site, Freezable):
+            raise UsageError(f"{site} cannot be frozen; choose a Head, Attention, Mlp, Norm or FinalNorm")
+
+
+def _require_recordable(graph: Graph) -> None:
+    """Attention is of one head; what takes the place of whole MLPs or swapped layers has no parts of its own."""
+    if graph.attention and not graph.heads_only:
+        raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
+    for distance in graph.attention:
+        if not isinstance(distance, int) or distance < 0:
+            raise UsageError(
+                f"attention to distance {distance!r}: give whole numbers of tokens back, from 0 on"
+            )
+    for site in (site for case in graph.ablate for site in case):
+        swapped = (site.layer, site.layer + 1) if isinstance(site, Swap) else ()
+        if swapped and graph.record == "full":
+            raise UsageError(f'{site.label}: components are not followed into swapped layers; record "sums"')
+        if graph.neurons in swapped or site == Mlp(graph.neurons):
+            raise UsageError(
+                f"{site.label} leaves layer {graph.neurons} no neurons to record: choose another layer's"
+            )
+
+
 def _require_possible(case: tuple[Ablatable, ...], replacement: Replacement) -> None:
     """Whole layers are deleted or swapped, alone; only heads take another head's place or reinforce themselves."""
     for site in case:
         if isinstance(site, Layers | Swap) and (len(case) > 1 or replacement != "zero"):
             raise UsageError(f'{site.label}: whole layers are ablated alone and with replacement "zero"')
         if isinstance(replacement, OtherHead | Reinforce) and not isinstance(site, Head | Attention):
-            raise UsageError(f"{site.label}: {type(replacement).__name__} is for heads")
-    if isinstance(replacement, Reinforce) and len(case) > 1:
-        raise UsageError("Reinforce is for one head at a time")
+            raise UsageError(f"{site.label}: {type(replacement).__name__} is for heads; ablate heads with it")
+    if isinstance(replacement, Reinforce) and (len(case) > 1 or isinstance(case[0], Attention)):
+        raise UsageError("Reinforce is for one head at a time: let each entry of ablate be a head")
 
 
 def _expanded(site: Any, n_heads: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.plan import Work, default_block
-from selfrepair_nn.graph import Graph, Reinforce, Replacement, Variants, sweep
+from selfrepair_nn.graph import Graph, Reinforce, Variants, sweep
 from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, load_tokenizer
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import SAMPLE, Prompts, load_partners, load_prompts, partners, token_texts
@@ -256,7 +256,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
     axis, graphs = _variants(found.graph(structure, options), prompts)
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows)
-    lent = _partners(options, prompts.n, {graph.replacement for graph in work.graphs})
+    lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])
     asked = tuple(work.graphs)
     return Experiment(found, options, description, tokenizer, prompts, lent, asked, work)
 
@@ -290,11 +290,11 @@ def _prompts(options: Options, description: Description, tokenizer: Any) -> Prom
     )
 
 
-def _partners(options: Options, n: int, replacements: set[Replacement]) -> np.ndarray | None:
-    if "resample" not in replacements:
+def _partners(options: Options, n: int, ablations: list[str]) -> np.ndarray | None:
+    if "resample" not in ablations:
         if options.partners is not None:
             raise UsageError(
-                f"partners are for resample ablation: leave them out with ablation {options.ablation!r}"
+                f"partners are for resample ablation: leave them out with ablation {ablations[0]!r}"
             )
         return None
     return partners(n, options.seed) if options.partners is None else load_partners(options.partners, n)

@@ -45,7 +45,10 @@ def needs(plan, cases):
     keep = {what: set(range(first, count)) for what in ("z", "mlp")}
     keep["input"] = {start for start, _ in entrances} | {count}
     keep["attention"] = {start for start, inside in entrances if inside}
-    keep["hidden"] = set() if plan["neurons"] is None else {plan["neurons"]}
+    keep["hidden"] = set()
+    if plan["neurons"] is not None:
+        keep["hidden"].add(plan["neurons"])
+        keep["mlp"].add(plan["neurons"])
     if plan["record"] == "full":
         keep["attention"] = set(range(count))
     for case in cases:

@@ -73,7 +73,7 @@ def ablated_readout(changes, group, clean, probed, state, plan):
     if plan["record"] == "full":
         out["component_change"] = _component_changes(changes, group, effects, state, plan)
     if plan["neurons"] is not None:
-        out |= _neuron_changes(changes, fold, state, plan, before)
+        out |= _neuron_changes(changes, group, effects, fold, state, plan)
     return out
 
 
@@ -158,13 +158,23 @@ def component_effects(embedded, clean, probed, state, plan):
     return torch.stack(effects, -1) / scale[..., None]
 
 
-def _neuron_changes(changes, fold, state, plan, before):
-    """What the recorded MLP and its neurons changed; the most repairing neurons of each token by name."""
+def _neuron_changes(changes, group, effects, fold, state, plan):
+    """What the recorded MLP and its neurons changed; the most repairing neurons of each token by name.
+
+    Where the pass begins above them, only what the case itself ablates of them changed.
+    """
     scale, layer, clean = state["norm_scale"], plan["neurons"], state["neuron_effects"]
     if layer in changes["mlps"]:
         change, whole = fold(changes["neurons"]) / scale[..., None], fold(changes["mlps"][layer]) / scale
     else:
-        change, whole = clean.new_zeros(len(before), *clean.shape), torch.zeros_like(before)
+        change, whole = clean.new_zeros(len(group), *clean.shape), scale.new_zeros(len(group), *scale.shape)
+        for index, found in enumerate(effects):
+            for site, (before, after) in found.items():
+                if site[:2] == ("neuron", layer):
+                    change[index, ..., site[2]] = after - before
+                    whole[index] += after - before
+                elif site[0] == "layers" and layer in range(site[1], site[2]):
+                    change[index], whole[index] = -clean, -state["mlp_direct_effect"]
     most, which = change.topk(min(plan["ranks"], change.shape[-1]))
     return {
         "mlp_change": whole,

@@ -190,8 +190,11 @@ def ablated_pass(model, plan, tokens, clean, probed, group):
 def _through_mlp(model, plan, clean, probed, layer, group, rows, changes):
     """Replace neurons and MLPs, or freeze them, and read what changed."""
     edited = any(site[:2] == ("neuron", layer) for case in group for site in case["new"])
+    frozen = layer in plan["frozen_mlps"]
     if edited or plan["neurons"] == layer:
         hidden = _hidden(model, plan, layer, rows)
+        if frozen:
+            hidden[:] = _repeat(clean["hidden"][layer], len(group))
         _edit_neurons(hidden, layer, group)
         if plan["neurons"] == layer:
             positions = probed["neuron_query"][layer].shape[1]
@@ -199,7 +202,7 @@ def _through_mlp(model, plan, clean, probed, layer, group, rows, changes):
             changes["neurons"] = widen(change) * _repeat(probed["neuron_query"][layer], len(group))
     out = part(model, plan, layer, "mlp").output
     shaped, kept = _like_rows(out, rows), _repeat(clean["mlp"][layer], len(group))
-    if layer in plan["frozen_mlps"]:
+    if frozen and not edited:
         shaped[:] = kept
     _edit_mlps(shaped, layer, group)
     changes["mlps"][layer] = along_target(shaped - kept, probed["direction"])
@@ -236,9 +239,11 @@ def _freeze_norm(model, plan, clean, probed, layer, before, cases):
 
 def _edit_heads(z, clean, layer, group, plan):
     """In place: write frozen heads back, then each case's replacements. z [row, position, heads, d_head]."""
-    frozen = plan["frozen_heads"].get(layer, [])
-    if frozen:
-        z[:, :, frozen] = _repeat(per_head(clean, plan)[:, :, frozen], len(group))
+    kept, prompts = per_head(clean, plan), z.shape[0] // len(group)
+    for index, case in enumerate(group):
+        frozen = [h for h in plan["frozen_heads"].get(layer, ()) if ("head", layer, h) not in case["sites"]]
+        if frozen:
+            z[index * prompts : (index + 1) * prompts, :, frozen] = kept[:, :, frozen]
     for rows, site, new in _here(group, "head", layer, z.shape[0]):
         z[rows, :, site[2]] = new.to(z.dtype)
 
