@@ -3,6 +3,8 @@
 Only what is marked `done` counts. All means are taken in float64. A store may be larger than memory.
 """
 
+from selfrepair_nn.analysis.contrast import contrast_by_head
+from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by_head
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
@@ -23,13 +25,18 @@ from selfrepair_nn.analysis.summaries import (
 __all__ = [
     "FATES",
     "HEADS",
+    "KINDS",
+    "LEAST",
     "MEANS",
     "QUANTITIES",
     "SHARE",
     "by_head",
+    "by_kind",
     "by_layer",
     "compare_paper",
+    "contrast_by_head",
     "done_share",
+    "induction_by_head",
     "most_repaired",
     "norm_by_head",
     "only",
