@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from selfrepair_nn.analysis import SHARE
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import (
+    contrast,
     direct_effect_vs_logit_change,
     distance_by_layer,
+    induction,
     norm_share,
     repair_graph,
     repair_map,
@@ -36,11 +38,15 @@ _MODULES = {
         norm_share,
         repair_map,
         repair_graph,
+        induction,
+        contrast,
     )
 }
 _HAVE = {
     "summary": lambda ds: True,
     "tokens": lambda ds: "position" in ds.dims,
+    "attention": lambda ds: "attention" in ds or "induction" in ds,
+    "contrast": lambda ds: "ablation" in ds.dims and "twin" in ds,
     "components": lambda ds: "component_change" in ds,
 }
 FIGURES: dict[str, Callable[..., Figure]] = {name: module.draw for name, module in _MODULES.items()}
