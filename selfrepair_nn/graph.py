@@ -84,11 +84,14 @@ Replacement = str | Scale | Constant | OtherHead | Reinforce
 class Graph:
     """One experiment, or a sweep of them: each entry of `ablate` is one ablated run, its sites replaced together.
 
+    `loudest`, if given, keeps of the swept heads the so many that have the largest mean direct effect over the run's
+    prompts: a clean pass finds them before anything is ablated.
     `freeze` holds the sites that keep their clean value; a site that a run ablates is never frozen in that run.
     `neurons` is the layer whose MLP is recorded neuron by neuron; `residual_norm` records the length of the residual
     stream; `attention` lists distances: the attention each head pays to the token so far back is recorded.
 
         Graph(ablate=sweep(heads))                        every head by itself, resample ablated
+        Graph(ablate=sweep(heads), loudest=4)             only the four that write most of the targets
         Graph(ablate=((Head(9, 6), Head(9, 9)),))         two heads at once
         Graph(ablate=sweep((Layers(3, 4),)), replacement="zero")    layer 3 deleted
         graph.frozen("downstream")                        nothing but the final norm may react
@@ -107,6 +110,7 @@ class Graph:
     neurons: int | None = None
     residual_norm: bool = False
     attention: tuple[int, ...] = ()
+    loudest: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.replacement, str):
@@ -116,6 +120,10 @@ class Graph:
         one_of("record", self.record, RECORDS)
         for case in self.ablate:
             _require_possible(case, self.replacement)
+        if self.loudest is not None and not (self.heads_only and self.loudest >= 1):
+            raise UsageError(
+                f"loudest={self.loudest!r}: it is a number of heads, of those that are swept one by one"
+            )
 
     @property
     def ablation(self) -> str:
@@ -202,7 +210,16 @@ class Variants:
         if first is None:
             raise UsageError(f"variants along {self.axis!r} need at least one graph")
         for label, graph in self.graphs.items():
-            for name in ("ablate", "record", "neurons", "residual_norm", "attention", "target", "value_bias"):
+            for name in (
+                "ablate",
+                "loudest",
+                "record",
+                "neurons",
+                "residual_norm",
+                "attention",
+                "target",
+                "value_bias",
+            ):
                 if getattr(graph, name) != getattr(first, name):
                     raise UsageError(f"variants along {self.axis!r} must share {name}: {label!r} does not")
 

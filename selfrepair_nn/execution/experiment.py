@@ -1,5 +1,6 @@
 """From a user's choices to everything a run needs to know, before any weight is loaded."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.plan import Work, default_block
-from selfrepair_nn.graph import Graph, Reinforce, Replacement, Variants
+from selfrepair_nn.graph import Graph, Reinforce, Replacement, Variants, sweep
 from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, load_tokenizer
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
@@ -20,7 +21,10 @@ from selfrepair_nn.variables import CLEAN, COMPONENT, NEURON, RANKS, SWEPT, Vari
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe, applied: what is run on which prompts. `partners` is None where nothing is resampled."""
+    """A recipe, applied: what is run on which prompts. `partners` is None where nothing is resampled.
+
+    `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads.
+    """
 
     recipe: Recipe
     options: Options
@@ -28,6 +32,7 @@ class Experiment:
     tokenizer: Any
     prompts: Prompts
     partners: np.ndarray | None
+    asked: tuple[Graph, ...]
     work: Work
 
     @property
@@ -44,6 +49,17 @@ class Experiment:
     def heads(self) -> tuple[Head, ...]:
         """The ablated heads of a grid, in the order of the cases."""
         return tuple(case[0] for case in self.graph.ablate)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a clean pass has yet to find the heads that are ablated."""
+        return self.graph.loudest is not None and self.graph.loudest < len(self.graph.ablate)
+
+    def of(self, heads: Collection[Head]) -> "Experiment":
+        """The same with only these of its heads."""
+        chosen = sweep(head for head in self.heads if head in heads)
+        variants = {label: replace(graph, ablate=chosen) for label, graph in self.work.variants.items()}
+        return replace(self, work=replace(self.work, variants=variants))
 
     @property
     def layers(self) -> list[int]:
@@ -88,8 +104,8 @@ class Experiment:
             "partners": None
             if self.partners is None
             else sha256(self.partners.astype("<i8").tobytes()).hexdigest(),
-            "heads": self.graph.labels,
-            "graph": [self.work.axis, *(graph.digest for graph in self.work.graphs)],
+            "heads": self.asked[0].labels,
+            "graph": [self.work.axis, *(graph.digest for graph in self.asked)],
             "ablation": self.ablation,
             "target": self.graph.target,
             "value_bias": self.graph.value_bias,
@@ -242,7 +258,8 @@ def prepare(recipe: str, options: Options) -> Experiment:
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows)
     lent = _partners(options, prompts.n, {graph.replacement for graph in work.graphs})
-    return Experiment(found, options, description, tokenizer, prompts, lent, work)
+    asked = tuple(work.graphs)
+    return Experiment(found, options, description, tokenizer, prompts, lent, asked, work)
 
 
 def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, dict[Any, Graph]]:

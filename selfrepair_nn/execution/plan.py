@@ -66,10 +66,16 @@ class Work:
 
         Returns units, passes (ablated), tokens (in clean passes), ablated_tokens (in ablated ones), flops,
         store_bytes (before compression). A token costs two operations for each parameter of the layers it runs
-        through; an ablated pass runs through the layers from its own on.
+        through; an ablated pass runs through the layers from its own on. Where a clean pass has yet to find the
+        heads, this is the cost of the first ones: of others it is less.
         """
-        s, tokens, cases = self.structure, self.prompts * self.length, len(self.graph.ablate)
-        starts = Counter(min(site.layer for site in case) for case in self.graph.ablate)
+        s, tokens, ablated = (
+            self.structure,
+            self.prompts * self.length,
+            self.graph.ablate[: self.graph.loudest],
+        )
+        cases = len(ablated)
+        starts = Counter(min(site.layer for site in case) for case in ablated)
         per_pass = max(1, self.rows // (self.block * self.length))
         clean_passes = sum(2 if graph.replacement in ("resample", "twin") else 1 for graph in self.graphs)
         depth = sum(count * (s.n_layers - layer - s.parallel) for layer, count in starts.items())
