@@ -41,9 +41,9 @@ def ioi_prompts(tokenizer: Any, count: int = 64, seed: int = 0, bos: str = "auto
 
         When Mary and John went to the garden, John gave a book to Mary
 
-    The last token is the indirect object: what the model should say at the last position. `other` is the subject, so
-    that the target there is the difference of the two names' logits; at earlier positions, where the next token of
-    the text stands against the subject, it means nothing.
+    The last token is the indirect object: what the model should say at the last position. There `other` is the
+    subject, so that the target is the difference of the two names' logits. At earlier positions nothing is asked:
+    `other` is the next token itself, and every effect on it is 0.
 
     Each pair of names, with a place and a thing that are drawn, in each template in turn, makes four prompts: either
     name comes first (ABBA, BABA) and either is the subject. Only names that are one token after a space are used. All
@@ -68,8 +68,9 @@ def ioi_prompts(tokenizer: Any, count: int = 64, seed: int = 0, bos: str = "auto
     subjects = np.array([names[sentences[n].subject] for n in kept])
     source = {"kind": "task", "name": "ioi", "seed": seed, "bos_id": first, "length": length}
     source |= {"drawn": count, "kept": len(kept), "names": list(names)}
-    other = np.repeat(subjects[:, None], length - 1, axis=1)
-    return Prompts(np.array([rows[n] for n in kept]), kept // 4, source, other=other)
+    tokens = np.array([rows[n] for n in kept])
+    other = np.concatenate([tokens[:, 1:-1], subjects[:, None]], axis=1)
+    return Prompts(tokens, kept // 4, source, other=other)
 
 
 def _names(tokenizer: Any) -> dict[str, int]:

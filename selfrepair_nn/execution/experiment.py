@@ -1,6 +1,6 @@
 """From a user's choices to everything a run needs to know, before any weight is loaded."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.plan import Work, default_block
-from selfrepair_nn.graph import Graph, Reinforce, Replacement, Variants, sweep
+from selfrepair_nn.graph import Graph, Reinforce, Replacement, Variants
 from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, load_tokenizer
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
@@ -53,12 +53,11 @@ class Experiment:
     @property
     def undecided(self) -> bool:
         """Whether a clean pass has yet to find the heads that are ablated."""
-        return self.graph.loudest is not None and self.graph.loudest < len(self.graph.ablate)
+        return self.graph.undecided
 
-    def of(self, heads: Collection[Head]) -> "Experiment":
-        """The same with only these of its heads."""
-        chosen = sweep(head for head in self.heads if head in heads)
-        variants = {label: replace(graph, ablate=chosen) for label, graph in self.work.variants.items()}
+    def of(self, heads: Sequence[Head]) -> "Experiment":
+        """The same with only these of its heads, the loudest first, and what follows from them."""
+        variants = {label: graph.of(heads) for label, graph in self.work.variants.items()}
         return replace(self, work=replace(self.work, variants=variants))
 
     @property
