@@ -3,7 +3,7 @@
 import selfrepair_nn as sr
 
 FIGURES = ("contrast",)
-DEFAULTS = {"tokens": 4096}
+DEFAULTS = {"tokens": 1536}
 PARAMETERS = {"old": ",", "new": ";"}
 
 

@@ -52,6 +52,8 @@ _PLACES = {
     "strongest_repairs": "analysis:strongest_repairs",
     "induction_by_head": "analysis:induction_by_head",
     "by_kind": "analysis:by_kind",
+    "name_movers": "analysis:name_movers",
+    "backups": "analysis:backups",
     "contrast_by_head": "analysis:contrast_by_head",
     "compare_paper": "analysis:compare_paper",
     "summary": "text:summary",

@@ -5,6 +5,7 @@ Only what is marked `done` counts. All means are taken in float64. A store may b
 
 from selfrepair_nn.analysis.contrast import contrast_by_head
 from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by_head
+from selfrepair_nn.analysis.ioi import backups, name_movers
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
@@ -30,6 +31,7 @@ __all__ = [
     "MEANS",
     "QUANTITIES",
     "SHARE",
+    "backups",
     "by_head",
     "by_kind",
     "by_layer",
@@ -38,6 +40,7 @@ __all__ = [
     "done_share",
     "induction_by_head",
     "most_repaired",
+    "name_movers",
     "norm_by_head",
     "only",
     "percent",

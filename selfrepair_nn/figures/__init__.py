@@ -18,6 +18,7 @@ from selfrepair_nn.figures import (
     direct_effect_vs_logit_change,
     distance_by_layer,
     induction,
+    ioi,
     norm_share,
     repair_graph,
     repair_map,
@@ -39,6 +40,7 @@ _MODULES = {
         repair_map,
         repair_graph,
         induction,
+        ioi,
         contrast,
     )
 }
@@ -46,6 +48,7 @@ _HAVE = {
     "summary": lambda ds: True,
     "tokens": lambda ds: "position" in ds.dims,
     "attention": lambda ds: "attention" in ds or "induction" in ds,
+    "movers": lambda ds: "case" in ds.dims and "other" in ds,
     "contrast": lambda ds: "ablation" in ds.dims and "twin" in ds,
     "components": lambda ds: "component_change" in ds,
 }

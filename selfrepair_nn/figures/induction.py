@@ -5,6 +5,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from selfrepair_nn import text
 from selfrepair_nn.analysis import KINDS, SHARE, by_kind, induction_by_head
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import plane, style
@@ -15,7 +16,7 @@ LOOKS = dict(
     zip(KINDS, ((style.COLOURS[1], "D", 34), (style.COLOURS[0], "s", 30), ("#8A8A8A", "o", 12)), strict=True)
 )
 READING = (
-    "Scores: mean attention to the token before, and, on the repeated half, to what followed the same token in the first.",
+    "Scores: mean attention to the token before; on the repeated half, to what followed the same token in the first.",
     "Right: means over the tokens of the repeated half. Dashed: y = \N{MINUS SIGN}x, no repair; shaded: self-repaired.",
 )
 
@@ -80,14 +81,14 @@ def _legend(kind: xr.Dataset) -> str:
     name, count = str(kind.kind.values), int(kind.heads)
     if not count:
         return f"{name}: none"
-    numbers = [f"{float(kind[n]):+.3f}" for n in ("removed", "logit_change", "self_repair")]
-    said = zip(("removed", "logit change", "self-repair"), numbers, strict=True)
+    shown = {"removed": "removed", "logit_change": "logit change", "self_repair": "self-repair"}
+    said = [(what, text.number(float(kind[variable]))) for variable, what in shown.items()]
     lines = [
         f"{name}: {count}",
         *(f"{what} {value}" for what, value in said),
         f"{float(kind.repaired):.0%} repaired",
     ]
-    return "\n".join(lines).replace("-0", "\N{MINUS SIGN}0")
+    return "\n".join(line.replace(" -", " \N{MINUS SIGN}") for line in lines)
 
 
 def _scatter(
@@ -108,13 +109,11 @@ def _scatter(
 
 
 def _name(axes: Axes, heads: xr.Dataset, x: xr.DataArray, y: xr.DataArray) -> None:
-    """Name the heads of highest score of either kind."""
+    """Name the heads of either kind that lie farthest out."""
     known = (heads.tokens > 0).values
     layer, head = np.nonzero(known)
     places = np.column_stack([x.values[known], y.values[known]])
-    scores = np.maximum(heads.induction, heads.previous_token).values[known]
-    named = [
-        i for i in np.argsort(-scores, kind="stable")[:LABELS] if heads.kind.values[known][i] != KINDS[-1]
-    ]
-    labels = [Head(int(heads["layer"][layer[i]]), int(heads["head"][head[i]])).label for i in named]
-    style.label_points(axes, places[named], labels, np.concatenate([places, plane.on_lines(axes)]))
+    kinds = heads.kind.values[known]
+    far = [i for i in np.argsort(-np.hypot(*places.T), kind="stable") if kinds[i] != KINDS[-1]][:LABELS]
+    labels = [Head(int(heads["layer"][layer[i]]), int(heads["head"][head[i]])).label for i in far]
+    style.label_points(axes, places[far], labels, np.concatenate([places, plane.on_lines(axes)]))
