@@ -4,7 +4,7 @@ Blocks are whole chunks as they were written, so nothing is decompressed twice. 
 layer and a head, flattened. A token is a prompt and a position, flattened. Only what is marked `done` counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +105,15 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
     return sums, chosen
 
 
+def sums(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
+    """The sums [case, prompt] of a variable."""
+    found = np.zeros(done.shape)
+    for start, values in _blocks(ds, name):
+        here = slice(start, start + values.shape[1])
+        found[:, here] = _done_sums(values, done[:, here])
+    return found
+
+
 def ratio_sums(ds: xr.Dataset, name: str, other: str, done: np.ndarray) -> np.ndarray:
     """The sums [case, prompt] of one variable divided by another on each token; a division by 0 counts as 0."""
     sums = np.zeros(done.shape)
@@ -117,6 +126,13 @@ def ratio_sums(ds: xr.Dataset, name: str, other: str, done: np.ndarray) -> np.nd
 def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Elementwise quotient in float64; 0 where `below` is 0."""
     return np.divide(above, below, out=np.zeros(above.shape), where=below != 0, dtype=float)
+
+
+def together(ds: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """Several variables side by side, a block of prompts at a time: [case, prompt, position] each, in float64."""
+    for blocks in zip(*(_blocks(ds, name) for name in names), strict=True):
+        start, first = blocks[0]
+        yield slice(start, start + first.shape[1]), [values.astype(float) for _, values in blocks]
 
 
 def tokens_of(ds: xr.Dataset, name: str, cases: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """An experiment as data: what is ablated, by what it is replaced, what is frozen, what is recorded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from hashlib import sha256
+from types import FunctionType
 from typing import Any
 
 from selfrepair_nn.components import (
@@ -27,6 +28,9 @@ REPLACEMENTS = {
     "identity": "what was there: the null control",
 }
 """What a command line can ask for; a recipe may also use the prompts' twins, another head, or a number."""
+
+TAKING = ("resample", "mean", "zero", "twin")
+"""Replacements that take away what was there: beside these, whole layers may be deleted or swapped."""
 
 TARGETS = {
     "centred": "the unembedding row of the next token minus the mean row of the vocabulary",
@@ -85,7 +89,8 @@ class Graph:
     """One experiment, or a sweep of them: each entry of `ablate` is one ablated run, its sites replaced together.
 
     `loudest`, if given, keeps of the swept heads the so many that have the largest mean direct effect over the run's
-    prompts: a clean pass finds them before anything is ablated.
+    prompts: a clean pass finds them before anything is ablated. `then`, if given too, is a function of these heads, the
+    loudest first, that gives further cases.
     `freeze` holds the sites that keep their clean value; a site that a run ablates is never frozen in that run.
     `neurons` is the layer whose MLP is recorded neuron by neuron; `residual_norm` records the length of the residual
     stream; `attention` lists distances: the attention each head pays to the token so far back is recorded.
@@ -111,6 +116,7 @@ class Graph:
     residual_norm: bool = False
     attention: tuple[int, ...] = ()
     loudest: int | None = None
+    then: Callable[[tuple[Head, ...]], Iterable[tuple[Ablatable, ...]]] | None = None
 
     def __post_init__(self) -> None:
         _require_replacement(self.replacement)
@@ -126,6 +132,8 @@ class Graph:
             )
         _require_freezable(self.freeze)
         _require_recordable(self)
+        if self.then is not None and self.loudest is None:
+            raise UsageError("then is a function of the loudest heads: say how many, loudest=…")
 
     @property
     def ablation(self) -> str:
@@ -148,8 +156,20 @@ class Graph:
     @property
     def digest(self) -> str:
         """A hash of everything it says: two graphs with the same digest do the same."""
-        others = [repr(getattr(self, f.name)) for f in fields(self) if f.name != "freeze"]
+        others = [_said(getattr(self, f.name)) for f in fields(self) if f.name != "freeze"]
         return sha256(repr([sorted(map(repr, self.freeze)), *others]).encode()).hexdigest()[:16]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a clean pass has yet to find the heads that are ablated."""
+        return self.loudest is not None and (self.then is not None or self.loudest < len(self.ablate))
+
+    def of(self, heads: Sequence[Head]) -> "Graph":
+        """The graph left with these of its heads, the loudest first, and what follows from them."""
+        cases = tuple(case for case in self.ablate if case[0] in heads)
+        if self.then is not None:
+            cases = sweep(heads) + tuple(self.then(tuple(heads)))
+        return replace(self, ablate=cases, loudest=None, then=None)
 
     def beyond(self, structure: Any) -> str | None:
         """The label of a site that a model of this structure does not have, or None."""
@@ -220,6 +240,7 @@ class Variants:
             for name in (
                 "ablate",
                 "loudest",
+                "then",
                 "record",
                 "neurons",
                 "residual_norm",
@@ -321,11 +342,18 @@ def _require_recordable(graph: Graph) -> None:
             )
 
 
+def _said(value: Any) -> str:
+    """A field's value in words that are the same in every process."""
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else repr(value)
+
+
 def _require_possible(case: tuple[Ablatable, ...], replacement: Replacement) -> None:
-    """Whole layers are deleted or swapped, alone; only heads take another head's place or reinforce themselves."""
+    """Whole layers are deleted or swapped, alone, whatever replaces other sites; only heads take another head's place
+    or reinforce themselves."""
     for site in case:
-        if isinstance(site, Layers | Swap) and (len(case) > 1 or replacement != "zero"):
-            raise UsageError(f'{site.label}: whole layers are ablated alone and with replacement "zero"')
+        if isinstance(site, Layers | Swap) and (len(case) > 1 or replacement not in TAKING):
+            kinds = ", ".join(TAKING)
+            raise UsageError(f"{site.label}: whole layers are ablated alone, beside a replacement of {kinds}")
         if isinstance(replacement, OtherHead | Reinforce) and not isinstance(site, Head | Attention):
             raise UsageError(f"{site.label}: {type(replacement).__name__} is for heads; ablate heads with it")
     if isinstance(replacement, Reinforce) and (len(case) > 1 or isinstance(case[0], Attention)):

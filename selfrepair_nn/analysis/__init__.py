@@ -3,6 +3,9 @@
 Only what is marked `done` counts. All means are taken in float64. A store may be larger than memory.
 """
 
+from selfrepair_nn.analysis.contrast import contrast_by_head
+from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by_head
+from selfrepair_nn.analysis.ioi import backups, name_movers
 from selfrepair_nn.analysis.neurons import (
     erasure_neurons,
     neuron_changes,
@@ -29,15 +32,22 @@ from selfrepair_nn.analysis.summaries import (
 __all__ = [
     "FATES",
     "HEADS",
+    "KINDS",
+    "LEAST",
     "MEANS",
     "QUANTITIES",
     "SHARE",
+    "backups",
     "by_head",
+    "by_kind",
     "by_layer",
     "compare_paper",
+    "contrast_by_head",
     "done_share",
     "erasure_neurons",
+    "induction_by_head",
     "most_repaired",
+    "name_movers",
     "neuron_changes",
     "neuron_consistency",
     "neuron_sparsity",

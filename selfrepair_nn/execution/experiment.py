@@ -1,6 +1,6 @@
 """From a user's choices to everything a run needs to know, before any weight is loaded."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,14 +11,12 @@ import numpy as np
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.plan import Work, default_block
-from selfrepair_nn.graph import Graph, Reinforce, Variants, sweep
+from selfrepair_nn.graph import Graph, Reinforce, Variants
 from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, load_tokenizer
 from selfrepair_nn.options import Options
-from selfrepair_nn.prompts import SAMPLE, Prompts, load_partners, load_prompts, partners, token_texts
+from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
 from selfrepair_nn.recipe import Recipe, find_recipe
 from selfrepair_nn.variables import CLEAN, COMPONENT, NEURON, RANKS, SWEPT, Variable
-
-SAMPLE_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,11 @@ class Experiment:
     @property
     def undecided(self) -> bool:
         """Whether a clean pass has yet to find the heads that are ablated."""
-        return self.graph.loudest is not None and self.graph.loudest < len(self.graph.ablate)
+        return self.graph.undecided
 
-    def of(self, heads: Collection[Head]) -> "Experiment":
-        """The same with only these of its heads."""
-        chosen = sweep(head for head in self.heads if head in heads)
-        variants = {label: replace(graph, ablate=chosen) for label, graph in self.work.variants.items()}
+    def of(self, heads: Sequence[Head]) -> "Experiment":
+        """The same with only these of its heads, the loudest first, and what follows from them."""
+        variants = {label: graph.of(heads) for label, graph in self.work.variants.items()}
         return replace(self, work=replace(self.work, variants=variants))
 
     @property
@@ -154,6 +151,9 @@ class Experiment:
             "partner": np.full(n, -1) if self.partners is None else self.partners,
             "ablation": self.ablation,
         }
+        if self.prompts.twin is not None:
+            found["twin"] = self.prompts.twin[:, :-1]
+            found["twin_text"] = token_texts(self.tokenizer, found["twin"])
         if self.prompts.other is not None:
             found["other"] = self.prompts.other
             found["other_text"] = token_texts(self.tokenizer, self.prompts.other)
@@ -252,7 +252,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
         description = describe(options.model, options.revision)
         tokenizer = load_tokenizer(description.source)
     structure = description.structure
-    prompts = found.prompts(structure, tokenizer, options) or _prompts(options, description, tokenizer)
+    prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)
     axis, graphs = _variants(found.graph(structure, options), prompts)
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows)
@@ -272,22 +272,6 @@ def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, di
         if graph.target == "difference" and prompts.other is None:
             raise UsageError('target "difference" needs prompts that name the other token: define prompts()')
     return (found.axis if isinstance(found, Variants) else None), dict(graphs)
-
-
-def _prompts(options: Options, description: Description, tokenizer: Any) -> Prompts:
-    sample = isinstance(options.prompts, str) and options.prompts == SAMPLE
-    return load_prompts(
-        options.prompts,
-        tokenizer,
-        tokens=options.tokens or (SAMPLE_TOKENS if sample else None),
-        length=options.length,
-        bos=options.bos,
-        split=options.split,
-        column=options.column,
-        revision=options.prompts_revision,
-        vocab_size=description.structure.vocab_size,
-        max_length=description.structure.max_length,
-    )
 
 
 def _partners(options: Options, n: int, ablations: list[str]) -> np.ndarray | None:

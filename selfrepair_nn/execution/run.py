@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from selfrepair_nn import provenance
-from selfrepair_nn.components import Head, Mlp
+from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageError
 from selfrepair_nn.execution.backends import Backend, backend
@@ -94,8 +94,16 @@ def _as_stored(experiment: Experiment, store: Store) -> Experiment:
     experiment = replace(experiment, work=replace(experiment.work, block=store.prompts_per_chunk))
     if not experiment.undecided:
         return experiment
-    layers, heads = store.read("layer"), store.read("head")
-    return experiment.of({Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))})
+    return experiment.of(_found_heads(store, experiment))
+
+
+def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
+    """The heads that a clean pass found; where more follows from them they are the first cases, the loudest first."""
+    if experiment.graph.then is None:
+        layers, heads = store.read("layer"), store.read("head")
+        return [Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))]
+    s, labels = experiment.description.structure, store.read("case")[: experiment.graph.loudest]
+    return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
 
 
 def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:

@@ -14,9 +14,12 @@ from matplotlib.figure import Figure
 from selfrepair_nn.analysis import SHARE
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import (
+    contrast,
     direct_effect_vs_logit_change,
     distance_by_layer,
     erasure_neurons,
+    induction,
+    ioi,
     neuron_changes,
     neuron_consistency,
     neuron_sparsity,
@@ -44,11 +47,17 @@ _MODULES = {
         neuron_sparsity,
         neuron_changes,
         neuron_consistency,
+        induction,
+        ioi,
+        contrast,
     )
 }
 _HAVE = {
     "summary": lambda ds: True,
     "tokens": lambda ds: "position" in ds.dims,
+    "attention": lambda ds: "attention" in ds or "induction" in ds,
+    "movers": lambda ds: "case" in ds.dims and "other" in ds,
+    "contrast": lambda ds: "ablation" in ds.dims and "twin" in ds,
     "components": lambda ds: "component_change" in ds,
     "neurons": lambda ds: "neuron_change" in ds,
 }

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm
 from matplotlib.collections import PathCollection
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import percent

@@ -72,7 +72,7 @@ def sources(model, plan, arrays, clean, cases):
     if tokens is None:
         return clean
     keep = {}
-    for site in (site for case in cases for site in case):
+    for site in (site for case in cases for site in case if site[0] in KEPT):
         keep.setdefault(KEPT[site[0]], set()).add(site[1])
     return clean_pass(model, plan, arrays[tokens], keep)
 
