@@ -6,11 +6,14 @@ Only what is marked `done` counts. All means are taken in float64. A store may b
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
+from selfrepair_nn.analysis.reinforcement import CONFIDENCE, reinforcement, strongest_responses
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
+from selfrepair_nn.analysis.scales import scale_by_head, token_variants
 from selfrepair_nn.analysis.summaries import (
     HEADS,
     MEANS,
     SHARE,
+    by_case,
     by_head,
     by_layer,
     done_share,
@@ -19,24 +22,34 @@ from selfrepair_nn.analysis.summaries import (
     percent,
     top_share,
 )
+from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
 
 __all__ = [
+    "CONFIDENCE",
     "FATES",
     "HEADS",
     "MEANS",
     "QUANTITIES",
     "SHARE",
+    "axis_of",
+    "by_case",
     "by_head",
     "by_layer",
+    "by_variant",
     "compare_paper",
+    "differences",
     "done_share",
     "most_repaired",
     "norm_by_head",
     "only",
     "percent",
     "references",
+    "reinforcement",
+    "scale_by_head",
     "strongest_repairs",
+    "strongest_responses",
     "token_noise",
+    "token_variants",
     "top_share",
     "who_repairs",
 ]
