@@ -33,6 +33,7 @@ _PLACES = {
     "Swap": "components:Swap",
     "Norm": "components:Norm",
     "FinalNorm": "components:FinalNorm",
+    "site": "components:site",
     "Prompts": "prompts:Prompts",
     "select_heads": "components:select_heads",
     "Options": "options:Options",

@@ -112,6 +112,21 @@ Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
 Freezable = Head | Attention | Mlp | Norm | FinalNorm
 
 
+def site(label: str) -> Head | Attention | Mlp | Neuron:
+    """The place that a label names: "L9H6", "L9.attention", "L9.mlp" or "L9N120".
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    match = re.fullmatch(r"L(\d+)(?:H(\d+)|N(\d+)|\.(attention|mlp))", str(label))
+    if not match:
+        raise UsageError(f"{label!r} names no place: write L9H6, L9.attention, L9.mlp or L9N120")
+    layer, head, neuron, part = match.groups()
+    if part:
+        return (Attention if part == "attention" else Mlp)(int(layer))
+    return Head(int(layer), int(head)) if head else Neuron(int(layer), int(neuron))
+
+
 @dataclass(frozen=True)
 class Component:
     """One term of the residual stream's sum; `layer` and `head` are -1 where they do not apply."""

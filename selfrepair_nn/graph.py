@@ -160,9 +160,14 @@ class Graph:
         """This graph with a named set of frozen sites: "none", "downstream" or "all"."""
         return replace(self, freeze=freeze_set(name, n_layers, n_heads))
 
-    def path(self, receivers: Iterable[Head | Mlp], n_layers: int, n_heads: int) -> "Graph":
+    def freezing(self, sites: Iterable[Freezable]) -> "Graph":
+        """This graph with these sites frozen too."""
+        return replace(self, freeze=self.freeze | frozenset(sites))
+
+    def path(self, receivers: Iterable[Head | Attention | Mlp], n_layers: int, n_heads: int) -> "Graph":
         """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live."""
-        return replace(self, freeze=freeze_set("downstream", n_layers, n_heads) - frozenset(receivers))
+        live = {part for site in receivers for part in _expanded(site, n_heads)}
+        return replace(self, freeze=freeze_set("downstream", n_layers, n_heads) - live)
 
     def plan(self, structure: dict[str, Any]) -> dict[str, Any]:
         """The graph as the plain dict that travels with a job; `structure` is a Structure as a dict."""

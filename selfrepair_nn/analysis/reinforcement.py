@@ -32,7 +32,7 @@ def reinforcement(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
     - low, high: confidence interval of the slope. It allows for a spread that varies from prompt to prompt (robust
       errors, HC3), and all intervals of one scale hold together with this confidence (Bonferroni);
     - kind, over (layer, head): -1 self-repressing, 1 self-reinforcing: the interval of every scale excludes 0 on
-      that side; 0 neither.
+      that side; 0 neither. tokens: how many edited positions these are over.
 
     Memory: 8 bytes for each prompt of each head and scale.
 
@@ -59,7 +59,7 @@ def reinforcement(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
         "before": ((*HEADS, "prompt"), before.reshape(*shape, -1)),
         "after": ((*per_head, "prompt"), after.reshape(len(after), *shape, -1)),
         "kind": (HEADS, _kind(slope - reach, slope + reach).reshape(shape)),
-        "prompts": (HEADS, done.sum(1).reshape(shape)),
+        "tokens": (HEADS, done.sum(1).reshape(shape)),
         "noise_floor": ds.noise_floor.variable.load(),
     }
     labels = {d: ds[d].variable for d in ("scale", *HEADS)}
@@ -112,7 +112,7 @@ def _describe(found: xr.Dataset) -> xr.Dataset:
         "before": ("logit", "direct effect"),
         "after": ("logit", "direct effect when reinforced"),
         "kind": ("1", "-1 self-repressing, 1 self-reinforcing, 0 neither"),
-        "prompts": ("1", "number of prompts"),
+        "tokens": ("1", "number of edited positions, one for each prompt"),
     }
     for name, (units, text) in texts.items():
         found[name].attrs = {"units": units, "long_name": text}

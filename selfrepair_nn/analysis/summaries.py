@@ -40,7 +40,7 @@ def only(ds: xr.Dataset, layers: str | None = None, heads: str | None = None) ->
     Raises:
         UsageError: a specification is misspelt or leaves nothing, or `ds` is not a store of the heads recipe.
     """
-    check_store(ds)
+    require(ds, (*REQUIRED, *HEADS))
     wanted = select_heads(layers, heads, *(ds.attrs.get(f"n_{d}s", int(ds[d].max()) + 1) for d in HEADS))
     named = [[Head(i, j) in wanted for j in ds["head"].values] for i in ds["layer"].values]
     chosen = ds.selected & xr.DataArray(named, dims=HEADS)
@@ -104,7 +104,8 @@ def by_case(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
         return _same_share(ds, share)
     if "case" not in ds.dims:
         raise UsageError("this store has no cases, but a grid of heads: use by_head")
-    check_variables(ds, REQUIRED)
+    require(ds, REQUIRED)
+    check_axes(ds)
     return _by_site(ds, share)
 
 
@@ -231,14 +232,19 @@ def check_share(share: float) -> None:
 
 def check_store(ds: xr.Dataset) -> None:
     """Raise UsageError unless `ds` is a store of single ablated heads, without an axis of variants."""
-    check_variables(ds, (*REQUIRED, *HEADS))
+    require(ds, (*REQUIRED, *HEADS))
+    check_axes(ds)
 
 
-def check_variables(ds: xr.Dataset, names: Iterable[str]) -> None:
-    """Raise UsageError unless `ds` holds these, without an axis of variants."""
+def require(ds: xr.Dataset, names: Iterable[str]) -> None:
+    """Raise UsageError unless `ds` has these variables or dimensions."""
     missing = [name for name in names if name not in ds.variables and name not in ds.dims]
     if missing:
         raise UsageError(f"this is not a store of the heads recipe: it lacks {', '.join(missing)}")
+
+
+def check_axes(ds: xr.Dataset) -> None:
+    """Raise UsageError if `ds` has an axis of variants."""
     if axes := ", ".join(map(str, set(ds.logit_change.dims) - {"case", *SWEEP})):
         raise UsageError(f"this store has several values of {axes}: choose one, as ds.sel({axes}=…)")
 
