@@ -1,4 +1,4 @@
-"""The same heads under resample, mean and zero ablation: what each does to norms and logits (paper: Figures 4, 5, 16-18)."""
+"""The same heads under resample, mean and zero ablation: norms and logits (paper: Figures 4, 5, 16-18)."""
 
 import selfrepair_nn as sr
 

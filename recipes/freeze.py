@@ -1,4 +1,4 @@
-"""What is left of self-repair if nothing, all but the final norm, or everything downstream is frozen (paper: section 3)."""
+"""Self-repair with nothing, all but the final norm, and everything frozen downstream (paper: section 3)."""
 
 import selfrepair_nn as sr
 

@@ -1,4 +1,4 @@
-"""What each norm downstream of a head does to its self-repair: each frozen at its clean scale in turn (paper: section 5.2)."""
+"""What each later norm does to a head's self-repair: frozen one after the other (paper: section 5.2)."""
 
 import selfrepair_nn as sr
 

@@ -1,4 +1,4 @@
-"""Which later attention or MLP repairs a head by the direct path: path patching, sender by sender (paper: section 5.2)."""
+"""Which later part repairs a head by the direct path, each alone: path patching (paper: section 5.2)."""
 
 import selfrepair_nn as sr
 
@@ -7,7 +7,7 @@ PARAMETERS = {"receivers": ()}
 
 
 def graph(structure, options):
-    """Senders: the heads of one layer two thirds up, or those chosen. Receivers: every later layer's parts, or those named.
+    """Senders: the heads of one layer two thirds up, or those chosen. Receivers: all later parts, or those named.
 
     A receiver reads the sender's change; all else, the other receivers too, keeps its clean value.
     """

@@ -1,4 +1,4 @@
-"""Heads that read their own write: their direct effect when it is added to what they read (paper: Figures 9, 19)."""
+"""Heads that answer to their own write, added to what they read (paper: Figures 9, 19)."""
 
 import selfrepair_nn as sr
 

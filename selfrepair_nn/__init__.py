@@ -46,7 +46,7 @@ _PLACES = {
     "differences": "analysis:differences",
     "scale_by_head": "analysis:scale_by_head",
     "token_variants": "analysis:token_variants",
-    "reinforcement": "analysis:reinforcement",
+    "reinforcement_by_head": "analysis:reinforcement_by_head",
     "strongest_responses": "analysis:strongest_responses",
     "most_repaired": "analysis:most_repaired",
     "only": "analysis:only",

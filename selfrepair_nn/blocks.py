@@ -190,7 +190,7 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
     array = ds[name].transpose(*sites(ds), *TOKEN)
-    n_prompts, n_positions = array.shape[-2:]
+    n_prompts = array.sizes["prompt"]
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):

@@ -165,9 +165,18 @@ class Graph:
         return replace(self, freeze=self.freeze | frozenset(sites))
 
     def path(self, receivers: Iterable[Head | Attention | Mlp], n_layers: int, n_heads: int) -> "Graph":
-        """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live."""
+        """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live.
+
+        Raises:
+            UsageError: a receiver that is no head or MLP of a model of this size.
+        """
         live = {part for site in receivers for part in _expanded(site, n_heads)}
-        return replace(self, freeze=freeze_set("downstream", n_layers, n_heads) - live)
+        parts = freeze_set("downstream", n_layers, n_heads)
+        if beyond := ", ".join(sorted(map(str, live - parts))):
+            raise UsageError(
+                f"{beyond}: receivers are heads and MLPs of {n_layers} layers of {n_heads} heads"
+            )
+        return replace(self, freeze=parts - live)
 
     def plan(self, structure: dict[str, Any]) -> dict[str, Any]:
         """The graph as the plain dict that travels with a job; `structure` is a Structure as a dict."""

@@ -17,6 +17,8 @@ from selfrepair_nn.analysis import (
     compare_paper,
     most_repaired,
     percent,
+    reinforcement_by_head,
+    strongest_responses,
 )
 from selfrepair_nn.components import Head
 from selfrepair_nn.variables import SWEEP
@@ -47,8 +49,11 @@ def summary(ds: xr.Dataset, share: float = SHARE) -> str:
 
     One line per layer with something done, means over its heads on their top share in logits (Equation 2);
     the most repaired heads, the noise floor and the worst closure. Of a store of cases one line per case; of one of
-    several variants one line per variant, means over all heads. Errors as in `by_head`.
+    several variants one line per variant, means over all heads; of one of reinforced heads those that respond to their
+    own write. Errors as in `by_head`.
     """
+    if "edited_position" in ds.coords:
+        return _of_reinforced(ds)
     if "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
         return _of_others(ds, share)
     heads = by_head(ds, share)
@@ -64,6 +69,27 @@ def summary(ds: xr.Dataset, share: float = SHARE) -> str:
     best = most_repaired(heads, 5, share)
     closing = [f"most repaired: {_ranking(best)}", f"{noise(heads)}, worst |closure| {worst_closure(heads)}"]
     return "\n".join([*opening, *rows, *closing])
+
+
+def _of_reinforced(ds: xr.Dataset) -> str:
+    """The heads that are self-repressing and self-reinforcing, the strongest first, at most ten of each."""
+    found = reinforcement_by_head(ds)
+    opening = textwrap.wrap(f"{title(found)}: {basis(found, top=False)}", WIDTH)
+    if not (found.tokens > 0).any():
+        return "\n".join([*opening, "nothing is done yet"])
+    scales = ", ".join(f"{scale:g}" for scale in found["scale"].values)
+    told = f"Slope of the change of direct effect on the direct effect, at scales {scales}:"
+    lines = [*opening, "", told]
+    for kind, count in {"self-repressing": 10, "self-reinforcing": -10}.items():
+        best = strongest_responses(found, count)
+        lines.append(
+            f"{kind}: {int((found.kind == -np.sign(count)).sum())} of {int((found.tokens > 0).sum())} heads"
+        )
+        for i, label in enumerate(labels(best)):
+            lines.append(
+                f"  {label:<8}" + "".join(f"{value:+9.3f}" for value in best.slope.isel(rank=i).values)
+            )
+    return "\n".join([*lines, "", noise(found)])
 
 
 def _of_others(ds: xr.Dataset, share: float) -> str:

@@ -6,7 +6,7 @@ Only what is marked `done` counts. All means are taken in float64. A store may b
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
-from selfrepair_nn.analysis.reinforcement import CONFIDENCE, reinforcement, strongest_responses
+from selfrepair_nn.analysis.reinforcement import CONFIDENCE, reinforcement_by_head, strongest_responses
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
 from selfrepair_nn.analysis.scales import scale_by_head, token_variants
 from selfrepair_nn.analysis.summaries import (
@@ -44,7 +44,7 @@ __all__ = [
     "only",
     "percent",
     "references",
-    "reinforcement",
+    "reinforcement_by_head",
     "scale_by_head",
     "strongest_repairs",
     "strongest_responses",

@@ -21,7 +21,7 @@ NEEDED = (
 )
 
 
-def reinforcement(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
+def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
     """How each head's direct effect answers to its own write: one edited position for each prompt.
 
     - before, after: direct effect at the edited position, clean and with scale times the head's own write added to
@@ -34,11 +34,13 @@ def reinforcement(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
     - kind, over (layer, head): -1 self-repressing, 1 self-reinforcing: the interval of every scale excludes 0 on
       that side; 0 neither. tokens: how many edited positions these are over.
 
-    Memory: 8 bytes for each prompt of each head and scale.
+    A result of this function is returned as it is. Memory: 8 bytes for each prompt of each head and scale.
 
     Raises:
         UsageError: this is no store of reinforced heads, or `confidence` is not in (0, 1).
     """
+    if "slope" in ds:
+        return ds
     if not 0 < confidence < 1:
         raise UsageError(f"confidence {confidence!r} is not in (0, 1): write 0.95 for 95%")
     missing = [name for name in (*NEEDED, "scale") if name not in ds.variables]
@@ -67,12 +69,12 @@ def reinforcement(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
 
 
 def strongest_responses(ds: xr.Dataset, count: int = 5, confidence: float = CONFIDENCE) -> xr.Dataset:
-    """The self-repressing heads of steepest mean slope over scales, as in `reinforcement` but over (rank).
+    """The self-repressing heads of steepest mean slope over scales, as in `reinforcement_by_head` but over (rank).
 
     The steepest first. A negative `count` asks for the self-reinforcing heads. Only heads whose `kind` says so are
-    listed: there may be fewer than `count`, or none. `ds` is a store or a result of `reinforcement`.
+    listed: there may be fewer than `count`, or none. `ds` is a store or a result of `reinforcement_by_head`.
     """
-    found = ds if "slope" in ds else reinforcement(ds, confidence)
+    found = reinforcement_by_head(ds, confidence)
     ranked = found.stack(rank=HEADS)
     wanted = -np.sign(count)
     ranked = ranked.isel(rank=np.flatnonzero(ranked.kind.values == wanted))

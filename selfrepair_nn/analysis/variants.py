@@ -1,17 +1,20 @@
 """Several graphs over the same heads, side by side: any summary along their axis, and what each changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.summaries import SHARE, by_head, check_share
-from selfrepair_nn.blocks import Sums, direct_effects, done_cases, read, sites
+from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, read, sites
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import TOKEN
 
 Summary = Callable[[xr.Dataset, float], xr.Dataset]
 PAIRED = ("logit_change", "self_repair", "from_heads", "from_mlps", "from_norm")
+
+SHARED = ("selected", "noise_floor", "tokens", "direct_effect", "top", "layer", "head")
+"""What does not depend on the ablation, with top_ before it or not."""
 
 
 def axis_of(ds: xr.Dataset) -> str:
@@ -43,10 +46,6 @@ def by_variant(ds: xr.Dataset, share: float = SHARE, summarise: Summary = by_hea
     return found.assign({name: each[0][name] for name in shared}).assign_attrs(each[0].attrs)
 
 
-SHARED = ("selected", "noise_floor", "tokens", "direct_effect", "top", "layer", "head")
-"""What does not depend on the ablation, with top_ before it or not."""
-
-
 def differences(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     """What each variant changes against the first, over (axis, layer, head) or (axis, case), in logits.
 
@@ -59,24 +58,32 @@ def differences(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     """
     check_share(share)
     axis, dims = axis_of(ds), sites(ds)
-    done, shape = done_cases(ds), [ds.sizes[d] for d in dims]
+    done = done_cases(ds)
     _, top = direct_effects(ds, done, share)
-    at = top.case * done.shape[1] + top.token // ds.sizes["position"]
-    counts = done * ds.sizes["position"]
-    top_counts = np.bincount(at, minlength=done.size).reshape(done.shape)
-    found = {}
-    for name in PAIRED:
-        rows = {f"{prefix}{name}{end}": [] for prefix in ("", "top_") for end in ("", "_se")}
-        for i in range(ds.sizes[axis]):
-            sums, chosen = read(ds.isel({axis: i}), name, done, top)
-            first = (sums, chosen) if i == 0 else first
-            top_sums = np.bincount(at, chosen - first[1], done.size).reshape(done.shape)
-            for prefix, values in (("", Sums(sums - first[0], counts)), ("top_", Sums(top_sums, top_counts))):
-                rows[prefix + name].append(values.mean.reshape(shape))
-                rows[f"{prefix}{name}_se"].append(values.error(done).reshape(shape))
-        found |= {key: ((axis, *dims), np.array(values)) for key, values in rows.items()}
+    variants = [ds.isel({axis: i}) for i in range(ds.sizes[axis])]
+    first = {name: read(variants[0], name, done, top) for name in PAIRED}
+    rows = [_against(one, first, done, top) for one in variants]
+    shape = [len(rows), *(ds.sizes[d] for d in dims)]
+    found = {name: ((axis, *dims), np.reshape([row[name] for row in rows], shape)) for name in rows[0]}
     labels = {d: ds[d].variable for d in (axis, *dims, "case_layer") if d in ds.coords}
     return _describe(xr.Dataset(found, labels, ds.attrs))
+
+
+def _against(
+    ds: xr.Dataset, first: Mapping[str, tuple[np.ndarray, np.ndarray]], done: np.ndarray, top: Top
+) -> dict[str, np.ndarray]:
+    """What one variant changes, over (case); `first` are the sums and the top tokens' values of the first."""
+    counts = done * ds.sizes["position"]
+    at = top.case * done.shape[1] + top.token // ds.sizes["position"]
+    top_counts = np.bincount(at, minlength=done.size).reshape(done.shape)
+    found = {}
+    for name, (first_sums, first_chosen) in first.items():
+        sums, chosen = read(ds, name, done, top)
+        top_sums = np.bincount(at, chosen - first_chosen, done.size).reshape(done.shape)
+        for prefix, values in (("", Sums(sums - first_sums, counts)), ("top_", Sums(top_sums, top_counts))):
+            found[prefix + name] = values.mean
+            found[f"{prefix}{name}_se"] = values.error(done)
+    return found
 
 
 def _describe(found: xr.Dataset) -> xr.Dataset:

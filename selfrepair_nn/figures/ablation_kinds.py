@@ -11,8 +11,8 @@ from selfrepair_nn.figures import plane, style
 
 TAKES = "ablation"
 READING = (
-    "Dots: tokens; blue: the head's top {share}. Dashed: y = \N{MINUS SIGN}x, no repair. Shaded: self-repaired. Above the "
-    "x-axis on the right: the logit rises although what wrote to it is gone."
+    "Dots: tokens; blue: the head's top {share}. Dashed: y = \N{MINUS SIGN}x, no repair. Shaded: self-repaired. "
+    "Above the x-axis on the right: the logit rises although what wrote to it is gone."
 )
 
 

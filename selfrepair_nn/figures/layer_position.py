@@ -17,8 +17,8 @@ PARTS = {
     "self_repair": "self-repair",
 }
 READING = (
-    "Means over all tokens; a swap stands between its two layers. Self-repair: logit change less the change of the direct "
-    "effect of the deleted or swapped layers themselves,",
+    "Means over all tokens; a swap stands between its two layers. Self-repair: logit change less the change of the "
+    "direct effect of the deleted or swapped layers themselves,",
     "so what the layers above and the final norm make of it. Bars: 95% confidence. The axis is linear to 1 logit, "
     "logarithmic beyond.",
 )

@@ -1,4 +1,4 @@
-"""How much the final norm's scale shrinks under each kind of ablation, on the loudest heads' top tokens (Figures 4, 17, 18)."""
+"""The final norm's scale under each kind of ablation, on the loudest heads' top tokens (Figures 4, 17, 18)."""
 
 from matplotlib.figure import Figure
 
@@ -7,8 +7,8 @@ from selfrepair_nn.figures import histograms, style
 
 TAKES = "ablation"
 READING = (
-    "S/S': the final norm's scale in the clean run divided by that in the ablated run. Above 1 (dashed) the norm amplifies "
-    "what is left. What lies beyond the axis counts in its outermost bins."
+    "S/S': the final norm's scale in the clean run divided by that in the ablated run. Above 1 (dashed) the norm "
+    "amplifies what is left. What lies beyond the axis counts in its outermost bins."
 )
 
 

@@ -1,21 +1,21 @@
-"""How every head's direct effect answers to its own write, by layer and scale: repressed or reinforced (section 5.3)."""
+"""How every head's direct effect answers to its own write, by layer and scale (section 5.3)."""
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, reinforcement, strongest_responses
+from selfrepair_nn.analysis import SHARE, reinforcement_by_head, strongest_responses
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import depth, style
 
 TAKES = "scale"
 NAMED = 3
 READING = (
-    "Slope of the change of direct effect on the direct effect, one edited position of each prompt. Bars: intervals that hold "
-    "for all heads of a panel together ({confidence:.0%}).",
-    "Filled: self-repressing (below zero) and self-reinforcing (above zero) heads, whose intervals exclude zero at every "
-    "scale.",
+    "Slope of the change of direct effect on the direct effect, one edited position of each prompt. Bars: "
+    "intervals that hold for all heads of a panel together ({confidence:.0%}).",
+    "Filled: self-repressing (below zero) and self-reinforcing (above zero) heads: their intervals exclude zero at "
+    "every scale.",
 )
 
 
@@ -23,10 +23,10 @@ READING = (
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each scale with every head's slope; several stores have a row each.
 
-    `datasets` is a store or a result of `reinforcement`, a sequence of them, or a mapping from title to them.
-    Raises UsageError as `reinforcement` does, and if there is nothing to draw.
+    `datasets` is a store or a result of `reinforcement_by_head`, a sequence of them, or a mapping from title to them.
+    Raises UsageError as `reinforcement_by_head` does, and if there is nothing to draw.
     """
-    found = style.summaries(datasets, share, _responses)
+    found = style.summaries(datasets, share, lambda ds, _: reinforcement_by_head(ds))
     columns = max(heads.sizes["scale"] for heads in found.values())
     figure = style.new_figure(0.6 + 3.4 * columns, 1 + 3.6 * len(found))
     grid = figure.subplots(len(found), columns, squeeze=False, sharex="row", sharey="row")
@@ -47,10 +47,6 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         figure, [*style.captions(found, top=False), *(r.format(confidence=confidence) for r in READING)]
     )
     return figure
-
-
-def _responses(ds: xr.Dataset, share: float) -> xr.Dataset:
-    return ds if "slope" in ds else reinforcement(ds)
 
 
 def _places(heads: xr.Dataset) -> np.ndarray:

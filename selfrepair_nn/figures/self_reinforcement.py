@@ -1,11 +1,11 @@
-"""Direct effect of the most responsive heads before and after their own write is added to what they read (Figures 9, 19)."""
+"""Direct effect before and after a head's own write is added to what it reads, at each scale (Figures 9, 19)."""
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, reinforcement
+from selfrepair_nn.analysis import SHARE, reinforcement_by_head
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import style
 
@@ -13,8 +13,8 @@ TAKES = "scale"
 KINDS = {-1: "self-repressing", 0: "no clear response", 1: "self-reinforcing"}
 READING = (
     "Dots: one edited position of each prompt. Upper row: the head of lowest mean slope; lower row: of highest.",
-    "Dashed: y = x, no response. Line: regression; slope of the change, with an interval that holds for all heads of the "
-    "store together ({confidence:.0%}).",
+    "Dashed: y = x, no response. Line: regression; slope of the change, with an interval that holds for all heads of "
+    "the store together ({confidence:.0%}).",
 )
 
 
@@ -22,10 +22,10 @@ READING = (
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each scale, for the most repressed and the most reinforced head of each store.
 
-    `datasets` is a store or a result of `reinforcement`, a sequence of them, or a mapping from title to them.
-    Raises UsageError as `reinforcement` does, and if there is nothing to draw.
+    `datasets` is a store or a result of `reinforcement_by_head`, a sequence of them, or a mapping from title to them.
+    Raises UsageError as `reinforcement_by_head` does, and if there is nothing to draw.
     """
-    found = style.summaries(datasets, share, _responses)
+    found = style.summaries(datasets, share, lambda ds, _: reinforcement_by_head(ds))
     columns = max(heads.sizes["scale"] for heads in found.values())
     figure = style.new_figure(0.6 + 3.1 * columns, 0.9 + 6.4 * len(found))
     grid = figure.subplots(2 * len(found), columns, squeeze=False, sharex="row", sharey="row")
@@ -38,10 +38,6 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         figure, [*style.captions(found, top=False), *(r.format(confidence=confidence) for r in READING)]
     )
     return figure
-
-
-def _responses(ds: xr.Dataset, share: float) -> xr.Dataset:
-    return ds if "slope" in ds else reinforcement(ds)
 
 
 def _extremes(heads: xr.Dataset) -> list[dict[str, int]]:
