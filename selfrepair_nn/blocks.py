@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.variables import SWEEP
+from selfrepair_nn.variables import SWEEP, TOKEN
 
 BLOCK = 2**22  # values held at once
 
@@ -64,10 +64,15 @@ class Sums:
         return np.where(n > 1, spread, np.nan)
 
 
+def sites(ds: xr.Dataset) -> tuple[str, ...]:
+    """The dimensions along which a store's ablated runs lie."""
+    return ("case",) if "case" in ds.dims else SWEEP[:2]
+
+
 def done_cases(ds: xr.Dataset) -> np.ndarray:
     """What counts: bool [case, prompt]."""
-    done = (ds.done & ds.selected).transpose(*SWEEP[:3]).values
-    return done.reshape(-1, done.shape[2])
+    done = (ds.done & ds.selected).transpose(*sites(ds), "prompt").values
+    return done.reshape(-1, done.shape[-1])
 
 
 def direct_effects(
@@ -135,9 +140,36 @@ def together(ds: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[slice, list
         yield slice(start, start + first.shape[1]), [values.astype(float) for _, values in blocks]
 
 
+def clean_ratios(
+    ds: xr.Dataset, clean: str, ablated: str, done: np.ndarray, top: Top
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a variable of the clean run [prompt, position] divided by one of the ablated runs, on each token.
+
+    Returns the sums and the numbers above 1, both [case, prompt], and the quotients on the entries of `top`.
+    """
+    sums, above, chosen = np.zeros(done.shape), np.zeros(done.shape), np.empty(top.token.size)
+    for start, below in _blocks(ds, ablated):
+        here = slice(start, start + below.shape[1])
+        found = ratios(np.broadcast_to(ds[clean].transpose(*TOKEN)[here].values, below.shape), below)
+        sums[:, here], above[:, here] = _done_sums(found, done[:, here]), _done_sums(found > 1, done[:, here])
+        within, picked = top.pick(start, found)
+        chosen[within] = picked
+    return sums, above, chosen
+
+
 def tokens_of(ds: xr.Dataset, name: str, cases: np.ndarray) -> np.ndarray:
     """Every value [case, prompt, position] of a few cases, in float64."""
     return np.concatenate([values[cases].astype(float) for _, values in _blocks(ds, name)], axis=1)
+
+
+def edited_of(ds: xr.Dataset, name: str) -> np.ndarray:
+    """A variable at each prompt's edited position: [case, prompt], in float64."""
+    where = ds.edited_position.values
+    parts = []
+    for start, values in _blocks(ds, name):
+        here = where[start : start + values.shape[1]]
+        parts.append(np.take_along_axis(values, here[None, :, None], 2)[..., 0].astype(float))
+    return np.concatenate(parts, axis=1)
 
 
 def in_top(values: np.ndarray, share: float) -> np.ndarray:
@@ -199,13 +231,13 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
-    array = ds[name].transpose(*SWEEP)
-    n_layers, n_heads, n_prompts, n_positions = array.shape
+    array = ds[name].transpose(*sites(ds), *TOKEN)
+    n_prompts = array.sizes["prompt"]
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
-    step = chunk * max(1, BLOCK // (n_layers * n_heads * n_positions * chunk))
+    step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):
         block = array.isel(prompt=slice(start, start + step)).values
-        yield start, block.reshape(n_layers * n_heads, -1, n_positions)
+        yield start, block.reshape(-1, *block.shape[-2:])
 
 
 def _done_sums(values: np.ndarray, done: np.ndarray) -> np.ndarray:

@@ -118,6 +118,21 @@ Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
 Freezable = Head | Attention | Mlp | Norm | FinalNorm
 
 
+def site(label: str) -> Head | Attention | Mlp:
+    """The place that a label names: "L9H6", "L9.attention" or "L9.mlp".
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    match = re.fullmatch(r"L(\d+)(?:H(\d+)|\.(attention|mlp))", str(label))
+    if not match:
+        raise UsageError(f"{label!r} names no place: write L9H6, L9.attention or L9.mlp")
+    layer, head, part = match.groups()
+    if head:
+        return Head(int(layer), int(head))
+    return Attention(int(layer)) if part == "attention" else Mlp(int(layer))
+
+
 @dataclass(frozen=True)
 class Component:
     """One term of the residual stream's sum; `layer` and `head` are -1 where they do not apply."""

@@ -182,6 +182,10 @@ class Graph:
         """This graph with a named set of frozen sites: "none", "downstream" or "all"."""
         return replace(self, freeze=freeze_set(name, n_layers, n_heads))
 
+    def freezing(self, sites: Iterable[Freezable]) -> "Graph":
+        """This graph with these sites frozen too."""
+        return replace(self, freeze=self.freeze | frozenset(sites))
+
     def path(self, receivers: Iterable[Head | Attention | Mlp], n_layers: int, n_heads: int) -> "Graph":
         """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live.
 

@@ -15,11 +15,14 @@ from selfrepair_nn.analysis.neurons import (
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
+from selfrepair_nn.analysis.reinforcement import CONFIDENCE, reinforcement_by_head, strongest_responses
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
+from selfrepair_nn.analysis.scales import scale_by_head, token_variants
 from selfrepair_nn.analysis.summaries import (
     HEADS,
     MEANS,
     SHARE,
+    by_case,
     by_head,
     by_layer,
     done_share,
@@ -28,8 +31,10 @@ from selfrepair_nn.analysis.summaries import (
     percent,
     top_share,
 )
+from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
 
 __all__ = [
+    "CONFIDENCE",
     "FATES",
     "HEADS",
     "KINDS",
@@ -37,12 +42,16 @@ __all__ = [
     "MEANS",
     "QUANTITIES",
     "SHARE",
+    "axis_of",
     "backups",
+    "by_case",
     "by_head",
     "by_kind",
     "by_layer",
+    "by_variant",
     "compare_paper",
     "contrast_by_head",
+    "differences",
     "done_share",
     "erasure_neurons",
     "induction_by_head",
@@ -55,8 +64,12 @@ __all__ = [
     "only",
     "percent",
     "references",
+    "reinforcement_by_head",
+    "scale_by_head",
     "strongest_repairs",
+    "strongest_responses",
     "token_noise",
+    "token_variants",
     "top_share",
     "who_repairs",
 ]
