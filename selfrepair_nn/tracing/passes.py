@@ -171,7 +171,7 @@ def ablated_pass(model, plan, tokens, clean, probed, group):
         for layer in range(start, count):
             if layer == start and inside:
                 attention = _repeat(clean["attention"][start], cases) + written
-                part(model, plan, start, "attention_norm").skip(taken_up)
+                part(model, plan, start, "attention_norm").skip(_stub(taken_up))
                 part(model, plan, start, "attention").skip((attention, None))
             else:
                 _freeze_norm(model, plan, clean, probed, layer, "attention", cases)
@@ -218,11 +218,16 @@ def _take_up(model, plan, start, residual):
     """Skip the layers below `start`; only the last one's output is ever used."""
     layers = place(model, plan, "layers")
     for layer in range(start - 1):
-        layers[layer].skip(residual[:, :1, :1])
+        layers[layer].skip(_stub(residual))
     if start:
         layers[start - 1].skip(residual)
     else:
         layers[0].input[:] = residual
+
+
+def _stub(x):
+    """What stands for an output that is never used. A copy: a view would take all of x with it through a socket."""
+    return x[:, :1, :1].clone()
 
 
 def _freeze_norm(model, plan, clean, probed, layer, before, cases):
