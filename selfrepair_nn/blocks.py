@@ -4,37 +4,39 @@ Blocks are whole chunks as they were written, so nothing is decompressed twice. 
 layer and a head, flattened. A token is a prompt and a position, flattened. Only what is marked `done` counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.variables import SWEEP
+from selfrepair_nn.variables import SWEEP, TOKEN
 
 BLOCK = 2**22  # values held at once
 
 
 @dataclass(frozen=True)
 class Top:
-    """The top tokens of every case, in order of token, with their direct effects (float64)."""
+    """The top tokens of every case, in order of token, with their direct effects (float64).
+
+    Where the tokens are ranked by another variable, `effect` is that.
+    """
 
     case: np.ndarray
     token: np.ndarray
     effect: np.ndarray
 
-    def pick(self, start: int, values: np.ndarray) -> tuple[slice, np.ndarray]:
+    def pick(self, start: int, values: np.ndarray, first_case: int = 0) -> tuple[slice, np.ndarray]:
         """The entries in a block of `values` [case, prompt, position, …] from prompt `start`, and the values."""
         n_cases, n_prompts, n_positions = values.shape[:3]
         first = start * n_positions
         within = slice(*np.searchsorted(self.token, (first, first + n_prompts * n_positions)))
         flat = values.reshape(n_cases, n_prompts * n_positions, *values.shape[3:])
-        return within, flat[self.case[within], self.token[within] - first]
+        return within, flat[self.case[within] - first_case, self.token[within] - first]
 
-    def of(self, cases: slice) -> "Top":
-        """The entries of these cases, counted from the first of them."""
-        here = (self.case >= cases.start) & (self.case < cases.stop)
-        return Top(self.case[here] - cases.start, self.token[here], self.effect[here])
+    def of(self, chosen: np.ndarray) -> "Top":
+        """Only the chosen entries: indices, or a bool for each."""
+        return Top(self.case[chosen], self.token[chosen], self.effect[chosen])
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,23 @@ class Sums:
         return np.where(n > 1, spread, np.nan)
 
 
+def sites(ds: xr.Dataset) -> tuple[str, ...]:
+    """The dimensions along which a store's ablated runs lie."""
+    return ("case",) if "case" in ds.dims else SWEEP[:2]
+
+
 def done_cases(ds: xr.Dataset) -> np.ndarray:
     """What counts: bool [case, prompt]."""
-    done = (ds.done & ds.selected).transpose(*SWEEP[:3]).values
-    return done.reshape(-1, done.shape[2])
+    done = (ds.done & ds.selected).transpose(*sites(ds), "prompt").values
+    return done.reshape(-1, done.shape[-1])
 
 
-def direct_effects(ds: xr.Dataset, done: np.ndarray, share: float) -> tuple[np.ndarray, Top]:
+def direct_effects(
+    ds: xr.Dataset, done: np.ndarray, share: float, by: str = "direct_effect"
+) -> tuple[np.ndarray, Top]:
     """The sums [case, prompt] of the direct effects, and each case's top `share` of tokens, in one reading.
+
+    `by` names another variable to be summed and ranked by.
 
     The top share is exactly max(1, floor(share n)) of a case's n done tokens, the first of equals, NaN last;
     none if n is 0. In a store of the top share alone it is what reaches the case's threshold: that share of the whole
@@ -81,7 +92,7 @@ def direct_effects(ds: xr.Dataset, done: np.ndarray, share: float) -> tuple[np.n
     wanted = _wanted(done.sum(1) * n_positions, share)
     sums = np.zeros(done.shape)
     best = [NOTHING] * len(done)
-    for start, values in _blocks(ds, "direct_effect"):
+    for start, values in _blocks(ds, by):
         here = slice(start, start + values.shape[1])
         sums[:, here] = _done_sums(values, done[:, here])
         for case in np.flatnonzero(done[:, here].any(1)):
@@ -116,6 +127,15 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
     return sums, chosen
 
 
+def sums(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
+    """The sums [case, prompt] of a variable."""
+    found = np.zeros(done.shape)
+    for start, values in _blocks(ds, name):
+        here = slice(start, start + values.shape[1])
+        found[:, here] = _done_sums(values, done[:, here])
+    return found
+
+
 def ratio_sums(ds: xr.Dataset, name: str, other: str, done: np.ndarray) -> np.ndarray:
     """The sums [case, prompt] of one variable divided by another on each token; a division by 0 counts as 0."""
     sums = np.zeros(done.shape)
@@ -130,9 +150,43 @@ def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.zeros(above.shape), where=below != 0, dtype=float)
 
 
+def together(ds: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """Several variables side by side, a block of prompts at a time: [case, prompt, position] each, in float64."""
+    for blocks in zip(*(_blocks(ds, name) for name in names), strict=True):
+        start, first = blocks[0]
+        yield slice(start, start + first.shape[1]), [values.astype(float) for _, values in blocks]
+
+
+def clean_ratios(
+    ds: xr.Dataset, clean: str, ablated: str, done: np.ndarray, top: Top
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a variable of the clean run [prompt, position] divided by one of the ablated runs, on each token.
+
+    Returns the sums and the numbers above 1, both [case, prompt], and the quotients on the entries of `top`.
+    """
+    sums, above, chosen = np.zeros(done.shape), np.zeros(done.shape), np.empty(top.token.size)
+    for start, below in _blocks(ds, ablated):
+        here = slice(start, start + below.shape[1])
+        found = ratios(np.broadcast_to(ds[clean].transpose(*TOKEN)[here].values, below.shape), below)
+        sums[:, here], above[:, here] = _done_sums(found, done[:, here]), _done_sums(found > 1, done[:, here])
+        within, picked = top.pick(start, found)
+        chosen[within] = picked
+    return sums, above, chosen
+
+
 def tokens_of(ds: xr.Dataset, name: str, cases: np.ndarray) -> np.ndarray:
     """Every value [case, prompt, position] of a few cases, in float64."""
     return np.concatenate([values[cases].astype(float) for _, values in _blocks(ds, name)], axis=1)
+
+
+def edited_of(ds: xr.Dataset, name: str) -> np.ndarray:
+    """A variable at each prompt's edited position: [case, prompt], in float64."""
+    where = ds.edited_position.values
+    parts = []
+    for start, values in _blocks(ds, name):
+        here = where[start : start + values.shape[1]]
+        parts.append(np.take_along_axis(values, here[None, :, None], 2)[..., 0].astype(float))
+    return np.concatenate(parts, axis=1)
 
 
 def in_top(values: np.ndarray, share: float) -> np.ndarray:
@@ -144,23 +198,43 @@ def in_top(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def component_sums(ds: xr.Dataset, top: Top) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [case, component] of the components' changes over those entries of `top` that are stored, and their number.
+    """Sums [case, component] of the components' changes over the stored entries of `top`, and how many those are."""
+    cases = ds.sizes["layer"] * ds.sizes["head"]
+    sums, counts = np.zeros((cases, ds.sizes["component"])), np.zeros(cases, int)
+    for entries, changes in stored_rows(ds.component_change, top):
+        np.add.at(sums, top.case[entries], changes)
+        np.add.at(counts, top.case[entries], 1)
+    return sums, counts
+
+
+def stored_rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `rows` gives, in float64, without the entries that were not stored."""
+    for entries, values in rows(array, top):
+        stored = np.isfinite(values).all(-1)
+        yield entries[stored], values[stored].astype(float)
+
+
+def rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Entries of `top` and what a variable of more dimensions than a token's holds for them: [entry], [entry, …].
 
     Read one layer and one chunk of prompts at a time; what holds no entry is not read.
     """
-    array = ds.component_change.transpose(*SWEEP, "component")
-    n_layers, n_heads, n_prompts, n_positions, n_components = array.shape
+    array = array.transpose(*SWEEP, ...)
+    n_heads, n_positions = array.sizes["head"], array.sizes["position"]
     step = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
-    sums, counts = np.zeros((n_layers * n_heads, n_components)), np.zeros(n_layers * n_heads, int)
-    for layer in range(n_layers):
-        here = top.of(slice(layer * n_heads, (layer + 1) * n_heads))
-        for start in sorted({int(token) // n_positions // step * step for token in here.token}):
-            within, picked = here.pick(start, array[layer, :, start : start + step].values)
-            stored = np.isfinite(picked).all(1)
-            cases = layer * n_heads + here.case[within][stored]
-            np.add.at(sums, cases, picked[stored].astype(float))
-            np.add.at(counts, cases, 1)
-    return sums, counts
+    layer, chunk = top.case // n_heads, top.token // n_positions // step
+    for at in sorted({*zip(layer.tolist(), chunk.tolist(), strict=True)}):
+        entries, start = np.flatnonzero((layer == at[0]) & (chunk == at[1])), at[1] * step
+        values = array[at[0], :, start : start + step].values
+        yield entries, top.of(entries).pick(start, values, at[0] * n_heads)[1]
+
+
+def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
+    """What such a variable holds for every entry of `top`, all at once: [entry, …]."""
+    found = np.empty((top.token.size, *array.transpose(*SWEEP, ...).shape[len(SWEEP) :]), array.dtype)
+    for entries, values in rows(array, top):
+        found[entries] = values
+    return found
 
 
 def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
@@ -174,13 +248,13 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
-    array = ds[name].transpose(*SWEEP)
-    n_layers, n_heads, n_prompts, n_positions = array.shape
+    array = ds[name].transpose(*sites(ds), *TOKEN)
+    n_prompts = array.sizes["prompt"]
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
-    step = chunk * max(1, BLOCK // (n_layers * n_heads * n_positions * chunk))
+    step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):
         block = array.isel(prompt=slice(start, start + step)).values
-        yield start, block.reshape(n_layers * n_heads, -1, n_positions)
+        yield start, block.reshape(-1, *block.shape[-2:])
 
 
 def _done_sums(values: np.ndarray, done: np.ndarray) -> np.ndarray:

@@ -94,6 +94,12 @@ class Norm(_Site):
     layer: int
     before: str
 
+    def __post_init__(self) -> None:
+        if self.before not in ("attention", "mlp"):
+            raise UsageError(
+                f"norm before {self.before!r} is not known; choose one of attention, mlp, or FinalNorm()"
+            )
+
     @property
     def label(self) -> str:
         return f"L{self.layer}.{self.before}_norm"
@@ -110,6 +116,21 @@ class FinalNorm(_Site):
 
 Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
 Freezable = Head | Attention | Mlp | Norm | FinalNorm
+
+
+def site(label: str) -> Head | Attention | Mlp:
+    """The place that a label names: "L9H6", "L9.attention" or "L9.mlp".
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    match = re.fullmatch(r"L(\d+)(?:H(\d+)|\.(attention|mlp))", str(label))
+    if not match:
+        raise UsageError(f"{label!r} names no place: write L9H6, L9.attention or L9.mlp")
+    layer, head, part = match.groups()
+    if head:
+        return Head(int(layer), int(head))
+    return Attention(int(layer)) if part == "attention" else Mlp(int(layer))
 
 
 @dataclass(frozen=True)

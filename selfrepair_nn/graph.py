@@ -1,8 +1,9 @@
 """An experiment as data: what is ablated, by what it is replaced, what is frozen, what is recorded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from hashlib import sha256
+from types import FunctionType
 from typing import Any
 
 from selfrepair_nn.components import (
@@ -18,7 +19,7 @@ from selfrepair_nn.components import (
     Swap,
 )
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import RANKS
+from selfrepair_nn.variables import RANKS, VARIABLES
 
 REPLACEMENTS = {
     "resample": "the same site's value at the same position of the prompt's partner",
@@ -27,6 +28,9 @@ REPLACEMENTS = {
     "identity": "what was there: the null control",
 }
 """What a command line can ask for; a recipe may also use the prompts' twins, another head, or a number."""
+
+TAKING = ("resample", "mean", "zero", "twin")
+"""Replacements that take away what was there: beside these, whole layers may be deleted or swapped."""
 
 TARGETS = {
     "centred": "the unembedding row of the next token minus the mean row of the vocabulary",
@@ -84,15 +88,19 @@ Replacement = str | Scale | Constant | OtherHead | Reinforce
 class Graph:
     """One experiment, or a sweep of them: each entry of `ablate` is one ablated run, its sites replaced together.
 
+    `loudest`, if given, keeps of the swept heads the so many that have the largest mean direct effect over the run's
+    prompts: a clean pass finds them before anything is ablated. `then`, if given too, is a function of these heads, the
+    loudest first, that gives further cases.
     `freeze` holds the sites that keep their clean value; a site that a run ablates is never frozen in that run.
     `neurons` is the layer whose MLP is recorded neuron by neuron; `residual_norm` records the length of the residual
     stream; `attention` lists distances: the attention each head pays to the token so far back is recorded.
 
         Graph(ablate=sweep(heads))                        every head by itself, resample ablated
+        Graph(ablate=sweep(heads), loudest=4)             only the four that write most of the targets
         Graph(ablate=((Head(9, 6), Head(9, 9)),))         two heads at once
         Graph(ablate=sweep((Layers(3, 4),)), replacement="zero")    layer 3 deleted
-        graph.frozen("downstream")                        nothing but the final norm may react
-        graph.path((Mlp(11),))                            only what MLP 11 makes of it may react
+        graph.frozen("downstream", n_layers, n_heads)     nothing but the final norm may react
+        graph.path((Mlp(11),), n_layers, n_heads)         only what MLP 11 makes of it may react
 
     Raises:
         UsageError: an unknown replacement, target, value_bias or record, or sites that do not go with them.
@@ -107,15 +115,25 @@ class Graph:
     neurons: int | None = None
     residual_norm: bool = False
     attention: tuple[int, ...] = ()
+    loudest: int | None = None
+    then: Callable[[tuple[Head, ...]], Iterable[tuple[Ablatable, ...]]] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.replacement, str):
-            one_of("ablation", self.replacement, REPLACEMENTS | {"twin": ""})
+        _require_replacement(self.replacement)
         one_of("target", self.target, TARGETS | {"difference": ""})
         one_of("value_bias", self.value_bias, VALUE_BIASES)
         one_of("record", self.record, RECORDS)
         for case in self.ablate:
+            _require_sites(case)
             _require_possible(case, self.replacement)
+        if self.loudest is not None and not (self.heads_only and self.loudest >= 1):
+            raise UsageError(
+                f"loudest={self.loudest!r}: it is a number of heads, of those that are swept one by one"
+            )
+        _require_freezable(self.freeze)
+        _require_recordable(self)
+        if self.then is not None and self.loudest is None:
+            raise UsageError("then is a function of the loudest heads: say how many, loudest=…")
 
     @property
     def ablation(self) -> str:
@@ -138,31 +156,50 @@ class Graph:
     @property
     def digest(self) -> str:
         """A hash of everything it says: two graphs with the same digest do the same."""
-        others = [repr(getattr(self, f.name)) for f in fields(self) if f.name != "freeze"]
+        others = [_said(getattr(self, f.name)) for f in fields(self) if f.name != "freeze"]
         return sha256(repr([sorted(map(repr, self.freeze)), *others]).encode()).hexdigest()[:16]
 
-    def beyond(self, n_layers: int, n_heads: int) -> str | None:
-        """The label of a site that a model of this size does not have, or None."""
+    @property
+    def undecided(self) -> bool:
+        """Whether a clean pass has yet to find the heads that are ablated."""
+        return self.loudest is not None and (self.then is not None or self.loudest < len(self.ablate))
+
+    def of(self, heads: Sequence[Head]) -> "Graph":
+        """The graph left with these of its heads, the loudest first, and what follows from them."""
+        cases = tuple(case for case in self.ablate if case[0] in heads)
+        if self.then is not None:
+            cases = sweep(heads) + tuple(self.then(tuple(heads)))
+        return replace(self, ablate=cases, loudest=None, then=None)
+
+    def beyond(self, structure: Any) -> str | None:
+        """The label of a site that a model of this structure does not have, or None."""
         sites = [*(site for case in self.ablate for site in case), *sorted(self.freeze, key=str)]
         sites += [Mlp(self.neurons)] if self.neurons is not None else []
-        for site in sites:
-            last = (
-                site.stop - 1
-                if isinstance(site, Layers)
-                else getattr(site, "layer", 0) + isinstance(site, Swap)
-            )
-            inside = 0 <= getattr(site, "layer", 0) <= last < n_layers
-            if not inside or getattr(site, "head", 0) not in range(n_heads):
-                return site.label
-        return None
+        sites += [self.replacement.head] if isinstance(self.replacement, OtherHead) else []
+        return next((site.label for site in sites if not _lies_in(site, structure)), None)
 
     def frozen(self, name: str, n_layers: int, n_heads: int) -> "Graph":
         """This graph with a named set of frozen sites: "none", "downstream" or "all"."""
         return replace(self, freeze=freeze_set(name, n_layers, n_heads))
 
-    def path(self, receivers: Iterable[Head | Mlp], n_layers: int, n_heads: int) -> "Graph":
-        """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live."""
-        return replace(self, freeze=freeze_set("downstream", n_layers, n_heads) - frozenset(receivers))
+    def freezing(self, sites: Iterable[Freezable]) -> "Graph":
+        """This graph with these sites frozen too."""
+        return replace(self, freeze=self.freeze | frozenset(sites))
+
+    def path(self, receivers: Iterable[Head | Attention | Mlp], n_layers: int, n_heads: int) -> "Graph":
+        """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live.
+
+        Raises:
+            UsageError: a receiver that is neither a head nor an MLP of the model.
+        """
+        every = freeze_set("downstream", n_layers, n_heads)
+        open_ones = {single for site in receivers for single in _expanded(site, n_heads)}
+        if strange := sorted(map(str, open_ones - every)):
+            raise UsageError(
+                f"{strange[0]} cannot receive: choose heads, attention layers and MLPs of layers 0 to "
+                f"{n_layers - 1} with heads 0 to {n_heads - 1}"
+            )
+        return replace(self, freeze=every - open_ones)
 
     def plan(self, structure: dict[str, Any]) -> dict[str, Any]:
         """The graph as the plain dict that travels with a job; `structure` is a Structure as a dict."""
@@ -201,8 +238,20 @@ class Variants:
         first = next(iter(self.graphs.values()), None)
         if first is None:
             raise UsageError(f"variants along {self.axis!r} need at least one graph")
+        if self.axis in VARIABLES and self.axis != "ablation":
+            raise UsageError(f"variants along {self.axis!r}: every store uses that name; choose another")
         for label, graph in self.graphs.items():
-            for name in ("ablate", "record", "neurons", "residual_norm", "attention", "target", "value_bias"):
+            for name in (
+                "ablate",
+                "loudest",
+                "then",
+                "record",
+                "neurons",
+                "residual_norm",
+                "attention",
+                "target",
+                "value_bias",
+            ):
                 if getattr(graph, name) != getattr(first, name):
                     raise UsageError(f"variants along {self.axis!r} must share {name}: {label!r} does not")
 
@@ -233,15 +282,86 @@ def one_of(what: str, value: str, valid: Mapping[str, str]) -> None:
         raise UsageError(f"{what} {value!r} is not known; choose one of {', '.join(valid)}")
 
 
+def _lies_in(site: Ablatable | Freezable, structure: Any) -> bool:
+    """Whether a model has a site."""
+    first = getattr(site, "layer", 0)
+    last = site.stop - 1 if isinstance(site, Layers) else first + isinstance(site, Swap)
+    inside = 0 <= first <= last < structure.n_layers and getattr(site, "head", 0) in range(structure.n_heads)
+    return inside and (not isinstance(site, Neuron) or site.neuron in range(structure.d_mlp))
+
+
+def _require_replacement(replacement: Replacement) -> None:
+    if isinstance(replacement, str):
+        one_of("ablation", replacement, REPLACEMENTS | {"twin": ""})
+    elif not isinstance(replacement, Replacement):
+        raise UsageError(
+            f"ablation {replacement!r} is not known; choose one of {', '.join(REPLACEMENTS)}, twin, or a Scale, "
+            "Constant, OtherHead or Reinforce with its number"
+        )
+
+
+def _require_sites(case: tuple[Ablatable, ...]) -> None:
+    """A case is a tuple of sites, none of which lies within another."""
+    if not isinstance(case, tuple | list):
+        raise UsageError(
+            f"ablate: {case} is no tuple of sites; write sweep([...]) to ablate sites one by one"
+        )
+    for index, site in enumerate(case):
+        if not isinstance(site, Ablatable):
+            raise UsageError(
+                f"{site} cannot be ablated; choose a Head, Attention, Mlp, Neuron, Layers or Swap"
+            )
+        for other in case[:index]:
+            if site == other or (site.layer == other.layer and {type(site), type(other)} in _NESTED):
+                raise UsageError(
+                    f"{other.label} and {site.label} in one case are the same place: name it once"
+                )
+
+
+_NESTED = ({Attention, Head}, {Mlp, Neuron})
+
+
+def _require_freezable(sites: frozenset[Freezable]) -> None:
+    for site in sites:
+        if not isinstance(site, Freezable):
+            raise UsageError(f"{site} cannot be frozen; choose a Head, Attention, Mlp, Norm or FinalNorm")
+
+
+def _require_recordable(graph: Graph) -> None:
+    """Attention is of one head; what takes the place of whole MLPs or swapped layers has no parts of its own."""
+    if graph.attention and not graph.heads_only:
+        raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
+    for distance in graph.attention:
+        if not isinstance(distance, int) or distance < 0:
+            raise UsageError(
+                f"attention to distance {distance!r}: give whole numbers of tokens back, from 0 on"
+            )
+    for site in (site for case in graph.ablate for site in case):
+        swapped = (site.layer, site.layer + 1) if isinstance(site, Swap) else ()
+        if swapped and graph.record == "full":
+            raise UsageError(f'{site.label}: components are not followed into swapped layers; record "sums"')
+        if graph.neurons in swapped or site == Mlp(graph.neurons):
+            raise UsageError(
+                f"{site.label} leaves layer {graph.neurons} no neurons to record: choose another layer's"
+            )
+
+
+def _said(value: Any) -> str:
+    """A field's value in words that are the same in every process."""
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else repr(value)
+
+
 def _require_possible(case: tuple[Ablatable, ...], replacement: Replacement) -> None:
-    """Whole layers are deleted or swapped, alone; only heads take another head's place or reinforce themselves."""
+    """Whole layers are deleted or swapped, alone, whatever replaces other sites; only heads take another head's place
+    or reinforce themselves."""
     for site in case:
-        if isinstance(site, Layers | Swap) and (len(case) > 1 or replacement != "zero"):
-            raise UsageError(f'{site.label}: whole layers are ablated alone and with replacement "zero"')
+        if isinstance(site, Layers | Swap) and (len(case) > 1 or replacement not in TAKING):
+            kinds = ", ".join(TAKING)
+            raise UsageError(f"{site.label}: whole layers are ablated alone, beside a replacement of {kinds}")
         if isinstance(replacement, OtherHead | Reinforce) and not isinstance(site, Head | Attention):
-            raise UsageError(f"{site.label}: {type(replacement).__name__} is for heads")
-    if isinstance(replacement, Reinforce) and len(case) > 1:
-        raise UsageError("Reinforce is for one head at a time")
+            raise UsageError(f"{site.label}: {type(replacement).__name__} is for heads; ablate heads with it")
+    if isinstance(replacement, Reinforce) and (len(case) > 1 or isinstance(case[0], Attention)):
+        raise UsageError("Reinforce is for one head at a time: let each entry of ablate be a head")
 
 
 def _expanded(site: Any, n_heads: int) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from selfrepair_nn.errors import UsageError, one_line
 
 DEFAULT_LENGTH = 128
 DEFAULT_TOKENS = 100_000
+SAMPLE_TOKENS = 16_384
 BOS = ("auto", "always", "never")
 
 _AT_ONCE = 32
@@ -127,12 +128,32 @@ def load_prompts(
     else:
         length = min(DEFAULT_LENGTH, max_length or DEFAULT_LENGTH) if length is None else length
         _check_length(length, tokens, max_length)
-        first, joint = _special_ids(tokenizer, bos, source)
+        first, joint = special_ids(tokenizer, bos, source)
         prompts = _from_text(
             open_corpus(source, split, column, revision), tokenizer, tokens, length, first, joint
         )
         _check_ids(prompts.tokens, vocab_size, prompts.source["name"])
     return prompts
+
+
+def text_prompts(structure, tokenizer, options) -> Prompts:
+    """The prompts that a run's options ask for, for a model of this structure: what a recipe without its own takes.
+
+    Arguments are those of a recipe's `prompts`. Errors as in `load_prompts`.
+    """
+    sample = isinstance(options.prompts, str) and options.prompts == SAMPLE
+    return load_prompts(
+        options.prompts,
+        tokenizer,
+        tokens=options.tokens or (SAMPLE_TOKENS if sample else None),
+        length=options.length,
+        bos=options.bos,
+        split=options.split,
+        column=options.column,
+        revision=options.prompts_revision,
+        vocab_size=structure.vocab_size,
+        max_length=structure.max_length,
+    )
 
 
 def partners(n: int, seed: int) -> np.ndarray:
@@ -154,9 +175,14 @@ def partners(n: int, seed: int) -> np.ndarray:
         )
     bits, own = np.random.PCG64(seed), np.arange(n)
     while True:
-        drawn = np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
+        drawn = shuffled(bits, n)
         if not np.any(drawn == own):
             return drawn
+
+
+def shuffled(bits: np.random.PCG64, n: int) -> np.ndarray:
+    """The numbers 0 to n - 1 in random order: int64 [n]. The next n raw draws are used up."""
+    return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
 
 
 def load_partners(source, n: int) -> np.ndarray:
@@ -248,7 +274,7 @@ def _read_ids(source, what: str) -> tuple[str, np.ndarray]:
 # Text, packed
 
 
-def _special_ids(tokenizer, bos: str, source) -> tuple[int | None, int | None]:
+def special_ids(tokenizer, bos: str, source) -> tuple[int | None, int | None]:
     """Ids that begin a row and that join two documents; None where there is none. Id 0 is a real token."""
     if tokenizer is None:
         raise UsageError(f"{source or SAMPLE} is text: give a tokenizer with it, or a .npy file of token ids")

@@ -107,10 +107,10 @@ class Recipe:
             raise UsageError(
                 f"recipe {str(self.path)!r} ablates nothing: each entry of ablate names a site or more"
             )
-        if beyond := graph.beyond(structure.n_layers, structure.n_heads):
+        if beyond := graph.beyond(structure):
             raise UsageError(
                 f"recipe {str(self.path)!r} names {beyond}: the model has layers 0 to {structure.n_layers - 1} "
-                f"of heads 0 to {structure.n_heads - 1}"
+                f"of heads 0 to {structure.n_heads - 1} and neurons 0 to {structure.d_mlp - 1}"
             )
 
 

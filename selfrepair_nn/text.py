@@ -6,8 +6,22 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis import SHARE, by_head, by_layer, compare_paper, most_repaired, percent
+from selfrepair_nn.analysis import (
+    HEADS,
+    SHARE,
+    axis_of,
+    by_case,
+    by_head,
+    by_layer,
+    by_variant,
+    compare_paper,
+    most_repaired,
+    percent,
+    reinforcement_by_head,
+    strongest_responses,
+)
 from selfrepair_nn.components import Head
+from selfrepair_nn.variables import SWEEP
 
 WIDTH = 100
 COLUMNS = {
@@ -34,8 +48,14 @@ def summary(ds: xr.Dataset, share: float = SHARE) -> str:
     """What a user sees after a run: plain text of at most 100 columns; `ds` is a store or its summary.
 
     One line per layer with something done, means over its heads on their top share in logits (Equation 2);
-    the most repaired heads, the noise floor and the worst closure. Errors as in `by_head`.
+    the most repaired heads, the noise floor and the worst closure. Of a store of cases one line per case; of one of
+    several variants one line per variant, means over all heads; of one of reinforced heads those that respond to their
+    own write. Errors as in `by_head`.
     """
+    if "edited_position" in ds.coords:
+        return _of_reinforced(ds)
+    if "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
+        return _of_others(ds, share)
     heads = by_head(ds, share)
     layers = by_layer(heads, share)
     layers = layers.isel(layer=np.flatnonzero(layers.heads.values))
@@ -49,6 +69,49 @@ def summary(ds: xr.Dataset, share: float = SHARE) -> str:
     best = most_repaired(heads, 5, share)
     closing = [f"most repaired: {_ranking(best)}", f"{noise(heads)}, worst |closure| {worst_closure(heads)}"]
     return "\n".join([*opening, *rows, *closing])
+
+
+def _of_reinforced(ds: xr.Dataset) -> str:
+    """The heads that are self-repressing and self-reinforcing, the strongest first, at most ten of each."""
+    found = reinforcement_by_head(ds)
+    opening = textwrap.wrap(f"{title(found)}: {basis(found, top=False)}", WIDTH)
+    if not (found.tokens > 0).any():
+        return "\n".join([*opening, "nothing is done yet"])
+    scales = ", ".join(f"{scale:g}" for scale in found["scale"].values)
+    told = f"Slope of the change of direct effect on the direct effect, at scales {scales}:"
+    lines = [*opening, "", told]
+    for kind, count in {"self-repressing": 10, "self-reinforcing": -10}.items():
+        best = strongest_responses(found, count)
+        lines.append(
+            f"{kind}: {int((found.kind == -np.sign(count)).sum())} of {int((found.tokens > 0).sum())} heads"
+        )
+        for i, label in enumerate(labels(best)):
+            lines.append(
+                f"  {label:<8}" + "".join(f"{value:+9.3f}" for value in best.slope.isel(rank=i).values)
+            )
+    return "\n".join([*lines, "", noise(found)])
+
+
+def _of_others(ds: xr.Dataset, share: float) -> str:
+    """The summary of a store of cases, or of variants."""
+    if "case" in ds.dims:
+        along, found = "case", by_case(ds, share)
+        what, rows = "Means", found
+    else:
+        along, found = axis_of(ds), by_variant(ds, share)
+        what, rows = "Means over all heads", found[list(COLUMNS.values())].mean(HEADS)
+    opening = textwrap.wrap(f"{title(found)}: {basis(found)}", WIDTH)
+    if not (found.tokens > 0).any():
+        return "\n".join([*opening, "nothing is done yet"])
+    means = f"{what} on the top {percent(share)} of tokens by direct effect, in logits:"
+    labels = [str(label) for label in found[along].values]
+    width = max(map(len, [along, *labels]))
+    table = [along.ljust(width) + "".join(f"{name:>15}" for name in COLUMNS)]
+    for i, label in enumerate(labels):
+        one = rows.isel({along: i})
+        table.append(label.ljust(width) + "".join(f"{number(float(one[n])):>15}" for n in COLUMNS.values()))
+    closing = f"{noise(found)}, worst |closure| {worst_closure(found)}"
+    return "\n".join([*opening, "", means, *table, "", closing])
 
 
 def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
@@ -77,10 +140,17 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
 
 def title(ds: xr.Dataset) -> str:
     """Model and ablation, as far as the store tells, and what is frozen if anything is."""
-    ablation = f"{ds.attrs['ablation']} ablation" if "ablation" in ds.attrs else "ablation not recorded"
     frozen = ds.attrs.get("freeze", "none")
-    parts = [model(ds), ablation, *([f"frozen: {frozen}"] if frozen != "none" else [])]
+    parts = [model(ds), ablation(ds), *([f"frozen: {frozen}"] if frozen != "none" else [])]
     return ", ".join(parts)
+
+
+def ablation(ds: xr.Dataset) -> str:
+    """What was done to a site, in words."""
+    done = str(ds.attrs.get("ablation", "")).split(", ")
+    if done[0].startswith("reinforce"):
+        return f"heads reinforced by {', '.join(each.split('_')[-1] for each in done)} × their own write"
+    return f"{', '.join(done)} ablation" if "ablation" in ds.attrs else "ablation not recorded"
 
 
 def model(ds: xr.Dataset) -> str:
@@ -92,7 +162,8 @@ def model(ds: xr.Dataset) -> str:
 def basis(heads: xr.Dataset, top: bool = True) -> str:
     """What the means of a summary are over: heads, tokens, top share, target; and how much is done."""
     number = int((heads.tokens > 0).sum())
-    parts = [f"{number} head{'s' * (number != 1)}", f"{_span(heads.tokens)} tokens each"]
+    site = "case" if "case" in heads.dims else "head"
+    parts = [f"{number} {site}{'s' * (number != 1)}", f"{_span(heads.tokens)} tokens each"]
     if top:
         parts.append(f"{_span(heads.top_tokens)} in the top {percent(heads.attrs['share'])}")
     parts.append(f"{heads.attrs.get('target', 'unknown')} target")
@@ -114,7 +185,8 @@ def noise(heads: xr.Dataset) -> str:
 
 
 def worst_closure(heads: xr.Dataset) -> str:
-    values = heads.worst_closure.values[(heads.tokens > 0).values]
+    values = heads.worst_closure.where(heads.tokens > 0).values
+    values = values[np.isfinite(values)]
     return f"{values.max():.1g} logits" if values.size else "unknown"
 
 

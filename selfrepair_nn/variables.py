@@ -67,6 +67,8 @@ _ALL = (
     Variable("case_layer", ("case",), "1", "layer of the case", "First layer that the case ablates.", "int"),
     Variable("other", TOKEN, "1", "other token id", "Token whose logit is subtracted from the target's.", "int"),
     Variable("other_text", TOKEN, "1", "other token", "That token, as text.", "string"),
+    Variable("twin", TOKEN, "1", "token id of the twin", "Token at this position of the minimally different text whose activations replace under twin ablation.", "int"),
+    Variable("twin_text", TOKEN, "1", "token of the twin", "That token, as text.", "string"),
     Variable("edited_position", ("prompt",), "1", "edited position", "Position at which the head's write is added again.", "int"),
     Variable("distance", ("distance",), "1", "distance", "How many tokens back the attention goes.", "int"),
     Variable("rank", ("rank",), "1", "rank", "Place among the token's most repairing neurons, from 0.", "int"),

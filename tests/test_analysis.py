@@ -9,6 +9,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from made import hand_made
 
 from selfrepair_nn import blocks
 from selfrepair_nn.analysis import MEANS, by_head, by_layer, done_share, most_repaired, top_share
@@ -31,18 +32,6 @@ def part(ds):
     done = np.arange(8) < np.array([[8, 5, 0], [1, 2, 8], [8, 8, 8], [8, 8, 8]])[..., None]
     heads = [Head(i, j) for i in range(4) for j in range(3) if (i, j) != (3, 1)]
     return unfinished(ds, heads, done)
-
-
-def hand_made(effects, **others) -> xr.Dataset:
-    """A store of one head from lists [prompt][position]; what is not given is 0."""
-    effects = np.array(effects, dtype=float)[None, None]
-    values = {name: np.zeros_like(effects) for name in (*MEANS, "closure")} | {"direct_effect": effects}
-    values |= {name: np.array(value, dtype=float)[None, None] for name, value in others.items()}
-    done = np.ones(effects.shape[:3], bool)
-    return xr.Dataset(
-        {name: (SWEEP, value) for name, value in values.items()}
-        | {"done": (SWEEP[:3], done), "selected": (SWEEP[:2], done.all(2)), "noise_floor": ("layer", [0.01])}
-    )
 
 
 def naive_top(effects: np.ndarray, done: np.ndarray, share: float) -> np.ndarray:

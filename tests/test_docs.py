@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from selfrepair_nn.cli import cli
+from selfrepair_nn.figures import FIGURES
 from selfrepair_nn.variables import VARIABLES
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,14 @@ def test_readme_shows_the_recipe_as_it_is():
     shown = (ROOT / "README.md").read_text()
     lines = (ROOT / "recipes" / "heads.py").read_text().rstrip().splitlines()
     assert "\n".join(f"    {line}" if line else "" for line in lines) in shown
+
+
+@pytest.mark.parametrize("name", [*FIGURES, "paper_comparison"])
+def test_gallery_shows_every_figure_small_and_with_its_command(name):
+    image = ROOT / "docs" / "figures" / f"{name}.png"
+    assert image.stat().st_size < 200_000
+    section = next(s for s in (ROOT / "docs" / "gallery.md").read_text().split("\n## ") if image.name in s)
+    assert f"--figure {name}\n" in section or "selfrepair compare-paper" in section
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def page(ds):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr("selfrepair_nn.report._figure", lambda *_: "")
+    monkeypatch.setattr("selfrepair_nn.report.figures.drawn", lambda *_, **__: ())
 
 
 def test_the_tables_hold_the_numbers(ds, page):
@@ -93,7 +93,7 @@ def test_the_text_holds_the_facts(ds, page):
 
 def test_the_figures_are_inside(page):
     images = [value for tag, name, value in Page(page).attributes if (tag, name) == ("img", "src")]
-    assert len(images) == 2
+    assert len(images) == 5
     for image in images:
         kind, _, data = image.partition(",")
         assert kind == "data:image/svg+xml;base64"

@@ -3,14 +3,26 @@
 Only what is marked `done` counts. All means are taken in float64. A store may be larger than memory.
 """
 
+from selfrepair_nn.analysis.contrast import contrast_by_head
+from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by_head
+from selfrepair_nn.analysis.ioi import backups, name_movers
+from selfrepair_nn.analysis.neurons import (
+    erasure_neurons,
+    neuron_changes,
+    neuron_consistency,
+    neuron_sparsity,
+)
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
+from selfrepair_nn.analysis.reinforcement import CONFIDENCE, reinforcement_by_head, strongest_responses
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
+from selfrepair_nn.analysis.scales import scale_by_head, token_variants
 from selfrepair_nn.analysis.summaries import (
     HEADS,
     MEANS,
     SHARE,
+    by_case,
     by_head,
     by_layer,
     done_share,
@@ -19,24 +31,45 @@ from selfrepair_nn.analysis.summaries import (
     percent,
     top_share,
 )
+from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
 
 __all__ = [
+    "CONFIDENCE",
     "FATES",
     "HEADS",
+    "KINDS",
+    "LEAST",
     "MEANS",
     "QUANTITIES",
     "SHARE",
+    "axis_of",
+    "backups",
+    "by_case",
     "by_head",
+    "by_kind",
     "by_layer",
+    "by_variant",
     "compare_paper",
+    "contrast_by_head",
+    "differences",
     "done_share",
+    "erasure_neurons",
+    "induction_by_head",
     "most_repaired",
+    "name_movers",
+    "neuron_changes",
+    "neuron_consistency",
+    "neuron_sparsity",
     "norm_by_head",
     "only",
     "percent",
     "references",
+    "reinforcement_by_head",
+    "scale_by_head",
     "strongest_repairs",
+    "strongest_responses",
     "token_noise",
+    "token_variants",
     "top_share",
     "who_repairs",
 ]

@@ -13,6 +13,7 @@ FATES = {
     "under": "repaired in part",
     "over": "repaired beyond the direct effect",
 }
+STATISTICS = ("correlation", *FATES, "tokens")
 
 
 def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
@@ -37,7 +38,7 @@ def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.
     check_share(share)
     check_store(ds)
     heads = by_head(ds, share)
-    cases = _loudest(heads, count)
+    cases = loudest(heads, count)
     names = ("direct_effect", "logit_change")
     done = np.repeat(done_cases(ds)[cases][..., None], ds.sizes["position"], axis=2)
     effect, change = (np.where(done, tokens_of(ds, name, cases), np.nan) for name in names)
@@ -49,12 +50,12 @@ def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.
     found |= {d: ("rank", heads[d].values[at]) for d, at in place.items()}
     for prefix, counted in (("", done), ("top_", top)):
         rows = [_together(x[c], y[c]) for x, y, c in zip(effect, change, counted, strict=True)]
-        found |= {prefix + name: ("rank", [row[name] for row in rows]) for name in rows[0]}
+        found |= {prefix + name: ("rank", [row[name] for row in rows]) for name in STATISTICS}
     return _describe(xr.Dataset(found, attrs=heads.attrs))
 
 
-def _loudest(heads: xr.Dataset, count: int) -> np.ndarray:
-    """The cases of these heads, the largest mean direct effect first."""
+def loudest(heads: xr.Dataset, count: int) -> np.ndarray:
+    """The cases of the heads that `token_noise` takes, the largest mean direct effect first: [rank]."""
     known = (heads.tokens > 0).values
     if known.sum() > count:
         n_layers = heads.attrs.get("n_layers", int(heads["layer"].max()) + 1)

@@ -1,9 +1,11 @@
 """What each head and each layer do on average, over all tokens and over the top share."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, largest, ratios, read
+from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, largest, ratios, read, sites
 from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import SWEEP, VARIABLES
@@ -38,7 +40,7 @@ def only(ds: xr.Dataset, layers: str | None = None, heads: str | None = None) ->
     Raises:
         UsageError: a specification is misspelt or leaves nothing, or `ds` is not a store of the heads recipe.
     """
-    check_store(ds)
+    require(ds, (*REQUIRED, *HEADS))
     wanted = select_heads(layers, heads, *(ds.attrs.get(f"n_{d}s", int(ds[d].max()) + 1) for d in HEADS))
     named = [[Head(i, j) in wanted for j in ds["head"].values] for i in ds["layer"].values]
     chosen = ds.selected & xr.DataArray(named, dims=HEADS)
@@ -89,13 +91,35 @@ def by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     if "top_self_repair" in ds:
         return _same_share(ds, share)
     check_store(ds)
-    shape = [ds.sizes[d] for d in HEADS]
-    found = {name: (HEADS, values.reshape(shape)) for name, values in _summed_up(ds, share).items()}
-    heads = xr.Dataset(found, {d: ds[d].variable for d in HEADS if d in ds.coords}, ds.attrs)
+    return _by_site(ds, share)
+
+
+def by_case(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
+    """What `by_head` gives, over (case): where several heads are ablated at once, or layers, or MLPs.
+
+    `case_layer` is the first layer that each ablates. Memory and errors as in `by_head`.
+    """
+    check_share(share)
+    if "top_self_repair" in ds:
+        return _same_share(ds, share)
+    if "case" not in ds.dims:
+        raise UsageError("this store has no cases, but a grid of heads: use by_head")
+    require(ds, REQUIRED)
+    check_axes(ds)
+    return _by_site(ds, share)
+
+
+def _by_site(ds: xr.Dataset, share: float) -> xr.Dataset:
+    dims = sites(ds)
+    shape = [ds.sizes[d] for d in dims]
+    found = {name: (dims, values.reshape(shape)) for name, values in _summed_up(ds, share).items()}
+    labels = {name: ds[name].variable for name in (*dims, "case_layer") if name in ds.coords}
+    heads = xr.Dataset(found, labels, ds.attrs)
     heads = heads.assign(selected=ds.selected.variable.load(), noise_floor=_noise_floor(ds))
     heads = heads.assign(_derived(heads, "") | _derived(heads, "top_"))
     sizes = {"prompts": ds.sizes["prompt"], "positions": ds.sizes["position"]}
-    return _describe(heads, share).assign_attrs(share=share, done_share=float(done_share(ds).mean()), **sizes)
+    done = float(((ds.done & ds.selected).mean("prompt").where(ds.selected)).mean())
+    return _describe(heads, share).assign_attrs(share=share, done_share=done, **sizes)
 
 
 def by_layer(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
@@ -174,9 +198,9 @@ def _derived(heads: xr.Dataset, prefix: str) -> dict[str, xr.DataArray]:
 
 
 def _noise_floor(ds: xr.Dataset) -> xr.Variable:
-    known = "noise_floor" in ds
-    values = ds.noise_floor.values.astype(float) if known else np.full(ds.sizes["layer"], np.nan)
-    return xr.Variable("layer", values, VARIABLES["noise_floor"].attributes)
+    along, known = sites(ds)[0], "noise_floor" in ds
+    values = ds.noise_floor.values.astype(float) if known else np.full(ds.sizes[along], np.nan)
+    return xr.Variable(along, values, VARIABLES["noise_floor"].attributes)
 
 
 def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
@@ -208,10 +232,20 @@ def check_share(share: float) -> None:
 
 def check_store(ds: xr.Dataset) -> None:
     """Raise UsageError unless `ds` is a store of single ablated heads, without an axis of variants."""
-    missing = [name for name in (*REQUIRED, *HEADS) if name not in ds.variables and name not in ds.dims]
+    require(ds, (*REQUIRED, *HEADS))
+    check_axes(ds)
+
+
+def require(ds: xr.Dataset, names: Iterable[str]) -> None:
+    """Raise UsageError unless `ds` has these variables or dimensions."""
+    missing = [name for name in names if name not in ds.variables and name not in ds.dims]
     if missing:
         raise UsageError(f"this is not a store of the heads recipe: it lacks {', '.join(missing)}")
-    if axes := ", ".join(map(str, set(ds.logit_change.dims) - set(SWEEP))):
+
+
+def check_axes(ds: xr.Dataset) -> None:
+    """Raise UsageError if `ds` has an axis of variants."""
+    if axes := ", ".join(map(str, set(ds.logit_change.dims) - {"case", *SWEEP})):
         raise UsageError(f"this store has several values of {axes}: choose one, as ds.sel({axes}=…)")
 
 

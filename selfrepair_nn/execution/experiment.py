@@ -1,5 +1,6 @@
 """From a user's choices to everything a run needs to know, before any weight is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -10,19 +11,20 @@ import numpy as np
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.plan import Work, default_block
-from selfrepair_nn.graph import Graph, Reinforce, Replacement, Variants
+from selfrepair_nn.graph import Graph, Reinforce, Variants
 from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, load_tokenizer
 from selfrepair_nn.options import Options
-from selfrepair_nn.prompts import SAMPLE, Prompts, load_partners, load_prompts, partners, token_texts
+from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
 from selfrepair_nn.recipe import Recipe, find_recipe
 from selfrepair_nn.variables import CLEAN, COMPONENT, NEURON, RANKS, SWEPT, Variable
-
-SAMPLE_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe, applied: what is run on which prompts. `partners` is None where nothing is resampled."""
+    """A recipe, applied: what is run on which prompts. `partners` is None where nothing is resampled.
+
+    `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads.
+    """
 
     recipe: Recipe
     options: Options
@@ -30,6 +32,7 @@ class Experiment:
     tokenizer: Any
     prompts: Prompts
     partners: np.ndarray | None
+    asked: tuple[Graph, ...]
     work: Work
 
     @property
@@ -46,6 +49,16 @@ class Experiment:
     def heads(self) -> tuple[Head, ...]:
         """The ablated heads of a grid, in the order of the cases."""
         return tuple(case[0] for case in self.graph.ablate)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a clean pass has yet to find the heads that are ablated."""
+        return self.graph.undecided
+
+    def of(self, heads: Sequence[Head]) -> "Experiment":
+        """The same with only these of its heads, the loudest first, and what follows from them."""
+        variants = {label: graph.of(heads) for label, graph in self.work.variants.items()}
+        return replace(self, work=replace(self.work, variants=variants))
 
     @property
     def layers(self) -> list[int]:
@@ -90,8 +103,8 @@ class Experiment:
             "partners": None
             if self.partners is None
             else sha256(self.partners.astype("<i8").tobytes()).hexdigest(),
-            "heads": self.graph.labels,
-            "graph": [self.work.axis, *(graph.digest for graph in self.work.graphs)],
+            "heads": self.asked[0].labels,
+            "graph": [self.work.axis, *(graph.digest for graph in self.asked)],
             "ablation": self.ablation,
             "target": self.graph.target,
             "value_bias": self.graph.value_bias,
@@ -138,6 +151,9 @@ class Experiment:
             "partner": np.full(n, -1) if self.partners is None else self.partners,
             "ablation": self.ablation,
         }
+        if self.prompts.twin is not None:
+            found["twin"] = self.prompts.twin[:, :-1]
+            found["twin_text"] = token_texts(self.tokenizer, found["twin"])
         if self.prompts.other is not None:
             found["other"] = self.prompts.other
             found["other_text"] = token_texts(self.tokenizer, self.prompts.other)
@@ -236,12 +252,13 @@ def prepare(recipe: str, options: Options) -> Experiment:
         description = describe(options.model, options.revision)
         tokenizer = load_tokenizer(description.source)
     structure = description.structure
-    prompts = found.prompts(structure, tokenizer, options) or _prompts(options, description, tokenizer)
+    prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)
     axis, graphs = _variants(found.graph(structure, options), prompts)
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows)
-    lent = _partners(options, prompts.n, {graph.replacement for graph in work.graphs})
-    return Experiment(found, options, description, tokenizer, prompts, lent, work)
+    lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])
+    asked = tuple(work.graphs)
+    return Experiment(found, options, description, tokenizer, prompts, lent, asked, work)
 
 
 def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, dict[Any, Graph]]:
@@ -257,27 +274,11 @@ def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, di
     return (found.axis if isinstance(found, Variants) else None), dict(graphs)
 
 
-def _prompts(options: Options, description: Description, tokenizer: Any) -> Prompts:
-    sample = isinstance(options.prompts, str) and options.prompts == SAMPLE
-    return load_prompts(
-        options.prompts,
-        tokenizer,
-        tokens=options.tokens or (SAMPLE_TOKENS if sample else None),
-        length=options.length,
-        bos=options.bos,
-        split=options.split,
-        column=options.column,
-        revision=options.prompts_revision,
-        vocab_size=description.structure.vocab_size,
-        max_length=description.structure.max_length,
-    )
-
-
-def _partners(options: Options, n: int, replacements: set[Replacement]) -> np.ndarray | None:
-    if "resample" not in replacements:
+def _partners(options: Options, n: int, ablations: list[str]) -> np.ndarray | None:
+    if "resample" not in ablations:
         if options.partners is not None:
             raise UsageError(
-                f"partners are for resample ablation: leave them out with ablation {options.ablation!r}"
+                f"partners are for resample ablation: leave them out with ablation {ablations[0]!r}"
             )
         return None
     return partners(n, options.seed) if options.partners is None else load_partners(options.partners, n)

@@ -1,7 +1,7 @@
 """A graph over prompts, cut into units of work; and what they will cost before anything runs."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,10 +66,12 @@ class Work:
 
         Returns units, passes (ablated), tokens (in clean passes), ablated_tokens (in ablated ones), flops,
         store_bytes (before compression). A token costs two operations for each parameter of the layers it runs
-        through; an ablated pass runs through the layers from its own on.
+        through; an ablated pass runs through the layers from its own on. Where a clean pass has yet to find the
+        heads, this is the cost of the first ones: of others it is less.
         """
-        s, tokens, cases = self.structure, self.prompts * self.length, len(self.graph.ablate)
-        starts = Counter(min(site.layer for site in case) for case in self.graph.ablate)
+        s, tokens, ablated = self.structure, self.prompts * self.length, self._first_cases
+        cases = len(ablated)
+        starts = Counter(min(site.layer for site in case) for case in ablated)
         per_pass = max(1, self.rows // (self.block * self.length))
         clean_passes = sum(2 if graph.replacement in ("resample", "twin") else 1 for graph in self.graphs)
         depth = sum(count * (s.n_layers - layer - s.parallel) for layer, count in starts.items())
@@ -84,6 +86,14 @@ class Work:
             "flops": 2 * s.layer_parameters * tokens * (clean_passes + len(self.graphs) * depth / s.n_layers),
             "store_bytes": stored * self.prompts * (self.length - 1) * np.dtype(precision).itemsize,
         }
+
+    @property
+    def _first_cases(self) -> Sequence[tuple[Any, ...]]:
+        """The cases; where heads are yet to be found, those that there would be of the first ones."""
+        graph = self.graph
+        if not graph.undecided:
+            return graph.ablate
+        return graph.of([case[0] for case in graph.ablate[: graph.loudest]]).ablate
 
     def _values_per_token(self, cases: int) -> int:
         """How many numbers the store holds for each token, what is not written included."""

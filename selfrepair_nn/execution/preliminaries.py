@@ -1,5 +1,6 @@
-"""What must be known of the whole run before its first unit: the noise floor, mean activations, the top share."""
+"""What must be known of the whole run before its first unit: the heads, the noise floor, means, the top share."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,16 @@ from selfrepair_nn.graph import Graph, sweep
 
 KEPT = {Head: "z", Mlp: "mlp", Neuron: "hidden"}
 """What the mean replaces of a kind of site."""
+
+
+def loudest(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> list[Head]:
+    """The heads of largest mean direct effect over all prompts, as many as the graph asks for. Clean passes only."""
+    plan = experiment.graph.plan(layout)
+    sums = {
+        start: effects.sum(1, dtype=float) for start, effects in _direct_effects(experiment, plan, runner)
+    }
+    order = np.argsort(-sum(sums[start] for start in sorted(sums)), kind="stable")[: experiment.graph.loudest]
+    return [experiment.heads[case] for case in order]
 
 
 def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> np.ndarray:
@@ -62,16 +73,23 @@ def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> di
 
 def top_thresholds(experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:
     """The least direct effect in each case's top share over the whole run: [case]. Clean passes only."""
-    from selfrepair_nn.tracing.jobs import effects_job
-
     keep = max(1, int(experiment.options.share * experiment.prompts.n * (experiment.prompts.length - 1)))
-    shapes = {"direct_effect": ("case", "prompt", experiment.prompts.length - 1)}
-    units = [
-        Unit("direct effects", effects_job, block, plan, experiment.arrays, shapes)
-        for block in experiment.work.units
-    ]
     best = np.empty((len(experiment.graph.ablate), 0))
-    for _, found in runner(units):
-        best = np.concatenate([best, found["direct_effect"].flatten(1).numpy()], axis=1)
+    for _, effects in _direct_effects(experiment, plan, runner):
+        best = np.concatenate([best, effects], axis=1)
         best = -np.partition(-best, min(keep, best.shape[1]) - 1, axis=1)[:, :keep]
     return best.min(axis=1)
+
+
+def _direct_effects(
+    experiment: Experiment, plan: dict[str, Any], runner: Backend
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Every unit's first prompt and clean direct effects [case, token], in any order."""
+    from selfrepair_nn.tracing.jobs import effects_job
+
+    shapes = {"direct_effect": ("case", "prompt", experiment.prompts.length - 1)}
+    name = f"direct effects of {len(plan['cases'])}"
+    blocks = experiment.work.units
+    units = [Unit(name, effects_job, block, plan, experiment.arrays, shapes) for block in blocks]
+    for unit, found in runner(units):
+        yield unit.prompts.start, found["direct_effect"].flatten(1).numpy()

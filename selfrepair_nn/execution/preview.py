@@ -24,7 +24,7 @@ def preview_of(experiment: Experiment) -> dict[str, Any]:
         "store": str(experiment.path),
         "model": f"{experiment.description.source.name} ({structure.n_layers} layers x {structure.n_heads} heads)",
         "prompts": f"{prompts.n} of {prompts.length} tokens from {prompts.source['name']}",
-        "heads": f"{len(experiment.heads)}, {experiment.options.ablation} ablation",
+        "heads": f"{_count(experiment)}, {experiment.options.ablation} ablation",
         "block": experiment.work.block,
     } | experiment.work.cost(experiment.precision)
 
@@ -32,6 +32,11 @@ def preview_of(experiment: Experiment) -> dict[str, Any]:
 def large(found: dict[str, Any]) -> bool:
     """Whether a plan is one that a server's owner would want to be asked about."""
     return any(found[name] > limit for name, limit in LARGE.items())
+
+
+def _count(experiment: Experiment) -> str:
+    number = len(experiment.heads)
+    return f"the {experiment.graph.loudest} loudest of {number}" if experiment.undecided else str(number)
 
 
 def preview_text(found: dict[str, Any]) -> str:

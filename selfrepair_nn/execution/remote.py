@@ -112,6 +112,13 @@ def greeting(layout: dict[str, Any]) -> Unit:
     )
 
 
+def departing(server: Server, options: Options, model: Model, ledger: Ledger) -> Flight:
+    """The backend for a server, which answers. Raises Fault as the server says."""
+    served = ServedModel(server, model)
+    require_ready(served, model.name)
+    return Flight(served, ledger, options.in_flight, options.patience, say)
+
+
 def connected(options: Options, model: Model, store: Any, ledger: Ledger) -> Flight:
     """The backend for a store: the server answers, runs the model, and computes in what the store was begun with.
 
@@ -119,9 +126,8 @@ def connected(options: Options, model: Model, store: Any, ledger: Ledger) -> Fli
         Fault: as the server says.
         StoreError: the server computes in another dtype than before.
     """
-    served = ServedModel(server_of(options), model)
-    require_ready(served, model.name)
-    flight = Flight(served, ledger, options.in_flight, options.patience, say)
+    server = server_of(options)
+    flight = departing(server, options, model, ledger)
     dtype = str(only(flight, greeting(model.layout))["residual"].dtype).removeprefix("torch.")
     known = store.attributes.get("dtype")
     if known not in (model.dtype, dtype):
@@ -129,9 +135,9 @@ def connected(options: Options, model: Model, store: Any, ledger: Ledger) -> Fli
             f"{str(store.path)!r} was begun on a server that computes in {known}, this one computes in {dtype}: "
             "choose another --out"
         )
-    versions = served.server.environment()
+    versions = server.environment()
     store.annotate(
-        dtype=dtype, server={"host": served.server.host} | {n: versions[n] for n in SHARED if n in versions}
+        dtype=dtype, server={"host": server.host} | {n: versions[n] for n in SHARED if n in versions}
     )
     return flight
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from selfrepair_nn import provenance
+from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageError
 from selfrepair_nn.execution.backends import Backend, backend
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.interruption import interruptible
-from selfrepair_nn.execution.preliminaries import means, noise_floor, top_thresholds
+from selfrepair_nn.execution.preliminaries import loudest, means, noise_floor, top_thresholds
 from selfrepair_nn.execution.preview import large, preview_of, preview_text
 from selfrepair_nn.execution.units import PACKED, Unit, ablation_shapes
 from selfrepair_nn.models.load import Model, load_described, structure_only
@@ -59,11 +61,49 @@ def run(
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with _only_writer(experiment.path):
+        if experiment.undecided and not experiment.path.exists():
+            experiment = _decided(experiment)
         store = _open_or_create(experiment, command or _call(recipe, choices))
-        experiment = replace(experiment, work=replace(experiment.work, block=store.prompts_per_chunk))
+        experiment = _as_stored(experiment, store)
         if not all(_finished(store, experiment)):
             _run(store, experiment, progress)
     return open_store(experiment.path)
+
+
+def _decided(experiment: Experiment) -> Experiment:
+    """The experiment with the heads that a clean pass finds, and with the model that ran it."""
+    model = _loaded(experiment)
+    heads = loudest(experiment, model.layout, _first_runner(experiment, model))
+    options = experiment.options if experiment.options.served else replace(experiment.options, model=model)
+    return replace(experiment.of(heads), options=options)
+
+
+def _first_runner(experiment: Experiment, model: Model) -> Backend:
+    """The backend before there is a store: the same run asks the server for the same jobs again."""
+    o = experiment.options
+    if not o.served:
+        return backend(o.backend, model)
+    from selfrepair_nn.execution.remote import departing, server_of
+
+    run = sha256(json.dumps(experiment.settings).encode()).hexdigest()
+    return departing(server_of(o), o, model, Ledger(ledger_path(experiment.path), run))
+
+
+def _as_stored(experiment: Experiment, store: Store) -> Experiment:
+    """The experiment in the units of its store, with the heads that were found when that was begun."""
+    experiment = replace(experiment, work=replace(experiment.work, block=store.prompts_per_chunk))
+    if not experiment.undecided:
+        return experiment
+    return experiment.of(_found_heads(store, experiment))
+
+
+def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
+    """The heads that a clean pass found; where more follows from them they are the first cases, the loudest first."""
+    if experiment.graph.then is None:
+        layers, heads = store.read("layer"), store.read("head")
+        return [Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))]
+    s, labels = experiment.description.structure, store.read("case")[: experiment.graph.loudest]
+    return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
 
 
 def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
@@ -266,8 +306,13 @@ def _short(value: Any) -> str:
 
 
 def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
-    options, structure = experiment.options, experiment.description.structure
-    return {
+    options, structure, neurons = (
+        experiment.options,
+        experiment.description.structure,
+        experiment.graph.neurons,
+    )
+    recorded = {} if neurons is None else {"recorded_mlp": Mlp(neurons).label}
+    return recorded | {
         "title": f"{experiment.recipe.name} of {experiment.description.source.name}",
         "recipe": experiment.recipe.name,
         "model": experiment.description.source.name,

@@ -2,7 +2,8 @@
 
 `draw` draws one by name, `save` writes it, `plot` does both for several. Datasets are a store, a list of stores, or a
 mapping from legend to them; a summary by `analysis.by_head` stands for its store where nothing else is needed. Each
-file says in TAKES what that is: a "summary", a store's single "tokens", or its "components" too.
+file says in TAKES what that is: a "summary", a store's single "tokens", or its "components" or "neurons" too, all of
+a store of one graph over heads; or the dimension along which a store's variants or cases lie.
 `paper_comparison` stands apart: its second dataset ships with the package.
 """
 
@@ -14,11 +15,27 @@ from matplotlib.figure import Figure
 from selfrepair_nn.analysis import SHARE
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import (
+    ablation_kinds,
+    contrast,
     direct_effect_vs_logit_change,
     distance_by_layer,
+    erasure_neurons,
+    freeze,
+    freeze_norms,
+    induction,
+    ioi,
+    layer_position,
+    neuron_changes,
+    neuron_consistency,
+    neuron_sparsity,
+    norm_scale,
     norm_share,
+    path_patching,
+    reinforced_heads,
     repair_graph,
     repair_map,
+    residual_norm,
+    self_reinforcement,
     self_repair_by_layer,
     token_noise,
 )
@@ -36,19 +53,40 @@ _MODULES = {
         norm_share,
         repair_map,
         repair_graph,
+        erasure_neurons,
+        neuron_sparsity,
+        neuron_changes,
+        neuron_consistency,
+        induction,
+        ioi,
+        contrast,
+        norm_scale,
+        residual_norm,
+        ablation_kinds,
+        freeze,
+        freeze_norms,
+        path_patching,
+        self_reinforcement,
+        reinforced_heads,
+        layer_position,
     )
 }
+_AXES = ("ablation", "frozen", "norm", "receiver", "scale", "case")
 _HAVE = {
-    "summary": lambda ds: True,
-    "tokens": lambda ds: "position" in ds.dims,
-    "components": lambda ds: "component_change" in ds,
-}
+    "summary": lambda ds: not {*_AXES} & {*ds.dims},
+    "tokens": lambda ds: "position" in ds.dims and not {*_AXES} & {*ds.dims},
+    "components": lambda ds: "component_change" in ds and not {*_AXES} & {*ds.dims},
+    "neurons": lambda ds: "neuron_change" in ds,
+    "attention": lambda ds: "attention" in ds or "induction" in ds,
+    "movers": lambda ds: "case" in ds.dims and "other" in ds,
+    "contrast": lambda ds: "ablation" in ds.dims and "twin" in ds,
+} | {axis: lambda ds, axis=axis: axis in ds.dims for axis in _AXES}
 FIGURES: dict[str, Callable[..., Figure]] = {name: module.draw for name, module in _MODULES.items()}
 DESCRIPTIONS: dict[str, str] = {name: module.__doc__.splitlines()[0] for name, module in _MODULES.items()}
 
 
 def suited(datasets: Datasets) -> list[str]:
-    """The names of the figures for which every one of these datasets holds enough. Raises UsageError if there is none."""
+    """The names of the figures for which each of these datasets holds enough. UsageError if there is no dataset."""
     stores = named(datasets).values()
     return [name for name, module in _MODULES.items() if all(map(_HAVE[module.TAKES], stores))]
 
@@ -72,10 +110,11 @@ def drawn(
     Errors as in `draw`.
     """
     stores = named(datasets)
-    found = summaries(stores, share)
-    for name in suited(stores) if names is None else names:
-        by_summary = name in FIGURES and _MODULES[name].TAKES == "summary"
-        yield name, draw(name, found if by_summary else stores, share=share)
+    wanted = suited(stores) if names is None else list(names)
+    by_summary = {name for name in wanted if name in FIGURES and _MODULES[name].TAKES == "summary"}
+    found = summaries(stores, share) if by_summary else {}
+    for name in wanted:
+        yield name, draw(name, found if name in by_summary else stores, share=share)
 
 
 def plot(

@@ -79,7 +79,7 @@ def _write_names(axes: Axes, heads: xr.Dataset) -> None:
     order = list(dict.fromkeys(np.ravel([by_size, by_distance], order="F").tolist()))[:LABELS]
     names = [Head(int(layer[i]), int(head[i])).label for i in order]
     places = np.column_stack([x, y])
-    others = np.concatenate([places, _on_lines(axes)])
+    others = np.concatenate([places, plane.on_lines(axes)])
     style.write_inside(axes, "self-repaired", _in_wedge(axes), others)
     style.label_points(axes, places[order], names, others)
 
@@ -89,9 +89,3 @@ def _in_wedge(axes: Axes) -> list[tuple[float, float]]:
     ends = [end for end in reversed(axes.get_xlim()) if end]
     across = [end * far for end in ends for far in (0.8, 0.65, 0.5)]
     return [(x, -x * down) for x in across for down in (0.3, 0.5, 0.15)]
-
-
-def _on_lines(axes: Axes) -> np.ndarray:
-    """Points along y = -x and along the axes, where a label would not be read well."""
-    x, y = np.linspace(*axes.get_xlim(), 300), np.linspace(*axes.get_ylim(), 300)
-    return np.concatenate([np.column_stack(line) for line in ((x, -x), (x, 0 * x), (0 * y, y))])

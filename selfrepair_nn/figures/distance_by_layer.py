@@ -7,7 +7,8 @@ from selfrepair_nn.figures import depth, style
 
 TAKES = "summary"
 READING = (
-    "Distance: (logit change + direct effect) / √2. Of a head of positive direct effect, above zero is repaired, below zero is broken.",
+    "Distance: (logit change + direct effect) / √2. Of a head of positive direct effect, above zero is repaired, "
+    "below zero is broken.",
     "Dots: attention heads (hollow: under the noise floor, the grey band). Lines: means of each layer.",
 )
 
@@ -24,8 +25,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     panels = figure.subplots(1, 2)
     tokens = {"distance": "all tokens", "top_distance": f"top {percent(share)} of tokens"}
     for axes, (name, told) in zip(panels, tokens.items(), strict=True):
-        depth.draw_heads(axes, found, name, share)
         depth.name_axis(axes, len(found) == 1)
+        depth.draw_heads(axes, found, name, share)
         depth.draw_noise(axes, found)
         axes.set_title(told)
         axes.set_ylabel("distance from y = \N{MINUS SIGN}x (logits)")

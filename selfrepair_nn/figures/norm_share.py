@@ -1,4 +1,4 @@
-"""What the final norm repairs, by layer: in logits, by its two parts, as a share of the direct effect (Figures 6, 10, 11)."""
+"""What the final norm repairs, by layer: in logits, by its parts, as a share of DE (Figures 6, 10, 11)."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,12 @@ from selfrepair_nn.analysis import SHARE, norm_by_head, percent
 from selfrepair_nn.figures import depth, style
 
 TAKES = "tokens"
+MINUS = "\N{MINUS SIGN}"
 READING = (
-    "Dots: attention heads. Lines: means of each layer. The norm's repair is (S/S' \N{MINUS SIGN} 1) R', with R' the sum of all "
-    "direct effects after the ablation and R before it:",
-    "(S/S' \N{MINUS SIGN} 1) R on the existing logits and (S/S' \N{MINUS SIGN} 1)(R' \N{MINUS SIGN} R) on the change. Tokens "
-    "of hardly any direct effect decide an unclipped share.",
+    f"Dots: attention heads. Lines: means of each layer. The norm's repair is (S/S' {MINUS} 1) R', with R' the sum of "
+    "all direct effects after the ablation and R before it:",
+    f"(S/S' {MINUS} 1) R on the existing logits and (S/S' {MINUS} 1)(R' {MINUS} R) on the change. "
+    "Tokens of hardly any direct effect decide an unclipped share.",
 )
 
 

@@ -35,3 +35,9 @@ def wedge(axes: Axes) -> None:
     axes.axhline(0, **line)
     axes.axvline(0, **line)
     axes.set(xlim=(low, high), ylim=limits)
+
+
+def on_lines(axes: Axes) -> np.ndarray:
+    """Points along y = -x and along the axes, where a label would not be read well."""
+    x, y = np.linspace(*axes.get_xlim(), 300), np.linspace(*axes.get_ylim(), 300)
+    return np.concatenate([np.column_stack(line) for line in ((x, -x), (x, 0 * x), (0 * y, y))])

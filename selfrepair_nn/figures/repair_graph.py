@@ -1,4 +1,4 @@
-"""Who repairs whom: the strongest mean changes as arrows from the ablated heads to what reacts, in order of layer."""
+"""Who repairs whom: the strongest mean changes, as arrows from the ablated heads to what reacts."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ SLOT = 0.62  # inches for each label of a row
 SIDE = 0.3  # half the side of a label at which arrows end, in slots
 CLEAR = 0.045  # from the middle of a label to an arrow's end, in distances between the rows
 READING = (
-    "Top: ablated heads. Bottom: components whose direct effect changes most, MLPs in grey; below one another, the same layer. "
-    "The final norm is no component.",
-    "Arrows: the {count} largest mean changes on the head's top {share} of tokens; width by the square root of their size.",
+    "Top: ablated heads. Bottom: components whose direct effect changes most, MLPs in grey; below one another, the "
+    "same layer. The final norm is no component.",
+    "Arrows: the {count} largest mean changes on the head's top {share} of tokens; width by the square root of size.",
 )
 Slots = dict[tuple[str, str], float]  # row, label -> horizontal place
 

@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, FuncNorm
+from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
@@ -13,10 +13,12 @@ from selfrepair_nn.figures import style
 
 TAKES = "components"
 READING = (
-    "Rows: ablated heads, layer by layer. Columns: what changes its direct effect; blue repairs, red breaks, grey is the "
-    "ablated head itself. A row adds up to the head's self-repair.",
-    "Colours are by square root, so that small changes are seen; the few larger than the scale have the colour of its ends.",
+    "Rows: ablated heads, layer by layer. Columns: what changes its direct effect; blue repairs, red breaks, grey is "
+    "the ablated head itself. A row adds up to the head's self-repair.",
+    "Colours are by square root, so that small changes are seen; the few larger than the scale have the colour of its "
+    "ends.",
 )
+COLOURS = colormaps["RdBu"].with_extremes(bad="#9A9A9A")
 HALF = 0.5  # from the middle of a cell to its edge
 SHOWN = 98  # percentile of a panel's sizes at which the colours may end
 LABELS = {"head": 16, "mlp": 8}  # numbers of layers that have room on an axis
@@ -62,7 +64,7 @@ def _draw_store(panels: np.ndarray, pairs: xr.Dataset) -> AxesImage:
         parts.append((repair[:, columns], _middles(at[columns], LABELS[name]), _edges(at[columns])))
     scale = _scale([*(values for values, *_ in parts), norm])
     for axes, (values, labels, edges) in zip(panels, [*parts, (norm, ([], []), [])], strict=True):
-        image = axes.imshow(values, cmap=_colours(), norm=scale, aspect="auto", interpolation="nearest")
+        image = axes.imshow(values, cmap=COLOURS, norm=scale, aspect="auto", interpolation="nearest")
         axes.grid(False)
         axes.xaxis.set_ticks(*labels)
         axes.yaxis.set_ticks(*_middles(rows, LABELS["head"]))
@@ -94,12 +96,6 @@ def _middles(layers: np.ndarray, most: int) -> tuple[list[float], list[str]]:
     every = np.unique(layers)
     every = every[:: -(-len(every) // most)]
     return [float(np.flatnonzero(layers == one).mean()) for one in every], [str(one) for one in every]
-
-
-def _colours() -> Colormap:
-    chosen = colormaps["RdBu"].copy()
-    chosen.set_bad("#9A9A9A")
-    return chosen
 
 
 def _scale(panels: list[np.ndarray]) -> FuncNorm:

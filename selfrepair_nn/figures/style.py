@@ -104,9 +104,9 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def heading(figure: Figure, found: Mapping[str, xr.Dataset]) -> None:
-    """`title_of` above a figure of several panels."""
-    figure.suptitle(title_of(found), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+def heading(figure: Figure, found: Mapping[str, xr.Dataset], told: str | None = None) -> None:
+    """`told`, by default `title_of`, above a figure of several panels."""
+    figure.suptitle(told or title_of(found), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
 
 
 def caption(figure: Figure, lines: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ from selfrepair_nn.figures import plane, style
 TAKES = "tokens"
 CELLS = 80
 READING = (
-    "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's top {share} of tokens. Dashed: y = "
-    "\N{MINUS SIGN}x, no repair.",
+    "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's top {share} of tokens. "
+    "Dashed: y = \N{MINUS SIGN}x, no repair.",
     "Under: repaired in part, between the dashed line and the x-axis. Over: beyond the x-axis. "
     "Broken: beyond the dashed line, more is lost than the head wrote.",
 )
@@ -32,7 +32,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     columns = min(most, 2 if alone else 4)
     rows = -(-most // columns) * len(found)
     figure = style.new_figure(0.4 + 4.4 * columns, 1.2 + 4.3 * rows)
-    figure.get_layout_engine().set(h_pad=0.12)
+    figure.get_layout_engine().set(h_pad=0.08)
     panels = figure.subplots(rows, columns, squeeze=False).reshape(len(found), -1)
     for row, (name, tokens) in zip(panels, found.items(), strict=True):
         for rank, axes in enumerate(row):

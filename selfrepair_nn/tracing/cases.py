@@ -45,7 +45,10 @@ def needs(plan, cases):
     keep = {what: set(range(first, count)) for what in ("z", "mlp")}
     keep["input"] = {start for start, _ in entrances} | {count}
     keep["attention"] = {start for start, inside in entrances if inside}
-    keep["hidden"] = set() if plan["neurons"] is None else {plan["neurons"]}
+    keep["hidden"] = set()
+    if plan["neurons"] is not None:
+        keep["hidden"].add(plan["neurons"])
+        keep["mlp"].add(plan["neurons"])
     if plan["record"] == "full":
         keep["attention"] = set(range(count))
     for case in cases:
@@ -69,7 +72,7 @@ def sources(model, plan, arrays, clean, cases):
     if tokens is None:
         return clean
     keep = {}
-    for site in (site for case in cases for site in case):
+    for site in (site for case in cases for site in case if site[0] in KEPT):
         keep.setdefault(KEPT[site[0]], set()).add(site[1])
     return clean_pass(model, plan, arrays[tokens], keep)
 

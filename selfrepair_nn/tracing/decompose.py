@@ -71,7 +71,7 @@ def ablated_readout(changes, riding, clean, probed, state, plan):
     if plan["record"] == "full":
         out["component_change"] = _component_changes(changes, riding, effects, scale, state, plan)
     if plan["neurons"] is not None:
-        out |= _neuron_changes(changes, riding, scale, of(state["neuron_effects"]), plan)
+        out |= _neuron_changes(changes, riding, effects, scale, state, plan)
     return out
 
 
@@ -171,13 +171,28 @@ def component_effects(embedded, clean, probed, state, plan):
     return torch.stack(effects, -1) / scale[..., None]
 
 
-def _neuron_changes(changes, riding, scale, clean, plan):
-    """What the recorded MLP and its neurons changed; the most repairing neurons of each token by name."""
+def _neuron_changes(changes, riding, effects, scale, state, plan):
+    """What the recorded MLP and its neurons changed; the most repairing neurons of each token by name.
+
+    Where the pass begins above them, only what the case itself ablates of them changed.
+    """
     layer = plan["neurons"]
+    clean = of_rows(state["neuron_effects"], riding["prompts"], riding, measured=True)
     if layer in changes["mlps"]:
         change, whole = changes["neurons"] / scale[..., None], changes["mlps"][layer] / scale
     else:
         change, whole = torch.zeros_like(clean), torch.zeros_like(scale)
+        first = 0
+        for (_, prompts), own in zip(riding["cases"], effects, strict=True):
+            rows = slice(first, first + len(prompts))
+            first = rows.stop
+            for site, (before, after) in own.items():
+                if site[:2] == ("neuron", layer):
+                    change[rows, :, site[2]] = after - before
+                    whole[rows] += after - before
+                elif site[0] == "layers" and layer in range(site[1], site[2]):
+                    gone = of_rows(state["mlp_direct_effect"], prompts, riding, measured=True)
+                    change[rows], whole[rows] = -clean[rows], -gone
     most, which = change.topk(min(plan["ranks"], change.shape[-1]))
     return {
         "mlp_change": whole,

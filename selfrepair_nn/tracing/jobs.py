@@ -90,7 +90,7 @@ def effects_job(model, arrays, plan, tick=None):
     effects = []
     for case in cases:
         ready = prepare(model, same, arrays, clean, clean, probed, case)
-        effects.append(sum(before for before, _ in ready["effects"].values()) / scale)
+        effects.append(sum(before / scale for before, _ in ready["effects"].values()))
     return {"direct_effect": torch.stack(effects).cpu()}
 
 

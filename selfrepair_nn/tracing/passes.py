@@ -172,7 +172,7 @@ def ablated_pass(model, plan, tokens, clean, probed, riding):
         for layer in range(start, count):
             if layer == start and inside:
                 attention = of_rows(clean["attention"][start], riding["prompts"], riding) + written
-                part(model, plan, start, "attention_norm").skip(taken_up)
+                part(model, plan, start, "attention_norm").skip(_stub(taken_up))
                 part(model, plan, start, "attention").skip((attention, None))
             else:
                 _freeze_norm(model, plan, clean, probed, layer, "attention", riding)
@@ -192,9 +192,13 @@ def _through_heads(model, plan, clean, probed, layer, riding, changes):
     """Replace heads, or freeze them, and read what changed."""
     z = part(model, plan, layer, "output_projection").input
     kept, split = of_rows(clean["z"][layer], riding["prompts"], riding), per_head(z, plan)
-    frozen = plan["frozen_heads"].get(layer, [])
-    if frozen:
-        split[:, :, frozen] = per_head(kept, plan)[:, :, frozen]
+    first = 0
+    for case, prompts in riding["cases"]:
+        rows = slice(first, first + len(prompts))
+        first = rows.stop
+        frozen = [h for h in plan["frozen_heads"].get(layer, ()) if ("head", layer, h) not in case["sites"]]
+        if frozen:
+            split[rows, :, frozen] = per_head(kept, plan)[rows, :, frozen]
     for rows, site, new in _here(riding, "head", layer):
         split[rows, :, site[2]] = new.to(z.dtype)
     query = of_rows(probed["query"][layer], riding["prompts"], riding, measured=True)
@@ -206,8 +210,11 @@ def _through_mlp(model, plan, clean, probed, layer, riding, changes):
     """Replace neurons and MLPs, or freeze them, and read what changed."""
     rows, prompts = riding["tokens"], riding["prompts"]
     edited = any(site[:2] == ("neuron", layer) for case, _ in riding["cases"] for site in case["new"])
+    frozen = layer in plan["frozen_mlps"]
     if edited or plan["neurons"] == layer:
         hidden = _hidden(model, plan, layer, rows)
+        if frozen:
+            hidden[:] = of_rows(clean["hidden"][layer], prompts, riding)
         for at, site, new in _here(riding, "neuron", layer):
             hidden[at, :, site[2]] = new.to(hidden.dtype)
         if plan["neurons"] == layer:
@@ -215,7 +222,7 @@ def _through_mlp(model, plan, clean, probed, layer, riding, changes):
             changes["neurons"] = widen(change) * of_rows(probed["neuron_query"][layer], prompts, riding, True)
     out = part(model, plan, layer, "mlp").output
     shaped, kept = _like_rows(out, rows), of_rows(clean["mlp"][layer], prompts, riding)
-    if layer in plan["frozen_mlps"]:
+    if frozen and not edited:
         shaped[:] = kept
     for at, _, new in _here(riding, "mlp", layer):
         shaped[at] = new.to(out.dtype)
@@ -237,11 +244,16 @@ def _take_up(model, plan, start, residual):
     """Skip the layers below `start`; only the last one's output is ever used."""
     layers = place(model, plan, "layers")
     for layer in range(start - 1):
-        layers[layer].skip(residual[:, :1, :1])
+        layers[layer].skip(_stub(residual))
     if start:
         layers[start - 1].skip(residual)
     else:
         layers[0].input[:] = residual
+
+
+def _stub(x):
+    """What stands for an output that is never used. A copy: a view would take all of x with it through a socket."""
+    return x[:, :1, :1].clone()
 
 
 def _freeze_norm(model, plan, clean, probed, layer, before, riding):

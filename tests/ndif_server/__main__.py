@@ -34,11 +34,17 @@ def up(models: tuple[str, ...], mode: str, dtype: str, time_limit: float | None)
     A model is known to clients as NAME, by default local/DIRECTORY. Settings for clients are printed.
     """
     served = dict(_named(model) for model in models)
-    with _explained(), Ndif(served, mode, dtype, time_limit) as server:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.default_int_handler)
+    with (
+        _explained(),
+        contextlib.suppress(KeyboardInterrupt),
+        Ndif(served, mode, dtype, time_limit) as server,
+    ):
         for key, value in server.env.items():
             click.echo(f"export {key}={value}")
         click.echo(f"up after {server.seconds:.0f} s, serving {', '.join(served)}; Ctrl-C ends it", err=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        signal.pause()
 
 
 def _named(model: str) -> tuple[str, Path]:

@@ -129,8 +129,8 @@ class Ndif:
         began = time.monotonic()
         self.place.directory = Path(tempfile.mkdtemp(prefix="ndif-", dir="/tmp"))  # for sockets: a short path
         self.place.ports = dict(zip(services.PORTS, _free_ports(len(services.PORTS)), strict=True))
-        self.write_keys({self.key: [], self.trusted_key: ["trusted"]})
         try:
+            self.write_keys({self.key: [], self.trusted_key: ["trusted"]})
             self.start(*SERVICES)
             self.wait_for_models()
         except BaseException:

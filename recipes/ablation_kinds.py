@@ -1,0 +1,25 @@
+"""The same heads under resample, mean and zero ablation: norms and logits (paper: Figures 4, 5, 16-18)."""
+
+import selfrepair_nn as sr
+
+FIGURES = ("norm_scale", "residual_norm", "ablation_kinds")
+
+
+def graph(structure, options):
+    """Each head of the last third of the layers, unless layers or heads are chosen, is ablated in three ways."""
+    chosen = options.layers or options.heads
+    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
+    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    return sr.Variants(
+        "ablation",
+        {
+            kind: sr.Graph(
+                ablate=sr.sweep(heads),
+                replacement=kind,
+                residual_norm=True,
+                target=options.target,
+                value_bias=options.value_bias,
+            ).frozen(options.freeze, structure.n_layers, structure.n_heads)
+            for kind in ("resample", "mean", "zero")
+        },
+    )

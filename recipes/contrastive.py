@@ -1,0 +1,32 @@
+"""Ablation by a minimally different text, one token exchanged for another, beside plain resample ablation."""
+
+import selfrepair_nn as sr
+
+FIGURES = ("contrast",)
+DEFAULTS = {"tokens": 1536}
+PARAMETERS = {"old": ",", "new": ";"}
+
+
+def prompts(structure, tokenizer, options):
+    """The texts that have the token `old`, each with a twin that has `new` in its place."""
+    texts = sr.text_prompts(structure, tokenizer, options)
+    return sr.edited_prompts(texts, tokenizer, options.param["old"], options.param["new"])
+
+
+def graph(structure, options):
+    """Each head of the last third of the layers, unless layers or heads are chosen, is ablated in both ways."""
+    chosen = options.layers or options.heads
+    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
+    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    return sr.Variants(
+        "ablation",
+        {
+            kind: sr.Graph(
+                ablate=sr.sweep(heads),
+                replacement=kind,
+                target=options.target,
+                value_bias=options.value_bias,
+            ).frozen(options.freeze, structure.n_layers, structure.n_heads)
+            for kind in ("resample", "twin")
+        },
+    )

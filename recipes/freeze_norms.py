@@ -1,0 +1,28 @@
+"""What each later norm does to a head's self-repair: frozen one after the other (paper: section 5.2)."""
+
+import selfrepair_nn as sr
+
+FIGURES = ("freeze_norms",)
+
+
+def graph(structure, options):
+    """The heads of one layer two thirds up, unless layers or heads are chosen, with each later norm frozen."""
+    chosen = options.layers or options.heads
+    layers = options.layers if chosen else str(2 * structure.n_layers // 3)
+    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    plain = sr.Graph(
+        ablate=sr.sweep(heads),
+        replacement=options.ablation,
+        target=options.target,
+        value_bias=options.value_bias,
+    )
+    first = min(head.layer for head in heads)
+    norms = [
+        sr.Norm(layer, before)
+        for layer in range(first, structure.n_layers)
+        for before in ("attention", "mlp")
+        if layer > first or (before == "mlp" and not structure.parallel)
+    ]
+    norms.append(sr.FinalNorm())
+    graphs = {"none": plain} | {norm.label: plain.freezing((norm,)) for norm in norms}
+    return sr.Variants("norm", graphs | {"all": plain.freezing(norms)})

@@ -1,0 +1,270 @@
+"""Which neurons of an MLP repair a head: erasure, sparsity, consistency (section 4 and Appendix C).
+
+Everything is exact. What holds every neuron is read a chunk of prompts at a time; what is kept of a single token is
+kept for the top share of tokens only.
+"""
+
+import json
+
+import numpy as np
+import xarray as xr
+
+from selfrepair_nn.analysis.noise import COUNT, loudest
+from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_share, check_store, percent
+from selfrepair_nn.blocks import BLOCK, Top, direct_effects, done_cases, entries_of, stored_rows
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.variables import NEURON
+
+PLACES = 50
+PARTS = (0.5, 0.1, 0.05, 0.02, 0.01)
+
+
+def erasure_neurons(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+    """The most repairing neuron on each of the tokens that the MLP repairs most, for a few heads (Figure 7).
+
+    The heads are those of `token_noise`, with their summary of `by_head`, over (rank). The tokens are the top `share`
+    by mlp_change of each. Over (rank, entry), in the order of the store, -1 or NaN where a head has fewer:
+
+    - prompt, position: which token it is; neuron: the neuron whose direct effect rises most there;
+    - neuron_direct_effect, ablated_neuron_direct_effect: its direct effect before and after, in logits;
+    - mlp_direct_effect, mlp_change: the whole MLP's direct effect before, and its change, in logits.
+
+    Over (rank): entries, their number; anti_erasing, the share of them on which the neuron's direct effect is negative
+    and rises; mlp_positive, the share of them on which the MLP's direct effect is positive.
+
+    Memory: 8 bytes a token, and some 60 for each entry.
+
+    Raises:
+        UsageError: `share` is not in (0, 1], or `ds` is not a store that records neurons.
+    """
+    heads, top, rank = _top_tokens(ds, share, count, "mlp_change")
+    first = ds[["top_neuron", "top_neuron_change", "top_neuron_direct_effect"]].isel(rank=0)
+    clean = entries_of(first.top_neuron_direct_effect, top).astype(float)
+    change = entries_of(first.top_neuron_change, top).astype(float)
+    mlp = ds.mlp_direct_effect.transpose("prompt", "position").values.ravel()[top.token].astype(float)
+    prompt, position = np.divmod(top.token, ds.sizes["position"])
+    whole = {"prompt": prompt, "position": position, "neuron": entries_of(first.top_neuron, top)}
+    logits = {
+        "neuron_direct_effect": clean,
+        "ablated_neuron_direct_effect": clean + change,
+        "mlp_direct_effect": mlp,
+        "mlp_change": top.effect,
+    }
+    shares = {"anti_erasing": (clean < 0) & (change > 0), "mlp_positive": mlp > 0}
+    n = heads.sizes["rank"]
+    counts = np.bincount(rank, minlength=n)
+    found = {name: (("rank", "entry"), _padded(values, rank, n)) for name, values in (whole | logits).items()}
+    with np.errstate(invalid="ignore"):
+        found |= {s: ("rank", np.bincount(rank, marks, n) / counts) for s, marks in shares.items()}
+    found = heads.assign(found | {"entries": ("rank", counts)})
+    units = dict.fromkeys(logits, "logit") | dict.fromkeys((*whole, *shares, "entries"), "1")
+    return _described(found, units)
+
+
+def neuron_sparsity(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+    """How often a token's Nth most repairing neuron alone repairs a part of the head's direct effect (Figure 8).
+
+    The heads are those of `token_noise`, with their summary of `by_head`, over (rank).
+
+    - repairs(rank, part, place): the share of the head's top tokens on which the change of the neuron at that place is
+      at least that part of the head's direct effect; places are counted from 1, and neurons are placed on every token
+      anew. On a token whose direct effect is not positive nothing is repaired;
+    - stored_tokens(rank): how many tokens that is over. Of a finished run it is top_tokens; of an unfinished one it
+      can be fewer, for what is stored is the top share of the whole run.
+
+    Errors as in `erasure_neurons`, and for a share beyond the one whose neurons are stored.
+    """
+    heads, top, rank = _top_tokens(ds, share, count)
+    n, places = heads.sizes["rank"], min(PLACES, ds.sizes["neuron"])
+    hits, counts = np.zeros((n, len(PARTS), places)), np.zeros(n, int)
+    for entries, change in stored_rows(ds.neuron_change, top):
+        most = -np.sort(-change, axis=1)[:, None, :places]
+        effect = top.effect[entries][:, None, None]
+        np.add.at(hits, rank[entries], (effect > 0) & (most >= np.array(PARTS)[:, None] * effect))
+        np.add.at(counts, rank[entries], 1)
+    with np.errstate(invalid="ignore"):
+        found = {"repairs": (("rank", "part", "place"), hits / counts[:, None, None])}
+    found |= {"stored_tokens": ("rank", counts), "part": list(PARTS), "place": np.arange(1, places + 1)}
+    return _described(heads.assign(found), {"repairs": "1", "stored_tokens": "1"})
+
+
+def neuron_changes(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+    """What every neuron does on a head's top tokens, the most repairing first (Appendix C, Figures 12 to 15).
+
+    The heads are those of `token_noise`, with their summary of `by_head`, over (rank). Over (rank, place), places
+    counted from 1 in the order of mean change:
+
+    - neuron: which neuron it is; change: the mean change of its direct effect, in logits;
+    - change_size: the mean absolute change; cumulative_size: that of all neurons up to this place, as a share of all;
+    - median_direct_effect: the median of its direct effect in the clean run, in logits.
+
+    rising(rank): how many neurons have a mean change above 0. stored_tokens as in `neuron_sparsity`. Medians are exact:
+    where they are over many tokens, the store is read again for every few neurons. Errors as in `neuron_sparsity`.
+    """
+    heads, top, rank = _top_tokens(ds, share, count)
+    n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
+    sums, sizes, counts = np.zeros((n, neurons)), np.zeros((n, neurons)), np.zeros((n, 1), int)
+    for entries, change in stored_rows(ds.neuron_change, top):
+        for total, values in ((sums, change), (sizes, abs(change)), (counts, 1)):
+            np.add.at(total, rank[entries], values)
+    with np.errstate(invalid="ignore"):
+        change, size = sums / counts, sizes / counts
+    medians = [_medians(ds.neuron_direct_effect, top.of(rank == r)) for r in range(n)]
+    order = np.argsort(-change, axis=1, kind="stable")
+    named = {"change": change, "change_size": size, "median_direct_effect": np.reshape(medians, (n, neurons))}
+    ordered = {name: np.take_along_axis(values, order, 1) for name, values in named.items()}
+    summed = ordered["change_size"].cumsum(1)
+    with np.errstate(invalid="ignore"):
+        ordered |= {"neuron": order, "cumulative_size": summed / summed[:, -1:]}
+    found = heads.assign({name: (("rank", "place"), values) for name, values in ordered.items()})
+    found = found.assign(
+        rising=("rank", (change > 0).sum(1)),
+        stored_tokens=("rank", counts[:, 0]),
+        place=np.arange(1, neurons + 1),
+    )
+    units = dict.fromkeys(named, "logit") | dict.fromkeys(
+        ("neuron", "cumulative_size", "rising", "stored_tokens"), "1"
+    )
+    return _described(found, units)
+
+
+def neuron_consistency(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+    """Whether the same neurons repair a head again and again (section 4.2.2).
+
+    The heads are those of `token_noise`, with their summary of `by_head`, over (rank). The tokens are the top `share`
+    by self_repair of each head; a token's repairing neurons are the (up to ten) most repairing ones that the store
+    names. Over (rank, place), the most frequent neuron first, places counted from 1:
+
+    - neuron: which it is; in_tokens, in_prompts: the shares of these tokens, and of the prompts that have any of them,
+      in which it is one of the repairing neurons.
+
+    Over (rank): entries, the number of tokens; shared_within, shared_between: how many repairing neurons two tokens of
+    the same prompt, or of different ones, have in common, on average over all pairs. shared_by_chance is what two
+    random choices of ten neurons have in common, on average.
+
+    Errors as in `erasure_neurons`.
+    """
+    heads, top, rank = _top_tokens(ds, share, count, "self_repair")
+    n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
+    named = np.where(entries_of(ds.top_neuron_change, top) > 0, entries_of(ds.top_neuron, top), -1)
+    prompt = top.token // ds.sizes["position"]
+    each = [_recurring(named[rank == r], prompt[rank == r], neurons) for r in range(n)]
+    found = {
+        name: ("rank", [one[name] for one in each]) for name in ("entries", "shared_within", "shared_between")
+    }
+    for name in ("neuron", "in_tokens", "in_prompts"):
+        found[name] = (("rank", "place"), np.reshape([one[name] for one in each], (n, neurons)))
+    ranks = ds.sizes["rank"]
+    found |= {"shared_by_chance": ranks**2 / neurons, "place": np.arange(1, neurons + 1)}
+    return _described(
+        heads.assign(found), dict.fromkeys(("in_tokens", "in_prompts", "neuron", "entries"), "1")
+    )
+
+
+def _top_tokens(
+    ds: xr.Dataset, share: float, count: int, by: str = "direct_effect"
+) -> tuple[xr.Dataset, Top, np.ndarray]:
+    """A few heads over (rank), the top tokens of each by a variable, and the rank that each of these belongs to."""
+    check_share(share)
+    check_store(ds)
+    _check_neurons(ds, share if by == "direct_effect" else 0)
+    heads, done = by_head(ds, share), done_cases(ds)
+    cases = loudest(heads, count)
+    done[np.setdiff1d(np.arange(len(done)), cases)] = False
+    _, top = direct_effects(ds, done, share, by)
+    ranks = np.zeros(len(done), int)
+    ranks[cases] = np.arange(len(cases))
+    return heads.stack(rank=HEADS).isel(rank=cases).reset_index("rank"), top, ranks[top.case]
+
+
+def _check_neurons(ds: xr.Dataset, share: float) -> None:
+    if not set(NEURON) <= set(ds):
+        raise UsageError(
+            "this store records no neurons: run the recipe neurons, or one with Graph(neurons=LAYER)"
+        )
+    stored = json.loads(ds.attrs.get("settings", "{}")).get("share")
+    if stored is not None and share > stored:
+        raise UsageError(
+            f"this store holds every neuron for the top {percent(stored)} of tokens only: "
+            f"a share of {share!r} is more than that; give {stored} or less"
+        )
+
+
+def _padded(values: np.ndarray, rank: np.ndarray, n: int) -> np.ndarray:
+    """Values [entry] side by side [rank, entry of that rank], NaN or -1 where a rank has fewer."""
+    counts = np.bincount(rank, minlength=n)
+    out = np.full((n, counts.max(initial=0)), -1 if np.issubdtype(values.dtype, np.integer) else np.nan)
+    out = out.astype(values.dtype)
+    for r in range(n):
+        out[r, : counts[r]] = values[rank == r]
+    return out
+
+
+def _medians(array: xr.DataArray, top: Top) -> np.ndarray:
+    """Each neuron's median over the stored entries of `top`: [neuron]; as many neurons at a time as fit in a block."""
+    neurons = array.sizes["neuron"]
+    width = max(1, BLOCK // max(1, top.token.size))
+    found = np.full(neurons, np.nan)
+    for start in range(0, neurons, width):
+        part = slice(start, start + width)
+        values = entries_of(array.isel(neuron=part), top)
+        values = values[np.isfinite(values).all(1)]
+        if len(values):
+            found[part] = np.median(values.astype(float), axis=0)
+    return found
+
+
+def _recurring(named: np.ndarray, prompt: np.ndarray, neurons: int) -> dict[str, np.ndarray | float]:
+    """How often neurons recur among those `named` [token, rank] (-1: none), of tokens of these prompts [token]."""
+    rising = named >= 0
+    pairs, tokens = np.unique((prompt[:, None] * neurons + named)[rising], return_counts=True)
+    in_tokens, in_prompts = (np.bincount(x, minlength=neurons) for x in (named[rising], pairs % neurons))
+    of_prompts = np.unique(prompt, return_counts=True)[1]
+    order = np.argsort(-in_tokens, kind="stable")
+    within, couples = _couples(tokens), _couples(of_prompts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "entries": len(named),
+            "neuron": order,
+            "in_tokens": (in_tokens / np.float64(len(named)))[order],
+            "in_prompts": (in_prompts / np.float64(len(of_prompts)))[order],
+            "shared_within": within / couples,
+            "shared_between": (_couples(in_tokens) - within) / (_couples(len(named)) - couples),
+        }
+
+
+def _couples(counts: np.ndarray | int) -> np.float64:
+    """How many couples there are within groups of these sizes."""
+    counts = np.asarray(counts, float)
+    return np.sum(counts * (counts - 1) / 2)
+
+
+LONG_NAMES = {
+    "prompt": "prompt",
+    "position": "position",
+    "neuron": "neuron of the recorded MLP",
+    "neuron_direct_effect": "direct effect of the most repairing neuron",
+    "ablated_neuron_direct_effect": "its direct effect after the ablation",
+    "mlp_direct_effect": "direct effect of the MLP",
+    "mlp_change": "change of direct effect of the MLP",
+    "anti_erasing": "direct effect of the neuron below 0, and rising",
+    "mlp_positive": "direct effect of the MLP above 0",
+    "entries": "number of tokens",
+    "repairs": "share of tokens on which the neuron repairs this part of the direct effect",
+    "stored_tokens": "number of tokens",
+    "rising": "number of neurons that repair on average",
+    "change": "mean change of direct effect of the neuron",
+    "change_size": "mean absolute change of direct effect of the neuron",
+    "cumulative_size": "share of all absolute change up to this neuron",
+    "median_direct_effect": "median direct effect of the neuron",
+    "in_tokens": "share of tokens in which the neuron repairs",
+    "in_prompts": "share of prompts in which the neuron repairs",
+    "shared_within": "repairing neurons shared by two tokens of a prompt",
+    "shared_between": "repairing neurons shared by two tokens of different prompts",
+}
+
+
+def _described(found: xr.Dataset, units: dict[str, str]) -> xr.Dataset:
+    for name, unit in units.items():
+        found[name].attrs = {"units": unit, "long_name": LONG_NAMES[name]}
+    return found.set_coords(HEADS)

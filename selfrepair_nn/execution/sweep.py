@@ -1,0 +1,69 @@
+"""The units of a run: every variant of its graph on every block of prompts."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selfrepair_nn.errors import SelfRepairError
+from selfrepair_nn.execution.experiment import Experiment
+from selfrepair_nn.execution.units import Unit, ablation_shapes
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all units of a run share.
+
+    `plans` has one plan for each variant; `constants` are arrays that every job takes, `thresholds` [case] the least
+    direct effects of the top share, where only that is kept. `tick` is called with ablated tokens as they are done.
+    """
+
+    experiment: Experiment
+    plans: list[dict[str, Any]]
+    constants: dict[str, Any]
+    thresholds: np.ndarray | None
+    tick: Callable[[int], Any] = lambda tokens: None
+
+    def units(self, blocks: Iterable[slice]) -> list[Unit]:
+        """The units of some blocks of prompts: block after block, within it variant after variant."""
+        return [self._unit(block, index) for block in blocks for index in range(len(self.plans))]
+
+    def _unit(self, block: slice, variant: int) -> Unit:
+        from selfrepair_nn.tracing.jobs import ablation_job
+
+        prompts, work, plan = self.experiment.prompts, self.experiment.work, self.plans[variant]
+        tokens, packed = (block.stop - block.start) * prompts.length, self.thresholds is not None
+        return Unit(
+            name=f"ablation, {work.axis} {work.labels[variant]}" if work.axis else "ablation",
+            job=ablation_job,
+            prompts=block,
+            plan=plan,
+            inputs=lambda prompts: self.experiment.arrays(prompts) | self.constants,
+            shapes=ablation_shapes(plan, prompts.length - 1, len(work.components), packed),
+            thresholds=self.thresholds,
+            tick=lambda cases: self.tick(cases * tokens),
+        )
+
+    def by_block(
+        self, results: Iterator[tuple[Unit, dict[str, Any]]]
+    ) -> Iterator[tuple[slice, list[dict[str, Any]]]]:
+        """The results of all variants on a block, in the plans' order, as soon as the last of them is there.
+
+        Raises:
+            SelfRepairError: a result is not what it must be, or a number in it is not finite.
+        """
+        gathered: dict[int, dict[int, dict[str, Any]]] = {}
+        for unit, found in results:
+            if flaw := unit.flaw(found):
+                raise SelfRepairError(f"{unit.label}: {flaw}: try --dtype float32, or look at those prompts")
+            here = gathered.setdefault(unit.prompts.start, {})
+            here[id(unit.plan)] = found
+            if len(here) == len(self.plans):
+                yield unit.prompts, [here[id(plan)] for plan in self.plans]
+                del gathered[unit.prompts.start]
+
+
+def plans(experiment: Experiment, layout: dict[str, Any]) -> list[dict[str, Any]]:
+    """The plan of each variant, for a model of this layout."""
+    return [graph.plan(layout) | {"rows": experiment.work.rows} for graph in experiment.work.graphs]

@@ -1,0 +1,89 @@
+"""How many bytes a remote run moves: requests, results, and what crosses into a sandbox that holds no weights."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from selfrepair_nn.execution.plan import Work
+from selfrepair_nn.execution.units import Shapes, Unit
+
+READ = 2
+"""A tensor that is read crosses twice: to the reader, and back in case it was changed."""
+
+TAKEN_UP_INSIDE, TAKEN_UP = 2, 1
+"""Crossings of the residual stream where a pass begins: after the attention of a layer, or between two layers."""
+
+
+def result_bytes(unit: Unit, itemsize: int) -> int:
+    """Bytes of a unit's result before compression; where only top tokens come back, as if all did."""
+    sizes = {"prompt": unit.prompts.stop - unit.prompts.start, "case": len(unit.plan.get("cases", ()))}
+    tokens = unit.prompts.stop - unit.prompts.start
+    return itemsize * sum(_count(shape, sizes | {"token": tokens}) for shape in _shapes(unit.shapes))
+
+
+def crossing_bytes(work: Work, itemsize: int) -> int:
+    """Bytes that cross between a sandboxed job's process and the model's, in a whole run.
+
+    `itemsize` is that of the server's dtype. What is read of each pass, what it begins with, and the probed maps; token
+    ids and the like are left out.
+    """
+    plans = [graph.plan(asdict(work.structure)) | {"rows": work.rows} for graph in work.graphs]
+    tokens = [(block.stop - block.start) * work.length for block in work.units]
+    return itemsize * sum(_crossing(plan, count) for plan in plans for count in tokens)
+
+
+def _crossing(plan: dict[str, Any], tokens: int) -> int:
+    """Numbers that cross in one job on so many tokens."""
+    from selfrepair_nn.tracing.cases import KEPT, cases_of, entrance, needs
+
+    cases, width = cases_of(plan), _widths(plan["model"])
+    kept = needs(plan, cases)
+    crossing = READ * tokens * sum(len(layers) * width[what] for what, layers in kept.items())
+    if plan["replacement"]["kind"] in ("resample", "twin"):
+        lent = {(KEPT[site[0]], site[1]) for case in cases for site in case}
+        crossing += READ * tokens * sum(width[what] for what, _ in lent)
+    for (start, inside), group in groupby(cases, lambda case: entrance(case, plan)):
+        count = len(list(group))
+        crossing += count * tokens * _pass(plan, start, inside)
+    first = min(kept["z"], default=0)
+    return crossing + _probe(plan, plan["model"]["n_layers"] - first)
+
+
+def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:
+    """Numbers that cross for each token of a pass that begins at a layer."""
+    model = plan["model"]
+    begun = (TAKEN_UP_INSIDE if inside else TAKEN_UP) * model["d_model"]
+    layers = model["n_layers"] - start
+    z = READ * (layers - inside) * model["n_heads"] * model["d_head"]
+    return begun + z + READ * (layers + 1) * model["d_model"]
+
+
+def _probe(plan: dict[str, Any], layers: int) -> int:
+    """Numbers that cross while the linear maps are probed: what is put in, and what comes out."""
+    model = plan["model"]
+    width = model["n_heads"] * model["d_head"]
+    return layers * width * (width + model["d_model"]) + model["d_model"] * (
+        model["d_model"] + model["vocab_size"]
+    )
+
+
+def _widths(model: dict[str, Any]) -> dict[str, int]:
+    """Numbers for each token of what a clean pass keeps."""
+    residual = dict.fromkeys(("input", "attention", "mlp", "attention_scale", "mlp_scale"), model["d_model"])
+    return residual | {"z": model["n_heads"] * model["d_head"], "hidden": model["d_mlp"]}
+
+
+def _shapes(shapes: Shapes) -> Iterable[tuple[str | int, ...]]:
+    for shape in shapes.values():
+        if isinstance(shape, tuple):
+            yield shape
+        else:
+            yield from _shapes(shape)
+
+
+def _count(shape: tuple[str | int, ...], sizes: dict[str, int]) -> int:
+    count = 1
+    for size in shape:
+        count *= sizes.get(size, size)
+    return count

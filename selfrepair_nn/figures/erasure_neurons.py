@@ -1,0 +1,61 @@
+"""The most repairing neuron of each token: its direct effect before and after the ablation (the paper's Figure 7)."""
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, erasure_neurons
+from selfrepair_nn.figures import panels, style
+
+TAKES = "neurons"
+BINS = 60
+READING = (
+    "Dots: for each head the {share} of tokens on which {mlp} repairs most; of each token the one neuron that repairs most.",
+    "Above: histogram of its clean direct effect. Left of the vertical line the neuron erased before the ablation: dots",
+    "there, above the dashed line y = x, are anti-erasure. Colours: direct effect of the whole MLP, clean.",
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for each head that `erasure_neurons` takes; several stores have a row each.
+
+    `datasets` is a store that records neurons, a sequence of them, or a mapping from title to them. Raises UsageError
+    as `erasure_neurons` does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, erasure_neurons)
+    figure, drawn = panels.of_heads(found, 4.6, 4.6)
+    colours = panels.diverging(head.mlp_direct_effect.values for _, head, _ in drawn)
+    for axes, head, title in drawn:
+        dots = _draw_head(axes, head, title, colours)
+    panels.colour_bar(figure, dots, "direct effect of the whole MLP (logits)")
+    panels.explain(figure, found, READING, share)
+    return figure
+
+
+def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, object]) -> PathCollection:
+    entries = int(head.entries)
+    names = ("neuron_direct_effect", "ablated_neuron_direct_effect", "mlp_direct_effect")
+    clean, ablated, whole = (head[name].values[:entries] for name in names)
+    line = {"color": "black", "linewidth": 0.7, "zorder": 1.5}
+    axes.axhline(0, **line)
+    axes.axvline(0, **line)
+    axes.axline((0, 0), slope=1, color="black", linestyle="--", linewidth=1, zorder=1.5)
+    look = {"s": 14, "edgecolor": style.MUTED, "linewidth": 0.25, "rasterized": True, "zorder": 2}
+    dots = axes.scatter(clean, ablated, c=whole, **look, **colours)
+    axes.set_xlabel("direct effect of the neuron, clean (logits)")
+    axes.set_ylabel("after the ablation (logits)")
+    above = axes.inset_axes((0, 1.02, 1, 0.16), sharex=axes)
+    above.hist(clean, bins=np.linspace(*axes.get_xlim(), BINS), color=style.SHADE, alpha=0.6)
+    above.axvline(0, **line)
+    above.tick_params(labelbottom=False, labelleft=False, left=False, bottom=False)
+    above.grid(False)
+    above.spines["left"].set_visible(False)
+    above.set_title(title, pad=27)
+    said = f"anti-erasure on {float(head.anti_erasing):.0%} of {entries:,} tokens"
+    said += f"\ndirect effect of the MLP above 0 on {float(head.mlp_positive):.0%}"
+    place = {"transform": above.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
+    above.text(0, 1.06, said, linespacing=1.3, **place)
+    return dots

@@ -1,0 +1,86 @@
+"""Name movers ablated one by one and together: what is lost, and which heads move the name instead (section 5.3.1)."""
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from selfrepair_nn import text
+from selfrepair_nn.analysis import SHARE, backups, name_movers
+from selfrepair_nn.figures import style
+
+TAKES = "movers"
+BAR = 0.36
+READING = (
+    "Left: the direct effect that is taken away, and what the logit difference loses; if less, the others repair.",
+    "Right: the heads that rise most when the name movers are ablated together. Orange: the layers from {first}'s",
+    "to their own are deleted, so that they read what {first} reads. Means at the last position, standard errors.",
+)
+LOOKS = {
+    "direct_effect": ("clean", "#8A8A8A", "o"),
+    "joint": ("name movers ablated", style.COLOURS[0], "s"),
+    "moved": ("reading what the name mover reads", style.COLOURS[1], "D"),
+}
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a row for each store of the ioi recipe: the ablations, and the heads that back up.
+
+    `datasets` is a store, a sequence of them, or a mapping from title to them. Only the last position counts: there is
+    no top share. Raises UsageError as `name_movers` does.
+    """
+    found = {name: (name_movers(ds), backups(ds)) for name, ds in style.named(datasets).items()}
+    figure = style.new_figure(10.5, 1.3 + 3.4 * len(found))
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    panels = figure.subplots(len(found), 2, squeeze=False)
+    for row, (name, (movers, rising)) in zip(panels, found.items(), strict=True):
+        _draw_movers(row[0], movers)
+        _draw_backups(row[1], rising)
+        prefix = "" if len(found) == 1 else f"{name}: "
+        row[0].set_title(f"{prefix}name movers ablated")
+        row[1].set_title("heads that back up")
+    style.heading(figure, {name: movers for name, (movers, _) in found.items()})
+    facts = [
+        f"{'' if len(found) == 1 else name + ': '}{_facts(movers)}" for name, (movers, _) in found.items()
+    ]
+    first = ", ".join(dict.fromkeys(str(movers.case.values[0]) for movers, _ in found.values()))
+    style.caption(figure, [*facts, *(line.format(first=first) for line in READING)])
+    return figure
+
+
+def _draw_movers(axes: Axes, movers: xr.Dataset) -> None:
+    shown = movers.isel(case=np.flatnonzero(movers.kind.values != "moved"))
+    rows = np.arange(shown.sizes["case"])
+    taken, lost = shown.direct_effect - shown.ablated_direct_effect, -shown.logit_change
+    look = {"height": BAR, "error_kw": {"elinewidth": 1, "ecolor": "#333333"}, "zorder": 3}
+    axes.barh(rows - BAR / 2, taken, color="#B5B5B5", label="direct effect taken away", **look)
+    axes.barh(rows + BAR / 2, lost, xerr=shown.logit_change_se, color=style.COLOURS[0], label="lost", **look)
+    axes.axvline(0, color="black", linewidth=0.8, zorder=4)
+    axes.set_yticks(rows, [str(label).replace("+", "\n") for label in shown.case.values])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("logit of the indirect object \N{MINUS SIGN} of the subject")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.1), ncols=2, borderaxespad=0)
+
+
+def _draw_backups(axes: Axes, rising: xr.Dataset) -> None:
+    rows = np.arange(rising.sizes["rank"])
+    for offset, (name, (label, colour, marker)) in zip((-0.2, 0, 0.2), LOOKS.items(), strict=True):
+        look = {"fmt": marker, "markersize": 5, "color": colour, "elinewidth": 1, "zorder": 3}
+        axes.errorbar(rising[name], rows + offset, xerr=rising[f"{name}_se"], label=label, **look)
+    axes.axvline(0, color="black", linewidth=0.8, zorder=1.5)
+    axes.set_yticks(rows, [str(label) for label in rising.component.values])
+    axes.invert_yaxis()
+    axes.set_xlabel("direct effect on that difference (logits)")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.1), ncols=3, borderaxespad=0, handletextpad=0.1)
+
+
+def _facts(movers: xr.Dataset) -> str:
+    prompts, clean = movers.attrs["prompts"], movers.attrs["logit_difference"]
+    kept = movers.correct.values[movers.kind.values == "joint"]
+    without = f", on {kept[0]:.0%} without the name movers" if kept.size else ""
+    return (
+        f"{prompts} prompts. In the clean run the indirect object's logit is {text.number(clean)} above the subject's, "
+        f"and higher on {movers.attrs['clean_correct']:.0%}{without}."
+    )

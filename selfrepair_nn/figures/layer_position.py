@@ -1,0 +1,75 @@
+"""What deleting each layer, and swapping it with the next, does to the logit, and what the rest makes up for."""
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, by_case
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.figures import depth, style
+
+TAKES = "case"
+KINDS = {"layer": "a layer deleted", "swap": "two neighbours swapped"}
+PARTS = {
+    "own": "change of its own direct effect",
+    "logit_change": "logit change",
+    "self_repair": "self-repair",
+}
+READING = (
+    "Means over all tokens; a swap stands between its two layers. Self-repair: logit change less the change of the "
+    "direct effect of the deleted or swapped layers themselves,",
+    "so what the layers above and the final norm make of it. Bars: 95% confidence. The axis is linear to 1 logit, "
+    "logarithmic beyond.",
+)
+TICKS = [sign * size for sign in (-1, 1) for size in (0.5, 1, 2, 5, 10, 20, 50)]
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for deletion and one for swaps, by layer; several stores have a row each.
+
+    `datasets` is a store of the layer_position recipe or `by_case` of it, a sequence of them, or a mapping from title
+    to them. Raises UsageError as `by_case` does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, by_case)
+    figure = style.new_figure(9.6, 1 + 3.8 * len(found))
+    grid = figure.subplots(len(found), 2, squeeze=False, sharey="row")
+    for row, (name, cases) in zip(grid, found.items(), strict=True):
+        for axes, (kind, told) in zip(row, KINDS.items(), strict=True):
+            _draw_kind(axes, cases.isel(case=_of_kind(cases, kind)), 0.5 * (kind == "swap"))
+            axes.set_title(told if len(found) == 1 else f"{name}: {told}")
+        row[0].set_ylabel("logits")
+        row[0].legend()
+    style.heading(figure, found, f"{', '.join(found)}: layers deleted and swapped")
+    style.caption(figure, [*style.captions(found, top=False), *READING])
+    return figure
+
+
+def _of_kind(cases: xr.Dataset, kind: str) -> np.ndarray:
+    """Which cases delete a layer, or swap two."""
+    chosen = np.flatnonzero([str(label).startswith(f"{kind} ") for label in cases["case"].values])
+    if not chosen.size:
+        raise UsageError("this store holds no deleted and swapped layers: run the layer_position recipe")
+    return chosen
+
+
+def _draw_kind(axes: Axes, cases: xr.Dataset, shift: float) -> None:
+    cases = cases.assign(own=cases.ablated_direct_effect - cases.direct_effect)
+    cases = cases.where(cases.tokens > 0)
+    for index, (name, label) in enumerate(PARTS.items()):
+        look = {
+            "color": style.colour(index),
+            "marker": style.marker(index),
+            "markersize": 3.5,
+            "linewidth": 1.6,
+        }
+        error = 1.96 * cases.self_repair_se if name == "self_repair" else None
+        axes.errorbar(cases.case_layer + shift, cases[name], error, label=label, elinewidth=1, **look)
+    depth.name_axis(axes, True)
+    axes.set_xlim(cases.case_layer.min() - 0.5, cases.case_layer.max() + 0.5 + shift)
+    low, high = axes.get_ylim()
+    axes.set_yscale("symlog", linthresh=1)
+    shown = [0, *(tick for tick in TICKS if low <= tick <= high)]
+    axes.set_yticks(shown, [f"{tick:g}".replace("-", "\N{MINUS SIGN}") for tick in shown])
+    axes.set_yticks([], minor=True)

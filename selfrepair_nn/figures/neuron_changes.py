@@ -1,0 +1,39 @@
+"""How the whole MLP's change spreads over its neurons, most repairing first (the paper's Figures 12 to 15)."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, neuron_changes
+from selfrepair_nn.figures import panels, style
+
+TAKES = "neurons"
+READING = (
+    "All neurons of {mlp}, in order of the mean change of their direct effect on the head's top {share} of tokens: those",
+    "before the dotted line repair on average, those behind it break. Height: their absolute changes, added up to there.",
+    "Colours: the neuron's median clean direct effect on these tokens; red neurons erase.",
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for each head that `neuron_changes` takes; several stores have a row each.
+
+    `datasets` as for `erasure_neurons`. Raises UsageError as `neuron_changes` does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, neuron_changes)
+    figure, drawn = panels.of_heads(found, 4.6, 3.5)
+    colours = panels.diverging(head.median_direct_effect.values for _, head, _ in drawn)
+    for axes, head, title in drawn:
+        last = np.argsort(abs(head.median_direct_effect.values), kind="stable")
+        seen = head.isel(place=last)
+        look = {"s": 13, "linewidth": 0, "rasterized": True, "zorder": 2}
+        dots = axes.scatter(seen.place, seen.cumulative_size, c=seen.median_direct_effect, **look, **colours)
+        axes.axvline(float(head.rising) + 0.5, color=style.MUTED, linestyle=":", linewidth=1)
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(style.as_percent)
+        axes.set_title(title)
+        axes.set_xlabel("neurons, most repairing first")
+        axes.set_ylabel("cumulative absolute change")
+    panels.colour_bar(figure, dots, "median direct effect of the neuron (logits)")
+    panels.explain(figure, found, READING, share)
+    return figure

@@ -1,0 +1,44 @@
+"""How often the Nth most repairing neuron alone repairs a part of the head's direct effect (the paper's Figure 8)."""
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, neuron_sparsity, percent
+from selfrepair_nn.figures import panels, style
+
+TAKES = "neurons"
+READING = (
+    "On each of a head's top {share} of tokens, the neurons of {mlp} are put in order of the change of their direct effect.",
+    "Lines: on how many of these tokens the neuron at a place alone repairs at least so much of the head's direct effect.",
+    "The places are those of each token: not always of the same neuron.",
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for each head that `neuron_sparsity` takes; several stores have a row each.
+
+    `datasets` as for `erasure_neurons`. Raises UsageError as `neuron_sparsity` does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, neuron_sparsity)
+    figure, drawn = panels.of_heads(found, 4.6, 3.3)
+    for axes, head, title in drawn:
+        parts = head.part.values
+        colours = colormaps[style.LAYERS](
+            [index / max(1, len(parts) - 1) * 0.85 for index in range(len(parts))]
+        )
+        for part, colour, values in zip(parts, colours, head.repairs.values, strict=True):
+            look = {
+                "color": colour,
+                "linewidth": 1.6,
+                "label": f"{percent(part)} or more",
+            }
+            axes.plot(head.place, values, **look)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_title(title)
+        axes.yaxis.set_major_formatter(style.as_percent)
+        axes.set_xlabel("place of the neuron, most repairing first")
+        axes.set_ylabel("tokens")
+    drawn[0][0].legend(title="of the direct effect")
+    panels.explain(figure, found, READING, share)
+    return figure

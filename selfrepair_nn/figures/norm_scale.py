@@ -1,0 +1,32 @@
+"""The final norm's scale under each kind of ablation, on the loudest heads' top tokens (Figures 4, 17, 18)."""
+
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, percent, token_variants
+from selfrepair_nn.figures import histograms, style
+
+TAKES = "ablation"
+READING = (
+    "S/S': the final norm's scale in the clean run divided by that in the ablated run. Above 1 (dashed) the norm "
+    "amplifies what is left. What lies beyond the axis counts in its outermost bins."
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for each head that `token_noise` chooses, with a histogram of its top share for each ablation.
+
+    `datasets` is a store, a sequence of them, or a mapping from title to them. Raises UsageError as `token_variants`
+    does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, token_variants)
+    figure = style.new_figure(1, 1)
+    for axes, tokens in histograms.panels(figure, found):
+        top = tokens.scale_ratio.values[:, tokens.top.values]
+        values = dict(zip(tokens["ablation"].values, top, strict=True))
+        histograms.draw(axes, values, "{share:.1%} above 1")
+        axes.set_xlabel("S/S'")
+        axes.set_ylabel(f"share of the top {percent(share)} of tokens")
+    style.heading(figure, found)
+    style.caption(figure, [*style.captions(found), READING])
+    return figure

@@ -1,0 +1,85 @@
+"""How every head's direct effect answers to its own write, by layer and scale (section 5.3)."""
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, reinforcement_by_head, strongest_responses
+from selfrepair_nn.components import Head
+from selfrepair_nn.figures import depth, style
+
+TAKES = "scale"
+NAMED = 3
+READING = (
+    "Slope of the change of direct effect on the direct effect, one edited position of each prompt. Bars: "
+    "intervals that hold for all heads of a panel together ({confidence:.0%}).",
+    "Filled: self-repressing (below zero) and self-reinforcing (above zero) heads: their intervals exclude zero at "
+    "every scale.",
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for each scale with every head's slope; several stores have a row each.
+
+    `datasets` is a store or a result of `reinforcement_by_head`, a sequence of them, or a mapping from title to them.
+    Raises UsageError as `reinforcement_by_head` does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, lambda ds, _: reinforcement_by_head(ds))
+    columns = max(heads.sizes["scale"] for heads in found.values())
+    figure = style.new_figure(0.6 + 3.4 * columns, 1 + 3.6 * len(found))
+    grid = figure.subplots(len(found), columns, squeeze=False, sharex="row", sharey="row")
+    for row, (name, heads) in zip(grid, found.items(), strict=True):
+        for i, axes in enumerate(row):
+            if i >= heads.sizes["scale"]:
+                axes.remove()
+                continue
+            one = heads.isel(scale=i)
+            _draw_panel(axes, one)
+            axes.set_title(f"{float(one['scale']):g} × its own write")
+        row[0].set_ylabel("slope" if len(found) == 1 else f"{name}: slope")
+        figure.draw_without_rendering()
+        _name_heads(row[heads.sizes["scale"] - 1], heads)
+    style.heading(figure, found)
+    confidence = next(iter(found.values())).attrs["confidence"]
+    style.caption(
+        figure, [*style.captions(found, top=False), *(r.format(confidence=confidence) for r in READING)]
+    )
+    return figure
+
+
+def _places(heads: xr.Dataset) -> np.ndarray:
+    """Where each head stands on the horizontal axis: its layer, the heads of a layer side by side."""
+    count = heads.sizes["head"]
+    return heads["layer"].values[:, None] + 0.7 * ((np.arange(count) + 0.5) / count - 0.5)
+
+
+def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
+    places, kind = _places(heads), heads.kind.values
+    for value, colour in ((-1, style.colour(0)), (0, style.MUTED), (1, style.colour(1))):
+        chosen = (kind == value) & np.isfinite(heads.slope.values)
+        slope, reach = heads.slope.values[chosen], (heads.high - heads.slope).values[chosen]
+        look = {
+            "fmt": "o",
+            "markersize": 4,
+            "elinewidth": 0.8,
+            "color": colour,
+            "alpha": 0.9 if value else 0.5,
+        }
+        axes.errorbar(places[chosen], slope, reach, markerfacecolor=colour if value else "white", **look)
+    depth.name_axis(axes, True)
+
+
+def _name_heads(axes: Axes, heads: xr.Dataset) -> None:
+    """The labels of the heads that respond most, in the panel of the largest scale."""
+    last, places = heads.isel(scale=-1), _places(heads)
+    every = np.column_stack([places.ravel(), last.slope.values.ravel()])
+    for count in (NAMED, -NAMED):
+        best = strongest_responses(heads, count)
+        labels = [
+            Head(int(i), int(j)).label for i, j in zip(best["layer"].values, best["head"].values, strict=True)
+        ]
+        at = [heads.indexes[d].get_indexer(best[d].values) for d in ("layer", "head")]
+        points = np.column_stack([places[tuple(at)], last.slope.values[tuple(at)]])
+        style.label_points(axes, points, labels, every[np.isfinite(every).all(1)])

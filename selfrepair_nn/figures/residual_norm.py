@@ -1,0 +1,33 @@
+"""How much longer or shorter the residual stream gets under each kind of ablation, on all tokens (Figure 16)."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from selfrepair_nn.analysis import SHARE, token_variants
+from selfrepair_nn.figures import histograms, style
+
+TAKES = "ablation"
+READING = (
+    "Length of the residual stream before the final norm, ablated divided by clean. Below 1 (dashed) the ablation "
+    "shortens it. What lies beyond the axis counts in its outermost bins."
+)
+
+
+@style.settings()
+def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
+    """Draw a panel for each head that `token_noise` chooses, with a histogram of all tokens for each ablation.
+
+    `datasets` is a store, a sequence of them, or a mapping from title to them. Raises UsageError as `token_variants`
+    does, and if there is nothing to draw.
+    """
+    found = style.summaries(datasets, share, token_variants)
+    figure = style.new_figure(1, 1)
+    for axes, tokens in histograms.panels(figure, found):
+        known = np.isfinite(tokens.direct_effect.values)
+        values = dict(zip(tokens["ablation"].values, tokens.residual_ratio.values[:, known], strict=True))
+        histograms.draw(axes, values, "median {median:.3f}")
+        axes.set_xlabel("ablated / clean length")
+        axes.set_ylabel("share of all tokens")
+    style.heading(figure, found)
+    style.caption(figure, [*style.captions(found, top=False), READING])
+    return figure
