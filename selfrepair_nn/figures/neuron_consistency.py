@@ -11,9 +11,9 @@ from selfrepair_nn.figures import panels, style
 TAKES = "neurons"
 PLACES = 30
 READING = (
-    "For each head the {share} of tokens on which it is repaired most, and on each the ten neurons of {mlp} that repair most.",
-    "Left: how often the most frequent of these neurons are among the ten. Right: how many of the ten two tokens have in",
-    "common, on average; dotted: two random choices.",
+    "For each head the {share} of tokens on which it is repaired most, and on each the ten neurons of {mlp} that",
+    "repair most. Left: how often the most frequent of these neurons are among the ten. Right: how many of the ten",
+    "two tokens have in common, on average; dotted: two random choices.",
 )
 
 
