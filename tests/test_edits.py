@@ -658,9 +658,9 @@ def test_cases_in_a_store(stored, name):
     assert_theirs(dataset, name, RECIPE_CASES, "resample")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox-parallel"])
-def test_variants_are_the_single_runs(stored, name):
+def test_variants_are_the_single_runs(stored):
     """Along their axis; what is of the clean run has no such axis."""
+    name = "neox-parallel"
     choices = {"share": 0.25, "components": "top", "mean_prompts": 3}
     dataset = stored(RECIPE, name, **choices)
     assert dataset.ablation.values.tolist() == ["resample", "mean", "half", "path"]
@@ -682,10 +682,12 @@ CLEAN_ONLY += ("direct_effect", "residual_norm", "component_direct_effect", "mlp
 CLEAN_ONLY += ("neuron_direct_effect",)
 
 
-@pytest.mark.parametrize("text", [RECIPE, REINFORCED], ids=["cases", "reinforced"])
-def test_stopped_and_resumed(stored, monkeypatch, tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "more"), [(RECIPE, {"param": {"only": "mean"}, "partners": None}), (REINFORCED, {})], ids=["cases", "variants"]
+)
+def test_stopped_and_resumed(stored, monkeypatch, tmp_path, text, more):
     """Bit for bit what an undisturbed run gives, means and thresholds included."""
-    choices = {"batch_size": 1, "share": 0.25}
+    choices = {"batch_size": 1, "share": 0.25} | more
     stored(text, "gpt2", "whole.zarr", **choices)
     write = Store.write_prompts
 
@@ -748,3 +750,9 @@ def test_twins_and_differences_in_a_store(stored, name):
         whole = one.attention.sum("distance")
         close(whole[:, :2].values, 1)
         assert (whole[:, 4:] < 1).all()
+
+
+def test_neurons_go_with_the_top_components_only(stored):
+    """What would silently be kept for a few tokens is refused where all were asked for."""
+    with pytest.raises(UsageError, match="components 'top' or 'none'"):
+        stored(RECIPE, "gpt2", param={"only": "half"}, partners=None, components="all")
