@@ -315,7 +315,7 @@ def test_plan_says_what_run_then_does(tmp_path, model, prompts):
     assert lines["store"] == str(tmp_path / "heads-m.zarr")
     assert "3 layers x 5 heads" in lines["model"]
     assert lines["prompts"].startswith("6 of 7 tokens from ")
-    assert lines["heads"] == "10, resample ablation"
+    assert lines["ablated"] == "10, resample ablation"
     assert lines["units"] == "2 of 4 prompts"
     assert lines["tokens"] == "84 clean, 420 ablated"
     assert selfrepair("run", *choices, "--out", tmp_path).code == 0

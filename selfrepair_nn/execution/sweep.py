@@ -56,9 +56,7 @@ class Sweep:
         gathered: dict[int, dict[int, dict[str, Any]]] = {}
         for unit, found in results:
             if flaw := unit.flaw(found):
-                raise SelfRepairError(
-                    f"{unit.label}: {flaw}: try --dtype float32, or look at those prompts"
-                )
+                raise SelfRepairError(f"{unit.label}: {flaw}: try --dtype float32, or look at those prompts")
             here = gathered.setdefault(unit.prompts.start, {})
             here[id(unit.plan)] = found
             if len(here) == len(self.plans):
