@@ -145,7 +145,9 @@ def test_tokens_of_the_loudest_heads(store):
         scale = store.norm_scale.values / store.ablated_norm_scale.values[:, layer, head].astype(float)
         assert_allclose(one.scale_ratio.values[:, done], scale[:, done], rtol=1e-6)
         assert_allclose(one.residual_ratio.values[:, done], 25 / 24 / scale[:, done], rtol=1e-6)
-        assert_array_equal(one.logit_change.values[:, done], store.logit_change.values[:, layer, head][:, done])
+        assert_array_equal(
+            one.logit_change.values[:, done], store.logit_change.values[:, layer, head][:, done]
+        )
         assert np.isnan(one.scale_ratio.values[:, ~done]).all()
 
 
@@ -196,11 +198,15 @@ def reinforced(slopes, prompts=60, noise=0.05, seed=0, scales=(1.0, 3.0)):
     one = simulate_heads(1, len(slopes), prompts, 5, seed=seed, ablation="zero")
     where = rng.integers(0, 5, prompts)
     change = np.array(scales)[:, None, None, None, None] * np.array(slopes)[None, None, :, None, None]
-    after = one.direct_effect.values * (1 + change) + rng.normal(0, noise, (len(scales), *one.direct_effect.shape))
+    after = one.direct_effect.values * (1 + change) + rng.normal(
+        0, noise, (len(scales), *one.direct_effect.shape)
+    )
     elsewhere = np.arange(5) != where[:, None]
     after = np.where(elsewhere, 1e3, after)
     dims = ("scale", *one.direct_effect.dims)
-    one = one.assign(ablated_direct_effect=(dims, after), self_repair=(dims, after), logit_change=(dims, after))
+    one = one.assign(
+        ablated_direct_effect=(dims, after), self_repair=(dims, after), logit_change=(dims, after)
+    )
     return one.assign_coords(scale=list(scales), edited_position=("prompt", where)).drop_vars("ablation")
 
 

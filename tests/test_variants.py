@@ -144,9 +144,7 @@ def test_freezing_one_norm_by_hand(stored):
 
     with hooked(norm.register_forward_pre_hook(lambda module, args: clean.append(scale(args[0])))):
         before = centred_logits(model, ids)
-    keep = norm.register_forward_hook(
-        lambda module, args, output: norm.weight.double() * args[0] / clean[0]
-    )
+    keep = norm.register_forward_hook(lambda module, args, output: norm.weight.double() * args[0] / clean[0])
     with hooked(keep, without_head(model, 1, 2)):
         kept = centred_logits(model, ids) - before
     with hooked(without_head(model, 1, 2)):
@@ -188,11 +186,16 @@ def test_the_only_receiver_is_the_plain_ablation(stored):
 
 
 def test_a_receiver_alone_reacts(stored):
-    found = stored("path_patching", "gpt2", heads="0.1", param={"receivers": ("L1.attention", "L1H2", "L2.mlp")})
+    found = stored(
+        "path_patching", "gpt2", heads="0.1", param={"receivers": ("L1.attention", "L1H2", "L2.mlp")}
+    )
     assert list(found["receiver"].values) == ["none", "L1.attention", "L1H2", "L2.mlp", "all"]
     assert_allclose(found.from_mlps.sel(receiver=["none", "L1.attention", "L1H2"]), 0, atol=TIGHT)
     assert_allclose(found.from_heads.sel(receiver=["none", "L2.mlp"]), 0, atol=TIGHT)
-    assert abs(found.from_heads.sel(receiver="L1.attention") - found.from_heads.sel(receiver="L1H2")).max() > 1e-6
+    assert (
+        abs(found.from_heads.sel(receiver="L1.attention") - found.from_heads.sel(receiver="L1H2")).max()
+        > 1e-6
+    )
     plain = stored("freeze", "gpt2", heads="0.1")
     assert_array_equal(
         found.self_repair.sel(receiver="none"), plain.self_repair.sel(frozen="all but the final norm")
@@ -247,7 +250,9 @@ def test_reinforced_heads_by_hand(stored):
     assert_array_equal(nothing.ablated_direct_effect, nothing.direct_effect)
     lines = sr.reinforcement_by_head(found)
     at = found.edited_position.values
-    assert_array_equal(lines.before[0, 0], [row[i] for row, i in zip(found.direct_effect.values[0, 0], at, strict=True)])
+    assert_array_equal(
+        lines.before[0, 0], [row[i] for row, i in zip(found.direct_effect.values[0, 0], at, strict=True)]
+    )
     assert_array_equal(lines.slope.sel(scale=0), 0)
 
 

@@ -41,7 +41,9 @@ def _line(record: Record) -> str:
     why = "; ".join(f"{count} x {KINDS[kind].meaning}" for kind, count in record.failures.items())
     said = f" ({brief(record.text)})" if record.text else ""
     job = f"job {record.job}" if record.open else ""
-    return "  ".join(part for part in (record.part, MEANINGS.get(record.event, record.event), job, f"{why}{said}") if part)
+    return "  ".join(
+        part for part in (record.part, MEANINGS.get(record.event, record.event), job, f"{why}{said}") if part
+    )
 
 
 def _total(ledger: Ledger) -> str:
@@ -50,7 +52,9 @@ def _total(ledger: Ledger) -> str:
     sent, back = (sum(r.bytes_sent for r in records), sum(r.bytes_returned for r in records))
     counted = ", ".join(f"{count} {state}" for state, count in states.most_common())
     jobs = sum(record.jobs for record in records)
-    return f"{jobs} jobs sent for {len(records)} parts: {counted}\n{_size(sent)} sent, {_size(back)} came back"
+    return (
+        f"{jobs} jobs sent for {len(records)} parts: {counted}\n{_size(sent)} sent, {_size(back)} came back"
+    )
 
 
 def _size(count: int) -> str:

@@ -76,7 +76,12 @@ class Ledger:
     def write(self, event: str, part: str, **facts: Any) -> None:
         """One more line, on the disk when this returns."""
         now = datetime.fromtimestamp(self._clock(), UTC)
-        line = {"time": now.isoformat(timespec="milliseconds"), "run": self._run, "event": event, "part": part} | facts
+        line = {
+            "time": now.isoformat(timespec="milliseconds"),
+            "run": self._run,
+            "event": event,
+            "part": part,
+        } | facts
         with explained(self.path), open(self.path, "ab+") as file:
             file.write((b"" if _whole(file) else b"\n") + json.dumps(line).encode() + b"\n")
             file.flush()
