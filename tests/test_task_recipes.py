@@ -8,10 +8,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 from numpy.testing import assert_allclose
 from test_tasks import Words
 
 import selfrepair_nn as sr
+from selfrepair_nn import figures
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, sweep
 
@@ -305,3 +307,86 @@ def test_each_analysis_says_whose_store_it_takes():
                              (sr.by_kind, "induction"), (sr.contrast_by_head, "contrastive")):  # fmt: skip
         with pytest.raises(UsageError, match=f"run {recipe}"):
             analysis(ds)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def dots(axes):
+    scatters = [c.get_offsets() for c in axes.collections if isinstance(c, PathCollection)]
+    return in_order(np.concatenate([np.asarray(points) for points in scatters]))
+
+
+def in_order(points):
+    return points[np.lexsort(points.T)]
+
+
+def pairs(x, y):
+    return in_order(np.column_stack([np.ravel(x), np.ravel(y)]))
+
+
+def words(figure):
+    legends = [
+        text.get_text() for axes in figure.axes if axes.get_legend() for text in axes.get_legend().texts
+    ]
+    return " ".join([figure.get_supxlabel(), figure.get_suptitle(), *legends])
+
+
+def test_figure_of_name_movers_and_backups(ioi):
+    ds = ioi[0]
+    figure, movers, rising = figures.draw("ioi", ds), sr.name_movers(ds), sr.backups(ds)
+    left, right = figure.axes
+    taken, lost = ([bar.get_width() for bar in bars] for bars in left.containers if hasattr(bars, "patches"))
+    shown = movers.isel(case=slice(0, 3))
+    assert_allclose(taken, shown.direct_effect - shown.ablated_direct_effect)
+    assert_allclose(lost, -shown.logit_change)
+    assert [label.get_text().replace("\n", "+") for label in left.get_yticklabels()] == ds.case.values[
+        :3
+    ].tolist()
+    for bars, name in zip(right.containers, ("direct_effect", "joint", "moved"), strict=True):
+        assert_allclose(bars.lines[0].get_xdata(), rising[name])
+    assert [label.get_text() for label in right.get_yticklabels()] == rising.component.values.tolist()
+    assert (
+        f"12 prompts. In the clean run the indirect object's logit is {movers.logit_difference:+.3f}"
+        in words(figure)
+    )
+
+
+def test_figure_of_induction(induction):
+    ds, _ = induction
+    figure, heads = figures.draw("induction", ds), sr.induction_by_head(ds)
+    left, right = figure.axes
+    assert_allclose(dots(left), pairs(heads.previous_token, heads.induction))
+    assert_allclose(dots(right), pairs(heads.direct_effect, heads.logit_change))
+    kinds = sr.by_kind(ds)
+    for kind in kinds.kind.values:
+        assert f"{kind}: {int(kinds.heads.sel(kind=kind)) or 'none'}" in words(figure)
+
+
+def test_figure_of_the_contrast(contrast):
+    ds = contrast[0]
+    figure, heads = figures.draw("contrast", ds), sr.contrast_by_head(ds)
+    for axes, ablation in zip(figure.axes, ("resample", "twin"), strict=False):
+        one = heads.sel(ablation=ablation)
+        assert_allclose(dots(axes), pairs(one.removed, one.logit_change))
+    assert_allclose(dots(figure.axes[2]), pairs(*heads.repaired.sel(ablation=["resample", "twin"])))
+    assert f"9 heads, {int(heads.tokens[0, 0])} tokens each" in words(figure)
+
+
+def test_figures_of_several_stores_have_a_row_each(ioi, induction, contrast):
+    for name, ds, columns in (
+        ("ioi", ioi[0], 2),
+        ("induction", induction[0], 2),
+        ("contrast", contrast[0], 3),
+    ):
+        figure = figures.draw(name, {"one": ds, "two": ds})
+        panels = [axes for axes in figure.axes if axes.get_title("left")]
+        assert len(panels) == 2 * columns
+        assert any("two" in axes.get_title("left") for axes in panels)
+
+
+def test_stores_are_suited_to_their_own_figures(ioi, induction, contrast):
+    for name, ds in (("ioi", ioi[0]), ("induction", induction[0]), ("contrast", contrast[0])):
+        suited = figures.suited(ds)
+        assert name in suited
+        assert not ({"ioi", "induction", "contrast"} - {name}) & set(suited)
