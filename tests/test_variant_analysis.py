@@ -31,7 +31,8 @@ def ds(single):
 def side_by_side(stores, axis):
     """Stores as the variants of one, along an axis; with lengths of the residual stream."""
     first = next(iter(stores.values()))
-    varied = [name for name in first.data_vars if not first[name].identical(list(stores.values())[-1][name])]
+    last = list(stores.values())[-1]
+    varied = [name for name in first.data_vars if not first[name].variable.equals(last[name].variable)]
     index = xr.IndexVariable(axis, list(stores))
     parts = [ds[varied].drop_vars(["ablation", "partner"]) for ds in stores.values()]
     found = first.drop_vars(["ablation", "partner", *varied]).merge(xr.concat(parts, index))
