@@ -683,7 +683,9 @@ CLEAN_ONLY += ("neuron_direct_effect",)
 
 
 @pytest.mark.parametrize(
-    ("text", "more"), [(RECIPE, {"param": {"only": "mean"}, "partners": None}), (REINFORCED, {})], ids=["cases", "variants"]
+    ("text", "more"),
+    [(RECIPE, {"param": {"only": "mean"}, "partners": None}), (REINFORCED, {})],
+    ids=["cases", "variants"],
 )
 def test_stopped_and_resumed(stored, monkeypatch, tmp_path, text, more):
     """Bit for bit what an undisturbed run gives, means and thresholds included."""
