@@ -23,7 +23,7 @@ from selfrepair_nn.options import Options
 from selfrepair_nn.recipe import recipe_paths
 
 COMMANDS = sorted(cli.commands)
-NOT_OPTIONS = {"recipe", "dry_run", "progress"}
+NOT_OPTIONS = {"recipe", "dry_run", "progress", "calibrate"}
 HEAVY = ("torch", "transformers", "xarray", "zarr", "nnsight", "datasets", "matplotlib")
 
 
@@ -103,7 +103,7 @@ def test_run_without_flags_is_run_with_the_defaults_of_python(monkeypatch):
     """What reaches Python from the command line is what Python would have taken by itself."""
     given = {}
 
-    def noted(recipe, progress, command, **choices):
+    def noted(recipe, progress, command, confirm, **choices):
         given.update(choices, recipe=recipe)
         raise UsageError("enough")
 
@@ -160,7 +160,7 @@ def test_bare_components_does_not_swallow_the_next_flag(model, prompts):
         "plan", "heads", "--components", "--layers", "2", "--model", model, "--prompts", prompts
     )
     assert shown.code == 0, shown.err
-    assert re.search(r"^heads +5,", shown.out, re.MULTILINE)
+    assert re.search(r"^ablated +5,", shown.out, re.MULTILINE)
 
 
 # Results, progress, exit codes

@@ -27,7 +27,7 @@ def flown(path, line, units=UNITS, in_flight=2, patience=1800):
     """All results of one process that runs the units over a ledger, in the order in which they came."""
     ledger = Ledger(path, "run", line.clock)
     flight = Flight(line, ledger, in_flight, patience, clock=line.clock, sleep=line.clock.sleep)
-    return [found for found in flight(units)]
+    return list(flight(units))
 
 
 def events(path):
