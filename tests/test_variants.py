@@ -204,7 +204,7 @@ def test_a_receiver_alone_reacts(stored):
 
 
 def test_receivers_that_are_none(wrapped, seeded, tmp_path):
-    for label, said in (("MLP 3", "names no place"), ("L9.mlp", "receivers are heads and MLPs")):
+    for label, said in (("MLP 3", "names no place"), ("L9.mlp", "L9.mlp cannot receive")):
         with pytest.raises(UsageError, match=said):
             sr.run(
                 "path_patching",
