@@ -308,7 +308,7 @@ def test_more_heads_than_there_are_is_all_of_them(wrapped, seeded, tmp_path):
 
 def test_the_plan_says_how_many_are_ablated():
     plan = sr.preview("neurons", model="tiny-neox", param={"count": 3})
-    assert plan["heads"].startswith("the 3 loudest of ")
+    assert plan["ablated"].startswith("the 3 loudest of ")
     assert plan["ablated_tokens"] == 3 * plan["tokens"] / 2
 
 
