@@ -1,4 +1,4 @@
-"""Name movers ablated one by one and together: what is lost, and which heads move the name instead (section 5.3.1)."""
+"""Name movers ablated one by one and together: what is lost, and which heads back up (section 5.3.1)."""
 
 import numpy as np
 import xarray as xr
