@@ -189,7 +189,7 @@ def test_swapped_layers(job, name, freeze):
         agree(name, found, ablate, "zero", FREEZES[freeze], **choices)
 
 
-@pytest.mark.parametrize("freeze", FREEZES)
+@pytest.mark.parametrize("freeze", ["nothing", "some", "norms-and-final"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_reinforced_heads(job, name, freeze):
     """A head's own write added to what its layer reads, at one position: it is not frozen itself."""
@@ -513,7 +513,7 @@ ANY_REPLACEMENT = st.just("zero") | st.sampled_from(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ablate=st.lists(ONE_CASE.map(tuple), min_size=1, max_size=2).map(tuple),
     replacement=ANY_REPLACEMENT,
