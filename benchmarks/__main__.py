@@ -9,49 +9,64 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import argparse
 import contextlib
 import json
+import logging
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import selfrepair_nn as sr
-from benchmarks.footprint import by_heads, footprint, imports
-from benchmarks.speed import measure
+from benchmarks.footprint import by_heads, child, footprint
+from benchmarks.speed import measure, through_transformerlens
 from benchmarks.table import table
+from benchmarks.waiting import waiting
 from selfrepair_nn.provenance import machine, now, versions
 from tests.smollm2 import Unavailable, smollm2
 
+PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting")
 SIZES = [16, 64, 256]
 QUICK = {"layers": "3,11,18,26", "prompts": 8}
 """Four of SmolLM2's thirty layers, of the mean depth of all, and half the prompts."""
+HOOKED = {"layers": "7,22", "prompts": 8}
+"""What TransformerLens gets of SmolLM2, for it takes so long: two layers of the same mean depth."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"SmolLM2: less, but as deep: {QUICK}")
-    parser.add_argument("--only", choices=("smollm2", "tiny-neox"), help="one model instead of both")
+    parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     parser.add_argument("--repeats", type=int, help="default: 3, of SmolLM2 with all layers 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(sys.stderr):
-        found = {"when": now(), "machine": machine(), "versions": versions(), "imports": imports()}
-        found["models"] = {}
-        if asked.only != "smollm2":
-            found["models"]["tiny-neox"] = tiny_neox(asked.repeats or 3)
-        if asked.only != "tiny-neox":
-            with _reported():
-                found["models"]["smollm2"] = real(str(smollm2()), asked.quick, asked.repeats)
+        found = {"when": now(), "machine": machine(), "versions": versions()} | collected(asked)
     print(table(found))
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def collected(asked: argparse.Namespace) -> dict[str, Any]:
+    """The parts that were asked for."""
+    parts = [asked.only] if asked.only else PARTS
+    found: dict[str, Any] = {"waiting": waiting()} if "waiting" in parts else {}
+    found["models"] = models = {}
+    if "tiny-neox" in parts:
+        models["tiny-neox"] = tiny_neox(asked.repeats or 3)
+    with _reported():
+        if "smollm2" in parts:
+            models["smollm2"] = real(str(smollm2()), asked.quick, asked.repeats)
+        if "transformerlens" in parts:
+            models["smollm2"] = models.get("smollm2", {}) | through(str(smollm2()), asked.repeats or 3)
+    return found
+
+
 def tiny_neox(repeats: int) -> dict[str, Any]:
-    found = measure(_load("tiny-neox"), ":", SIZES[0], repeats)
+    found = measure(_load("tiny-neox"), SIZES[0], repeats, layers=":")
     found |= footprint("tiny-neox", ",".join(f"{layer}.*" for layer in range(8)), ":", SIZES)
     return found | by_heads("tiny-neox", 8, [2, 4, 8], SIZES[1])
 
@@ -63,6 +78,21 @@ def real(directory: str, quick: bool, repeats: int | None) -> dict[str, Any]:
     return found | footprint(directory, spread, "28:30", sizes)
 
 
+def through(directory: str, repeats: int) -> dict[str, Any]:
+    """The baselines through TransformerLens; their peaks with one head of the first and one of the last layer."""
+    if not find_spec("transformer_lens"):
+        raise Unavailable(
+            "TransformerLens is not here: pip install -r benchmarks/requirements-transformerlens.txt"
+        )
+    logging.disable(logging.WARNING)
+    found = through_transformerlens(_load(directory), **HOOKED, repeats=repeats)
+    peaks = {
+        name: child(name, directory, HOOKED["prompts"], heads="0.0,29.8") for name in ("published", "careful")
+    }
+    found["peak_mib"] = {name: peak["peak_mib"] for name, peak in peaks.items()}
+    return {"transformerlens": found}
+
+
 def _load(name: str):
     return sr.load(name, device="cpu")
 
@@ -72,7 +102,7 @@ def _reported():
     try:
         yield
     except Unavailable as error:
-        print(f"SmolLM2 is left out: {error}")
+        print(f"left out: {error}")
 
 
 main()

@@ -108,10 +108,10 @@ def _ablate(parts, tokens, rotary, clean, partner, start, group):
             mlp = parts.mlp(layer, x if parts.parallel else x + attention)
             from_mlps += along(mlp - copies(clean["mlp"][layer]), direction)
         x = x + attention + mlp
-    return _readout(parts, clean, x, own, from_heads, from_mlps, cases)
+    return readout(parts, clean, x, own, from_heads, from_mlps, cases)
 
 
-def _readout(parts, clean, x, own, from_heads, from_mlps, cases):
+def readout(parts, clean, x, own, from_heads, from_mlps, cases):
     """From sums of ⟨x_c, d_t⟩ to logits: Equation 2 and the change of the raw logit."""
     final = x.unflatten(0, (cases, -1))[:, :, :-1]
     before, direction, mean = clean["final"][:, :-1], clean["direction"], clean["mean_direction"]

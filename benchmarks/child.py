@@ -1,6 +1,6 @@
 """One run of one approach in a process of its own: `python -m benchmarks.child JSON` prints what it took, as JSON.
 
-The JSON holds approach ("run", "naive" or "suffix"), model, prompts, and layers or heads.
+The JSON holds approach ("run", or the name of one of Case's), model, prompts, and layers or heads.
 """
 
 import json
@@ -13,12 +13,8 @@ from pathlib import Path
 import torch
 
 import selfrepair_nn as sr
-from benchmarks.baselines import naive, suffix
-from selfrepair_nn.execution.experiment import prepare
-from selfrepair_nn.options import Options
+from benchmarks.speed import LENGTH, Case
 from selfrepair_nn.store import Store
-
-LENGTH = 64
 
 
 def peak_mib() -> float:
@@ -45,23 +41,15 @@ def timed(owner, name: str, spent: list[float]) -> None:
     setattr(owner, name, outer)
 
 
-def main(approach: str, model: str, prompts: int, **selection) -> dict[str, float]:
+def main(approach: str, model: str, prompts: int, **selection: str) -> dict[str, float]:
     torch.set_num_threads(1)
-    loaded = sr.load(model, device="cpu", check=False)
-    choices = {"model": loaded, "tokens": prompts * LENGTH, "length": LENGTH, **selection}
-    experiment = prepare("heads", Options(**choices))
-    found = {"loaded_mib": peak_mib(), "heads": len(experiment.heads), "prompts": prompts, "length": LENGTH}
+    case = Case(sr.load(model, device="cpu", check=False), prompts, selection)
+    found = {"loaded_mib": peak_mib(), "heads": len(case.heads), "prompts": prompts, "length": LENGTH}
     start = time.process_time()
     if approach == "run":
-        found |= run(choices)
+        found |= run(case.choices)
     else:
-        plain = (
-            loaded.nn._module,
-            torch.from_numpy(experiment.prompts.tokens),
-            torch.from_numpy(experiment.partners),
-            [(head.layer, head.head) for head in experiment.heads],
-        )
-        naive(*plain) if approach == "naive" else suffix(*plain, rows=experiment.options.rows)
+        getattr(case, approach)()
     return found | {"cpu": time.process_time() - start, "peak_mib": peak_mib()}
 
 

@@ -1,18 +1,9 @@
-"""What is not speed: memory, growth with tokens and heads, the store, imports. Each in a process of its own."""
+"""What is not speed: memory, growth with tokens and heads, the store. Each in a process of its own."""
 
 import json
 import subprocess
 import sys
-from statistics import median
 from typing import Any
-
-IMPORTS = """
-import sys, time
-start = time.process_time()
-import selfrepair_nn
-{then}
-print(time.process_time() - start, int("torch" in sys.modules))
-"""
 
 
 def child(approach: str, model: str, prompts: int, **selection: str) -> dict[str, float]:
@@ -64,21 +55,3 @@ def by_heads(model: str, n_layers: int, counts: list[int], prompts: int) -> dict
 def _cost(found):
     """CPU milliseconds for each ablated head and token."""
     return 1000 * found["cpu"] / (found["heads"] * found["prompts"] * found["length"])
-
-
-def imports(repeats: int = 5) -> dict[str, Any]:
-    """CPU seconds of importing the package, and of everything that a run needs; whether the former loads torch."""
-
-    def once(then):
-        script = IMPORTS.format(then=then)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        return [float(word) for word in done.stdout.split()]
-
-    alone = [once("") for _ in range(repeats)]
-    needed = "selfrepair_nn.run, selfrepair_nn.load; import selfrepair_nn.tracing.jobs, transformers"
-    whole = [once(needed) for _ in range(repeats)]
-    return {
-        "import": median(seconds for seconds, _ in alone),
-        "import_for_run": median(seconds for seconds, _ in whole),
-        "import_loads_torch": any(torch for _, torch in alone),
-    }

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,13 +35,13 @@ class Case:
     """One model and what is ablated in it; its methods are the approaches, named as in the table."""
 
     model: Any
-    layers: str
     prompts: int
+    selection: dict[str, str]
+    """`layers` or `heads`, as a run takes them."""
 
     @property
     def choices(self):
-        tokens = self.prompts * LENGTH
-        return {"model": self.model, "layers": self.layers, "tokens": tokens, "length": LENGTH}
+        return {"model": self.model, "tokens": self.prompts * LENGTH, "length": LENGTH} | self.selection
 
     @cached_property
     def experiment(self):
@@ -61,6 +62,23 @@ class Case:
 
     def suffix(self):
         return suffix(*self.plain, rows=self.experiment.options.rows)
+
+    @cached_property
+    def hooked(self):
+        """The model in TransformerLens; what converting it takes is counted for none."""
+        from benchmarks.transformerlens import hooked
+
+        return hooked(self.plain[0], LENGTH)
+
+    def published(self, **how):
+        from benchmarks.transformerlens import published
+
+        return published(self.hooked, *self.plain, **how)
+
+    def careful(self):
+        from benchmarks.transformerlens import careful
+
+        return careful(self.hooked, *self.plain)
 
     def job(self):
         """The engine alone, unit by unit: no store, no noise floor."""
@@ -97,45 +115,88 @@ def gemm_rate() -> float:
     return 3 * 2 * GEMM**3 / cpu(lambda: [a @ a for _ in range(3)])[1]
 
 
-def measure(model, layers: str, prompts: int, repeats: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """CPU seconds of each approach, the rate of large products (FLOP per CPU second) before each, what they gave."""
+
+    seconds: dict[str, list[float]]
+    rates: list[float]
+    results: dict[str, Any]
+
+    @property
+    def medians(self) -> dict[str, Any]:
+        return {name: median(taken) for name, taken in self.seconds.items()} | {"cpu_seconds": self.seconds}
+
+    def ratio(self, above: str, below: str) -> float:
+        """Median over the repeats of one approach's seconds in another's."""
+        return median(a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True))
+
+
+def interleaved(case: Case, approaches: Sequence[str], repeats: int) -> Measured:
+    """Every approach in turn, `repeats` times."""
+    found = Measured({name: [] for name in approaches}, [], {})
+    for name in list(approaches) * repeats:
+        found.rates.append(gemm_rate())
+        found.results[name], taken = cpu(getattr(case, name))
+        found.seconds[name].append(taken)
+        print(
+            f"  {case.model.name} {name}: {taken:.1f} CPU s, {found.rates[-1] / 1e9:.0f} GFLOP/s", flush=True
+        )
+    return found
+
+
+def measure(model: Any, prompts: int, repeats: int, **selection: str) -> dict[str, Any]:
     """Medians over `repeats` of each approach's CPU seconds, and of their ratios within a repeat."""
-    case = Case(model, layers, prompts)
-    approaches = {"naive": case.naive, "suffix": case.suffix, "job": case.job, "run": case.run}
-    seconds: dict[str, list[float]] = {name: [] for name in approaches}
-    rates, results = [], {}
-    for _ in range(repeats):
-        for name, approach in approaches.items():
-            rates.append(gemm_rate())
-            results[name], taken = cpu(approach)
-            seconds[name].append(taken)
-            print(f"  {model.name} {name}: {taken:.1f} CPU s, {rates[-1] / 1e9:.0f} GFLOP/s", flush=True)
-    rate = median(rates)
-    return {
-        "heads": len(case.heads),
-        "prompts": prompts,
-        "length": LENGTH,
-        "repeats": repeats,
-        "cpu_seconds": seconds,
-        "naive": median(seconds["naive"]),
-        "suffix": median(seconds["suffix"]),
-        "job": median(seconds["job"]),
-        "run": median(seconds["run"]),
-        "limit": case.flops / rate,
-        "gemm_gflops": rate / 1e9,
-        "gemm_gflops_range": [min(rates) / 1e9, max(rates) / 1e9],
-        "naive/run": _ratio(seconds, "naive", "run"),
-        "run/suffix": _ratio(seconds, "run", "suffix"),
-        "job/suffix": _ratio(seconds, "job", "suffix"),
-        "run/limit": median(seconds["run"]) * rate / case.flops,
-    } | agreement(results)
+    case = Case(model, prompts, selection)
+    found = interleaved(case, ("naive", "suffix", "job", "run"), repeats)
+    rate, agreed = median(found.rates), agreement(found.results, ("naive", "suffix"))
+    return (
+        _shape(case, repeats)
+        | found.medians
+        | agreed
+        | {
+            "limit": case.flops / rate,
+            "gemm_gflops": rate / 1e9,
+            "gemm_gflops_range": [min(found.rates) / 1e9, max(found.rates) / 1e9],
+            "naive/run": found.ratio("naive", "run"),
+            "run/suffix": found.ratio("run", "suffix"),
+            "job/suffix": found.ratio("job", "suffix"),
+            "run/limit": median(found.seconds["run"]) * rate / case.flops,
+        }
+    )
 
 
-def _ratio(seconds, above, below):
-    return median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+def through_transformerlens(model: Any, prompts: int, repeats: int, **selection: str) -> dict[str, Any]:
+    """As `measure`, of the baselines that go through TransformerLens, on heads and prompts of their own.
+
+    "letter/published" is what the paper's algorithm takes for one head if TransformerLens itself writes every head's
+    output, as in the paper's code, relative to what it takes here.
+    """
+    case = Case(model, prompts, selection)
+    found = interleaved(case, ("published", "careful", "job", "run"), repeats)
+    agreed = agreement(found.results, ("published", "careful"))
+    one = Case(model, prompts, {"heads": "{}.{}".format(*case.heads[0])})
+    letter = cpu(lambda: one.published(own_results=True))[1] / cpu(one.published)[1]
+    return (
+        _shape(case, repeats)
+        | found.medians
+        | agreed
+        | {
+            "letter/published": letter,
+            "published/run": found.ratio("published", "run"),
+            "published/job": found.ratio("published", "job"),
+            "careful/run": found.ratio("careful", "run"),
+            "careful/job": found.ratio("careful", "job"),
+        }
+    )
 
 
-def agreement(results) -> dict[str, float]:
-    """Largest differences between the approaches, in logits, and the largest change, to judge them by."""
+def _shape(case: Case, repeats: int) -> dict[str, int]:
+    return {"heads": len(case.heads), "prompts": case.prompts, "length": LENGTH, "repeats": repeats}
+
+
+def agreement(results: dict[str, Any], baselines: Sequence[str]) -> dict[str, float]:
+    """Largest differences between the baselines and the job, in logits, and the largest change, to judge them by."""
     job = results["job"]
     parts = complete({name: value.numpy() for name, value in job.items()})
     ours = {name: torch.as_tensor(parts[name]) for name in ("from_heads", "from_mlps", "from_norm")}
@@ -143,7 +204,7 @@ def agreement(results) -> dict[str, float]:
     ours["own_change"] = job["ablated_direct_effect"] - job["direct_effect"]
     ours["ablated_norm_scale"] = job["ablated_norm_scale"]
     found = {"largest_change": ours["logit_change"].abs().max().item()}
-    for name in ("naive", "suffix"):
+    for name in baselines:
         theirs = results[name]
         found[f"differs_from_{name}"] = max((ours[k] - theirs[k]).abs().max().item() for k in theirs)
     return found

@@ -9,19 +9,41 @@ REAL = "smollm2"
 
 def table(found: dict[str, Any]) -> str:
     """The measurements as text. `found` is what `__main__` collected; a cell that misses its goal says so."""
-    models = found["models"]
-    rows = [["", *models, "goal"]]
-    for label, value, goal, holds in ROWS:
-        cells = [_cell(value, measured, holds if name == REAL else None) for name, measured in models.items()]
-        rows.append([label, *cells, goal])
+    hooked = {name: measured.get("transformerlens", {}) for name, measured in found["models"].items()}
+    rows = [["", *hooked, "goal"], *_rows(ROWS, found["models"]), *_rows(THROUGH_TRANSFORMERLENS, hooked)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
-    alone = found["imports"]
-    torch = "loads torch" if alone["import_loads_torch"] else "without torch"
-    lines.append(f"\nimport selfrepair_nn: {alone['import']:.3f} CPU s, {torch}; ")
-    lines[-1] += f"all that a run needs: {alone['import_for_run']:.1f} CPU s"
-    return "\n".join(lines)
+    waiting = _waiting(found["waiting"]) if "waiting" in found else []
+    return "\n\n".join("\n".join(block) for block in (lines if found["models"] else [], waiting) if block)
+
+
+def _rows(wanted: list[tuple], models: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Those of the rows for which something was measured."""
+    rows = []
+    for label, value, goal, holds in wanted:
+        cells = [_cell(value, measured, holds if name == REAL else None) for name, measured in models.items()]
+        rows += [[label, *cells, goal]] if any(cells) else []
+    return rows
+
+
+def _waiting(found: dict[str, Any]) -> list[str]:
+    """What a user waits for, a line for each."""
+    torch = "with torch" if found["import_loads_torch"] else "without torch"
+    seconds = {
+        f"import selfrepair_nn, {torch}": found["import"],
+        "import all that a run needs": found["import_for_run"],
+        "selfrepair --help": found["help"],
+        "selfrepair recipes": found["recipes"],
+        "selfrepair run heads --model tiny-neox": found["first_run"],
+        "that, and its figures": found["first_figure"],
+        f"one figure of {found['large_tokens']} tokens, 12 heads ({found['large_mib']:.0f} MiB)": found[
+            "large_figure"
+        ],
+        "all figures of the same": found["large_figures"],
+    }
+    width = max(map(len, seconds))
+    return [f"CPU s: {what.ljust(width)}  {taken:.3g}" for what, taken in seconds.items()]
 
 
 def _aligned(row, widths):
@@ -72,4 +94,27 @@ ROWS = [
     ("  CPU ms for a head and token", lambda m: m["cpu_ms_by_heads"], "flat", None),
     ("bytes stored for a head and token", lambda m: m["bytes_per_head_token"], "", None),
     ("share of a run spent in writing", lambda m: m["share_of_writes"], "", None),
+]
+
+THROUGH_TRANSFORMERLENS = [
+    (
+        "through TransformerLens: heads, prompts, tokens",
+        lambda t: [t["heads"], t["prompts"], t["length"]],
+        "",
+        None,
+    ),
+    ("  CPU s: published", lambda t: t["published"], "", None),
+    ("  CPU s: careful", lambda t: t["careful"], "", None),
+    ("  CPU s: ours, the job alone", lambda t: t["job"], "", None),
+    ("  CPU s: ours, a whole run", lambda t: t["run"], "", None),
+    ("  published / ours", lambda t: t["published/run"], ">= 20", lambda x: x >= 20),
+    ("  published / ours, the job alone", lambda t: t["published/job"], "", None),
+    ("  published, to the letter / published", lambda t: t["letter/published"], "", None),
+    ("  careful / ours", lambda t: t["careful/run"], "", None),
+    ("  careful / ours, the job alone", lambda t: t["careful/job"], "", None),
+    ("  largest change of a logit", lambda t: t["largest_change"], "", None),
+    ("  ours - published, at most", lambda t: t["differs_from_published"], "< 0.001", lambda x: x < 1e-3),
+    ("  ours - careful, at most", lambda t: t["differs_from_careful"], "< 0.001", lambda x: x < 1e-3),
+    ("  peak MiB: published", lambda t: t["peak_mib"]["published"], "", None),
+    ("  peak MiB: careful", lambda t: t["peak_mib"]["careful"], "", None),
 ]

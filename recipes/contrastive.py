@@ -3,7 +3,7 @@
 import selfrepair_nn as sr
 
 FIGURES = ("contrast",)
-DEFAULTS = {"tokens": 1536}
+DEFAULTS = {"tokens": 1024}
 PARAMETERS = {"old": ",", "new": ";"}
 
 

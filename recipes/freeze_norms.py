@@ -3,15 +3,17 @@
 import selfrepair_nn as sr
 
 FIGURES = ("freeze_norms",)
+PARAMETERS = {"count": 4}
 
 
 def graph(structure, options):
-    """The heads of one layer two thirds up, unless layers or heads are chosen, with each later norm frozen."""
+    """Of the last third of the layers the loudest heads, or those chosen, with each later norm frozen."""
     chosen = options.layers or options.heads
-    layers = options.layers if chosen else str(2 * structure.n_layers // 3)
+    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
     heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
     plain = sr.Graph(
         ablate=sr.sweep(heads),
+        loudest=None if chosen else options.param["count"],
         replacement=options.ablation,
         target=options.target,
         value_bias=options.value_bias,

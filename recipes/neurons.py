@@ -1,4 +1,4 @@
-"""Which neurons of the last MLP repair a late head: erasure, sparsity, consistency (paper: Figures 7, 8, 12-15)."""
+"""Which neurons of the last MLP repair late heads, how few, how regularly (paper: Figures 7, 8, 12-15)."""
 
 import selfrepair_nn as sr
 

@@ -3,19 +3,20 @@
 import selfrepair_nn as sr
 
 FIGURES = ("path_patching",)
-PARAMETERS = {"receivers": ()}
+PARAMETERS = {"count": 4, "receivers": ()}
 
 
 def graph(structure, options):
-    """Senders: the heads of one layer two thirds up, or those chosen. Receivers: all later parts, or those named.
+    """Senders: the loudest heads of the last third, or those chosen. Receivers: all later parts, or those named.
 
     A receiver reads the sender's change; all else, the other receivers too, keeps its clean value.
     """
     chosen = options.layers or options.heads
-    layers = options.layers if chosen else str(2 * structure.n_layers // 3)
+    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
     senders = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
     plain = sr.Graph(
         ablate=sr.sweep(senders),
+        loudest=None if chosen else options.param["count"],
         replacement=options.ablation,
         target=options.target,
         value_bias=options.value_bias,

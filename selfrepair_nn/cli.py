@@ -13,7 +13,7 @@ from typing import Any, get_args
 import click
 
 from selfrepair_nn import __version__
-from selfrepair_nn.errors import Incomplete, SelfRepairError
+from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import Options
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -30,6 +30,8 @@ def main() -> None:
         _say(f"{error}:\n  {_command_line()}")
         sys.exit(error.exit_code)
     except SelfRepairError as error:
+        if isinstance(error, NotAgreed):
+            click.echo(error.plan)
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -85,24 +87,26 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
     Running the same command again resumes it, or prints the summary of what is there.
     """
     if dry_run:
-        _plan(recipe, choices)
+        _plan(recipe, choices, calibrate=False)
         return
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
     from selfrepair_nn.execution.run import run as run_recipe
     from selfrepair_nn.text import summary
 
-    dataset = run_recipe(recipe, progress=progress, command=_command_line(), **choices)
+    confirm = _confirm if sys.stdin.isatty() else None
+    dataset = run_recipe(recipe, progress=progress, command=_command_line(), confirm=confirm, **choices)
     click.echo(summary(dataset))
     click.echo(f"\nstore   {dataset.encoding['source']}")
 
 
 @cli.command()
 @click.argument("recipe")
+@click.option("--calibrate", is_flag=True, help="Run a few small jobs and estimate how long it takes.")
 @_choices
-def plan(recipe: str, **choices: Any) -> None:
-    """Print what `run` would do and cost. No weights are loaded and nothing is written."""
-    _plan(recipe, choices)
+def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
+    """Print what `run` would do and cost. Nothing is written, and without --calibrate no weights are loaded."""
+    _plan(recipe, choices, calibrate)
 
 
 @cli.command()
@@ -208,11 +212,45 @@ def check(model: str, dtype: str, device: str, revision: str | None) -> None:
         raise SelfRepairError(f"{model!r} cannot be decomposed exactly")
 
 
-def _plan(recipe: str, choices: dict[str, Any]) -> None:
+@cli.command()
+@click.argument("store")
+def jobs(store: str) -> None:
+    """Print what was sent to a server for STORE: what is there, what failed and why, bytes each way."""
+    from selfrepair_nn.remote.history import history
+    from selfrepair_nn.store import open_store
+
+    click.echo(history(Path(store), open_store(store).attrs.get("run", "")))
+
+
+@cli.command()
+@click.option("--host", default=None, help="Address of your own NDIF server.")
+@click.option("--remote", is_flag=True, help="Look at the server that nnsight is configured for.")
+@click.option("--model", default=None, help="Model whose state on the server is asked for.")
+@click.option("--try", "trip", is_flag=True, help="Send the model one token and wait for the answer.")
+def doctor(host: str | None, remote: bool, model: str | None, trip: bool) -> None:
+    """Look at versions, settings and a server, and say what is wrong. Exit code 1 if something is."""
+    _quiet_libraries()
+    from selfrepair_nn.execution.doctor import doctor as look
+
+    wrong = 0
+    for each in look(host, remote=remote, model=model, trip=trip):
+        mark = {True: "ok  ", False: "FAIL", None: "    "}[each.right]
+        click.echo(f"{mark}  {each.what:<13} {each.seen}")
+        wrong += each.right is False
+    if wrong:
+        raise SelfRepairError("something is wrong: see the lines marked FAIL")
+
+
+def _plan(recipe: str, choices: dict[str, Any], calibrate: bool) -> None:
     _quiet_libraries()
     from selfrepair_nn.execution.preview import preview, preview_text
 
-    click.echo(preview_text(preview(recipe, **choices)))
+    click.echo(preview_text(preview(recipe, calibrate=calibrate, **choices)))
+
+
+def _confirm(plan: str) -> bool:
+    click.echo(plan, err=True)
+    return click.confirm("Start this remote run?", err=True)
 
 
 def _described(dataset: Any) -> str:

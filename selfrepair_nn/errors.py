@@ -13,6 +13,14 @@ class UsageError(SelfRepairError):
     exit_code = 2
 
 
+class NotAgreed(UsageError):
+    """A remote run that was not started: `plan` says what it would have done, the message what to add. Exit code 2."""
+
+    def __init__(self, plan: str, remedy: str) -> None:
+        self.plan = plan
+        super().__init__(f"nothing was sent: {remedy}")
+
+
 class UnsupportedModel(SelfRepairError):
     """The model cannot be decomposed exactly, so no number is given for it."""
 

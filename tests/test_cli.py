@@ -23,7 +23,7 @@ from selfrepair_nn.options import Options
 from selfrepair_nn.recipe import recipe_paths
 
 COMMANDS = sorted(cli.commands)
-NOT_OPTIONS = {"recipe", "dry_run", "progress"}
+NOT_OPTIONS = {"recipe", "dry_run", "progress", "calibrate"}
 HEAVY = ("torch", "transformers", "xarray", "zarr", "nnsight", "datasets", "matplotlib")
 
 
@@ -103,7 +103,7 @@ def test_run_without_flags_is_run_with_the_defaults_of_python(monkeypatch):
     """What reaches Python from the command line is what Python would have taken by itself."""
     given = {}
 
-    def noted(recipe, progress, command, **choices):
+    def noted(recipe, progress, command, confirm, **choices):
         given.update(choices, recipe=recipe)
         raise UsageError("enough")
 
@@ -160,7 +160,7 @@ def test_bare_components_does_not_swallow_the_next_flag(model, prompts):
         "plan", "heads", "--components", "--layers", "2", "--model", model, "--prompts", prompts
     )
     assert shown.code == 0, shown.err
-    assert re.search(r"^heads +5,", shown.out, re.MULTILINE)
+    assert re.search(r"^ablated +5,", shown.out, re.MULTILINE)
 
 
 # Results, progress, exit codes
@@ -315,7 +315,7 @@ def test_plan_says_what_run_then_does(tmp_path, model, prompts):
     assert lines["store"] == str(tmp_path / "heads-m.zarr")
     assert "3 layers x 5 heads" in lines["model"]
     assert lines["prompts"].startswith("6 of 7 tokens from ")
-    assert lines["heads"] == "10, resample ablation"
+    assert lines["ablated"] == "10, resample ablation"
     assert lines["units"] == "2 of 4 prompts"
     assert lines["tokens"] == "84 clean, 420 ablated"
     assert selfrepair("run", *choices, "--out", tmp_path).code == 0

@@ -6,6 +6,7 @@ import pytest
 
 from selfrepair_nn.cli import cli
 from selfrepair_nn.figures import FIGURES
+from selfrepair_nn.recipe import recipe_paths
 from selfrepair_nn.variables import VARIABLES
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +17,11 @@ def test_store_page_has_every_variable_as_it_is_defined(name):
     v = VARIABLES[name]
     row = f"| `{v.name}` | {', '.join(v.dims) or '–'} | {v.units} | {v.description} |"
     assert row in (ROOT / "docs" / "store.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", recipe_paths())
+def test_readme_names_every_recipe(recipe):
+    assert f"`{recipe}`" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))
@@ -33,12 +39,13 @@ def test_readme_shows_the_recipe_as_it_is():
 def test_gallery_shows_every_figure_small_and_with_its_command(name):
     image = ROOT / "docs" / "figures" / f"{name}.png"
     assert image.stat().st_size < 200_000
-    section = next(s for s in (ROOT / "docs" / "gallery.md").read_text().split("\n## ") if image.name in s)
+    pages = [ROOT / "docs" / "gallery.md", *sorted((ROOT / "docs" / "gallery").glob("*.md"))]
+    section = next(s for page in pages for s in page.read_text().split("\n## ") if image.name in s)
     assert f"--figure {name}\n" in section or "selfrepair compare-paper" in section
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name
 )
 def test_links_lead_somewhere(page):
     import re

@@ -72,3 +72,19 @@ def test_a_graph_names_what_it_does_not_know():
 def test_options_refuse_what_cannot_be(choice):
     with pytest.raises(UsageError, match=next(iter(choice))):
         Options(**choice)
+
+
+def test_a_recipes_defaults_give_way_to_what_is_asked_for(tmp_path):
+    path = tmp_path / "mine.py"
+    lines = [
+        '"""Mine."""',
+        'DEFAULTS = {"components": "top", "ablation": "mean"}',
+        "def graph(s, o):",
+        "    pass",
+    ]
+    path.write_text("\n".join(lines))
+    options = find_recipe(str(path)).resolved(Options(components="all"))
+    assert (options.components, options.ablation, options.target) == ("all", "mean", "centred")
+    path.write_text("\n".join(lines).replace("ablation", "ablate"))
+    with pytest.raises(UsageError, match="DEFAULTS names ablate, which is no option"):
+        find_recipe(str(path)).resolved(Options())

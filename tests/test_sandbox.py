@@ -11,8 +11,18 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from selfrepair_nn.components import select_heads
-from selfrepair_nn.graph import Graph, sweep
+from selfrepair_nn.components import (
+    Attention,
+    FinalNorm,
+    Head,
+    Layers,
+    Mlp,
+    Neuron,
+    Norm,
+    Swap,
+    select_heads,
+)
+from selfrepair_nn.graph import Graph, OtherHead, Reinforce, Scale, sweep
 from selfrepair_nn.models.load import load
 from selfrepair_nn.tracing.jobs import ablation_job, effects_job, logits_job, mean_job
 from selfrepair_nn.tracing.session import run_session
@@ -98,12 +108,62 @@ def test_freezing_is_the_same_there(setting):
     assert found["from_mlps"].abs().max() <= RELATIVE * found["logit"].abs().max()
 
 
+MIXED = ((Head(0, 1), Mlp(0), Neuron(1, 2)), (Attention(1),), (Neuron(2, 3),), (Mlp(1), Head(1, 0)))
+HEADS = sweep([Head(0, 1), Head(1, 0), Head(2, 1)])
+NORMS = frozenset({Norm(1, "attention"), Norm(2, "mlp"), Norm(0, "mlp")})
+EDITS = {
+    "mixed": dict(ablate=MIXED, replacement="twin", neurons=2, residual_norm=True, target="difference"),
+    "frozen": dict(ablate=MIXED, freeze=NORMS | {Mlp(1), Attention(2)}, neurons=2, record="full"),
+    "everything-frozen": dict(ablate=MIXED, freeze=NORMS | {Mlp(1), Mlp(2), Attention(2), FinalNorm()}),
+    "deleted": dict(ablate=sweep([Layers(0, 2), Layers(2, 3)]), replacement="zero", record="full", neurons=1),
+    "swapped": dict(ablate=sweep([Swap(0), Swap(1)]), replacement="zero", freeze=NORMS),
+    "reinforced": dict(ablate=HEADS, replacement=Reinforce(0.5), record="full"),
+    "scaled": dict(ablate=MIXED, replacement=Scale(0.5)),
+    "other-head": dict(ablate=HEADS, replacement=OtherHead(Head(2, 0)), attention=(0, 1, 5)),
+    "mean": dict(ablate=MIXED, replacement="mean"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_every_kind_of_edit_is_the_same_there(setting, name):
+    """Sites, replacements, frozen norms and records; the top tokens' packed results, too."""
+    sandbox, model, arrays = setting
+    tokens = arrays["tokens"]
+    arrays = arrays | {"twin_tokens": tokens.roll(2, 0), "other": tokens.roll(3, 0)[:, 1:].contiguous()}
+    arrays |= {"edited_position": torch.tensor([3, 0, 6, 2])}
+    plan = Graph(**EDITS[name]).plan(model.layout) | {"rows": 96}
+    if name == "mean":
+        keep = {"model": model.layout, "keep": {"z": [0, 1], "mlp": [0, 1], "hidden": [1, 2]}}
+        totals = sandbox.run(mean_job, arrays, keep)
+        arrays |= {"means": {w: {i: x / tokens.numel() for i, x in t.items()} for w, t in totals.items()}}
+    here = run_session(ablation_job, model.nn, arrays, plan)
+    assert here["logit_change"].abs().mean() > 1e-3
+    if plan["neurons"] is not None:
+        here.pop("top_neuron")
+        arrays |= {"thresholds": here["direct_effect"].flatten(1).quantile(0.8, 1) + 1e-3}
+        here = packed(here, arrays["thresholds"])
+    there = sandbox.run(ablation_job, arrays, plan)
+    there.pop("top_neuron", None)  # near ties
+    assert_same(there, here)
+
+
+def packed(found, thresholds):
+    """What a job gives of the tokens at or above the thresholds only."""
+    top = found["direct_effect"] >= thresholds[:, None, None]
+    assert 0 < top.sum() < top.numel()
+    large = ("component_change", "neuron_change", "neuron_direct_effect")
+    return {name: values[top] if name in large else values for name, values in found.items()}
+
+
 def test_the_other_jobs_are_the_same_there(setting):
     sandbox, model, arrays = setting
     plan = planned(model)
     assert_same(sandbox.run(effects_job, arrays, plan), run_session(effects_job, model.nn, arrays, plan))
-    plan = {"model": model.layout, "layers": [0, 2], "site": [1, 0]}
-    assert_same(sandbox.run(mean_job, arrays, plan), run_session(mean_job, model.nn, arrays, plan))
+    plan = {"model": model.layout, "keep": {"z": [0, 2], "mlp": [1], "hidden": [2]}, "site": [1, 0]}
+    there, here = sandbox.run(mean_job, arrays, plan), run_session(mean_job, model.nn, arrays, plan)
+    assert there.keys() == here.keys() == plan["keep"].keys()
+    for what in here:
+        assert_same(there[what], here[what])
     assert_same(sandbox.run(logits_job, arrays, plan), run_session(logits_job, model.nn, arrays, plan))
 
 

@@ -216,3 +216,48 @@ def test_simulated_is_local(wrapped, seeded, tmp_path, name, choices):
     for variable in stores["local"].variables:
         assert_array_equal(stores["simulated"][variable], stores["local"][variable], err_msg=variable)
     assert np.abs(stores["local"].direct_effect).mean() > 1e-2
+
+
+EDITS = '''"""Sites, replacements and records of every kind."""
+
+import selfrepair_nn as sr
+
+PARAMETERS = {"what": "mixed"}
+
+
+def graph(structure, options):
+    mixed = ((sr.Head(0, 1), sr.Mlp(0), sr.Neuron(1, 2)), (sr.Attention(1),), (sr.Mlp(1), sr.Head(1, 0)))
+    heads, sizes = sr.sweep([sr.Head(0, 1), sr.Head(2, 0)]), (structure.n_layers, structure.n_heads)
+    norms = frozenset({sr.Norm(1, "mlp"), sr.Norm(2, "attention"), sr.Mlp(2)})
+    graphs = {
+        "mixed": sr.Graph(mixed, neurons=2, residual_norm=True, freeze=norms),
+        "mean": sr.Graph(mixed, "mean", record="full"),
+        "deleted": sr.Graph(sr.sweep([sr.Layers(0, 2), sr.Layers(1, 2)]), "zero", record="full"),
+        "swapped": sr.Graph(sr.sweep([sr.Swap(0), sr.Swap(1)]), "zero"),
+        "path": sr.Graph(heads, attention=(0, 2)).path((sr.Mlp(2),), *sizes),
+        "scale": sr.Variants("scale", {s: sr.Graph(heads, sr.Reinforce(s)) for s in (0.5, 3.0)}),
+        "other": sr.Graph(heads, sr.OtherHead(sr.Head(1, 1))),
+    }
+    return graphs[options.param["what"]]
+'''
+
+
+@pytest.mark.parametrize("what", ["mixed", "mean", "deleted", "swapped", "path", "scale", "other"])
+def test_simulated_is_local_for_every_kind_of_edit(wrapped, seeded, tmp_path, what):
+    """… and for recipes of one's own, whose code never travels."""
+    (tmp_path / "mine.py").write_text(EDITS)
+    stores = {}
+    for backend in ("local", "simulated"):
+        stores[backend] = sr.run(
+            str(tmp_path / "mine.py"),
+            model=wrapped("neox-sequential"),
+            prompts=seeded("neox-sequential"),
+            out=tmp_path / f"{backend}.zarr",
+            backend=backend,
+            progress=False,
+            share=0.2,
+            param={"what": what},
+        ).load()
+    for variable in stores["local"].variables:
+        assert_array_equal(stores["simulated"][variable], stores["local"][variable], err_msg=variable)
+    assert np.abs(stores["local"].logit_change).mean() > 1e-3

@@ -17,6 +17,7 @@ from selfrepair_nn.variables import NEURON
 
 PLACES = 50
 PARTS = (0.5, 0.1, 0.05, 0.02, 0.01)
+SHARED = ("shared_within", "shared_between", "shared_by_chance")
 
 
 def erasure_neurons(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
@@ -154,11 +155,9 @@ def neuron_consistency(ds: xr.Dataset, share: float = SHARE, count: int = COUNT)
     }
     for name in ("neuron", "in_tokens", "in_prompts"):
         found[name] = (("rank", "place"), np.reshape([one[name] for one in each], (n, neurons)))
-    ranks = ds.sizes["rank"]
-    found |= {"shared_by_chance": ranks**2 / neurons, "place": np.arange(1, neurons + 1)}
-    return _described(
-        heads.assign(found), dict.fromkeys(("in_tokens", "in_prompts", "neuron", "entries"), "1")
-    )
+    found |= {"shared_by_chance": ds.sizes["rank"] ** 2 / neurons}
+    units = dict.fromkeys(("neuron", "entries", "in_tokens", "in_prompts", *SHARED), "1")
+    return _described(heads.assign(found | {"place": np.arange(1, neurons + 1)}), units)
 
 
 def _top_tokens(
@@ -261,6 +260,7 @@ LONG_NAMES = {
     "in_prompts": "share of prompts in which the neuron repairs",
     "shared_within": "repairing neurons shared by two tokens of a prompt",
     "shared_between": "repairing neurons shared by two tokens of different prompts",
+    "shared_by_chance": "neurons shared by two random choices",
 }
 
 

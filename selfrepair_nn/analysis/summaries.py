@@ -89,7 +89,7 @@ def by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     """
     check_share(share)
     if "top_self_repair" in ds:
-        return _same_share(ds, share)
+        return same_share(ds, share)
     check_store(ds)
     return _by_site(ds, share)
 
@@ -101,7 +101,7 @@ def by_case(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     """
     check_share(share)
     if "top_self_repair" in ds:
-        return _same_share(ds, share)
+        return same_share(ds, share)
     if "case" not in ds.dims:
         raise UsageError("this store has no cases, but a grid of heads: use by_head")
     require(ds, REQUIRED)
@@ -249,7 +249,7 @@ def check_axes(ds: xr.Dataset) -> None:
         raise UsageError(f"this store has several values of {axes}: choose one, as ds.sel({axes}=…)")
 
 
-def _same_share(summary: xr.Dataset, share: float) -> xr.Dataset:
+def same_share(summary: xr.Dataset, share: float) -> xr.Dataset:
     if summary.attrs["share"] != share:
         raise UsageError(f"this summary is of share {summary.attrs['share']}, not {share!r}: give the store")
     return summary

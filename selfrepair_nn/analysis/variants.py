@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import SHARE, by_head, check_share
+from selfrepair_nn.analysis.summaries import SHARE, by_head, check_share, same_share
 from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, read, sites
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import TOKEN
@@ -38,7 +38,7 @@ def by_variant(ds: xr.Dataset, share: float = SHARE, summarise: Summary = by_hea
     """
     axis = axis_of(ds)
     if "position" not in ds.dims:
-        return ds
+        return same_share(ds, share)
     each = [summarise(ds.isel({axis: i}).drop_vars(axis), share) for i in range(ds.sizes[axis])]
     shared = [name for name in each[0].data_vars if name in SHARED or name.removeprefix("top_") in SHARED]
     varied = [one.drop_vars(shared) for one in each]

@@ -3,11 +3,22 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.units import Unit
-from selfrepair_nn.models.load import Model
+from selfrepair_nn.models.load import Model, load_described, structure_only
 from selfrepair_nn.options import BACKENDS, one_of
 
 Backend = Callable[[Iterable[Unit]], Iterator[tuple[Unit, dict[str, Any]]]]
+
+
+def loaded(experiment: Experiment) -> Model:
+    """The model of an experiment: with its weights, or only its structure where they are on a server."""
+    o = experiment.options
+    if o.served:
+        return structure_only(experiment.description, experiment.tokenizer)
+    if isinstance(o.model, Model):
+        return o.model
+    return load_described(experiment.description, experiment.tokenizer, o.dtype, o.device, o.check)
 
 
 def backend(name: str, model: Model) -> Backend:

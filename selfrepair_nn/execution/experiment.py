@@ -254,6 +254,8 @@ def prepare(recipe: str, options: Options) -> Experiment:
     structure = description.structure
     prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)
     axis, graphs = _variants(found.graph(structure, options), prompts)
+    if graphs[next(iter(graphs))].neurons is not None and options.components == "all":
+        raise UsageError("neurons are kept for the top share of tokens: choose components 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows)
     lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])

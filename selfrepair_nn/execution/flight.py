@@ -219,11 +219,11 @@ class _Round:
             raise fault
         if failures < kind.attempts:
             piece.due = self._flight.clock() + pause_before(failures)
-            self._waiting.append(piece)
+            self._waiting.insert(0, piece)
             self._flight.notify(f"{label}: {fault}; it is sent again")
         elif kind.split and (parts := piece.split()):
             self._ledger.write(SPLIT, label, into=[part.unit.label for part in parts])
-            self._waiting += parts
+            self._waiting[:0] = parts
             self._flight.notify(f"{label}: {fault}; it is split in two")
         else:
             self._ledger.write(GIVEN_UP, label, kind=fault.kind)

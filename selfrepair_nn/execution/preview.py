@@ -9,24 +9,40 @@ LARGE = {"flops": 1e17, "units": 1000, "store_bytes": 10 * 2**30}
 """Beyond any of these a remote run is large: about ten minutes of one accelerator, a thousand jobs, 10 GiB."""
 
 
-def preview(recipe: str = "heads", **choices: Any) -> dict[str, Any]:
-    """The plan of a run: store, model, prompts, ablated heads, units, passes, tokens, flops and store_bytes.
+def preview(recipe: str = "heads", *, calibrate: bool = False, **choices: Any) -> dict[str, Any]:
+    """The plan of a run: store, model, prompts, ablated, units, passes, tokens, flops and store_bytes.
 
-    Takes what `run` takes and raises what it raises, but loads no weights and writes nothing.
+    A remote one also has request_bytes, result_bytes and crossing_bytes (if it is sandboxed). `calibrate` runs two
+    small jobs where the run would and adds the estimated hours; only for that are weights loaded or anything sent.
+
+    Takes what `run` takes and raises what it raises, and writes nothing.
     """
-    return preview_of(prepare(recipe, Options(**choices)))
+    experiment = prepare(recipe, Options(**choices))
+    if not calibrate:
+        return preview_of(experiment)
+    from selfrepair_nn.execution.calibration import hours, trial
+
+    with trial(experiment) as runner:
+        return preview_of(experiment) | {"hours": hours(experiment, runner)}
 
 
 def preview_of(experiment: Experiment) -> dict[str, Any]:
     """The plan of an experiment that is prepared already; see `preview`."""
     structure, prompts = experiment.description.structure, experiment.prompts
+    moved: dict[str, int] = {}
+    if experiment.options.served:
+        from selfrepair_nn.execution.traffic import traffic
+
+        moved = traffic(experiment)
     return {
         "store": str(experiment.path),
         "model": f"{experiment.description.source.name} ({structure.n_layers} layers x {structure.n_heads} heads)",
         "prompts": f"{prompts.n} of {prompts.length} tokens from {prompts.source['name']}",
-        "heads": f"{_count(experiment)}, {experiment.options.ablation} ablation",
+        "ablated": f"{_count(experiment)}, {experiment.ablation} ablation",
         "block": experiment.work.block,
-    } | experiment.work.cost(experiment.precision)
+        **experiment.work.cost(experiment.precision),
+        **moved,
+    }
 
 
 def large(found: dict[str, Any]) -> bool:
@@ -35,7 +51,7 @@ def large(found: dict[str, Any]) -> bool:
 
 
 def _count(experiment: Experiment) -> str:
-    number = len(experiment.heads)
+    number = len(experiment.graph.ablate)
     return f"the {experiment.graph.loudest} loudest of {number}" if experiment.undecided else str(number)
 
 
@@ -45,12 +61,31 @@ def preview_text(found: dict[str, Any]) -> str:
         "store": found["store"],
         "model": found["model"],
         "prompts": found["prompts"],
-        "heads": found["heads"],
+        "ablated": found["ablated"],
         "units": f"{found['units']} of {found['block']} prompts",
         "ablated passes": f"{found['passes']:,}",
         "tokens": f"{found['tokens']:,} clean, {found['ablated_tokens']:,} ablated",
         "arithmetic": f"{found['flops'] / 1e12:,.3g} TFLOP",
-        "store size": f"{found['store_bytes'] / 2**20:,.1f} MiB before compression",
+        "store size": f"{_size(found['store_bytes'])} before compression",
     }
+    if "request_bytes" in found:
+        lines["requests"] = f"{_size(found['request_bytes'])} go to the server"
+        lines["results"] = f"{_size(found['result_bytes'])} come back, before compression"
+        lines["crossings"] = (
+            f"about {_size(found['crossing_bytes'])} within the server, if it is a shared one"
+        )
+    if "hours" in found:
+        lines["time"] = f"about {_time(found['hours'])}, as measured on two small jobs"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def _size(count: float) -> str:
+    unit = "MiB" if count < 2**30 else "GiB"
+    return f"{count / (2**20 if unit == 'MiB' else 2**30):,.1f} {unit}"
+
+
+def _time(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:.0f} minutes" if hours >= 1 / 60 else f"{hours * 3600:.0f} seconds"

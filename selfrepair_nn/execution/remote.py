@@ -9,7 +9,7 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend as Tracing
 from tqdm import tqdm
 
-from selfrepair_nn.errors import SelfRepairError, StoreError, one_line
+from selfrepair_nn.errors import SelfRepairError, one_line
 from selfrepair_nn.execution.backends import only
 from selfrepair_nn.execution.flight import Flight
 from selfrepair_nn.execution.units import Unit
@@ -28,15 +28,11 @@ class ServedModel:
     """A model on a server: units become requests to it, and its answers results."""
 
     def __init__(self, server: Server, model: Model) -> None:
-        register("selfrepair_nn")
-        self.server, self._nn = server, model.nn
+        self.server, self.model = server, model
         self.key, self._environment = model_key(model), model.nn._remoteable_get_env()
 
     def pack(self, unit: Unit) -> bytes:
-        """The unit's session and its arrays, serialised and compressed."""
-        request = _Kept()
-        hand_over(unit.job, self._nn, unit.arrays, unit.plan, request)
-        return request.blob
+        return packed(self.model, unit)
 
     def send(self, request: bytes, job: str) -> str | None:
         return self.server.send(request, self.key, self._environment, job)
@@ -47,6 +43,14 @@ class ServedModel:
     def fetch(self, address: str) -> tuple[Any, int] | None:
         found = self.server.fetch(address)
         return (found[0].get(RESULT), found[1]) if found else None
+
+
+def packed(model: Model, unit: Unit) -> bytes:
+    """A unit's session and its arrays as a server takes them: our code by value, serialised and compressed."""
+    register("selfrepair_nn")
+    request = _Kept()
+    hand_over(unit.job, model.nn, unit.arrays, unit.plan, request)
+    return request.blob
 
 
 class _Kept(Tracing):
@@ -81,6 +85,17 @@ def model_key(model: Model) -> str:
         ) from error
 
 
+def states(served: ServedModel) -> str:
+    """How the server stands to the model: running, deploying … or not deployed.
+
+    Raises:
+        Fault: the server does not say.
+    """
+    found = [d for d in served.server.status() if d.get("model_key") == served.key]
+    known = [str(d.get("application_state", "unknown")).lower() for d in found]
+    return "running" if "running" in known else (known[0] if known else "not deployed")
+
+
 def require_ready(served: ServedModel, name: str) -> None:
     """Say so if the model does not run there yet: the first job then waits for it, or fails.
 
@@ -88,11 +103,10 @@ def require_ready(served: ServedModel, name: str) -> None:
         Fault: no NDIF server answers.
     """
     served.server.greet()
-    states = [d.get("application_state") for d in served.server.status() if d.get("model_key") == served.key]
-    if "RUNNING" not in states:
-        state = str(states[0]).lower() if states else "not deployed"
+    state = states(served)
+    if state != "running":
         say(
-            f"{name} is {state} at {served.server.host}: the first job waits until the server has it, or says why not"
+            f"{name} is {state} at {served.server.host}: the first job waits until it runs, or says why it cannot"
         )
 
 
@@ -112,34 +126,27 @@ def greeting(layout: dict[str, Any]) -> Unit:
     )
 
 
-def departing(server: Server, options: Options, model: Model, ledger: Ledger) -> Flight:
-    """The backend for a server, which answers. Raises Fault as the server says."""
-    served = ServedModel(server, model)
+def departing(options: Options, model: Model, ledger: Ledger) -> Flight:
+    """The backend for the options' server, which answers. Raises Fault as the server says."""
+    served = ServedModel(server_of(options), model)
     require_ready(served, model.name)
     return Flight(served, ledger, options.in_flight, options.patience, say)
 
 
-def connected(options: Options, model: Model, store: Any, ledger: Ledger) -> Flight:
-    """The backend for a store: the server answers, runs the model, and computes in what the store was begun with.
+def connected(options: Options, model: Model, ledger: Ledger) -> tuple[Flight, dict[str, Any]]:
+    """The backend, once the server has answered and run the model, and what is to be kept of the server.
+
+    That is dtype, what it computes in, and server: its address and versions.
 
     Raises:
-        Fault: as the server says.
-        StoreError: the server computes in another dtype than before.
+        Fault, Incomplete: as the server says, or does not say.
     """
-    server = server_of(options)
-    flight = departing(server, options, model, ledger)
+    flight = departing(options, model, ledger)
     dtype = str(only(flight, greeting(model.layout))["residual"].dtype).removeprefix("torch.")
-    known = store.attributes.get("dtype")
-    if known not in (model.dtype, dtype):
-        raise StoreError(
-            f"{str(store.path)!r} was begun on a server that computes in {known}, this one computes in {dtype}: "
-            "choose another --out"
-        )
+    server = flight.line.server
     versions = server.environment()
-    store.annotate(
-        dtype=dtype, server={"host": server.host} | {n: versions[n] for n in SHARED if n in versions}
-    )
-    return flight
+    kept = {"host": server.host} | {name: versions[name] for name in SHARED if name in versions}
+    return flight, {"dtype": dtype, "server": kept}
 
 
 def traffic(ledger: Ledger) -> dict[str, int]:

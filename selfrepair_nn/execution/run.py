@@ -18,16 +18,19 @@ from tqdm import tqdm
 from selfrepair_nn import provenance
 from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.equations import complete
-from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageError
-from selfrepair_nn.execution.backends import Backend, backend
+from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
+from selfrepair_nn.execution.backends import Backend, backend, loaded
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.interruption import interruptible
 from selfrepair_nn.execution.preliminaries import loudest, means, noise_floor, top_thresholds
 from selfrepair_nn.execution.preview import large, preview_of, preview_text
-from selfrepair_nn.execution.units import PACKED, Unit, ablation_shapes
-from selfrepair_nn.models.load import Model, load_described, structure_only
+from selfrepair_nn.execution.sweep import Sweep, plans
+from selfrepair_nn.execution.units import PACKED
+from selfrepair_nn.models.load import Model
 from selfrepair_nn.options import Options
+from selfrepair_nn.remote.faults import Fault
 from selfrepair_nn.remote.ledger import Ledger, ledger_path
+from selfrepair_nn.remote.secrets import hidden
 from selfrepair_nn.store import Store, explained, open_store, require_store
 from selfrepair_nn.variables import SWEEP, VARIABLES
 
@@ -53,6 +56,7 @@ def run(
 
     Raises:
         UsageError: a choice that does not exist or does not fit.
+        NotAgreed: a remote run whose extent was not chosen, or that is large and not agreed to.
         StoreError: the store is another run's, is in use, or cannot be written.
         Incomplete: interrupted, or a server failed for too long; the same call resumes.
         Fault: a server refuses what another attempt would not change.
@@ -72,7 +76,7 @@ def run(
 
 def _decided(experiment: Experiment) -> Experiment:
     """The experiment with the heads that a clean pass finds, and with the model that ran it."""
-    model = _loaded(experiment)
+    model = loaded(experiment)
     heads = loudest(experiment, model.layout, _first_runner(experiment, model))
     options = experiment.options if experiment.options.served else replace(experiment.options, model=model)
     return replace(experiment.of(heads), options=options)
@@ -83,10 +87,10 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
     o = experiment.options
     if not o.served:
         return backend(o.backend, model)
-    from selfrepair_nn.execution.remote import departing, server_of
+    from selfrepair_nn.execution.remote import departing
 
     run = sha256(json.dumps(experiment.settings).encode()).hexdigest()
-    return departing(server_of(o), o, model, Ledger(ledger_path(experiment.path), run))
+    return departing(o, model, Ledger(ledger_path(experiment.path), run))
 
 
 def _as_stored(experiment: Experiment, store: Store) -> Experiment:
@@ -107,7 +111,7 @@ def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
 
 
 def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
-    model = _loaded(experiment)
+    model = loaded(experiment)
     _require_same_weights(store, model)
     try:
         with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
@@ -115,7 +119,9 @@ def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
                 stop_if_asked()
     except KeyboardInterrupt:
         raise Incomplete(f"interrupted: {_kept(store, experiment)}; the same command resumes") from None
-    except Incomplete as error:
+    except (Incomplete, Fault) as error:
+        if isinstance(error, Fault) and error.kind != "unreachable":
+            raise
         raise Incomplete(f"{error}\n{_kept(store, experiment)}; the same command resumes") from None
     store.annotate(finished=provenance.now(), **_traffic(store, experiment))
 
@@ -125,7 +131,15 @@ def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
         return backend(experiment.options.backend, model)
     from selfrepair_nn.execution.remote import connected
 
-    return connected(experiment.options, model, store, _ledger(store))
+    flight, facts = connected(experiment.options, model, _ledger(store))
+    known = store.attributes["dtype"]
+    if known not in (model.dtype, facts["dtype"]):
+        raise StoreError(
+            f"{str(store.path)!r} was begun on a server that computes in {known}, this one computes in "
+            f"{facts['dtype']}: choose another --out"
+        )
+    store.annotate(**facts)
+    return flight
 
 
 def _ledger(store: Store) -> Ledger:
@@ -136,66 +150,19 @@ def _ledger(store: Store) -> Ledger:
 
 def _fill(store: Store, experiment: Experiment, model: Model, runner: Backend, bar: tqdm) -> Iterator[slice]:
     """Everything that is still missing, unit by unit; gives each when it is stored."""
-    plans = [graph.plan(model.layout) | {"rows": experiment.work.rows} for graph in experiment.work.graphs]
-    constants: dict[str, Any] = {}
-    if any(plan["replacement"]["kind"] == "mean" for plan in plans):
+    run_plans, constants = plans(experiment, model.layout), {}
+    if any(plan["replacement"]["kind"] == "mean" for plan in run_plans):
         constants["means"] = means(experiment, model.layout, runner)
     if np.isnan(store.read("noise_floor")).any():
         store.write("noise_floor", noise_floor(experiment, model.layout, runner))
-    limits = top_thresholds(experiment, plans[0], runner) if experiment.shared else None
-    units = [
-        _unit(experiment, plan, index, block, constants, limits, bar)
-        for block, finished in zip(experiment.work.units, _finished(store, experiment), strict=True)
-        for index, plan in enumerate(plans)
-        if not finished
-    ]
-    for block, found in _by_block(runner(units), plans):
+    limits = top_thresholds(experiment, run_plans[0], runner) if experiment.shared else None
+    sweep = Sweep(experiment, run_plans, constants, limits, bar.update)
+    missing = [b for b, f in zip(experiment.work.units, _finished(store, experiment), strict=True) if not f]
+    for block, found in sweep.by_block(runner(sweep.units(missing))):
         _write(store, experiment, block, [_measured(each, limits) for each in found])
         if experiment.options.served:
             bar.update(experiment.work.case_tokens // experiment.prompts.n * (block.stop - block.start))
         yield block
-
-
-def _unit(
-    experiment: Experiment,
-    plan: dict[str, Any],
-    variant: int,
-    block: slice,
-    constants: dict[str, Any],
-    limits: np.ndarray | None,
-    bar: tqdm,
-) -> Unit:
-    """One variant on one block of prompts."""
-    from selfrepair_nn.tracing.jobs import ablation_job
-
-    tokens, axis = (block.stop - block.start) * experiment.prompts.length, experiment.work.axis
-    return Unit(
-        name=f"ablation, {axis} {experiment.work.labels[variant]}" if axis else "ablation",
-        job=ablation_job,
-        prompts=block,
-        plan=plan,
-        inputs=lambda prompts: experiment.arrays(prompts) | constants,
-        shapes=ablation_shapes(
-            plan, experiment.prompts.length - 1, len(experiment.work.components), limits is not None
-        ),
-        thresholds=limits,
-        tick=lambda cases: bar.update(cases * tokens),
-    )
-
-
-def _by_block(
-    results: Iterator[tuple[Unit, dict[str, Any]]], plans: list[dict[str, Any]]
-) -> Iterator[tuple[slice, list[dict[str, Any]]]]:
-    """The results of all variants on a block, in the plans' order, as soon as the last of them is there."""
-    gathered: dict[int, dict[int, dict[str, Any]]] = {}
-    for unit, found in results:
-        if flaw := unit.flaw(found):
-            raise SelfRepairError(f"{unit.label}: {flaw}: try --dtype float32, or look at those prompts")
-        here = gathered.setdefault(unit.prompts.start, {})
-        here[id(unit.plan)] = found
-        if len(here) == len(plans):
-            yield unit.prompts, [here[id(plan)] for plan in plans]
-            del gathered[unit.prompts.start]
 
 
 def _measured(found: dict[str, Any], limits: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -226,17 +193,15 @@ def _traffic(store: Store, experiment: Experiment) -> dict[str, Any]:
 
 def _require_consent(experiment: Experiment, confirm: Callable[[str], bool] | None) -> None:
     """Nothing goes to a server before its extent was chosen, nor, if it is large, before it was agreed to."""
-    o = experiment.options
-    plan = preview_of(experiment)
+    o, plan = experiment.options, preview_of(experiment)
     if o.layers is None and o.heads is None and o.tokens is None:
-        raise UsageError(
-            f"{preview_text(plan)}\n\nnothing was sent: a remote run takes --layers or --heads, or --tokens. "
-            "Choose how much of this you want"
+        raise NotAgreed(
+            preview_text(plan), "choose how much of this to run remotely, with --layers, --heads or --tokens"
         )
     if large(plan) and not o.yes and not (confirm and confirm(preview_text(plan))):
-        raise UsageError(
-            f"{preview_text(plan)}\n\nnothing was sent: this is a large run. Add --yes to start it, or choose less "
-            "with --layers, --heads or --tokens"
+        raise NotAgreed(
+            preview_text(plan),
+            "this is a large run: add --yes, or choose less with --layers, --heads or --tokens",
         )
 
 
@@ -327,7 +292,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         "dtype": experiment.dtype,
         "backend": "remote" if options.served else options.backend,
         "created": provenance.now(),
-        "command": command,
+        "command": hidden(command),
         "settings": experiment.settings,
         "provenance": {
             "versions": provenance.versions(),
@@ -347,15 +312,6 @@ def _call(recipe: str, choices: dict[str, Any]) -> str:
         for name, value in choices.items()
     ]
     return f"selfrepair_nn.run({', '.join([repr(recipe), *shown])})"
-
-
-def _loaded(experiment: Experiment) -> Model:
-    o = experiment.options
-    if o.served:
-        return structure_only(experiment.description, experiment.tokenizer)
-    if isinstance(o.model, Model):
-        return o.model
-    return load_described(experiment.description, experiment.tokenizer, o.dtype, o.device, o.check)
 
 
 def _bar(store: Store, experiment: Experiment, progress: bool | None) -> tqdm:

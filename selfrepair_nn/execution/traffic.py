@@ -5,14 +5,42 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
+from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.plan import Work
+from selfrepair_nn.execution.sweep import Sweep, plans
 from selfrepair_nn.execution.units import Shapes, Unit
+from selfrepair_nn.models.load import structure_only
 
 READ = 2
 """A tensor that is read crosses twice: to the reader, and back in case it was changed."""
 
 TAKEN_UP_INSIDE, TAKEN_UP = 2, 1
 """Crossings of the residual stream where a pass begins: after the attention of a layer, or between two layers."""
+
+
+SERVED_ITEMSIZE = 2
+"""Bytes of a number where it is not known what a server computes in: most compute in bfloat16."""
+
+
+def traffic(experiment: Experiment) -> dict[str, int]:
+    """What a remote run will move, in bytes: request_bytes, result_bytes, and crossing_bytes if it is sandboxed.
+
+    A request's size is measured on the first one, which is put together but not sent. Results are counted before
+    compression, and as if every token were a top token where only those come back.
+    """
+    from selfrepair_nn.execution.remote import packed
+
+    model = structure_only(experiment.description, experiment.tokenizer)
+    limits = np.zeros(len(experiment.graph.ablate)) if experiment.shared else None
+    sweep = Sweep(experiment, plans(experiment, model.layout), {}, limits)
+    units = sweep.units(experiment.work.units)
+    return {
+        "request_bytes": len(units) * len(packed(model, units[0])),
+        "result_bytes": sum(result_bytes(unit, np.dtype(experiment.precision).itemsize) for unit in units),
+        "crossing_bytes": crossing_bytes(experiment.work, SERVED_ITEMSIZE),
+    }
 
 
 def result_bytes(unit: Unit, itemsize: int) -> int:

@@ -27,21 +27,22 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     columns = max(tokens.sizes["ablation"] for tokens in found.values())
     figure = style.new_figure(0.4 + 3.6 * columns, 1 + 4 * len(found))
     grid = figure.subplots(len(found), columns, squeeze=False, sharex="row", sharey="row")
-    for row, (name, tokens) in zip(grid, found.items(), strict=True):
+    for row, (name, head) in zip(grid, found.items(), strict=True):
+        tokens = head.isel(rank=0)
         for index, axes in enumerate(row):
             if index < tokens.sizes["ablation"]:
                 _draw_panel(axes, tokens.isel(ablation=index), tokens.logit_change.values)
             else:
                 axes.remove()
-        head = Head(int(tokens["layer"]), int(tokens["head"])).label
-        row[0].set_ylabel(f"{head if len(found) == 1 else f'{name}, {head}'}: logit change (logits)")
+        label = Head(int(tokens["layer"]), int(tokens["head"])).label
+        row[0].set_ylabel(f"{label if len(found) == 1 else f'{name}, {label}'}: logit change (logits)")
     style.heading(figure, found)
     style.caption(figure, [*style.captions(found), READING.format(share=percent(share))])
     return figure
 
 
 def _loudest(ds: xr.Dataset, share: float) -> xr.Dataset:
-    return token_variants(ds, share, 1).isel(rank=0)
+    return token_variants(ds, share, 1)
 
 
 def _draw_panel(axes: Axes, tokens: xr.Dataset, every: np.ndarray) -> None:

@@ -17,6 +17,7 @@ COUNT, ERRORS = 4, 1.96
 def draw(datasets: style.Datasets, share: float, ylabel: str, reading: str) -> Figure:
     """A figure with a panel for each store: for each variant but the first a mark for each of up to four heads.
 
+    A variant that changes nothing at all of a head, since it comes before it, has no mark.
     The heads are those of largest mean direct effect; bars are 95% confidence intervals of paired differences.
     Raises UsageError as `differences` does, and if there is nothing to draw.
     """
@@ -27,7 +28,7 @@ def draw(datasets: style.Datasets, share: float, ylabel: str, reading: str) -> F
     for axes, (name, heads) in zip(grid, found.items(), strict=True):
         _draw_store(axes, heads, differences(stores[name], share))
         axes.set_ylabel(f"{ylabel}, top {percent(share)} (logits)")
-        axes.set_title("" if len(found) == 1 else name)
+        axes.set_title("" if len(found) == 1 else name, loc="right")
     style.heading(figure, found)
     style.caption(figure, [*style.captions(found), reading])
     return figure
@@ -45,13 +46,14 @@ def _draw_store(axes: Axes, heads: xr.Dataset, changes: xr.Dataset) -> None:
             "linestyle": "none",
         }
         values, error = one.top_self_repair.values[1:], ERRORS * one.top_self_repair_se.values[1:]
+        values = np.where(values == 0, np.nan, values)  # what the head does not reach
         label = Head(int(one["layer"]), int(one["head"])).label
         axes.errorbar(where, values, error, elinewidth=1, label=label, **look)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7.5)
     axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.grid(axis="x", visible=False)
-    axes.legend(ncols=COUNT)
+    axes.legend(ncols=COUNT, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
 
 def _loudest(heads: xr.Dataset) -> list[Mapping[str, int]]:

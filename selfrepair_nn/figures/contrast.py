@@ -1,4 +1,4 @@
-"""Heads ablated by another text, and by a text with one token exchanged: what is removed, and what comes back."""
+"""Heads ablated by another text, and by one with a token exchanged: what is removed, and what comes back."""
 
 import numpy as np
 import xarray as xr

@@ -12,9 +12,9 @@ from selfrepair_nn.figures import panels, style
 TAKES = "neurons"
 BINS = 60
 READING = (
-    "Dots: for each head the {share} of tokens on which {mlp} repairs most; of each token the one neuron that repairs most.",
-    "Above: histogram of its clean direct effect. Left of the vertical line the neuron erased before the ablation: dots",
-    "there, above the dashed line y = x, are anti-erasure. Colours: direct effect of the whole MLP, clean.",
+    "Dots: for each head the {share} of tokens on which {mlp} repairs most; of each the one neuron that repairs most.",
+    "Above: histogram of its clean direct effect. Left of the vertical line the neuron erased before the ablation:",
+    "dots there, above the dashed line y = x, are anti-erasure. Colours: direct effect of the whole MLP, clean.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Name movers ablated one by one and together: what is lost, and which heads move the name instead (section 5.3.1)."""
+"""Name movers ablated one by one and together: what is lost, and which heads back up (section 5.3.1)."""
 
 import numpy as np
 import xarray as xr
@@ -68,7 +68,9 @@ def _draw_backups(axes: Axes, rising: xr.Dataset) -> None:
     rows = np.arange(rising.sizes["rank"])
     for offset, (name, (label, colour, marker)) in zip((-0.2, 0, 0.2), LOOKS.items(), strict=True):
         look = {"fmt": marker, "markersize": 5, "color": colour, "elinewidth": 1, "zorder": 3}
-        axes.errorbar(rising[name], rows + offset, xerr=rising[f"{name}_se"], label=label, **look)
+        axes.errorbar(
+            rising[name].values, rows + offset, xerr=rising[f"{name}_se"].values, label=label, **look
+        )
     axes.axvline(0, color="black", linewidth=0.8, zorder=1.5)
     axes.set_yticks(rows, [str(label) for label in rising.component.values])
     axes.invert_yaxis()

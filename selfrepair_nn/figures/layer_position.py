@@ -64,8 +64,10 @@ def _draw_kind(axes: Axes, cases: xr.Dataset, shift: float) -> None:
             "markersize": 3.5,
             "linewidth": 1.6,
         }
-        error = 1.96 * cases.self_repair_se if name == "self_repair" else None
-        axes.errorbar(cases.case_layer + shift, cases[name], error, label=label, elinewidth=1, **look)
+        error = 1.96 * cases.self_repair_se.values if name == "self_repair" else None
+        axes.errorbar(
+            cases.case_layer.values + shift, cases[name].values, error, label=label, elinewidth=1, **look
+        )
     depth.name_axis(axes, True)
     axes.set_xlim(cases.case_layer.min() - 0.5, cases.case_layer.max() + 0.5 + shift)
     low, high = axes.get_ylim()

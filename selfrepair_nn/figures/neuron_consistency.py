@@ -11,9 +11,9 @@ from selfrepair_nn.figures import panels, style
 TAKES = "neurons"
 PLACES = 30
 READING = (
-    "For each head the {share} of tokens on which it is repaired most, and on each the ten neurons of {mlp} that repair most.",
-    "Left: how often the most frequent of these neurons are among the ten. Right: how many of the ten two tokens have in",
-    "common, on average; dotted: two random choices.",
+    "For each head the {share} of tokens on which it is repaired most, and on each the ten neurons of {mlp} that",
+    "repair most. Left: how often the most frequent of these neurons are among the ten. Right: how many of the ten",
+    "two tokens have in common, on average; dotted: two random choices.",
 )
 
 
@@ -24,7 +24,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     `datasets` as for `erasure_neurons`. Raises UsageError as `neuron_consistency`, and if there is nothing to draw.
     """
     found = style.summaries(datasets, share, neuron_consistency)
-    figure = style.new_figure(9.6, 1.1 + 3.5 * len(found))
+    figure = style.new_figure(9.6, 1.3 + 3.8 * len(found))
     rows = figure.subplots(len(found), 2, squeeze=False)
     for (left, right), (name, heads) in zip(rows, found.items(), strict=True):
         _draw_frequencies(left, heads)
@@ -45,7 +45,7 @@ def _draw_frequencies(axes: Axes, heads: xr.Dataset) -> None:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(style.as_percent)
     axes.set_xlabel("neurons, most frequent first")
-    axes.set_ylabel("tokens with the neuron among the most repairing")
+    axes.set_ylabel("tokens")
     axes.legend()
 
 

@@ -8,8 +8,8 @@ from selfrepair_nn.figures import panels, style
 
 TAKES = "neurons"
 READING = (
-    "On each of a head's top {share} of tokens, the neurons of {mlp} are put in order of the change of their direct effect.",
-    "Lines: on how many of these tokens the neuron at a place alone repairs at least so much of the head's direct effect.",
+    "On each of a head's top {share} of tokens, the neurons of {mlp} are ordered by their change of direct effect.",
+    "Lines: on how many of these tokens the neuron at a place alone repairs so much of the head's direct effect.",
     "The places are those of each token: not always of the same neuron.",
 )
 

@@ -5,14 +5,14 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, reinforcement_by_head
+from selfrepair_nn.analysis import HEADS, SHARE, reinforcement_by_head
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import style
 
 TAKES = "scale"
 KINDS = {-1: "self-repressing", 0: "no clear response", 1: "self-reinforcing"}
 READING = (
-    "Dots: one edited position of each prompt. Upper row: the head of lowest mean slope; lower row: of highest.",
+    "Dots: one edited position of each prompt. Upper row: the steepest self-repressing head; lower: self-reinforcing.",
     "Dashed: y = x, no response. Line: regression; slope of the change, with an interval that holds for all heads of "
     "the store together ({confidence:.0%}).",
 )
@@ -21,6 +21,8 @@ READING = (
 @style.settings()
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each scale, for the most repressed and the most reinforced head of each store.
+
+    Where no head is self-repressing (or self-reinforcing) it is the one of lowest (highest) mean slope.
 
     `datasets` is a store or a result of `reinforcement_by_head`, a sequence of them, or a mapping from title to them.
     Raises UsageError as `reinforcement_by_head` does, and if there is nothing to draw.
@@ -41,9 +43,14 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 
 def _extremes(heads: xr.Dataset) -> list[dict[str, int]]:
-    slopes = heads.slope.mean("scale").values
-    ends = (np.nanargmin(slopes), np.nanargmax(slopes))
-    return [dict(zip(("layer", "head"), np.unravel_index(end, slopes.shape), strict=True)) for end in ends]
+    """Where the steepest self-repressing and self-reinforcing heads lie; of all heads, where none is of the kind."""
+    slopes, kind = heads.slope.mean("scale").values, heads.kind.values
+    found = []
+    for wanted in (-1, 1):
+        among = (kind == wanted) | ~(kind == wanted).any()
+        best = np.nanargmax(np.where(among, wanted * slopes, np.nan))
+        found.append(dict(zip(HEADS, np.unravel_index(best, slopes.shape), strict=True)))
+    return found
 
 
 def _draw_row(row: np.ndarray, head: xr.Dataset, prefix: str) -> None:
@@ -60,10 +67,8 @@ def _draw_row(row: np.ndarray, head: xr.Dataset, prefix: str) -> None:
         slope, intercept = float(one.slope), float(one.intercept)
         axes.plot(ends, ends + intercept + slope * ends, color=style.colour(1), linewidth=1.8)
         axes.set_title(f"{prefix}{label}, {float(one['scale']):g} × its own write")
-        said = (
-            f"{KINDS[int(head.kind)]}: slope {slope:+.2f} ({float(one.low):+.2f} to {float(one.high):+.2f})"
-        )
-        _write(axes, said.replace("-", "\N{MINUS SIGN}").replace("self\N{MINUS SIGN}", "self-"))
+        said = f"slope {slope:+.2f} ({float(one.low):+.2f} to {float(one.high):+.2f})"
+        _write(axes, said.replace("-", "\N{MINUS SIGN}"))
         axes.set_xlabel("direct effect (logits)")
     row[0].set_ylabel(f"{label}, {KINDS[int(head.kind)]}\ndirect effect when reinforced (logits)")
 

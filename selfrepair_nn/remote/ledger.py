@@ -6,7 +6,9 @@ killed process left unfinished is no line.
 
 import json
 import os
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,8 +63,8 @@ class Ledger:
         StoreError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
-        self.path, self._run = path, run
+    def __init__(self, path: Path, run: str, clock: Callable[[], float] = time.time) -> None:
+        self.path, self._run, self._clock = path, run, clock
         self.records: dict[str, Record] = {}
         for line in lines(path):
             if line.get("run") == run:
@@ -73,8 +75,13 @@ class Ledger:
 
     def write(self, event: str, part: str, **facts: Any) -> None:
         """One more line, on the disk when this returns."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = {"time": now, "run": self._run, "event": event, "part": part} | facts
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        line = {
+            "time": now.isoformat(timespec="milliseconds"),
+            "run": self._run,
+            "event": event,
+            "part": part,
+        } | facts
         with explained(self.path), open(self.path, "ab+") as file:
             file.write((b"" if _whole(file) else b"\n") + json.dumps(line).encode() + b"\n")
             file.flush()

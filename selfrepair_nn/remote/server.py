@@ -23,7 +23,8 @@ from selfrepair_nn.errors import UsageError
 from selfrepair_nn.remote.faults import Fault, refusal
 from selfrepair_nn.remote.secrets import hidden, ndif_key
 
-CONNECT_SECONDS, READ_SECONDS, GREETING_SECONDS = 10.0, 60.0, 10.0
+CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+GREETING_SECONDS, INQUIRY_SECONDS = 10.0, 30.0
 BACKOFF = wait_random_exponential(multiplier=0.25, max=30)
 BETWEEN_JOBS = wait_exponential_jitter(initial=2, max=60, jitter=2)
 NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
@@ -132,7 +133,7 @@ class Server:
         return answer
 
     def _json(self, path: str) -> dict[str, Any]:
-        answer = self._patiently(self._get, path)
+        answer = self._patiently(self._get, path, patience=min(INQUIRY_SECONDS, self.patience))
         if answer.status_code != 200:
             raise refusal(answer.status_code, _detail(answer))
         return _parsed(answer)

@@ -49,8 +49,6 @@ def needs(plan, cases):
     if plan["neurons"] is not None:
         keep["hidden"].add(plan["neurons"])
         keep["mlp"].add(plan["neurons"])
-    if plan["record"] == "full":
-        keep["attention"] = set(range(count))
     for case in cases:
         for site in case:
             if site[0] in KEPT:

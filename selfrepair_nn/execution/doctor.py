@@ -1,0 +1,141 @@
+"""What may be wrong with this machine, its settings and a server: looked at, and said in a line each."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from selfrepair_nn import provenance
+from selfrepair_nn.errors import Incomplete, SelfRepairError
+from selfrepair_nn.remote.faults import Fault
+from selfrepair_nn.remote.secrets import ndif_key
+
+SETTINGS = (
+    "NDIF_HOST",
+    "HF_ENDPOINT",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+)
+COMPARED = ("python", "nnsight", "transformers", "torch")
+"""What a server and its clients should agree on."""
+
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what was seen, and whether it is right (None: neither right nor wrong)."""
+
+    what: str
+    seen: str
+    right: bool | None = None
+
+
+def doctor(
+    host: str | None = None, *, remote: bool = False, model: str | None = None, trip: bool = False
+) -> Iterator[Finding]:
+    """Look at this machine and its settings; and at a server, if one is named or NDIF_HOST is set.
+
+    Args:
+        host: the server's address.
+        remote: look at the server that nnsight is configured for.
+        model: a model whose state on the server is asked for.
+        trip: also send it one token.
+
+    A setting is only ever said to be set or not. Nothing raises: what fails is a finding.
+    """
+    yield from _here()
+    if host or remote or os.environ.get("NDIF_HOST"):
+        try:
+            yield from _there(host, model, trip)
+        except (SelfRepairError, Incomplete) as error:
+            yield Finding("server", str(error), False)
+    else:
+        yield Finding("server", "not asked: name one with --host, or NDIF's own with --remote")
+
+
+def _here() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("versions", ", ".join(f"{name} {v}" for name, v in provenance.versions().items()))
+    device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
+    yield Finding("device", device)
+    yield Finding("NDIF key", _set(ndif_key()))
+    yield Finding("HF_TOKEN", _set(_hub_token()))
+    yield Finding("settings", ", ".join(f"{name} {_set(os.environ.get(name))}" for name in SETTINGS))
+
+
+def _there(host: str | None, model: str | None, trip: bool) -> Iterator[Finding]:
+    from selfrepair_nn.options import Options
+    from selfrepair_nn.remote.server import Server
+
+    server = Server(Options(remote=True, host=host).host, patience=PATIENCE)
+    server.greet()
+    yield Finding("server", f"{server.host} answers", True)
+    try:
+        yield from _compared(server.environment())
+        yield Finding("models", _models(server.status()))
+    except Fault as fault:
+        yield Finding("cluster", str(fault), False)
+    if model:
+        yield from _asked_for(server, model, trip)
+    elif trip:
+        yield Finding("round trip", "say which model with --model", False)
+
+
+def _compared(there: dict[str, str]) -> Iterator[Finding]:
+    here = provenance.versions()
+    for name in COMPARED:
+        ours, theirs = here[name], there.get(name, "unknown")
+        same = ours.split("+")[0] == theirs.split("+")[0]
+        seen = f"{theirs} there" if same else f"{theirs} there, {ours} here"
+        yield Finding(name, seen, True if same else None)
+
+
+def _models(replicas: list[dict]) -> str:
+    known = [r for r in replicas if r.get("application_state")]
+    said = {f"{r.get('repo_id')} {r['application_state'].lower()} ({r.get('dtype')})" for r in known}
+    return ", ".join(sorted(said)) or "none is deployed"
+
+
+def _asked_for(server, name: str, trip: bool) -> Iterator[Finding]:
+    from selfrepair_nn.execution.remote import ServedModel, states
+    from selfrepair_nn.models.load import describe, load_tokenizer, structure_only
+
+    description = describe(name)
+    served = ServedModel(server, structure_only(description, load_tokenizer(description.source)))
+    found = states(served)
+    yield Finding("model", f"{name} is {found}", True if found == "running" else None)
+    if trip:
+        yield _round_trip(served)
+
+
+def _round_trip(served) -> Finding:
+    """One token to the model and back."""
+    from selfrepair_nn.execution.backends import only
+    from selfrepair_nn.execution.flight import Flight
+    from selfrepair_nn.execution.remote import greeting
+    from selfrepair_nn.remote.ledger import Ledger
+
+    with TemporaryDirectory() as folder:
+        flight = Flight(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), 1, PATIENCE)
+        began = time.perf_counter()
+        found = only(flight, greeting(served.model.layout))["residual"]
+        seconds = time.perf_counter() - began
+    dtype = str(found.dtype).removeprefix("torch.")
+    return Finding("round trip", f"{seconds:.2f} s for one token; it computes in {dtype}", True)
+
+
+def _hub_token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _set(value: str | None) -> str:
+    return "set" if value else "not set"

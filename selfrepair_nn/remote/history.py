@@ -1,0 +1,61 @@
+"""A ledger in words: what is on the server, what came back, what failed and why."""
+
+from collections import Counter
+from pathlib import Path
+
+from selfrepair_nn.remote.faults import KINDS, brief
+from selfrepair_nn.remote.ledger import (
+    FAILED,
+    FETCHED,
+    GIVEN_UP,
+    SENDING,
+    SENT,
+    SPLIT,
+    TAKEN,
+    Ledger,
+    Record,
+    ledger_path,
+)
+
+MEANINGS = {
+    SENDING: "sent, not acknowledged",
+    SENT: "on the server",
+    FETCHED: "came back",
+    TAKEN: "done",
+    FAILED: "failed, to be sent again",
+    SPLIT: "split in two",
+    GIVEN_UP: "given up",
+}
+
+
+def history(store: Path, run: str) -> str:
+    """Every part of a store's run that is not simply done, one line each, and what was sent and came back in all."""
+    ledger = Ledger(ledger_path(store), run)
+    if not ledger.records:
+        return "no job was ever sent for this store: it was run in this process"
+    shown = [record for record in ledger.records.values() if record.event != TAKEN or record.failures]
+    return "\n".join([*map(_line, shown), *([""] if shown else []), _total(ledger)])
+
+
+def _line(record: Record) -> str:
+    why = "; ".join(f"{count} x {KINDS[kind].meaning}" for kind, count in record.failures.items())
+    said = f" ({brief(record.text)})" if record.text else ""
+    job = f"job {record.job}" if record.open else ""
+    return "  ".join(
+        part for part in (record.part, MEANINGS.get(record.event, record.event), job, f"{why}{said}") if part
+    )
+
+
+def _total(ledger: Ledger) -> str:
+    records = ledger.records.values()
+    states = Counter(MEANINGS.get(record.event, record.event) for record in records)
+    sent, back = (sum(r.bytes_sent for r in records), sum(r.bytes_returned for r in records))
+    counted = ", ".join(f"{count} {state}" for state, count in states.most_common())
+    jobs = sum(record.jobs for record in records)
+    return (
+        f"{jobs} jobs sent for {len(records)} parts: {counted}\n{_size(sent)} sent, {_size(back)} came back"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.2f} MiB"

@@ -1,0 +1,162 @@
+"""The command as a user of an NDIF server runs it: each in a process of its own, forked from one that has imported all.
+
+That one is started with the server's environment, since huggingface_hub and nnsight read theirs when they are imported.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from terminal import Outcome
+
+TESTS = Path(__file__).parent
+SECONDS = 300
+"""More than any command here takes, on a slow machine."""
+
+
+class Far:
+    """Starts commands that see the servers and hubs that `env` names; a context manager."""
+
+    def __init__(self, env: dict[str, str], folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._key = {
+            "NDIF_API_KEY": env.get("NDIF_API_KEY", "")
+        }  # not for the one that imports: nnsight keeps it
+        paths = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+        paths |= {"NNSIGHT_CONFIG": str(folder / "none")}
+        self._mother = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())],
+            env=os.environ | env | paths | {"NDIF_API_KEY": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "Far":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mother.stdin.close()
+        self._mother.wait(30)
+        self._mother.stdout.close()
+
+    def start(self, *arguments: object, **env: str) -> "Command":
+        """`selfrepair ARGUMENTS` in a new process, with more of an environment."""
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        request = {
+            "argv": list(map(str, arguments)),
+            "out": str(out),
+            "err": str(err),
+            "env": self._key | env,
+        }
+        return Command(self, self._asked(request), out, err)
+
+    def run(self, *arguments: object, **env: str) -> Outcome:
+        """The same, and wait for it."""
+        return self.start(*arguments, **env).wait()
+
+    def ended(self, pid: int) -> int:
+        """The exit code of a process that has ended, minus the signal if one killed it."""
+        return self._asked({"wait": pid})
+
+    def _asked(self, request: dict) -> int:
+        self._mother.stdin.write(json.dumps(request) + "\n")
+        self._mother.stdin.flush()
+        return int(self._mother.stdout.readline())
+
+
+class Command:
+    """One such process."""
+
+    def __init__(self, far: Far, pid: int, out: Path, err: Path) -> None:
+        self._far, self.pid, self._out, self._err = far, pid, out, err
+
+    @property
+    def running(self) -> bool:
+        return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+
+    @property
+    def said(self) -> str:
+        """What it has written to stderr so far."""
+        return self._err.read_text() if self._err.exists() else ""
+
+    def until(self, condition, seconds: float = SECONDS) -> None:
+        """Wait until `condition()`; AssertionError if the process ends before that."""
+        limit = time.monotonic() + seconds
+        while not condition():
+            assert self.running, f"ended too early: {self.wait()}"
+            assert time.monotonic() < limit, f"nothing happened: {self.said}"
+            time.sleep(0.02)
+
+    def send(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float = SECONDS) -> Outcome:
+        """Its outcome; AssertionError, and its end, if it still runs after `seconds`."""
+        limit = time.monotonic() + seconds
+        while self.running and time.monotonic() < limit:
+            time.sleep(0.02)
+        late = self.running
+        if late:
+            self.send()
+        code = self._far.ended(self.pid)
+        assert not late, f"still running after {seconds} s: {self.said}"
+        return Outcome(code, self._out.read_text(), self.said)
+
+
+def _fork(request: dict) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.environ.update(request["env"])
+    sys.argv = ["selfrepair", *request["argv"]]
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    code = 0
+    try:
+        from selfrepair_nn.cli import main
+
+        main()
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _mother() -> None:
+    import nnsight.modeling.transformers
+    import torch
+    import transformers.models.auto.tokenization_auto
+    import transformers.models.gpt_neox.modeling_gpt_neox
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import selfrepair_nn.execution.remote
+    import selfrepair_nn.execution.run
+    import selfrepair_nn.text  # noqa: F401
+
+    torch.set_num_threads(1)
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = _fork(request)
+        replies.write(f"{answer}\n")
+
+
+if __name__ == "__main__":
+    _mother()

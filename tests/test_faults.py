@@ -1,0 +1,307 @@
+"""Everything that can break, broken on a real NDIF server: a clear message, no lost data, and in the end the same store.
+
+The server here is this module's own, since it is broken on purpose; each test leaves it whole. `pytest -rP` prints what
+the client said to each fault.
+"""
+
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import xarray as xr
+from far import Far
+from ndif_server import Ndif, missing
+from terminal import assert_same_numbers, resume_command
+
+from selfrepair_nn.models.load import find
+from selfrepair_nn.remote.ledger import ledger_path, lines
+
+REQUIRED = os.environ.get("SELFREPAIR_REQUIRE_SERVER") == "1"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        missing() is not None and not REQUIRED,
+        reason=f"NO FAULT WAS TRIED ON A REAL NDIF SERVER: {missing()}",
+    ),
+]
+MODEL = "local/tiny-neox"
+RUN = ["--layers", "2:6", "--tokens", 1024, "--length", 32, "--batch-size", 2]
+IMPATIENT = ["--patience", 5]
+
+
+@pytest.fixture(scope="module")
+def ndif():
+    directory = find("tiny-neox").location
+    slow = "local/impatient"
+    special = {slow: {"execution_timeout_seconds": 2.0}}
+    with Ndif(
+        {MODEL: directory, slow: directory, "local/late": directory}, deploy=[MODEL, slow], special=special
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def far(ndif, tmp_path_factory):
+    with Far(ndif.env, tmp_path_factory.mktemp("far")) as clients:
+        yield clients
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ndif, far, tmp_path_factory):
+    store = tmp_path_factory.mktemp("undisturbed") / "s.zarr"
+    ended = far.run(*command(ndif, store))
+    assert ended.code == 0, ended.err
+    return store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "s.zarr"
+
+
+def command(ndif, store, *more, model=MODEL):
+    return ["run", "heads", "--model", model, "--host", ndif.url, "--out", store, *RUN, *more]
+
+
+def done(store):
+    return int(xr.open_zarr(store).done.sum()) if store.exists() else 0
+
+
+def begun(far, ndif, store, *more):
+    """A client in the middle of its run: some of it stored, jobs on the server."""
+    client = far.start(*command(ndif, store, *more))
+    client.until(lambda: done(store) > 0)
+    return client
+
+
+def failed(store):
+    return [each for each in lines(ledger_path(store)) if each["event"] == "failed"]
+
+
+def report(what, ended, store):
+    """For the fault table: what the client said and what became of the jobs."""
+    kinds = [each["kind"] for each in failed(store)]
+    said = [line for line in ended.err.splitlines() if line.startswith("selfrepair:")]
+    print(f"{what}: exit {ended.code}; failed jobs {kinds}; said {said[:1]}")
+
+
+def assert_whole(far, ndif, store, undisturbed):
+    """The same command finishes the run, and its numbers are an undisturbed run's, bit for bit."""
+    again = far.run(*command(ndif, store))
+    assert again.code == 0, again.err
+    assert_same_numbers(store, undisturbed)
+
+
+@contextmanager
+def whole_again(ndif, *services):
+    """Start what a test killed, whatever becomes of the test."""
+    try:
+        yield
+    finally:
+        for name in services:
+            if not ndif.running[name].running:
+                ndif.start(name)
+        ndif.wait_for_models()
+
+
+# ---------------------------------------------------------------- before
+
+
+def test_no_server_there(far, ndif, store):
+    began = time.monotonic()
+    ended = far.run("run", "heads", "--model", MODEL, "--host", "http://127.0.0.1:9", "--out", store, *RUN)
+    report("no server", ended, store)
+    assert ended.code == 1
+    assert "does not answer" in ended.err
+    assert "Connection refused" in ended.err
+    assert "check --host" in ended.err
+    assert not store.exists()
+    assert time.monotonic() - began < 60
+
+
+def test_something_else_than_ndif_answers(far, ndif, store):
+    ended = far.run("run", "heads", "--model", MODEL, "--host", ndif.hub_url, "--out", store, *RUN)
+    report("the hub's address", ended, store)
+    assert ended.code == 1
+    assert "not an NDIF server" in ended.err
+    assert not store.exists()
+
+
+def test_a_model_that_is_deployed_when_it_is_asked_for(far, ndif, store, undisturbed):
+    ended = far.run(*command(ndif, store, model="local/late"))
+    report("model not deployed yet", ended, store)
+    assert ended.code == 0, ended.err
+    assert "local/late is not deployed" in ended.err
+    assert_same_numbers(store, undisturbed)
+
+
+def test_a_server_that_wants_newer_clients(far, ndif, store, undisturbed):
+    with whole_again(ndif, "api"):
+        ndif.restart("api", NDIF_MIN_NNSIGHT_VERSION="99.0")
+        ended = far.run(*command(ndif, store))
+        report("version too old", ended, store)
+        assert ended.code == 1
+        assert "below the minimum supported 99.0" in ended.err
+        assert "selfrepair doctor" in ended.err
+        ndif.restart("api", NDIF_MIN_NNSIGHT_VERSION="0.0")
+    assert_whole(far, ndif, store, undisturbed)
+
+
+def test_a_server_that_builds_the_model_otherwise(ndif, tmp_path):
+    """A client whose model has a layer more than the server's, under the same name."""
+    import json
+
+    from selfrepair_nn.execution.backends import only
+    from selfrepair_nn.execution.flight import Flight
+    from selfrepair_nn.execution.remote import ServedModel, greeting
+    from selfrepair_nn.models.load import describe, structure_only
+    from selfrepair_nn.remote.faults import Fault
+    from selfrepair_nn.remote.ledger import Ledger
+    from selfrepair_nn.remote.server import Server
+
+    config = json.loads(
+        (
+            find("tiny-neox").location + "/config.json" and open(find("tiny-neox").location + "/config.json")
+        ).read()
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    served = ServedModel(Server(ndif.url, 60), structure_only(describe(str(tmp_path)), None))
+    served.key = served.key.replace(str(tmp_path), MODEL)
+    flight = Flight(served, Ledger(tmp_path / "x.jsonl", "run"), 1, 60)
+    with pytest.raises(Fault, match="other modules") as error:
+        only(flight, greeting(served.model.layout))
+    print(f"architecture mismatch: {error.value}")
+    assert "has no module at" in error.value.text
+
+
+# ---------------------------------------------------------------- in the middle
+
+
+@pytest.mark.parametrize("part", ["api worker", "model actor", "controller"])
+def test_a_part_that_is_killed_and_heals(far, ndif, store, undisturbed, part):
+    client = begun(far, ndif, store)
+    ndif.kill(part)
+    ended = client.wait()
+    report(f"{part} killed", ended, store)
+    assert ended.code == 0, ended.err
+    assert_same_numbers(store, undisturbed)
+
+
+@pytest.mark.parametrize("service", ["redis", "store", "api", "ray"])
+def test_a_service_that_is_killed_and_started_again(far, ndif, store, undisturbed, service):
+    """The client waits for it; what the server forgot is sent again."""
+    client = begun(far, ndif, store, "--patience", 120)
+    with whole_again(ndif, service):
+        ndif.kill(service)
+        time.sleep(3)
+        ndif.start(service)
+        ended = client.wait()
+    report(f"{service} killed, started again", ended, store)
+    assert ended.code in (0, 75), ended.err
+    assert "Traceback" not in ended.err
+    assert_whole(far, ndif, store, undisturbed)
+
+
+@pytest.mark.parametrize("service", ["redis", "store", "api", "ray"])
+def test_a_service_that_stays_down(far, ndif, store, undisturbed, service):
+    """Patience ends, with what is missing and how to go on; when it is back the run goes on."""
+    client = begun(far, ndif, store, *IMPATIENT)
+    with whole_again(ndif, service):
+        ndif.kill(service)
+        ended = client.wait(120)
+    report(f"{service} down", ended, store)
+    assert ended.code == 75, ended.err
+    assert "units of work are missing" in ended.err
+    assert "are kept in" in ended.err
+    assert resume_command(ended.err)[:2] == ["run", "heads"]
+    assert_whole(far, ndif, store, undisturbed)
+
+
+def test_a_dispatcher_that_is_killed(far, ndif, store, undisturbed):
+    """The API goes on taking requests that nobody runs: the client must not wait for ever."""
+    client = begun(far, ndif, store, *IMPATIENT)
+    with whole_again(ndif, "api"):
+        ndif.kill("dispatcher")
+        ended = client.wait(180)
+        report("dispatcher killed", ended, store)
+        ndif.restart("api")
+    assert ended.code == 75, ended.err
+    assert "nothing more was heard of the job" in ended.err
+    assert_whole(far, ndif, store, undisturbed)
+
+
+def test_a_server_that_hangs_for_a_while(far, ndif, store, undisturbed):
+    client = begun(far, ndif, store)
+    ndif.kill("model actor", signal.SIGSTOP)
+    time.sleep(3)
+    ndif.kill("model actor", signal.SIGCONT)
+    ended = client.wait()
+    report("model actor stopped for 3 s", ended, store)
+    assert ended.code == 0, ended.err
+    assert_same_numbers(store, undisturbed)
+
+
+def test_a_result_that_never_comes(far, ndif, store, undisturbed):
+    client = begun(far, ndif, store, *IMPATIENT)
+    ndif.kill("model actor", signal.SIGSTOP)
+    try:
+        ended = client.wait(180)
+    finally:
+        ndif.kill("model actor", signal.SIGCONT)
+    report("a result that never comes", ended, store)
+    assert ended.code == 75, ended.err
+    assert "nothing more was heard of the job" in ended.err
+    assert_whole(far, ndif, store, undisturbed)
+
+
+def test_a_time_limit_splits_the_units_until_they_fit(far, ndif, store, undisturbed):
+    """Rounding may differ where fewer heads ride in a pass; nothing else does."""
+    whole = ["--batch-size", 32, "--rows", 512]
+    ended = far.run(*command(ndif, store, *whole, model="local/impatient"))
+    report("time limit", ended, store)
+    assert ended.code == 0, ended.err
+    assert {each["kind"] for each in failed(store)} == {"time"}
+    assert [each for each in lines(ledger_path(store)) if each["event"] == "split"]
+    with xr.open_zarr(store) as one, xr.open_zarr(undisturbed) as other:
+        scale = float(other.logit.std())
+        assert np.abs(one.logit_change - other.logit_change).max() <= 1e-4 * scale
+        assert np.abs(one.from_heads - other.from_heads).max() <= 1e-4 * scale
+
+
+# ---------------------------------------------------------------- after, and both at once
+
+
+def test_a_server_that_is_gone_when_everything_is_stored(far, ndif, undisturbed):
+    with whole_again(ndif, "api"):
+        ndif.kill("api")
+        ended = far.run(*command(ndif, undisturbed))
+        assert ended.code == 0, ended.err
+
+
+def test_doctor_says_what_is_wrong(far, ndif):
+    with whole_again(ndif, "ray"):
+        ndif.kill("ray")
+        ended = far.run("doctor", "--host", ndif.url)
+    print(f"doctor, ray down: {[line for line in ended.out.splitlines() if 'FAIL' in line]}")
+    assert ended.code == 1
+    assert "FAIL  cluster" in ended.out
+    assert "Traceback" not in ended.err
+
+
+def test_client_and_server_killed_at_random_moments(far, ndif, store, undisturbed):
+    """Both in turn: whatever the server forgot meanwhile is found out by asking, and only that is sent again."""
+    for part in ("api worker", "model actor", None, "redis"):
+        client = far.start(*command(ndif, store))
+        before = len(lines(ledger_path(store)))
+        client.until(lambda before=before: len(lines(ledger_path(store))) > before + 4 or not client.running)
+        if part:
+            ndif.kill(part)
+        client.send(signal.SIGKILL)
+        client.wait()
+        if part == "redis":
+            ndif.start(part)
+        ndif.wait_for_models()
+    assert_whole(far, ndif, store, undisturbed)

@@ -1,0 +1,153 @@
+"""The ledger: every line is on the disk when it is written, and no process killed in the middle of one spoils the rest."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from selfrepair_nn.errors import StoreError
+from selfrepair_nn.remote.history import history
+from selfrepair_nn.remote.ledger import (
+    FAILED,
+    FETCHED,
+    GIVEN_UP,
+    SENDING,
+    SENT,
+    SPLIT,
+    TAKEN,
+    Ledger,
+    ledger_path,
+    lines,
+)
+
+PART = "ablation, prompts 0 to 3"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "x.jobs.jsonl"
+
+
+def begun(path, run="run"):
+    ledger = Ledger(path, run, clock=lambda: 1000.5)
+    ledger.write(SENDING, PART, job="a", bytes=10)
+    return ledger
+
+
+def test_it_lies_beside_the_store(tmp_path):
+    assert ledger_path(tmp_path / "x.zarr") == tmp_path / "x.jobs.jsonl"
+
+
+def test_another_process_reads_what_was_written(path):
+    begun(path).write(SENT, PART, job="b")
+    record = Ledger(path, "run")[PART]
+    assert (record.event, record.job, record.sent, record.jobs, record.open) == (SENT, "b", 1000.5, 1, True)
+
+
+def test_a_line_is_on_the_disk_before_write_returns(path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(path.read_text()))
+    begun(path)
+    assert PART in synced[-1]
+    assert synced[-1].endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("events", "open_"),
+    [
+        ([SENDING], True),
+        ([SENDING, SENT], True),
+        ([SENDING, SENT, FETCHED], True),
+        ([SENDING, SENT, FETCHED, TAKEN], True),
+        ([SENDING, SENT, FAILED], False),
+        ([SENDING, SENT, FAILED, SENDING], True),
+        ([SENDING, FAILED, SPLIT], False),
+        ([SENDING, FAILED, GIVEN_UP], False),
+    ],
+)
+def test_what_the_server_may_still_have_is_open(path, events, open_):
+    ledger = Ledger(path, "run")
+    for event in events:
+        ledger.write(event, PART, job="a", bytes=1, kind="time", text="")
+    assert Ledger(path, "run")[PART].open is open_
+
+
+def test_failures_are_counted_by_kind_until_the_part_is_given_up(path):
+    ledger = Ledger(path, "run")
+    for kind in ("busy", "time", "busy"):
+        ledger.write(FAILED, PART, job="a", kind=kind, text="why")
+    assert Ledger(path, "run")[PART].failures == {"busy": 2, "time": 1}
+    ledger.write(GIVEN_UP, PART, kind="busy")
+    assert not Ledger(path, "run")[PART].failures
+
+
+def test_lines_of_another_run_are_kept_and_not_believed(path):
+    begun(path, "first")
+    assert not Ledger(path, "second").records
+    begun(path, "second").write(FAILED, PART, job="a", kind="busy", text="")
+    assert Ledger(path, "first")[PART].open
+    assert not Ledger(path, "second")[PART].open
+
+
+def test_a_part_is_split_once_and_for_all(path):
+    ledger = begun(path)
+    ledger.write(SPLIT, PART, into=["one", "other"])
+    ledger.write(TAKEN, PART)
+    assert Ledger(path, "run")[PART].split
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(1, 6), cut=st.integers(0, 400), more=st.integers(0, 3))
+def test_cut_off_anywhere_it_says_what_its_whole_lines_say(tmp_path_factory, count, cut, more):
+    """As after a kill, or a full disk, in the middle of a write; and the next process goes on with a line of its own."""
+    path = tmp_path_factory.mktemp("ledger") / "x.jsonl"
+    ledger = Ledger(path, "run")
+    for number in range(count):
+        ledger.write(SENDING, f"part {number}", job=f"é{number}", bytes=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - min(cut, len(whole))])
+    complete = path.read_bytes().count(b"\n")
+    left = complete + (path.read_bytes()[-1:] == b"}")
+    after = Ledger(path, "run")
+    assert list(after.records) == [f"part {n}" for n in range(left)]
+    for number in range(more):
+        after.write(SENDING, f"new {number}", job="j", bytes=1)
+    expected = [f"part {n}" for n in range(left)] + [f"new {n}" for n in range(more)]
+    assert list(Ledger(path, "run").records) == expected
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "null\n[1]\n{}\n", '{"event": "sent"}\n', "\x00\x00\n"])
+def test_what_is_no_line_is_passed_over(path, text):
+    path.write_text(text)
+    assert lines(path) == []
+    assert begun(path)[PART].open
+
+
+def test_a_ledger_that_cannot_be_written_says_so(path):
+    path.mkdir()
+    with pytest.raises(StoreError, match=r"x\.jobs\.jsonl"):
+        begun(path)
+
+
+def test_history_names_what_is_open_or_failed_and_adds_up_the_rest(tmp_path):
+    store = tmp_path / "x.zarr"
+    ledger = begun(ledger_path(store))
+    for number in range(3):
+        part = f"ablation, prompts {4 * number + 4} to {4 * number + 7}"
+        ledger.write(SENDING, part, job=f"j{number}", bytes=2**20)
+        ledger.write(FETCHED, part, job=f"j{number}", bytes=2**21)
+        ledger.write(TAKEN, part, job=f"j{number}")
+    ledger.write(FAILED, PART, job="a", kind="time", text="Your job exceeded the execution timeout of 10.0s.")
+    said = history(store, "run").splitlines()
+    assert len(said) == 4
+    assert said[0].startswith(PART)
+    assert "1 x the job exceeded the server's time limit (Your job exceeded" in said[0]
+    assert said[2:] == [
+        "4 jobs sent for 4 parts: 3 done, 1 failed, to be sent again",
+        "3.00 MiB sent, 6.00 MiB came back",
+    ]
+
+
+def test_history_of_a_local_run_says_that_nothing_was_sent(tmp_path):
+    assert "run in this process" in history(tmp_path / "x.zarr", "")
