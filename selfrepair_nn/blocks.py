@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import SWEEP, TOKEN
 
 BLOCK = 2**22  # values held at once
@@ -83,11 +84,30 @@ def direct_effects(
     `by` names another variable to be summed and ranked by.
 
     The top share is exactly max(1, floor(share n)) of a case's n done tokens, the first of equals, NaN last;
-    none if n is 0. In a store of the top share alone it is what reaches the case's threshold: that share of the whole
+    none if n is 0. A store with thresholds holds direct effects of every token: there it is that share of the whole
     run, as far as it is done.
+
+    Raises:
+        UsageError: the store keeps less of each case's tokens.
     """
-    if "threshold" in ds:
-        return _above_thresholds(ds, done)
+    require_kept(ds, share)
+    if "threshold" not in ds or by != "direct_effect":
+        return _ranked(ds, done, share, by)
+    sums, top = _ranked(ds, np.repeat(done.any(1)[:, None], done.shape[1], 1), share, by)
+    return np.where(done, sums, 0), top.of(done[top.case, top.token // ds.sizes["position"]])
+
+
+def require_kept(ds: xr.Dataset, share: float = 1) -> None:
+    """Raise UsageError if the store keeps a smaller share of tokens than this; 1 means every token."""
+    kept = ds.attrs.get("kept_share", 1)
+    if share > kept:
+        asked = "every token" if share == 1 else f"share {share:g}"
+        raise UsageError(
+            f"this store keeps each head's top {kept:g} of tokens, not {asked}: run without --select top-share"
+        )
+
+
+def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str) -> tuple[np.ndarray, Top]:
     n_positions = ds.sizes["position"]
     wanted = _wanted(done.sum(1) * n_positions, share)
     sums = np.zeros(done.shape)
@@ -100,20 +120,6 @@ def direct_effects(
             fresh = values[case].ravel()[counted].astype(float)
             best[case] = _best(best[case], fresh, counted + start * n_positions, wanted[case])
     return sums, _gather(best)
-
-
-def _above_thresholds(ds: xr.Dataset, done: np.ndarray) -> tuple[np.ndarray, Top]:
-    limits = ds.threshold.transpose(*SWEEP[:2]).values.ravel()
-    n_positions, sums = ds.sizes["position"], np.zeros(done.shape)
-    found: list[tuple[np.ndarray, ...]] = []
-    for start, values in _blocks(ds, "direct_effect"):
-        here = slice(start, start + values.shape[1])
-        sums[:, here] = _done_sums(values, done[:, here])
-        case, prompt, position = np.nonzero((values >= limits[:, None, None]) & done[:, here, None])
-        effects = values[case, prompt, position].astype(float)
-        order = np.argsort(prompt * n_positions + position, kind="stable")
-        found.append((case[order], ((start + prompt) * n_positions + position)[order], effects[order]))
-    return sums, Top(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndarray, np.ndarray]:
@@ -152,6 +158,7 @@ def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 def together(ds: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[slice, list[np.ndarray]]]:
     """Several variables side by side, a block of prompts at a time: [case, prompt, position] each, in float64."""
+    require_kept(ds)
     for blocks in zip(*(_blocks(ds, name) for name in names), strict=True):
         start, first = blocks[0]
         yield slice(start, start + first.shape[1]), [values.astype(float) for _, values in blocks]
@@ -175,7 +182,8 @@ def clean_ratios(
 
 
 def tokens_of(ds: xr.Dataset, name: str, cases: np.ndarray) -> np.ndarray:
-    """Every value [case, prompt, position] of a few cases, in float64."""
+    """Every value [case, prompt, position] of a few cases, in float64. UsageError if not every one is kept."""
+    require_kept(ds)
     return np.concatenate([values[cases].astype(float) for _, values in _blocks(ds, name)], axis=1)
 
 
@@ -239,11 +247,13 @@ def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
 
 def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
     """The largest absolute value of a variable, over (case); NaN where nothing is done."""
-    found = np.where(done.any(1), 0.0, np.nan)
+    found = np.zeros(len(done))
     for start, values in _blocks(ds, name):
-        by_prompt = np.where(done[:, start : start + values.shape[1]], np.abs(values).max(-1), 0)
-        found = np.maximum(found, by_prompt.max(1))
-    return found
+        by_prompt = np.fmax.reduce(np.abs(values), -1)  # NaN where a top share alone is kept
+        found = np.fmax(
+            found, np.fmax.reduce(np.where(done[:, start : start + values.shape[1]], by_prompt, 0), 1)
+        )
+    return np.where(done.any(1), found, np.nan)
 
 
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:

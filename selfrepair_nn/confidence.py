@@ -53,23 +53,25 @@ class Tally:
 
         Cases of a group share clusters, and so their errors: what counts is the sum of their influences.
         """
-        members = np.eye(groups.max() + 1)[groups].T
-        sizes = members.sum(1)
-        influence = members @ np.nan_to_num(self._influence) / sizes[:, None]
-        used = members @ (self.counts > 0) > 0
-        return members @ self.mean / sizes, _half_width(influence, used)
+        sizes = np.bincount(groups)
+        means, influence = np.zeros(len(sizes)), np.zeros((len(sizes), self.counts.shape[1]))
+        used = np.zeros(influence.shape, bool)
+        np.add.at(means, groups, self.mean)
+        np.add.at(influence, groups, self._influence)
+        np.logical_or.at(used, groups, self.counts > 0)
+        return means / sizes, _half_width(influence / sizes[:, None], used)
 
     @property
     def _influence(self) -> np.ndarray:
-        """What each cluster adds to the error of the mean: [case, cluster]."""
-        with np.errstate(invalid="ignore"):
-            residual = self.sums - self.counts * self.mean[:, None]
-            return residual / self.counts.sum(1, keepdims=True)
+        """What each cluster adds to the error of the mean: [case, cluster]; infinite where one cluster says it all."""
+        n = (self.counts > 0).sum(1, keepdims=True)
+        total = self.counts.sum(1, keepdims=True)
+        residual = self.sums - self.counts * np.nan_to_num(self.mean)[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(n > 1, residual / total * np.sqrt(n / (n - 1)), np.inf)
 
 
 def _half_width(influence: np.ndarray, used: np.ndarray) -> np.ndarray:
     n = used.sum(1)
-    enough = n >= CLUSTERS
-    count = np.where(enough, n, CLUSTERS)
-    spread = np.sqrt(np.nansum(influence**2, axis=1) * count / (count - 1))
-    return np.where(enough, spread * student.ppf((1 + LEVEL) / 2, count - 1), np.inf)
+    spread = np.sqrt((influence**2).sum(1))
+    return np.where(n >= CLUSTERS, spread * student.ppf((1 + LEVEL) / 2, np.maximum(n, 2) - 1), np.inf)

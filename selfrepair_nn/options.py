@@ -7,6 +7,11 @@ from urllib.parse import urlsplit
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import FREEZES, REPLACEMENTS, TARGETS, VALUE_BIASES, one_of
 
+SELECTS = {
+    "all": "every token",
+    "top-share": "each head's top share of tokens: other prompts, and what comes after, are left out",
+}
+CI_OF = {"heads": "each head's mean", "layers": "each layer's mean over its heads"}
 COMPONENTS = {
     "none": "only the sums over heads and MLPs",
     "top": "every component's change, on each head's top share of tokens",
@@ -48,6 +53,9 @@ class Options:
     freeze: str = option("none", "What keeps its clean value.", FREEZES)
     components: str = option("none", "Store every component's change too; alone: all.", COMPONENTS, "all")
     share: float = option(0.02, "Share of tokens that 'top' means, by direct effect.")
+    select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", SELECTS)
+    until_ci: float | None = option(None, "Stop where the mean self-repair on the top share is known to +- this many logits.")
+    ci_of: str = option("heads", "What --until-ci asks to be known.", CI_OF)
     param: Any = option((), "Parameter of the recipe, NAME=VALUE; repeatable.")
     dtype: str = option("float32", "What the model computes in.", ("float32", "float64", "bfloat16", "float16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
@@ -55,7 +63,7 @@ class Options:
     split: str = option("train", "Split of the dataset.")
     column: str = option("text", "Column of the dataset that holds the text.")
     prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.")
-    seed: int = option(0, "Seed of the partners.")
+    seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.")
     mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.")
     batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.")
     rows: int = option(2304, "Tokens in one forward pass: ablated heads ride together until it is full.")
@@ -70,8 +78,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if each.metadata["choices"]:
+            if each.metadata["choices"] and getattr(self, each.name) is not each.default:
                 one_of(each.name, getattr(self, each.name), dict.fromkeys(each.metadata["choices"], ""))
+        if self.until_ci is not None and not 0 < self.until_ci < float("inf"):
+            raise UsageError(f"until_ci must be a number of logits above 0, not {self.until_ci!r}")
         for name in ("tokens", "length", "mean_prompts", "batch_size", "rows", "in_flight", "patience"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -88,6 +98,11 @@ class Options:
             raise UsageError(
                 f"dtype {self.dtype!r} cannot be chosen here: the server decides what it computes in"
             )
+
+    @property
+    def selects(self) -> str:
+        """What is ablated; the top share is all that an interval is about."""
+        return self.select or ("all" if self.until_ci is None else "top-share")
 
     @property
     def served(self) -> bool:

@@ -51,6 +51,14 @@ class Prompts:
             if ids is not None and ids.shape != shape:
                 raise UsageError(f"{name} has shape {ids.shape}: give a token for each of {shape}")
 
+    def taken(self, rows: np.ndarray) -> "Prompts":
+        """Some of the rows, in this order."""
+        some = {
+            name: None if getattr(self, name) is None else getattr(self, name)[rows]
+            for name in ("tokens", "document", "twin", "other")
+        }
+        return replace(self, **some)
+
     @property
     def n(self) -> int:
         """Number of prompts."""

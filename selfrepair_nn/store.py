@@ -105,20 +105,25 @@ class Store:
         """bool [layer, head, prompt] or [case, prompt]: what is computed and stored."""
         return self._group["done"][:]
 
-    def read(self, name: str) -> np.ndarray:
-        return self._group[name][:]
+    def read(self, name: str, block: slice | None = None) -> np.ndarray:
+        """A whole small array; or, of one along prompts, some prompts' part."""
+        if block is None:
+            return self._group[name][:]
+        return self._group[name][tuple(block if d == "prompt" else slice(None) for d in self._dims(name))]
 
     def write(self, name: str, values: np.ndarray) -> None:
         """Replace a whole small array."""
         with explained(self.path):
             self._group[name][...] = values
 
-    def write_prompts(self, block: slice, values: Mapping[str, np.ndarray], done: np.ndarray) -> None:
+    def write_prompts(
+        self, block: slice, values: Mapping[str, np.ndarray], done: np.ndarray | None = None
+    ) -> None:
         """Write every array's part for the prompts of one chunk, then mark what is `done`: in this order.
 
         Args:
             values: name -> the array's part for these prompts.
-            done: bool [layer, head] or [case].
+            done: bool [layer, head] or [case]; None marks nothing.
 
         Raises:
             ValueError: a value of the wrong shape; nothing is written.
@@ -131,7 +136,8 @@ class Store:
             for name, part in values.items():
                 where = tuple(block if d == "prompt" else slice(None) for d in self._dims(name))
                 self._group[name][where] = part
-            self._group["done"][..., block] = np.repeat(done[..., None], size, axis=-1)
+            if done is not None:
+                self._group["done"][..., block] = np.repeat(done[..., None], size, axis=-1)
 
     def _dims(self, name: str) -> tuple[str, ...]:
         return self._group[name].metadata.dimension_names

@@ -1,5 +1,6 @@
 """What a store holds, in words: the summary printed after a run, the titles and captions of figures."""
 
+import json
 import textwrap
 from pathlib import Path
 
@@ -68,7 +69,22 @@ def summary(ds: xr.Dataset, share: float = SHARE) -> str:
         rows[-1:] = ["~ mean self-repair under the noise floor of its layer", ""]
     best = most_repaired(heads, 5, share)
     closing = [f"most repaired: {_ranking(best)}", f"{noise(heads)}, worst |closure| {worst_closure(heads)}"]
-    return "\n".join([*opening, *rows, *closing])
+    return "\n".join([*opening, *rows, *closing, *textwrap.wrap(_how_well_known(heads), WIDTH)])
+
+
+def _how_well_known(heads: xr.Dataset) -> str:
+    """Of a run until its intervals are narrow: how many of them are, and what that took; otherwise nothing."""
+    if "half_width" not in heads:
+        return ""
+    goal, what = json.loads(heads.attrs["settings"])["until_ci"]
+    widths = (
+        heads.half_width.values[heads.selected.values] if what == "heads" else heads.layer_half_width.values
+    )
+    used = heads.prompts_used.values[heads.selected.values]
+    return (
+        f"the 95% intervals of the {what}' means: {(widths <= goal).sum()} of {len(widths)} within ±{goal:g} logits, "
+        f"with {_span(heads.prompts_used)} of {heads.attrs['prompts']} prompts (mean {used.mean():.0f})"
+    )
 
 
 def _of_reinforced(ds: xr.Dataset) -> str:
@@ -172,7 +188,8 @@ def basis(heads: xr.Dataset, top: bool = True) -> str:
 
 def unfinished(heads: xr.Dataset) -> list[str]:
     done = heads.attrs.get("done_share", 1)
-    return [] if done == 1 else [f"{percent(min(done, 0.999))} of the run done"]
+    enough = "half_width" in heads and "finished" in heads.attrs
+    return [] if done == 1 or enough else [f"{percent(min(done, 0.999))} of the run done"]
 
 
 def noise(heads: xr.Dataset) -> str:

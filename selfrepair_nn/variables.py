@@ -100,7 +100,7 @@ _ALL = (
     Variable("closure", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
     Variable("noise_floor", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
     # where only the top share is ablated, or only as much as an answer needs
-    Variable("threshold", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all prompts of the run: what is ablated, and stored beside direct_effect."),
+    Variable("threshold", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all prompts of the run, of which direct_effect then holds every token."),
     Variable("estimate", SWEEP[:2], "logit", "estimated self-repair", "Mean self-repair on the head's top share, from the prompts done when the head was finished."),
     Variable("half_width", SWEEP[:2], "logit", "half-width of its interval", "Half the width of the 95% confidence interval of that mean, documents (or prompts, where there are few documents) taken as independent."),
     Variable("prompts_used", SWEEP[:2], "1", "prompts used", "Number of prompts that the estimate is from.", "int"),
@@ -137,6 +137,8 @@ SWEPT = tuple(v.name for v in _ALL if v.dims == SWEEP and v.name not in _REQUEST
 RANKS = 10
 """How many of a token's most repairing neurons are kept by name."""
 
+ESTIMATE = ("estimate", "half_width", "prompts_used")
+LAYER_ESTIMATE = ("layer_estimate", "layer_half_width")
 COMPONENT = ("component_direct_effect", "component_change")
 NEURON = (
     "mlp_direct_effect",

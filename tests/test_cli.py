@@ -274,7 +274,7 @@ def test_exit_codes(tmp_path, ran, model, prompts, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("selfrepair_nn.execution.run.noise_floor", interrupted)
+    monkeypatch.setattr("selfrepair_nn.execution.filling.noise_floor", interrupted)
     assert selfrepair(*command, "--out", tmp_path).code == 75
 
 

@@ -22,6 +22,7 @@ MEANS = (
 )
 REQUIRED = ("selected", "done", *MEANS, "closure")
 HEADS = SWEEP[:2]
+ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
 
 
 def done_share(ds: xr.Dataset) -> xr.DataArray:
@@ -47,6 +48,11 @@ def only(ds: xr.Dataset, layers: str | None = None, heads: str | None = None) ->
     if not chosen.any():
         raise UsageError(f"the store holds no head of layers {layers!r} and heads {heads!r}: name others")
     return ds.assign(selected=chosen)
+
+
+def every_token(ds: xr.Dataset) -> bool:
+    """Whether a store, or its summary, is of every token, and not of each head's top share alone."""
+    return "kept_share" not in ds.attrs
 
 
 def top_share(ds: xr.Dataset, share: float = SHARE) -> xr.DataArray:
@@ -79,7 +85,10 @@ def by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     - repaired, top_repaired: whether self_repair has the sign of direct_effect and exceeds the noise floor;
     - norm_share: mean over the top share of clip(from_norm / direct_effect, 0, 1), no unit (Appendix A);
     - tokens, top_tokens: how many tokens the means are over; worst_closure: the largest |closure|;
-    - selected(layer, head), noise_floor(layer) (NaN where the run did not measure it): from the store.
+    - selected(layer, head), noise_floor(layer) (NaN where the run did not measure it): from the store; and of a
+      run until an interval is narrow half_width, prompts_used(layer, head) and layer_half_width(layer).
+
+    Of a store of the top share alone, what is over all tokens is NaN.
 
     A result of this function is returned as it is: what takes a store also takes its summary.
     Memory: one block of prompts, and some 60 bytes for each token of each head's top share.
@@ -116,6 +125,7 @@ def _by_site(ds: xr.Dataset, share: float) -> xr.Dataset:
     labels = {name: ds[name].variable for name in (*dims, "case_layer") if name in ds.coords}
     heads = xr.Dataset(found, labels, ds.attrs)
     heads = heads.assign(selected=ds.selected.variable.load(), noise_floor=_noise_floor(ds))
+    heads = heads.assign({name: ds[name].variable.load() for name in ESTIMATED if name in ds})
     heads = heads.assign(_derived(heads, "") | _derived(heads, "top_"))
     sizes = {"prompts": ds.sizes["prompt"], "positions": ds.sizes["position"]}
     done = float(((ds.done & ds.selected).mean("prompt").where(ds.selected)).mean())
@@ -132,7 +142,7 @@ def by_layer(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     heads = by_head(ds, share)
     some = heads.tokens > 0
     count = some.sum("head")
-    left_out = ("selected", "noise_floor", "self_repair_se", "top_self_repair_se")
+    left_out = ("selected", "noise_floor", "self_repair_se", "top_self_repair_se", *ESTIMATED)
     values = heads.drop_vars((*left_out, "head"), errors="ignore").astype(float).where(some, 0)
     totals = values.sum("head", skipna=False)
     layers = totals / count.where(count > 0)
@@ -141,7 +151,7 @@ def by_layer(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     layers["heads"] = count.assign_attrs(units="1", long_name="number of heads")
     for name in ("tokens", "top_tokens"):
         layers[name] = totals[name].astype(int)
-    for name in heads.drop_vars(left_out).data_vars:
+    for name in heads.drop_vars(left_out, errors="ignore").data_vars:
         layers[name].attrs = heads[name].attrs
     under = abs(layers.top_self_repair) < heads.noise_floor
     layers["under_noise"] = under.assign_attrs(units="1", long_name="mean self-repair under the noise floor")

@@ -16,13 +16,23 @@ from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, l
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
 from selfrepair_nn.recipe import Recipe, find_recipe
-from selfrepair_nn.variables import CLEAN, COMPONENT, NEURON, RANKS, SWEPT, Variable
+from selfrepair_nn.variables import (
+    CLEAN,
+    COMPONENT,
+    ESTIMATE,
+    LAYER_ESTIMATE,
+    NEURON,
+    RANKS,
+    SWEPT,
+    Variable,
+)
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A recipe, applied: what is run on which prompts. `partners` is None where nothing is resampled.
 
+    `order` [prompt] is the place in the text of each prompt, whose rows may be shuffled; `partners` are rows.
     `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads.
     """
 
@@ -31,6 +41,7 @@ class Experiment:
     description: Description
     tokenizer: Any
     prompts: Prompts
+    order: np.ndarray
     partners: np.ndarray | None
     asked: tuple[Graph, ...]
     work: Work
@@ -110,9 +121,11 @@ class Experiment:
             "value_bias": self.graph.value_bias,
             "freeze": o.freeze,
             "components": o.components,
-            "share": o.share if self.shared else None,
+            "share": o.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if "mean" in kinds else None,
             "seed": o.seed if self.reinforces else None,
+            "select": "top-share" if self.selective else None,
+            "until_ci": None if o.until_ci is None else [o.until_ci, o.ci_of],
         }
 
     @property
@@ -125,6 +138,16 @@ class Experiment:
         return self.graph.neurons is not None or (
             self.graph.record == "full" and self.options.components == "top"
         )
+
+    @property
+    def selective(self) -> bool:
+        """Whether only each head's top share of tokens is ablated and kept."""
+        return self.options.selects == "top-share"
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a clean pass over all prompts, whose direct effects are kept, ranks each head's tokens beforehand."""
+        return self.selective or self.options.until_ci is not None
 
     @property
     def edited_position(self) -> np.ndarray:
@@ -141,14 +164,14 @@ class Experiment:
         tokens, n = self.prompts.tokens, self.prompts.n
         texts = token_texts(self.tokenizer, tokens)
         found = self._sites() | {
-            "prompt": np.arange(n),
+            "prompt": self.order,
             "position": np.arange(self.prompts.length - 1),
             "token": tokens[:, :-1],
             "target": tokens[:, 1:],
             "token_text": texts[:, :-1],
             "target_text": texts[:, 1:],
             "document": self.prompts.document,
-            "partner": np.full(n, -1) if self.partners is None else self.partners,
+            "partner": np.full(n, -1) if self.partners is None else self.order[self.partners],
             "ablation": self.ablation,
         }
         if self.prompts.twin is not None:
@@ -194,6 +217,10 @@ class Experiment:
         names += ("residual_norm", "ablated_residual_norm") if self.graph.residual_norm else ()
         names += ("attention",) if self.graph.attention else ()
         names += ("inserted_direct_effect",) if self.reinforces else ()
+        names += ("threshold",) if self.ranked else ()
+        if self.options.until_ci is not None:
+            names += ESTIMATE
+            names += LAYER_ESTIMATE if self.grid else ()
         return {"selected": self.selected} | dict.fromkeys(names)
 
     @property
@@ -217,7 +244,11 @@ class Experiment:
         grid[self.selected] = values
         return grid
 
-    def arrays(self, block: slice) -> dict[str, Any]:
+    def as_read(self, block: slice) -> dict[str, Any]:
+        """What `arrays` gives for the prompts at these places in the text, in whatever order the rows are."""
+        return self.arrays(np.argsort(self.order)[block])
+
+    def arrays(self, block: slice | np.ndarray) -> dict[str, Any]:
         """The token ids, and what goes with them, that a job on these prompts takes."""
         import torch
 
@@ -259,8 +290,31 @@ def prepare(recipe: str, options: Options) -> Experiment:
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows)
     lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])
+    _require_statistics(options, work)
+    order = _order(options, prompts.n)
+    if lent is not None:
+        lent = np.argsort(order)[lent[order]]
     asked = tuple(work.graphs)
-    return Experiment(found, options, description, tokenizer, prompts, lent, asked, work)
+    return Experiment(found, options, description, tokenizer, prompts.taken(order), order, lent, asked, work)
+
+
+def _order(options: Options, n: int) -> np.ndarray:
+    """The prompts in the order of the text, or shuffled by the seed where some may be enough."""
+    rows = np.arange(n)
+    return rows if options.until_ci is None else np.random.default_rng(options.seed).permutation(rows)
+
+
+def _require_statistics(options: Options, work: Work) -> None:
+    """Some runs have no mean over a top share of tokens that could be selected or estimated."""
+    if options.selects == "all" and options.until_ci is None:
+        return
+    if any(isinstance(graph.replacement, Reinforce) for graph in work.graphs):
+        raise UsageError("reinforced heads are read at one position: leave out --select and --until-ci")
+    if options.until_ci is not None and (work.axis or not work.graph.heads_only):
+        raise UsageError(
+            "--until-ci estimates the self-repair of single heads under one ablation, as the heads recipe does: "
+            "leave it out here"
+        )
 
 
 def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, dict[Any, Graph]]:

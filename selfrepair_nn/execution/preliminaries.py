@@ -1,6 +1,6 @@
 """What must be known of the whole run before its first unit: the heads, the noise floor, means, the top share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ def loudest(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> 
     """The heads of largest mean direct effect over all prompts, as many as the graph asks for. Clean passes only."""
     plan = experiment.graph.plan(layout)
     sums = {
-        start: effects.sum(1, dtype=float) for start, effects in _direct_effects(experiment, plan, runner)
+        block.start: effects.sum((1, 2), dtype=float)
+        for block, effects in direct_effects(experiment, plan, runner)
     }
     order = np.argsort(-sum(sums[start] for start in sorted(sums)), kind="stable")[: experiment.graph.loudest]
     return [experiment.heads[case] for case in order]
@@ -42,7 +43,7 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
     )
     plan = graph.plan(layout) | {"rows": experiment.work.rows, "shaken": True}
     shapes = ablation_shapes(plan, experiment.prompts.length - 1, 0, packed=False)
-    unit = Unit("noise floor", ablation_job, slice(0, 1), plan, experiment.arrays, shapes)
+    unit = Unit("noise floor", ablation_job, slice(0, 1), plan, experiment.as_read, shapes)
     changes = only(runner, unit)["logit_change"]
     floor = changes.double().square().mean((1, 2)).sqrt().numpy()
     if experiment.grid:
@@ -62,7 +63,7 @@ def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> di
     width = {"z": layout["n_heads"] * layout["d_head"], "mlp": layout["d_model"], "hidden": layout["d_mlp"]}
     shapes = {what: dict.fromkeys(layers, (width[what],)) for what, layers in plan["keep"].items()}
     blocks = [slice(b.start, min(b.stop, reference)) for b in experiment.work.units if b.start < reference]
-    units = [Unit("mean", mean_job, b, plan, experiment.arrays, shapes) for b in blocks]
+    units = [Unit("mean", mean_job, b, plan, experiment.as_read, shapes) for b in blocks]
     sums = {unit.prompts.start: found for unit, found in runner(units)}
     count = reference * experiment.prompts.length
     return {
@@ -71,20 +72,20 @@ def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> di
     }
 
 
-def top_thresholds(experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:
-    """The least direct effect in each case's top share over the whole run: [case]. Clean passes only."""
+def top_thresholds(experiment: Experiment, found: Iterable[tuple[slice, np.ndarray]]) -> np.ndarray:
+    """The least direct effect in each case's top share over the whole run: [case], from all `direct_effects`."""
     keep = max(1, int(experiment.options.share * experiment.prompts.n * (experiment.prompts.length - 1)))
     best = np.empty((len(experiment.graph.ablate), 0))
-    for _, effects in _direct_effects(experiment, plan, runner):
-        best = np.concatenate([best, effects], axis=1)
+    for _, effects in found:
+        best = np.concatenate([best, effects.reshape(len(effects), -1)], axis=1)
         best = -np.partition(-best, min(keep, best.shape[1]) - 1, axis=1)[:, :keep]
     return best.min(axis=1)
 
 
-def _direct_effects(
+def direct_effects(
     experiment: Experiment, plan: dict[str, Any], runner: Backend
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Every unit's first prompt and clean direct effects [case, token], in any order."""
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Every unit's prompts and clean direct effects [case, prompt, position], in any order. Clean passes only."""
     from selfrepair_nn.tracing.jobs import effects_job
 
     shapes = {"direct_effect": ("case", "prompt", experiment.prompts.length - 1)}
@@ -92,4 +93,4 @@ def _direct_effects(
     blocks = experiment.work.units
     units = [Unit(name, effects_job, block, plan, experiment.arrays, shapes) for block in blocks]
     for unit, found in runner(units):
-        yield unit.prompts.start, found["direct_effect"].flatten(1).numpy()
+        yield unit.prompts, found["direct_effect"].numpy()

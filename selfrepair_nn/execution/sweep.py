@@ -16,13 +16,15 @@ class Sweep:
     """What all units of a run share.
 
     `plans` has one plan for each variant; `constants` are arrays that every job takes, `thresholds` [case] the least
-    direct effects of the top share, where only that is kept. `tick` is called with ablated tokens as they are done.
+    direct effects of the top share, where only that is kept, `wanted` [case, prompt] how many positions of each prompt
+    are wanted, where that is not all. `tick` is called with ablated tokens as they are done.
     """
 
     experiment: Experiment
     plans: list[dict[str, Any]]
     constants: dict[str, Any]
     thresholds: np.ndarray | None
+    wanted: np.ndarray | None = None
     tick: Callable[[int], Any] = lambda tokens: None
 
     def units(self, blocks: Iterable[slice]) -> list[Unit]:
@@ -33,7 +35,7 @@ class Sweep:
         from selfrepair_nn.tracing.jobs import ablation_job
 
         prompts, work, plan = self.experiment.prompts, self.experiment.work, self.plans[variant]
-        tokens, packed = (block.stop - block.start) * prompts.length, self.thresholds is not None
+        packed, tokens = self.thresholds is not None, self._tokens_of_row(block)
         return Unit(
             name=f"ablation, {work.axis} {work.labels[variant]}" if work.axis else "ablation",
             job=ablation_job,
@@ -42,8 +44,16 @@ class Sweep:
             inputs=lambda prompts: self.experiment.arrays(prompts) | self.constants,
             shapes=ablation_shapes(plan, prompts.length - 1, len(work.components), packed),
             thresholds=self.thresholds,
-            tick=lambda cases: self.tick(cases * tokens),
+            wanted=self.wanted,
+            tick=lambda rows: self.tick(round(rows * tokens)),
         )
+
+    def _tokens_of_row(self, block: slice) -> float:
+        """How many tokens of a prompt a case is ablated on, in the mean over the rows of a block."""
+        if self.wanted is None:
+            return self.experiment.prompts.length
+        wanted = self.wanted[:, block]
+        return float(wanted.sum() / np.count_nonzero(wanted))
 
     def by_block(
         self, results: Iterator[tuple[Unit, dict[str, Any]]]

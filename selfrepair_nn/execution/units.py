@@ -25,8 +25,9 @@ class Unit:
     the pairs of case and token whose direct effect reaches `thresholds` [case]. A result without "case" is the same for
     all cases; one without "prompt" is a sum over prompts.
 
-    `inputs` gives the job's arrays for some prompts. `part` is set where the unit is a part of another one: (first,
-    stop) of its cases. `tick` is called as the job goes on, where it runs in this process.
+    `inputs` gives the job's arrays for some prompts. `wanted` [case, prompt of the run] says how many positions of each
+    prompt are wanted for each case, None that all are; what is not wanted may be NaN. `part` is set where the unit is a
+    part of another one: (first, stop) of its cases. `tick` is called as the job goes on, where it runs in this process.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Unit:
     inputs: Callable[[slice], dict[str, Any]]
     shapes: Shapes
     thresholds: np.ndarray | None = None
+    wanted: np.ndarray | None = None
     part: tuple[int, int] | None = None
     tick: Callable[[int], None] | None = None
 
@@ -50,8 +52,12 @@ class Unit:
         """What the job takes beside the model and the plan."""
         import torch
 
-        limits = {} if self.thresholds is None else {"thresholds": torch.from_numpy(self.thresholds)}
-        return self.inputs(self.prompts) | limits
+        found = self.inputs(self.prompts)
+        if self.thresholds is not None:
+            found["thresholds"] = torch.from_numpy(self.thresholds)
+        if self.wanted is not None:
+            found["wanted"] = torch.from_numpy(self.wanted[:, self.prompts].copy())
+        return found
 
     def halves(self) -> tuple["Unit", ...]:
         """Two units that together give the same: half of the prompts each, or of one prompt half of the cases each.
@@ -67,9 +73,12 @@ class Unit:
 
     def _some_cases(self, first: int, stop: int) -> "Unit":
         before = self.part[0] if self.part else 0
-        limits = None if self.thresholds is None else self.thresholds[first:stop]
+        some = {
+            name: None if getattr(self, name) is None else getattr(self, name)[first:stop]
+            for name in ("thresholds", "wanted")
+        }
         plan = self.plan | {"cases": self.plan["cases"][first:stop]}
-        return replace(self, plan=plan, thresholds=limits, part=(before + first, before + stop))
+        return replace(self, plan=plan, part=(before + first, before + stop), **some)
 
     def join(self, *found: dict[Any, Any]) -> dict[Any, Any]:
         """The result of this unit from those of its halves."""
@@ -100,7 +109,18 @@ class Unit:
             wanted = tuple(sizes.get(size, size) for size in shape)
             if problem := _problem(name, value, wanted):
                 return problem
+            if not self._asked_for(value, shape).isfinite().all():
+                return f"{name} is not finite"
         return None
+
+    def _asked_for(self, value: Any, shape: Shape) -> Any:
+        """The values of a result that must be numbers."""
+        import torch
+
+        if self.wanted is None or shape[:2] != ("case", "prompt"):
+            return value
+        wanted = torch.from_numpy(self.wanted[:, self.prompts].copy())
+        return value[torch.arange(value.shape[2]) < wanted[:, :, None]]
 
 
 def ablation_shapes(plan: dict[str, Any], positions: int, components: int, packed: bool) -> Shapes:
@@ -177,4 +197,4 @@ def _problem(name: str, value: Any, wanted: tuple[int, ...]) -> str | None:
         return f"{name} is no tensor of {'whole' if whole else 'floating-point'} numbers"
     if tuple(value.shape) != wanted:
         return f"{name} has shape {tuple(value.shape)}, not {wanted}"
-    return None if value.isfinite().all() else f"{name} is not finite"
+    return None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE
+from selfrepair_nn.analysis import SHARE, every_token
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import (
     ablation_kinds,
@@ -74,7 +74,7 @@ _MODULES = {
 _AXES = ("ablation", "frozen", "norm", "receiver", "scale", "case")
 _HAVE = {
     "summary": lambda ds: not {*_AXES} & {*ds.dims},
-    "tokens": lambda ds: "position" in ds.dims and not {*_AXES} & {*ds.dims},
+    "tokens": lambda ds: "position" in ds.dims and every_token(ds) and not {*_AXES} & {*ds.dims},
     "components": lambda ds: "component_change" in ds and not {*_AXES} & {*ds.dims},
     "neurons": lambda ds: "neuron_change" in ds,
     "attention": lambda ds: "attention" in ds or "induction" in ds,

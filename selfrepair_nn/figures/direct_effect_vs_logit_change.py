@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from selfrepair_nn import text
-from selfrepair_nn.analysis import SHARE
+from selfrepair_nn.analysis import SHARE, every_token, percent
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import plane, style
 
@@ -37,7 +37,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         _draw_panel(axes, heads)
         axes.set_title(text.title(heads) if len(found) == 1 else name)
         _colour_bar(figure, axes, heads)
-    style.caption(figure, [*style.captions(found, top=False), READING])
+    style.caption(figure, [*style.captions(found, top=not all(map(every_token, found.values()))), READING])
     figure.draw_without_rendering()
     for axes, heads in zip(panels, found.values(), strict=False):
         _write_names(axes, heads)
@@ -50,15 +50,17 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
     plane.wedge(axes)
     colours = {"c": layer, "cmap": style.LAYERS, "norm": _norm(heads)}
     axes.scatter(x, y, **colours, s=26, edgecolor="white", linewidth=0.4, zorder=3)
-    axes.set_xlabel("direct effect, mean over all tokens (logits)")
-    axes.set_ylabel("logit change when ablated,\nmean over all tokens (logits)")
+    tokens = "all tokens" if every_token(heads) else f"top {percent(heads.attrs['share'])} of tokens"
+    axes.set_xlabel(f"direct effect, mean over {tokens} (logits)")
+    axes.set_ylabel(f"logit change when ablated,\nmean over {tokens} (logits)")
 
 
 def _points(heads: xr.Dataset) -> tuple[np.ndarray, ...]:
     """Direct effect, logit change, layer and head of every head with something done."""
-    known = (heads.tokens > 0).values
+    known, kind = (heads.tokens > 0).values, "" if every_token(heads) else "top_"
     layer, head = np.meshgrid(heads["layer"].values, heads["head"].values, indexing="ij")
-    return heads.direct_effect.values[known], heads.logit_change.values[known], layer[known], head[known]
+    x, y = (heads[f"{kind}{name}"].values[known] for name in ("direct_effect", "logit_change"))
+    return x, y, layer[known], head[known]
 
 
 def _norm(heads: xr.Dataset) -> Normalize:

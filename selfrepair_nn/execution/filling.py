@@ -1,0 +1,156 @@
+"""What a run computes, into its store: block after block of prompts, each marked when it is whole."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selfrepair_nn.equations import complete
+from selfrepair_nn.execution.backends import Backend
+from selfrepair_nn.execution.experiment import Experiment
+from selfrepair_nn.execution.preliminaries import direct_effects, means, noise_floor, top_thresholds
+from selfrepair_nn.execution.sweep import Sweep, plans
+from selfrepair_nn.execution.units import PACKED
+from selfrepair_nn.store import Store
+from selfrepair_nn.variables import SWEEP, VARIABLES
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What must be known of the whole run before its first unit.
+
+    `constants` are arrays that every job takes. `limits` [case] are the least direct effects of each top share, None
+    where every token counts alike; `wanted` [case, prompt] how many positions of a prompt must be ablated for that.
+    """
+
+    constants: dict[str, Any]
+    limits: np.ndarray | None
+    wanted: np.ndarray | None
+
+
+def learn(store: Store, experiment: Experiment, layout: dict[str, Any], runner: Backend) -> Known:
+    """Find out what must be known, and keep in the store what belongs there."""
+    run_plans, constants = plans(experiment, layout), {}
+    if any(plan["replacement"]["kind"] == "mean" for plan in run_plans):
+        constants["means"] = means(experiment, layout, runner)
+    if np.isnan(store.read("noise_floor")).any():
+        store.write("noise_floor", noise_floor(experiment, layout, runner))
+    limits = None
+    if experiment.ranked:
+        limits = _ranked(store, experiment, run_plans[0], runner)
+    elif experiment.shared:
+        limits = top_thresholds(experiment, direct_effects(experiment, run_plans[0], runner))
+    return Known(constants, limits, _wanted(store, experiment, limits) if experiment.selective else None)
+
+
+def _ranked(store: Store, experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:
+    """The thresholds; from the store, or from a clean pass over all prompts, whose direct effects it then keeps."""
+    known = store.read("threshold")[experiment.selected]
+    if not np.isnan(known).any():
+        return known
+
+    def kept() -> Iterator[tuple[slice, np.ndarray]]:
+        for block, effects in direct_effects(experiment, plan, runner):
+            store.write_prompts(block, {"direct_effect": experiment.on_grid(effects)})
+            yield block, effects
+
+    limits = top_thresholds(experiment, kept())
+    store.write("threshold", experiment.on_grid(limits))
+    return store.read("threshold")[experiment.selected]
+
+
+def _wanted(store: Store, experiment: Experiment, limits: np.ndarray) -> np.ndarray:
+    """How many positions of each prompt there are up to its last top token: [case, prompt]; 0 where it has none."""
+    positions = np.arange(1, experiment.prompts.length)
+    counts = [
+        ((store.read("direct_effect", block)[experiment.selected] >= limits[:, None, None]) * positions).max(
+            -1
+        )
+        for block in experiment.work.units
+    ]
+    return np.concatenate(counts, axis=1)
+
+
+class Filling:
+    """Computes blocks of a run's prompts, and stores them. `tick` is called with ablated tokens as they are done."""
+
+    def __init__(
+        self,
+        store: Store,
+        experiment: Experiment,
+        known: Known,
+        layout: dict[str, Any],
+        runner: Backend,
+        tick: Callable[[int], Any] = lambda tokens: None,
+    ) -> None:
+        self._store, self._experiment, self._known, self._runner = store, experiment, known, runner
+        self._plans, self._tick = plans(experiment, layout), tick
+
+    def __call__(self, blocks: Iterable[slice], open_: np.ndarray) -> Iterator[slice]:
+        """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored."""
+        wanted = self._asked(open_)
+        limits = self._known.limits if self._experiment.shared else None
+        sweep = Sweep(self._experiment, self._plans, self._known.constants, limits, wanted, self._tick)
+        for block, found in sweep.by_block(self._runner(sweep.units(blocks))):
+            self._write(block, [self._measured(block, each) for each in found], open_)
+            yield block
+
+    def _asked(self, open_: np.ndarray) -> np.ndarray | None:
+        wanted = self._known.wanted
+        if wanted is None and open_.all():
+            return None
+        whole = np.full((len(open_), self._experiment.prompts.n), self._experiment.prompts.length)
+        asked = np.where(open_[:, None], whole if wanted is None else wanted, 0)
+        idle = [block.start for block in self._experiment.work.units if not asked[:, block].any()]
+        asked[np.flatnonzero(open_)[:1, None], idle] = 1  # a job without any row would give nothing at all
+        return asked
+
+    def _measured(self, block: slice, found: dict[str, Any]) -> dict[str, np.ndarray]:
+        """A job's result as arrays with everything that follows from it; NaN where only top tokens are kept."""
+        measured = {name: value.numpy() for name, value in found.items()}
+        if self._experiment.shared:
+            _unpack(measured, self._known.limits)
+        measured = complete(measured)
+        if self._experiment.ranked:
+            del measured["direct_effect"]
+        if self._experiment.selective:
+            effects = self._store.read("direct_effect", block)[self._experiment.selected]
+            _keep(measured, effects >= self._known.limits[:, None, None])
+        return measured
+
+    def _write(self, block: slice, variants: list[dict[str, np.ndarray]], open_: np.ndarray) -> None:
+        """One block into the store: what each variant's job measured and what follows from it, then the mark."""
+        store, experiment = self._store, self._experiment
+        values = {}
+        for name in store.names & VARIABLES.keys() & variants[0].keys():
+            swept = VARIABLES[name].dims[:2] == SWEEP[:2]
+            parts = [experiment.on_grid(found[name]) if swept else found[name] for found in variants]
+            varies = experiment.work.axis and VARIABLES[name].ablated
+            values[name] = np.stack(parts) if varies else parts[0]
+        done = experiment.selected.copy()
+        done[done] = open_
+        store.write_prompts(block, values, done)
+
+
+def _unpack(measured: dict[str, np.ndarray], limits: np.ndarray) -> None:
+    """Give what came back for top tokens only its place among all tokens, NaN elsewhere."""
+    top = measured["direct_effect"] >= limits[:, None, None]
+    for name in measured.keys() & set(PACKED):
+        whole = np.full((*top.shape, measured[name].shape[-1]), np.nan, measured[name].dtype)
+        whole[top] = measured[name]
+        measured[name] = whole
+
+
+def _keep(measured: dict[str, np.ndarray], top: np.ndarray) -> None:
+    """Leave out, of what belongs to an ablated head, all but the top tokens [case, prompt, position]."""
+    for name, values in measured.items():
+        if name in VARIABLES and VARIABLES[name].ablated:
+            blank = np.nan if np.issubdtype(values.dtype, np.floating) else -1
+            measured[name] = np.where(top.reshape(top.shape + (1,) * (values.ndim - 3)), values, blank)
+
+
+def finished(store: Store, experiment: Experiment) -> list[bool]:
+    """Whether each block is stored, as far as it was asked for."""
+    done = store.done[experiment.selected]
+    return [bool(done[:, block].any()) for block in experiment.work.units]

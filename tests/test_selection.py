@@ -1,0 +1,351 @@
+"""Fewer passes, the same numbers: only the top share is ablated, or only as many prompts as an answer needs."""
+
+import json
+
+import families
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scipy.stats import binomtest
+from terminal import assert_same_numbers, selfrepair
+
+import selfrepair_nn as sr
+from selfrepair_nn import figures
+from selfrepair_nn.analysis import by_head, by_layer, top_share
+from selfrepair_nn.confidence import CLUSTERS, Tally, clusters_of
+from selfrepair_nn.errors import Incomplete, UsageError
+from selfrepair_nn.execution.rounds import schedule
+from selfrepair_nn.execution.units import Unit
+from selfrepair_nn.models.load import wrap
+from selfrepair_nn.store import Store
+from selfrepair_nn.tracing.rows import passes
+from selfrepair_nn.variables import SWEEP, VARIABLES
+
+SHARE, GOAL = 0.04, 0.5
+FAMILIES = ["neox-parallel", "llama-gqa"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def asked(request):
+    """A model in float64 and prompts, as choices of a run."""
+    module = families.build(request.param)
+    ids = families.random_ids(module, 160)
+    return {"model": wrap(module), "prompts": ids, "share": SHARE, "batch_size": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def whole(asked, tmp_path_factory):
+    return sr.run(out=tmp_path_factory.mktemp("whole") / "s.zarr", **asked).load()
+
+
+@pytest.fixture(scope="module")
+def selected(asked, tmp_path_factory):
+    return sr.run(out=tmp_path_factory.mktemp("top") / "s.zarr", select="top-share", **asked).load()
+
+
+@pytest.fixture(scope="module")
+def estimated(asked, tmp_path_factory):
+    return sr.run(out=tmp_path_factory.mktemp("ci") / "s.zarr", until_ci=GOAL, **asked).load()
+
+
+def swept(ds):
+    return [name for name in ds.data_vars if ds[name].dims[:4] == SWEEP and name != "direct_effect"]
+
+
+def close(one, other):
+    return np.nanmax(np.abs(np.asarray(one) - np.asarray(other))) <= 1e-9
+
+
+# ---------------------------------------------------------------- the top share alone
+
+
+def test_the_top_share_is_what_a_whole_run_finds_there_and_the_rest_is_left_out(whole, selected):
+    top = top_share(whole, SHARE).values
+    for name in swept(whole):
+        values = selected[name].values
+        assert np.array_equal(np.isfinite(values), top), name
+        assert close(values[top], whole[name].values[top]), name
+
+
+def test_what_belongs_to_the_clean_run_is_kept_of_every_token(whole, selected):
+    for name in ("direct_effect", "logit", "mean_logit", "target_constant", "norm_scale"):
+        assert np.isfinite(selected[name]).all()
+        assert close(selected[name], whole[name])
+
+
+def test_every_statistic_of_the_top_share_is_the_same(whole, selected):
+    for summary in (by_head, by_layer):
+        one, other = summary(selected, SHARE), summary(whole, SHARE)
+        names = [n for n in other.data_vars if n.startswith("top_") or n == "norm_share"]
+        assert len(names) > 9
+        for name in names:
+            assert close(one[name].astype(float), other[name].astype(float)), name
+    assert np.isnan(by_head(selected, SHARE).self_repair).all()
+
+
+def test_a_smaller_share_can_be_asked_for_and_a_larger_one_not(whole, selected):
+    one, other = (by_head(ds, SHARE / 2).top_self_repair for ds in (selected, whole))
+    assert close(one, other)
+    with pytest.raises(UsageError, match=r"top 0.04 of tokens, not share 0.1: run without --select"):
+        by_head(selected, 0.1)
+
+
+def test_figures_of_every_token_are_refused(selected):
+    assert "token_noise" not in figures.suited(selected)
+    with pytest.raises(UsageError, match="not every token: run without --select"):
+        figures.draw("token_noise", selected)
+
+
+@pytest.mark.parametrize(
+    "choices", [{"ablation": "mean"}, {"ablation": "zero"}, {"components": "top"}], ids=str
+)
+def test_with_other_choices(asked, tmp_path, choices):
+    choices = asked | choices | {"layers": "1", "prompts": asked["prompts"][:24]}
+    one = sr.run(out=tmp_path / "a.zarr", **choices).load()
+    other = sr.run(out=tmp_path / "b.zarr", select="top-share", **choices).load()
+    top = top_share(one, SHARE).values
+    for name in swept(one):
+        assert close(one[name].values[top], other[name].values[top]), name
+
+
+def test_several_variants(asked, tmp_path):
+    choices = asked | {"recipe": "ablation_kinds", "prompts": asked["prompts"][:24], "layers": "1"}
+    one = sr.run(out=tmp_path / "a.zarr", **choices).load()
+    other = sr.run(out=tmp_path / "b.zarr", select="top-share", **choices).load()
+    for kind in one["ablation"].values:
+        a, b = (by_head(ds.sel(ablation=kind), SHARE) for ds in (one, other))
+        assert close(a.top_self_repair, b.top_self_repair)
+
+
+def test_rows_end_after_what_is_wanted_and_others_are_left_out():
+    cases = [(("head", 0, 0),), (("head", 0, 1),), (("head", 2, 0),)]
+    wanted = torch.tensor([[0, 3, 9], [2, 0, 0], [0, 0, 4]])
+    plan = {"rows": 6, "model": {"parallel": False}, "replacement": {"kind": "zero"}}
+    found = passes(cases, plan, torch.arange(30).reshape(3, 10), wanted)
+    rows = [[(i, p) for i, prompts in each["cases"] for p in prompts.tolist()] for each in found]
+    assert rows == [[(0, 2)], [(0, 1), (1, 0)], [(2, 2)]]
+    assert [each["length"] for each in found] == [10, 3, 4]
+    assert [each["measured"] for each in found] == [9, 3, 4]
+    assert found[1]["tokens"].tolist() == [[10, 11, 12], [0, 1, 2]]
+
+
+def test_less_is_ablated(asked, tmp_path, monkeypatch):
+    counted = {}
+    for select in ("all", "top-share"):
+        total = 0
+
+        def update(self, n=1):
+            nonlocal total
+            total += n
+
+        monkeypatch.setattr("tqdm.tqdm.update", update)
+        sr.run(out=tmp_path / f"{select}.zarr", select=select, **asked | {"progress": True})
+        counted[select] = total
+    assert (
+        counted["all"]
+        == asked["prompts"].size * asked["model"].structure.n_layers * asked["model"].structure.n_heads
+    )
+    assert counted["top-share"] < 0.5 * counted["all"]
+
+
+def test_a_unit_may_lack_what_was_not_wanted_and_nothing_else():
+    wanted = np.array([[2, 0], [0, 1]])
+    unit = Unit("x", None, slice(0, 2), {"cases": [0, 1]}, None, {"y": ("case", "prompt", 3)}, wanted=wanted)
+    values = torch.full((2, 2, 3), float("nan"))
+    values[0, 0, :2], values[1, 1, :1] = 1, 1
+    assert unit.flaw({"y": values}) is None
+    values[0, 0, 1] = float("nan")
+    assert unit.flaw({"y": values}) == "y is not finite"
+    first, second = unit.halves()
+    values[0, 0, 1] = 2
+    halves = ({"y": values[:, :1]}, {"y": values[:, 1:]})
+    assert [half.flaw(found) for half, found in zip((first, second), halves, strict=True)] == [None, None]
+    assert torch.equal(unit.join(*halves)["y"].nan_to_num(), values.nan_to_num())
+    assert [half.wanted.tolist() for half in first.halves()] == [[[2, 0]], [[0, 1]]]
+
+
+# ---------------------------------------------------------------- until the answer is known
+
+
+def test_what_was_computed_is_what_a_whole_run_finds(whole, estimated):
+    by_label = estimated.sortby("prompt")
+    assert np.array_equal(by_label.prompt, whole.prompt)
+    for name in ("token", "partner", "document"):
+        assert np.array_equal(by_label[name], whole[name]), name
+    assert close(by_label.direct_effect, whole.direct_effect)
+    top = top_share(whole, SHARE).values & by_label.done.values[..., None]
+    for name in swept(whole):
+        assert np.array_equal(np.isfinite(by_label[name].values), top), name
+        assert close(by_label[name].values[top], whole[name].values[top]), name
+
+
+def test_prompts_come_in_an_order_of_the_seed(asked, estimated, tmp_path):
+    other = sr.run(out=tmp_path / "s.zarr", until_ci=GOAL, **asked | {"seed": 1})
+    for ds in (estimated, other):
+        assert sorted(ds.prompt.values) == [*range(len(ds.prompt))] != [*ds.prompt.values]
+    assert not np.array_equal(estimated.prompt, other.prompt)
+
+
+def test_the_estimates_are_the_means_of_what_is_stored(estimated):
+    heads, layers = by_head(estimated, SHARE), by_layer(estimated, SHARE)
+    assert close(heads.top_self_repair, estimated.estimate)
+    assert close(layers.top_self_repair, estimated.layer_estimate)
+    assert np.array_equal(estimated.prompts_used, estimated.done.sum("prompt"))
+
+
+def test_heads_stop_when_they_are_known_or_nothing_is_left(estimated):
+    used, width = estimated.prompts_used.values, estimated.half_width.values
+    assert ((width <= GOAL) | (used == estimated.sizes["prompt"])).all()
+    assert len(np.unique(used)) > 1
+
+
+def test_layers_can_be_asked_for(asked, tmp_path):
+    found = sr.run(out=tmp_path / "s.zarr", until_ci=0.3, ci_of="layers", **asked).load()
+    used = found.prompts_used.values
+    assert (used == used[:, :1]).all()
+    narrow = found.layer_half_width.values <= 0.3
+    assert (narrow | (used[:, 0] == found.sizes["prompt"])).all()
+    assert narrow.any()
+    assert (found.half_width.values > 0.3).any()
+
+
+def test_half_widths_are_students_of_a_mean_over_clusters():
+    """Where every cluster has one token: the interval of every textbook."""
+    values = np.random.default_rng(0).normal(size=30)
+    tally = Tally.empty(1, np.arange(30))
+    tally.add(values[None, :, None], np.ones((1, 30, 1), bool), np.arange(30))
+    from scipy.stats import t
+
+    low, high = t.interval(0.95, 29, values.mean(), values.std(ddof=1) / np.sqrt(30))
+    assert tally.mean[0] == pytest.approx(values.mean())
+    assert tally.half_width[0] == pytest.approx((high - low) / 2)
+    means, widths = tally.of_groups(np.array([0]))
+    assert (means[0], widths[0]) == pytest.approx((tally.mean[0], tally.half_width[0]))
+
+
+def test_a_group_counts_what_its_cases_share():
+    """Two equal cases are known no better than one; two opposite ones cancel."""
+    values = np.random.default_rng(0).normal(size=(1, 30, 1))
+    both = Tally.empty(2, np.arange(30))
+    both.add(np.concatenate([values, values]), np.ones((2, 30, 1), bool), np.arange(30))
+    assert both.of_groups(np.array([0, 0]))[1][0] == pytest.approx(both.half_width[0])
+    against = Tally.empty(2, np.arange(30))
+    against.add(np.concatenate([values, -values]), np.ones((2, 30, 1), bool), np.arange(30))
+    assert against.of_groups(np.array([0, 0]))[1][0] == pytest.approx(0, abs=1e-12)
+
+
+def test_too_little_is_not_called_known():
+    few = Tally.empty(2, np.arange(CLUSTERS))
+    counted = np.ones((2, CLUSTERS, 1), bool)
+    counted[0, 0] = False
+    counted[1, 1:] = False
+    few.add(np.ones((2, CLUSTERS, 1)), counted, np.arange(CLUSTERS))
+    assert np.isinf(few.half_width).all()
+    assert np.isinf(few.of_groups(np.array([0, 0]))[1]).all()
+
+
+def test_clusters_are_documents_if_there_are_enough_of_them():
+    assert clusters_of(np.array([3, 3, 7] * 9)).tolist() == [*range(27)]
+    many = np.repeat(np.arange(CLUSTERS) * 2, 2)
+    assert clusters_of(many).tolist() == np.repeat(np.arange(CLUSTERS), 2).tolist()
+
+
+@pytest.mark.parametrize("goal", [0.3, 0.15])
+def test_intervals_cover_the_truth_as_often_as_they_say(goal):
+    """Documents of several prompts, heavy tails, uneven numbers of tokens, stopped as a run stops."""
+    rng, trials, covered = np.random.default_rng(1), 1500, 0
+    documents, prompts, positions = 8000, 2, 6
+    common = rng.gamma(2.0, 0.5, documents).repeat(prompts)[:, None]
+    values = common + rng.standard_t(5, (documents * prompts, positions))
+    counted = rng.random(values.shape) < rng.beta(1, 4, len(values))[:, None]
+    clusters = np.arange(documents).repeat(prompts)
+    truth = values[counted].mean()
+    rounds = [*schedule([slice(i, i + 4) for i in range(0, len(values), 4)])]
+    for _ in range(trials):
+        order = rng.permutation(len(values))
+        tally = Tally.empty(1, clusters)
+        for blocks in rounds:
+            rows = order[blocks[0].start : blocks[-1].stop]
+            tally.add(values[None, rows], counted[None, rows], clusters[rows])
+            if tally.half_width[0] <= goal:
+                break
+        covered += abs(tally.mean[0] - truth) <= tally.half_width[0]
+    interval = binomtest(covered, trials).proportion_ci(0.999)
+    assert interval.low < 0.97
+    assert interval.high > 0.93
+    assert abs(covered / trials - 0.95) < 0.02
+
+
+def test_rounds_grow_by_a_share_of_what_was_used():
+    units = [slice(i, i + 4) for i in range(0, 200, 4)]
+    found = [*schedule(units)]
+    assert [block for blocks in found for block in blocks] == units
+    assert [blocks[-1].stop for blocks in found] == [20, 28, 36, 48, 60, 76, 96, 120, 152, 192, 200]
+
+
+# ---------------------------------------------------------------- stopped, and refused
+
+
+@pytest.mark.parametrize("choices", [{"select": "top-share"}, {"until_ci": GOAL}], ids=str)
+@pytest.mark.parametrize("writes", [3, 45, 60])
+def test_a_run_that_is_interrupted_ends_with_the_same_numbers(asked, tmp_path, monkeypatch, choices, writes):
+    whole, path = tmp_path / "whole.zarr", tmp_path / "s.zarr"
+    sr.run(out=whole, **asked | choices)
+    write, count = Store.write_prompts, iter(range(writes))
+
+    def interrupted(*arguments):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write_prompts", interrupted)
+        with pytest.raises(Incomplete):
+            sr.run(out=path, **asked | choices)
+    assert "finished" not in sr.open_store(path).attrs
+    sr.run(out=path, **asked | choices)
+    assert_same_numbers(path, whole)
+
+
+def test_other_settings_are_another_run(asked, tmp_path):
+    choices = asked | {"out": tmp_path / "s.zarr", "prompts": asked["prompts"][:24], "layers": "1"}
+    sr.run(select="top-share", **choices)
+    with pytest.raises(sr.errors.StoreError, match=r'select is "top-share" there, null here'):
+        sr.run(**choices)
+    with pytest.raises(sr.errors.StoreError, match=r"share is 0\.04 there, 0\.1 here"):
+        sr.run(select="top-share", **choices | {"share": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["heads", "--until-ci", "0"], "until_ci must be a number of logits above 0, not 0.0"),
+        (["heads", "--until-ci", "nan"], "until_ci must be a number of logits above 0, not nan"),
+        (["ablation_kinds", "--until-ci", "0.1"], "single heads under one ablation"),
+        (["self_reinforcement", "--select", "top-share"], "leave out --select and --until-ci"),
+    ],
+)
+def test_what_cannot_be_asked(tmp_path, arguments, said):
+    ended = selfrepair("run", *arguments, "--out", tmp_path / "s.zarr")
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_command_says_how_well_it_is_known(tmp_path):
+    ended = selfrepair(
+        "run", "heads", "--tokens", 4096, "--layers", "6:", "--until-ci", 0.2, "--ci-of", "layers",
+        "--out", tmp_path / "s.zarr",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "the 95% intervals of the layers' means" in " ".join(ended.out.split())
+    found = xr.open_zarr(tmp_path / "s.zarr")
+    assert json.loads(found.attrs["settings"])["until_ci"] == [0.2, "layers"]
+    assert found.layer_half_width.max() <= 0.2
+    assert {
+        "estimate",
+        "half_width",
+        "layer_estimate",
+        "threshold",
+    } <= VARIABLES.keys() & found.variables.keys()
