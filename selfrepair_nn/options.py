@@ -11,6 +11,9 @@ SELECTS = {
     "all": "every token",
     "top-share": "each head's top share of tokens: other prompts, and what comes after, are left out",
 }
+COUNTS = (
+    "tokens", "length", "mean_prompts", "batch_size", "rows", "workers", "threads", "in_flight", "patience"
+)  # fmt: skip
 CI_OF = {"heads": "each head's mean", "layers": "each layer's mean over its heads"}
 COMPONENTS = {
     "none": "only the sums over heads and MLPs",
@@ -66,7 +69,10 @@ class Options:
     seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.")
     mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.")
     batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.")
-    rows: int = option(2304, "Tokens in one forward pass: ablated heads ride together until it is full.")
+    rows: int | None = option(None, "Tokens in one forward pass: ablated heads ride together until it is full; default: what fits.")
+    workers: int = option(1, "Processes that share the work, each with its own model.")
+    threads: int | None = option(None, "Threads of each process; default: torch's own, with --workers as many as pay.")
+    shard: str | None = option(None, "Do only part I of N, as I/N: jobs of a cluster fill one store together.")
     backend: str = option("local", "Where the model runs.", BACKENDS)
     check: bool = option(True, "Prove at load that the model is decomposed exactly.")
     remote: bool = option(False, "Run on an NDIF server: no weights are needed here.")
@@ -82,7 +88,7 @@ class Options:
                 one_of(each.name, getattr(self, each.name), dict.fromkeys(each.metadata["choices"], ""))
         if self.until_ci is not None and not 0 < self.until_ci < float("inf"):
             raise UsageError(f"until_ci must be a number of logits above 0, not {self.until_ci!r}")
-        for name in ("tokens", "length", "mean_prompts", "batch_size", "rows", "in_flight", "patience"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -90,6 +96,7 @@ class Options:
             raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")
         if self.host is not None:
             _require_address(self.host)
+        self._require_one_kind_of_sharing()
         if self.served and self.backend != "local":
             raise UsageError(
                 f"backend {self.backend!r} is in this process: leave it out, or --remote and --host"
@@ -98,6 +105,26 @@ class Options:
             raise UsageError(
                 f"dtype {self.dtype!r} cannot be chosen here: the server decides what it computes in"
             )
+
+    def _require_one_kind_of_sharing(self) -> None:
+        if self.part and self.until_ci is not None:
+            raise UsageError("until_ci looks at all of a run after each round: leave --shard out")
+        if self.served and (self.workers > 1 or self.part):
+            raise UsageError(
+                "a server shares out the work itself: leave out workers and shard, see --in-flight"
+            )
+        if self.workers > 1 and not isinstance(self.model, str):
+            raise UsageError("workers load the model themselves: give its name or directory")
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """(I, N) of a shard, I from 1 to N. Raises UsageError if `shard` is misspelt."""
+        if self.shard is None:
+            return None
+        first, _, last = self.shard.partition("/")
+        if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+            return int(first), int(last)
+        raise UsageError(f"shard {self.shard!r} is not one of N: write 1/8 to 8/8")
 
     @property
     def selects(self) -> str:

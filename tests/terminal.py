@@ -75,6 +75,10 @@ class Process:
         self._child.start()
 
     @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
     def running(self) -> bool:
         return self._child.is_alive()
 

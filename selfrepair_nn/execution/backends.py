@@ -1,8 +1,12 @@
 """Where jobs run. Every backend takes units of work and gives each with its result: a dict of tensors."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from tqdm import tqdm
+
+from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.units import Unit
 from selfrepair_nn.models.load import Model, load_described, structure_only
@@ -34,13 +38,74 @@ def backend(name: str, model: Model) -> Backend:
         nnsight.register("selfrepair_nn")
     remote = "local" if name == "simulated" else False
 
-    def run(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, Any]]]:
+    return _Local(model, remote).run
+
+
+class _Local:
+    """A model in this process. What does not fit its memory is done in smaller pieces, and so is what follows."""
+
+    def __init__(self, model: Model, remote: str | bool) -> None:
+        self._model, self._remote = model, remote
+        self._rows: int | None = None
+
+    def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, Any]]]:
+        for unit in units:
+            yield unit, self._result(unit)
+
+    def _result(self, unit: Unit) -> dict[str, Any]:
+        """The unit's result: in passes of fewer tokens if memory is short, at last from the unit's halves.
+
+        Raises:
+            SelfRepairError: one prompt with one case does not fit.
+        """
         from selfrepair_nn.tracing.session import run_session
 
-        for unit in units:
-            yield unit, run_session(unit.job, model.nn, unit.arrays, unit.plan, unit.tick, remote)
+        while True:
+            plan = self._smaller(unit.plan)
+            try:
+                return run_session(unit.job, self._model.nn, unit.arrays, plan, unit.tick, self._remote)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            _free_memory()
+            length = unit.arrays["tokens"].shape[1]
+            if plan.get("rows", 0) <= length:
+                return self._from_halves(unit)
+            self._rows = max(length, plan["rows"] // 2)
+            _tell(f"out of memory: going on with {self._rows} tokens in a pass")
 
-    return run
+    def _smaller(self, plan: dict[str, Any]) -> dict[str, Any]:
+        return plan if self._rows is None or "rows" not in plan else plan | {"rows": self._rows}
+
+    def _from_halves(self, unit: Unit) -> dict[str, Any]:
+        halves = unit.halves()
+        if not halves:
+            raise SelfRepairError(
+                f"{unit.label}: out of memory with one prompt and one case: choose a smaller --length or --dtype"
+            )
+        _tell(f"out of memory: {unit.label}, in two halves")
+        return unit.join(*(self._result(half) for half in halves))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory, or the machine's, is exhausted."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _tell(text: str) -> None:
+    tqdm.write(f"selfrepair: {text}", file=sys.stderr)
 
 
 def only(runner: Backend, unit: Unit) -> dict[str, Any]:

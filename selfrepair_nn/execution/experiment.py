@@ -10,6 +10,7 @@ import numpy as np
 
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.execution.packing import ROWS
 from selfrepair_nn.execution.plan import Work, default_block
 from selfrepair_nn.graph import Graph, Reinforce, Variants
 from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, load_tokenizer
@@ -288,7 +289,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
     if graphs[next(iter(graphs))].neurons is not None and options.components == "all":
         raise UsageError("neurons are kept for the top share of tokens: choose components 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
-    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows)
+    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows or ROWS)
     lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])
     _require_statistics(options, work)
     order = _order(options, prompts.n)

@@ -1,15 +1,18 @@
 """The store of a run: made for it or found, held against other writers, never another run's."""
 
 import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from selfrepair_nn import provenance
-from selfrepair_nn.components import Mlp
+from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.models.load import Model
@@ -97,24 +100,58 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
             "revision": experiment.description.revision,
             "prompts": experiment.prompts.source | {"sha256": experiment.prompts.sha256},
             "seed": options.seed,
-            "rows": experiment.work.rows,
         },
     }
 
 
+def as_stored(experiment: Experiment, store: Store) -> Experiment:
+    """The experiment in the units of its store, with the heads that were found when that was begun."""
+    experiment = replace(experiment, work=replace(experiment.work, block=store.prompts_per_chunk))
+    if not experiment.undecided:
+        return experiment
+    return experiment.of(_found_heads(store, experiment))
+
+
+def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
+    """The heads that a clean pass found; where more follows from them they are the first cases, the loudest first."""
+    if experiment.graph.then is None:
+        layers, heads = store.read("layer"), store.read("head")
+        return [Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))]
+    s, labels = experiment.description.structure, store.read("case")[: experiment.graph.loudest]
+    return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
+
+
 @contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """Hold the store's lock: two runs never write one store."""
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise StoreError(
-                f"another run is writing {str(path)!r}: wait for it, or choose another --out"
-            ) from None
+def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[FileLock]:
+    """Hold the store's lock: two runs never write one store.
+
+    A part of a run waits for that lock; it can release it once it writes only what is its own, and holds one of its
+    own all along, by which others know of it.
+    """
+    with ExitStack() as held:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_name(f".{path.name}.lock"))
+            held.enter_context(_acquired(lock, path, wait=part is not None))
+            if part:
+                own = path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock")
+                held.enter_context(_acquired(FileLock(own), path))
+            else:
+                _require_no_part(path)
+        yield lock
+
+
+def _require_no_part(path: Path) -> None:
+    for each in path.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+-of-\d+\.lock", each.name):
+            with _acquired(FileLock(each), path):
+                pass
+
+
+def _acquired(lock: FileLock, path: Path, wait: bool = False) -> AbstractContextManager:
     try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise StoreError(
+            f"another run is writing {str(path)!r}: wait for it, or choose another --out"
+        ) from None

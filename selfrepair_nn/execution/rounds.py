@@ -21,6 +21,9 @@ def rounds(store: Store, experiment: Experiment) -> Iterator[tuple[list[slice], 
     interrupted.
     """
     units, open_ = experiment.work.units, np.ones(len(experiment.graph.ablate), bool)
+    if experiment.options.part:
+        first, count = experiment.options.part
+        units = units[first - 1 :: count]
     if experiment.options.until_ci is None:
         yield _missing(store, experiment, units, open_), open_
         return

@@ -4,25 +4,31 @@ import json
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
 from selfrepair_nn import provenance
-from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
 from selfrepair_nn.execution.backends import Backend, backend, loaded
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, finished, learn
 from selfrepair_nn.execution.interruption import interruptible
-from selfrepair_nn.execution.opening import only_writer, open_or_create, require_same_weights
+from selfrepair_nn.execution.opening import (
+    as_stored,
+    only_writer,
+    open_or_create,
+    require_same_weights,
+)
+from selfrepair_nn.execution.packing import fitting_rows
 from selfrepair_nn.execution.preliminaries import loudest
 from selfrepair_nn.execution.preview import large, preview_of, preview_text
 from selfrepair_nn.execution.rounds import rounds
+from selfrepair_nn.execution.workers import Workers
 from selfrepair_nn.models.load import Model
 from selfrepair_nn.options import Options
 from selfrepair_nn.remote.faults import Fault
@@ -59,13 +65,13 @@ def run(
     experiment = prepare(recipe, Options(**choices))
     if experiment.options.served:
         _require_consent(experiment, confirm)
-    with only_writer(experiment.path):
+    with only_writer(experiment.path, experiment.options.part) as lock:
         if experiment.undecided and not experiment.path.exists():
             experiment = _decided(experiment)
         store = open_or_create(experiment, command or _call(recipe, choices))
         experiment = as_stored(experiment, store)
         if "finished" not in store.attributes:
-            _run(store, experiment, progress)
+            _run(store, experiment, progress, lock.release)
     return open_store(experiment.path)
 
 
@@ -73,7 +79,8 @@ def _decided(experiment: Experiment) -> Experiment:
     """The experiment with the heads that a clean pass finds, and with the model that ran it."""
     model = loaded(experiment)
     heads = loudest(experiment, model.layout, _first_runner(experiment, model))
-    options = experiment.options if experiment.options.served else replace(experiment.options, model=model)
+    o = experiment.options
+    options = o if o.served or o.workers > 1 else replace(o, model=model)
     return replace(experiment.of(heads), options=options)
 
 
@@ -88,27 +95,10 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
     return departing(o, model, Ledger(ledger_path(experiment.path), run))
 
 
-def as_stored(experiment: Experiment, store: Store) -> Experiment:
-    """The experiment in the units of its store, with the heads that were found when that was begun."""
-    experiment = replace(experiment, work=replace(experiment.work, block=store.prompts_per_chunk))
-    if not experiment.undecided:
-        return experiment
-    return experiment.of(_found_heads(store, experiment))
-
-
-def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
-    """The heads that a clean pass found; where more follows from them they are the first cases, the loudest first."""
-    if experiment.graph.then is None:
-        layers, heads = store.read("layer"), store.read("head")
-        return [Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))]
-    s, labels = experiment.description.structure, store.read("case")[: experiment.graph.loudest]
-    return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
-
-
-def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
+def _run(store: Store, experiment: Experiment, progress: bool | None, share: Callable[[], None]) -> None:
     try:
         with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
-            for _ in _fill(store, experiment, bar):
+            for _ in _fill(store, experiment, bar, share):
                 stop_if_asked()
     except KeyboardInterrupt:
         raise Incomplete(f"interrupted: {_kept(store, experiment)}; the same command resumes") from None
@@ -116,22 +106,46 @@ def _run(store: Store, experiment: Experiment, progress: bool | None) -> None:
         if isinstance(error, Fault) and error.kind != "unreachable":
             raise
         raise Incomplete(f"{error}\n{_kept(store, experiment)}; the same command resumes") from None
-    store.annotate(finished=provenance.now(), **_traffic(store, experiment))
+    if experiment.options.until_ci is not None or all(finished(store, experiment)):
+        Store(store.path).annotate(finished=provenance.now(), **_traffic(store, experiment))
 
 
-def _fill(store: Store, experiment: Experiment, bar: tqdm) -> Iterator[slice]:
-    """Everything that is still missing, block by block; gives each when it is stored."""
-    model = loaded(experiment)
+def _fill(store: Store, experiment: Experiment, bar: tqdm, share: Callable[[], None]) -> Iterator[slice]:
+    """Everything that is still missing, block by block; gives each when it is stored.
+
+    A part of a run calls `share` once all that the parts have in common is known, so that others can begin.
+    """
+    model, o = loaded(experiment), experiment.options
     require_same_weights(store, model)
+    experiment = _packed(store, experiment, model)
     runner = _runner(store, experiment, model)
     known = learn(store, experiment, model.layout, runner)
-    tick = (lambda tokens: None) if experiment.options.served else bar.update
-    filling = Filling(store, experiment, known, model.layout, runner, tick)
-    for blocks, open_ in rounds(store, experiment):
-        for block in filling(blocks, open_) if blocks else ():
-            if experiment.options.served:
-                bar.update(experiment.work.case_tokens // experiment.prompts.n * (block.stop - block.start))
-            yield block
+    if o.part:
+        share()
+    with ExitStack() as working:
+        if o.workers > 1:
+            fill = working.enter_context(Workers(experiment, known, bar))
+        else:
+            tick = (lambda tokens: None) if o.served else bar.update
+            fill = Filling(store, experiment, known, model.layout, runner, tick)
+        for blocks, open_ in rounds(store, experiment):
+            for block in fill(blocks, open_) if blocks else ():
+                if o.served:
+                    bar.update(
+                        experiment.work.case_tokens // experiment.prompts.n * (block.stop - block.start)
+                    )
+                yield block
+
+
+def _packed(store: Store, experiment: Experiment, model: Model) -> Experiment:
+    """With as many tokens in a pass as fit; as many as before where the run goes on: numbers round alike."""
+    o = experiment.options
+    if o.served or o.rows:
+        return experiment
+    rows = store.attributes.get("rows") or fitting_rows(model, experiment.prompts.length, o.workers)
+    if "rows" not in store.attributes:
+        store.annotate(rows=rows)
+    return replace(experiment, work=replace(experiment.work, rows=int(rows)))
 
 
 def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:

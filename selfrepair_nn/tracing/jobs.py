@@ -14,7 +14,7 @@ from selfrepair_nn.tracing.decompose import (
 from selfrepair_nn.tracing.passes import ablated_pass, attention_paid, clean_pass, embeddings
 from selfrepair_nn.tracing.places import part, place
 from selfrepair_nn.tracing.probes import probe
-from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
+from selfrepair_nn.tracing.readouts import home, norm_scale, per_head, widen
 from selfrepair_nn.tracing.rows import gathered, passes
 
 LARGE = ("component_change", "neuron_change", "neuron_direct_effect")
@@ -77,7 +77,7 @@ def ablation_job(model, arrays, plan, tick=None):
         out["component_direct_effect"] = state["component_effects"]
     if plan["attention"]:
         out["attention"] = _attention(model, plan, tokens, clean, cases)
-    return {name: value.cpu() for name, value in out.items()}
+    return home(out)
 
 
 def effects_job(model, arrays, plan, tick=None):

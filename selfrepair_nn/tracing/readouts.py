@@ -28,6 +28,18 @@ def centre(x, plan):
     return x - x.mean(-1, keepdim=True) if plan["model"]["centred_norm"] else x
 
 
+def home(found):
+    """Tensors by name, on the CPU: from a GPU all at once, through pinned memory."""
+    out = {name: value.cpu() for name, value in found.items() if not value.is_cuda}
+    for name, value in found.items():
+        if value.is_cuda:
+            pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            out[name] = pinned.copy_(value, non_blocking=True)
+    if any(value.is_cuda for value in found.values()):
+        torch.cuda.synchronize()
+    return out
+
+
 def norm_scale(x, plan):
     """S = sqrt(mean(C(x)^2) + epsilon): what the final norm divides by. [..., d] -> [...]."""
     return (centre(widen(x), plan).square().mean(-1) + plan["model"]["norm_epsilon"]).sqrt()

@@ -1,0 +1,88 @@
+"""How many tokens ride in one forward pass, and how many threads compute it: what fits this machine."""
+
+import time
+from typing import Any
+
+from selfrepair_nn.models.architectures import Structure
+
+ROWS = 2304
+"""Where products no longer gain from being larger, on a processor; and what a server is asked for."""
+LEAST = 600
+"""Below this, what every pass costs beside its products shows."""
+SHARE_OF_MEMORY = {"cpu": 1 / 8, "cuda": 1 / 2}
+MOST = {"cpu": ROWS, "cuda": 65536}
+GAIN = 1.1
+"""More threads are taken if they make a product this much faster: they are missing elsewhere."""
+
+
+def rows_for(structure: Structure, itemsize: int, length: int, memory: int, kind: str) -> int:
+    """Tokens in a pass that fit a share of the free `memory` in bytes, on a device of this kind: "cpu" or "cuda"."""
+    wanted = int(memory * SHARE_OF_MEMORY[kind] / bytes_for_token(structure, itemsize, length))
+    return max(LEAST, length, min(MOST[kind], wanted))
+
+
+def bytes_for_token(structure: Structure, itemsize: int, length: int) -> int:
+    """Memory that a pass holds at its widest for each of its tokens: one layer, and what is read of all of them.
+
+    Residual streams before and after, norms, queries, keys, values and z; the MLP's hidden layer with its gate and
+    activation; attention scores with their softmax; every head's change of every layer, in float32.
+    """
+    s = structure
+    one_layer = 12 * s.d_model + 4 * s.d_mlp + 2 * s.n_heads * length
+    return one_layer * itemsize + 4 * s.n_layers * (s.n_heads + 1)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device, or in this machine's memory."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def fitting_rows(model: Any, length: int, processes: int = 1) -> int:
+    """Tokens in a pass of a loaded model, for prompts of this length, in each of several processes."""
+    import torch
+
+    kind = "cuda" if model.device.startswith("cuda") else "cpu"
+    itemsize = getattr(torch, model.dtype).itemsize
+    return rows_for(model.structure, itemsize, length, free_memory(model.device) // processes, kind)
+
+
+def fitting_threads(structure: Structure, most: int) -> int:
+    """The fewest threads, up to `most`, with which this model's largest product is nearly as fast as it gets here."""
+    import torch
+
+    before = torch.get_num_threads()
+    left, right = torch.randn(LEAST, structure.d_model), torch.randn(structure.d_model, structure.d_mlp)
+    try:
+        seconds = {}
+        for count in _candidates(most):
+            torch.set_num_threads(count)
+            seconds[count] = min(_seconds(left, right) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+    return fewest(seconds)
+
+
+def fewest(seconds: dict[int, float]) -> int:
+    """Of numbers of threads in rising order, the last that gains enough over the one taken before it."""
+    taken, *others = seconds
+    for count in others:
+        if seconds[count] * GAIN <= seconds[taken]:
+            taken = count
+    return taken
+
+
+def _candidates(most: int) -> list[int]:
+    powers = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+    return sorted({*powers, most})
+
+
+def _seconds(left: Any, right: Any) -> float:
+    began = time.perf_counter()
+    left @ right
+    return time.perf_counter() - began

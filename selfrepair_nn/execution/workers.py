@@ -1,0 +1,136 @@
+"""A run's blocks shared out among processes of this machine: each has its own model, all fill one store."""
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from threading import Thread
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from selfrepair_nn.errors import SelfRepairError
+from selfrepair_nn.execution.backends import backend, loaded
+from selfrepair_nn.execution.experiment import Experiment, prepare
+from selfrepair_nn.execution.filling import Filling, Known
+from selfrepair_nn.execution.opening import as_stored
+from selfrepair_nn.execution.packing import fitting_threads
+from selfrepair_nn.store import Store
+
+
+class Workers:
+    """Computes blocks as `Filling` does, several at once. A context manager: at its end the processes do.
+
+    A process that dies takes nothing with it but the block under way: it is done again by another.
+    """
+
+    def __init__(self, experiment: Experiment, known: Known, bar: tqdm) -> None:
+        o = experiment.options
+        self._bar = bar
+        context, self._count = _context(), o.workers
+        devices = context.Queue()
+        alone = replace(o, workers=1, check=False, rows=experiment.work.rows)
+        threads = o.threads or fitting_threads(
+            experiment.description.structure, max(1, (os.cpu_count() or 1) // o.workers)
+        )
+        given = (str(experiment.recipe.path), alone, experiment.path, known, threads, devices)
+        self._devices = devices
+        self._pool_of = lambda: ProcessPoolExecutor(o.workers, context, _begin, given)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the blocks under way: they are kept."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, blocks: Iterable[slice], open_: np.ndarray) -> Iterator[slice]:
+        """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored.
+
+        Raises:
+            SelfRepairError: processes die without having done anything.
+        """
+        missing = {block.start: block for block in blocks}
+        while missing:
+            before = len(missing)
+            try:
+                for block in self._round(list(missing.values()), open_):
+                    del missing[block.start]
+                    yield block
+            except BrokenProcessPool:
+                self._pool = None
+                if len(missing) == before:
+                    raise SelfRepairError(
+                        f"the workers die before they have done anything: is memory short for {self._count} models? "
+                        "choose fewer --workers"
+                    ) from None
+
+    def _round(self, blocks: list[slice], open_: np.ndarray) -> Iterator[slice]:
+        if self._pool is None:
+            for index in range(self._count):
+                self._devices.put(index)
+            self._pool = self._pool_of()
+        running: dict[Future[int], slice] = {self._pool.submit(_work, b, open_): b for b in blocks}
+        for future in as_completed(running):
+            self._bar.update(future.result())
+            yield running[future]
+
+
+def _context() -> Any:
+    """How processes are started: from one that has imported all, where the system can."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["selfrepair_nn.execution.workers", "nnsight.modeling.transformers"])
+    return context
+
+
+_mine: dict[str, Any] = {}
+"""What a worker has: how it fills the store, and how many tokens it ablated since it was last asked."""
+
+
+def _begin(source: str, options: Any, path: Any, known: Known, threads: int, devices: Any) -> None:
+    """Load the model in a new process; it ends when the process that started it does, whatever ends that."""
+    import torch
+
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to all; the blocks under way are still finished
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    torch.set_num_threads(threads)
+    device = device_of(options.device, devices.get(), torch.cuda.device_count())
+    store = Store(path)
+    experiment = as_stored(prepare(source, replace(options, device=device)), store)
+    model = loaded(experiment)
+    _mine["tokens"] = 0
+    _mine["fill"] = Filling(
+        store, experiment, known, model.layout, backend(options.backend, model), _count_tokens
+    )
+
+
+def device_of(device: str, index: int, gpus: int) -> str:
+    """Where the worker of this index computes: several GPUs are shared out among them."""
+    return f"cuda:{index % gpus}" if gpus and device in ("auto", "cuda") else device
+
+
+def _count_tokens(tokens: int) -> None:
+    _mine["tokens"] += tokens
+
+
+def _work(block: slice, open_: np.ndarray) -> int:
+    """Fill one block; returns how many tokens were ablated for it."""
+    _mine["tokens"] = 0
+    for _ in _mine["fill"]([block], open_):
+        pass
+    return _mine["tokens"]
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
