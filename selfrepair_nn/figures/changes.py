@@ -12,6 +12,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.figures import style
 
 COUNT, ERRORS = 4, 1.96
+UPRIGHT = 12  # labels along the axis that fit side by side
 
 
 def draw(datasets: style.Datasets, share: float, ylabel: str, reading: str) -> Figure:
@@ -50,7 +51,7 @@ def _draw_store(axes: Axes, heads: xr.Dataset, changes: xr.Dataset) -> None:
         label = Head(int(one["layer"]), int(one["head"])).label
         axes.errorbar(where, values, error, elinewidth=1, label=label, **look)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7.5)
+    axes.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > UPRIGHT else 0, fontsize=7.5)
     axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.grid(axis="x", visible=False)
     axes.legend(ncols=COUNT, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
