@@ -139,12 +139,21 @@ def test_changes_stand_at_their_variants_with_their_errors(name):
     effects = sr.by_variant(STORES[name], SHARE).direct_effect.values
     best = np.unravel_index(np.argsort(-effects.ravel(), kind="stable")[0], effects.shape)
     [axes] = figures.draw(name, STORES[name], share=SHARE).axes
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == [n.replace("_", " ") for n in NORMS[1:]]
+    labels = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert labels == ["L1\nmlp\nnorm", "final\nnorm", "all"]
     marks, _, (bars,) = axes.containers[0]
     one = changes.isel(layer=best[0], head=best[1])
     np.testing.assert_allclose(marks.get_ydata(), one.top_self_repair[1:])
     lengths = [np.ptp(segment[:, 1]) for segment in bars.get_segments()]
     np.testing.assert_allclose(lengths, 2 * 1.96 * one.top_self_repair_se[1:])
+
+
+def test_many_variants_have_upright_labels():
+    names = ("none", *(f"L{i}.mlp_norm" for i in range(1, 14)))
+    stores = {name: simulate_heads(*SIZES, seed=5, ablation=KINDS[i % 3]) for i, name in enumerate(names)}
+    [axes] = figures.draw("freeze_norms", side_by_side(stores, "norm"), share=SHARE).axes
+    assert axes.get_xticklabels()[0].get_text() == "L1.mlp norm"
+    assert axes.get_xticklabels()[0].get_rotation() == 90
 
 
 def test_reinforced_heads_are_marked_by_what_they_are():

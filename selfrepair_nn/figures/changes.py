@@ -12,6 +12,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.figures import style
 
 COUNT, ERRORS = 4, 1.96
+MANY = 12  # labels that fit side by side
 
 
 def draw(datasets: style.Datasets, share: float, ylabel: str, reading: str) -> Figure:
@@ -50,10 +51,17 @@ def _draw_store(axes: Axes, heads: xr.Dataset, changes: xr.Dataset) -> None:
         label = Head(int(one["layer"]), int(one["head"])).label
         axes.errorbar(where, values, error, elinewidth=1, label=label, **look)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7.5)
+    _name_variants(axes, labels)
     axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.grid(axis="x", visible=False)
     axes.legend(ncols=COUNT, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+
+
+def _name_variants(axes: Axes, labels: list[str]) -> None:
+    """Labels side by side, a word a line; where they are many, upright."""
+    many = len(labels) > MANY
+    shown = labels if many else [label.replace(".", " ").replace(" ", "\n") for label in labels]
+    axes.set_xticks(range(len(labels)), shown, rotation=90 if many else 0, fontsize=7.5)
 
 
 def _loudest(heads: xr.Dataset) -> list[Mapping[str, int]]:

@@ -74,7 +74,7 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
 def _name_heads(axes: Axes, heads: xr.Dataset) -> None:
     """The labels of the heads that respond most, in the panel of the largest scale."""
     last, places = heads.isel(scale=-1), _places(heads)
-    every = np.column_stack([places.ravel(), last.slope.values.ravel()])
+    every = _bars(places, last)
     for count in (NAMED, -NAMED):
         best = strongest_responses(heads, count)
         labels = [
@@ -82,4 +82,11 @@ def _name_heads(axes: Axes, heads: xr.Dataset) -> None:
         ]
         at = [heads.indexes[d].get_indexer(best[d].values) for d in ("layer", "head")]
         points = np.column_stack([places[tuple(at)], last.slope.values[tuple(at)]])
-        style.label_points(axes, points, labels, every[np.isfinite(every).all(1)])
+        style.label_points(axes, points, labels, every)
+
+
+def _bars(places: np.ndarray, heads: xr.Dataset) -> np.ndarray:
+    """Points (x, y) along every head's interval, so close that no label fits between two of them."""
+    along = np.linspace(heads.low.values.ravel(), heads.high.values.ravel(), 200)
+    points = np.column_stack([np.tile(places.ravel(), len(along)), along.ravel()])
+    return points[np.isfinite(points).all(1)]
