@@ -1,13 +1,15 @@
-"""Everything that can break, broken on a real NDIF server: a clear message, no lost data, and in the end the same store.
+"""Everything that can break, broken on a real NDIF server: a clear message, no lost data, the same store in the end.
 
 The server here is this module's own, since it is broken on purpose; each test leaves it whole. `pytest -rP` prints what
 the client said to each fault.
 """
 
+import json
 import os
 import signal
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +18,13 @@ from far import Far
 from ndif_server import Ndif, missing
 from terminal import assert_same_numbers, resume_command
 
-from selfrepair_nn.models.load import find
-from selfrepair_nn.remote.ledger import ledger_path, lines
+from selfrepair_nn.execution.backends import only
+from selfrepair_nn.execution.flight import Flight
+from selfrepair_nn.execution.remote import ServedModel, greeting
+from selfrepair_nn.models.load import describe, find, structure_only
+from selfrepair_nn.remote.faults import Fault
+from selfrepair_nn.remote.ledger import Ledger, ledger_path, lines
+from selfrepair_nn.remote.server import Server
 
 REQUIRED = os.environ.get("SELFREPAIR_REQUIRE_SERVER") == "1"
 pytestmark = [
@@ -75,6 +82,12 @@ def begun(far, ndif, store, *more):
     client = far.start(*command(ndif, store, *more))
     client.until(lambda: done(store) > 0)
     return client
+
+
+def goes_on(client, store):
+    """Wait until the client has done a few things more, or has ended."""
+    before = len(lines(ledger_path(store)))
+    client.until(lambda: len(lines(ledger_path(store))) > before + 4 or not client.running)
 
 
 def failed(store):
@@ -152,21 +165,7 @@ def test_a_server_that_wants_newer_clients(far, ndif, store, undisturbed):
 
 def test_a_server_that_builds_the_model_otherwise(ndif, tmp_path):
     """A client whose model has a layer more than the server's, under the same name."""
-    import json
-
-    from selfrepair_nn.execution.backends import only
-    from selfrepair_nn.execution.flight import Flight
-    from selfrepair_nn.execution.remote import ServedModel, greeting
-    from selfrepair_nn.models.load import describe, structure_only
-    from selfrepair_nn.remote.faults import Fault
-    from selfrepair_nn.remote.ledger import Ledger
-    from selfrepair_nn.remote.server import Server
-
-    config = json.loads(
-        (
-            find("tiny-neox").location + "/config.json" and open(find("tiny-neox").location + "/config.json")
-        ).read()
-    )
+    config = json.loads(Path(find("tiny-neox").location, "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
     served = ServedModel(Server(ndif.url, 60), structure_only(describe(str(tmp_path)), None))
     served.key = served.key.replace(str(tmp_path), MODEL)
@@ -295,8 +294,7 @@ def test_client_and_server_killed_at_random_moments(far, ndif, store, undisturbe
     """Both in turn: whatever the server forgot meanwhile is found out by asking, and only that is sent again."""
     for part in ("api worker", "model actor", None, "redis"):
         client = far.start(*command(ndif, store))
-        before = len(lines(ledger_path(store)))
-        client.until(lambda before=before: len(lines(ledger_path(store))) > before + 4 or not client.running)
+        goes_on(client, store)
         if part:
             ndif.kill(part)
         client.send(signal.SIGKILL)

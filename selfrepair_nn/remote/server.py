@@ -24,6 +24,9 @@ from selfrepair_nn.remote.faults import Fault, refusal
 from selfrepair_nn.remote.secrets import hidden, ndif_key
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+IDLE_SECONDS = 1.0
+"""A connection idle for longer is not used again: servers close it after 2 s, and what is sent just then is lost."""
+
 GREETING_SECONDS, INQUIRY_SECONDS = 10.0, 30.0
 BACKOFF = wait_random_exponential(multiplier=0.25, max=30)
 BETWEEN_JOBS = wait_exponential_jitter(initial=2, max=60, jitter=2)
@@ -63,7 +66,8 @@ class Server:
             raise UsageError(f"host {self.host!r} is not an address: write for example http://127.0.0.1:8001")
         self.patience, self._notify = patience, notify
         timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-        self._http = httpx.Client(base_url=self.host, timeout=timeout, headers=_headers())
+        limits = httpx.Limits(keepalive_expiry=IDLE_SECONDS)
+        self._http = httpx.Client(base_url=self.host, timeout=timeout, limits=limits, headers=_headers())
         self._plain = httpx.Client(timeout=timeout)  # results lie elsewhere: no key goes there
 
     def greet(self) -> None:
