@@ -213,7 +213,7 @@ def test_a_service_that_stays_down(far, ndif, store, undisturbed, service):
         ended = client.wait(120)
     report(f"{service} down", ended, store)
     assert ended.code == 75, ended.err
-    assert "units of work are missing" in ended.err
+    assert "of work are missing" in ended.err
     assert "are kept in" in ended.err
     assert resume_command(ended.err)[:2] == ["run", "heads"]
     assert_whole(far, ndif, store, undisturbed)

@@ -143,7 +143,7 @@ def test_what_fits_in_no_way_is_given_up_and_the_rest_comes_back(path):
     ledger = Ledger(path, "run", line.clock)
     flight = Flight(line, ledger, 2, 1800, clock=line.clock, sleep=line.clock.sleep)
     came = []
-    with pytest.raises(Incomplete, match="1 units of work are missing") as error:
+    with pytest.raises(Incomplete, match="1 unit of work is missing") as error:
         came.extend(each.label for each, _ in flight(UNITS))
     assert sorted(came) == [UNITS[0].label, UNITS[1].label]
     assert "prompts 9 to 9, cases 3 to 3" in str(error.value)

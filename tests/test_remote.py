@@ -396,7 +396,7 @@ def test_calibration_estimates_the_time_that_a_run_takes(far, server, tmp_path):
     shown = far.run(*command, *choices)
     assert shown.code == 0, shown.err
     line = next(line for line in shown.out.splitlines() if line.startswith("time"))
-    number, unit = line.split()[2:4]
+    number, unit = line.split(",")[0].split()[2:]
     seconds = float(number) * {"seconds": 1, "minutes": 60, "hours": 3600}[unit]
     began = time.perf_counter()
     assert remotely(far, server, NEOX, tmp_path / "s.zarr", *choices).code == 0

@@ -23,7 +23,7 @@ SHOWN = 10
 
 
 class Line(Protocol):
-    """A model on a server, as the flight needs it: execution.remote.Line, or a test's stand-in."""
+    """A model on a server, as the flight needs it: execution.remote.ServedModel, or a test's stand-in."""
 
     def pack(self, unit: Unit) -> bytes:
         """The request, ready to be sent."""
@@ -193,7 +193,7 @@ class _Round:
     def _land(self, piece: _Piece, answer: Answer) -> None:
         """Fetch a result, and take it if it is what was asked for."""
         try:
-            fetched = self._flight.line.fetch(answer.result or "")
+            fetched = self._flight.line.fetch(answer.result)
             found, size = fetched if fetched else (None, 0)
             flaw = piece.unit.flaw(found) if fetched else None
         except Fault as fault:
@@ -247,4 +247,6 @@ class _Round:
         others = len(self._wholes) - len({piece.root or piece for piece, _ in self._given_up})
         rest = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         rest += [f"  {others} not tried, or still on the server"] if others else []
-        return "\n".join([f"{len(self._wholes)} units of work are missing:", *lines[:SHOWN], *rest])
+        missing = len(self._wholes)
+        counted = "1 unit of work is missing" if missing == 1 else f"{missing} units of work are missing"
+        return "\n".join([f"{counted}:", *lines[:SHOWN], *rest])
