@@ -6,6 +6,7 @@ the client said to each fault.
 
 import json
 import os
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -34,19 +35,18 @@ pytestmark = [
         reason=f"NO FAULT WAS TRIED ON A REAL NDIF SERVER: {missing()}",
     ),
 ]
-MODEL = "local/tiny-neox"
+MODEL, IMPATIENT = "local/tiny-neox", "local/impatient"
 RUN = ["--layers", "2:6", "--tokens", 1024, "--length", 32, "--batch-size", 2]
-IMPATIENT = ["--patience", 5]
+BRIEFLY = ["--patience", 5]
 
 
 @pytest.fixture(scope="module")
-def ndif():
-    directory = find("tiny-neox").location
-    slow = "local/impatient"
-    special = {slow: {"execution_timeout_seconds": 2.0}}
-    with Ndif(
-        {MODEL: directory, slow: directory, "local/late": directory}, deploy=[MODEL, slow], special=special
-    ) as server:
+def ndif(tmp_path_factory):
+    whole, broken = find("tiny-neox").location, tmp_path_factory.mktemp("models") / "broken"
+    shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    models = {MODEL: whole, IMPATIENT: whole, "local/late": whole, "local/broken": broken}
+    special = {IMPATIENT: {"execution_timeout_seconds": 2.0}}
+    with Ndif(models, deploy=[MODEL, IMPATIENT], special=special) as server:
         yield server
 
 
@@ -151,6 +151,15 @@ def test_a_model_that_is_deployed_when_it_is_asked_for(far, ndif, store, undistu
     assert_same_numbers(store, undisturbed)
 
 
+def test_a_model_that_the_server_cannot_load(far, ndif, store):
+    ended = far.run(*command(ndif, store, model="local/broken"))
+    report("model that cannot be deployed", ended, store)
+    assert ended.code == 1
+    assert "the server cannot serve this model" in ended.err
+    assert "have it deployed" in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_a_server_that_wants_newer_clients(far, ndif, store, undisturbed):
     with whole_again(ndif, "api"):
         ndif.restart("api", NDIF_MIN_NNSIGHT_VERSION="99.0")
@@ -207,7 +216,7 @@ def test_a_service_that_is_killed_and_started_again(far, ndif, store, undisturbe
 @pytest.mark.parametrize("service", ["redis", "store", "api", "ray"])
 def test_a_service_that_stays_down(far, ndif, store, undisturbed, service):
     """Patience ends, with what is missing and how to go on; when it is back the run goes on."""
-    client = begun(far, ndif, store, *IMPATIENT)
+    client = begun(far, ndif, store, *BRIEFLY)
     with whole_again(ndif, service):
         ndif.kill(service)
         ended = client.wait(120)
@@ -221,7 +230,7 @@ def test_a_service_that_stays_down(far, ndif, store, undisturbed, service):
 
 def test_a_dispatcher_that_is_killed(far, ndif, store, undisturbed):
     """The API goes on taking requests that nobody runs: the client must not wait for ever."""
-    client = begun(far, ndif, store, *IMPATIENT)
+    client = begun(far, ndif, store, *BRIEFLY)
     with whole_again(ndif, "api"):
         ndif.kill("dispatcher")
         ended = client.wait(180)
@@ -244,7 +253,7 @@ def test_a_server_that_hangs_for_a_while(far, ndif, store, undisturbed):
 
 
 def test_a_result_that_never_comes(far, ndif, store, undisturbed):
-    client = begun(far, ndif, store, *IMPATIENT)
+    client = begun(far, ndif, store, *BRIEFLY)
     ndif.kill("model actor", signal.SIGSTOP)
     try:
         ended = client.wait(180)
@@ -259,7 +268,7 @@ def test_a_result_that_never_comes(far, ndif, store, undisturbed):
 def test_a_time_limit_splits_the_units_until_they_fit(far, ndif, store, undisturbed):
     """Rounding may differ where fewer heads ride in a pass; nothing else does."""
     whole = ["--batch-size", 32, "--rows", 512]
-    ended = far.run(*command(ndif, store, *whole, model="local/impatient"))
+    ended = far.run(*command(ndif, store, *whole, model=IMPATIENT))
     report("time limit", ended, store)
     assert ended.code == 0, ended.err
     assert {each["kind"] for each in failed(store)} == {"time"}
