@@ -13,7 +13,7 @@ from selfrepair_nn.remote.ledger import FAILED, FETCHED, GIVEN_UP, SENDING, SENT
 from selfrepair_nn.remote.server import Answer, pause_before
 
 UNKNOWN_SECONDS = 60.0
-"""A job that the server does not know after this long did not arrive, or was forgotten: it is lost."""
+"""A job of which the server has told nothing after this long did not arrive, or is lost."""
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 2.0
 HOPELESS = 3
@@ -175,7 +175,7 @@ class _Round:
     def _look(self, piece: _Piece) -> bool:
         """Ask about a job; whether there is anything new."""
         answer = self._flight.line.ask(piece.job)
-        silent = self._flight.clock() - piece.heard
+        silent, known = self._flight.clock() - piece.heard, bool(piece.status)
         status = f"{answer.status}: {answer.description}" if answer else ""
         if answer and answer.status == "COMPLETED":
             self._land(piece, answer)
@@ -183,9 +183,12 @@ class _Round:
             self._fail(piece, job_fault(answer.description))
         elif status != piece.status and answer:
             piece.status, piece.heard = status, self._flight.clock()
-        elif silent > (self._flight.patience if answer else min(UNKNOWN_SECONDS, self._flight.patience)):
-            what = f"{status!r} for {silent:.0f} s" if answer else "the server knows no such job"
-            self._fail(piece, Fault("lost", what))
+        elif known and not answer:
+            self._fail(piece, Fault("lost", "the server has forgotten it"))
+        elif answer and silent > self._flight.patience:
+            self._fail(piece, Fault("lost", f"{status!r} for {silent:.0f} s"))
+        elif not answer and silent > min(UNKNOWN_SECONDS, self._flight.patience):
+            self._fail(piece, Fault("unheard"))
         else:
             return False
         return True
