@@ -10,6 +10,8 @@ import signal
 import time
 import urllib.error
 import urllib.request
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import nnsight
@@ -25,7 +27,7 @@ from selfrepair_nn.execution.backends import only
 from selfrepair_nn.execution.flight import Flight
 from selfrepair_nn.execution.remote import ServedModel
 from selfrepair_nn.execution.units import Unit
-from selfrepair_nn.models.load import describe, structure_only
+from selfrepair_nn.models.load import describe, load, structure_only
 from selfrepair_nn.remote.ledger import Ledger, ledger_path, lines
 from selfrepair_nn.remote.server import Server
 from selfrepair_nn.variables import SWEPT
@@ -56,19 +58,35 @@ def remotely(far, server, model, out, *choices, key=None, **env):
 @pytest.fixture(scope="module")
 def here(server, tmp_path_factory):
     """here(model, *choices): the path of the store that the same choices give in this process."""
-    made = {}
+    models = cache(lambda name: load(str(server.place.models[f"local/{name}"])))
 
-    def local(model, *choices, **more):
-        asked = (model, *choices, *more.items())
-        if asked not in made:
-            out = tmp_path_factory.mktemp("here") / "s.zarr"
-            options = {str(k).removeprefix("--"): v for k, v in zip(choices[::2], choices[1::2], strict=True)}
-            source = server.place.models[f"local/{model}"]
-            sr.run("heads", model=str(source), out=out, progress=False, **options, **more)
-            made[asked] = out
-        return made[asked]
+    @cache
+    def local(name, *choices):
+        out = tmp_path_factory.mktemp("here") / "s.zarr"
+        options = {str(k).removeprefix("--"): v for k, v in zip(choices[::2], choices[1::2], strict=True)}
+        model, began = models(name), time.perf_counter()
+        sr.run("heads", model=model, out=out, progress=False, **options)
+        print(f"{name} here: {rate(out, time.perf_counter() - began)}")
+        return out
 
     return local
+
+
+def rate(store, seconds):
+    """Seconds, and how many head·tokens that is a second."""
+    found = xr.open_zarr(store)
+    pairs = int(found.selected.sum()) * found.logit.size
+    return f"{seconds:.1f} s, {pairs / seconds:.0f} head·tokens a second"
+
+
+def job_seconds(store):
+    """How long a run's ablation jobs were away, in all, each from its sending to its result's arrival."""
+    when = {
+        (each["part"], each["event"]): datetime.fromisoformat(each["time"])
+        for each in lines(ledger_path(store))
+    }
+    parts = [part for part, event in when if event == "fetched" and part.startswith("ablation")]
+    return sum((when[part, "fetched"] - when[part, "sending"]).total_seconds() for part in parts)
 
 
 def assert_same(there, here, limit=RELATIVE):
@@ -106,9 +124,12 @@ def test_a_served_model_fills_the_same_store(far, server, here, tmp_path, key, m
     assert (ended.code, ended.err) == (0, "")
     assert_same(tmp_path / "s.zarr", here(model, *choices))
     found = xr.open_zarr(tmp_path / "s.zarr")
+    print(
+        f"{model} there, its ablations alone: {rate(tmp_path / 's.zarr', job_seconds(tmp_path / 's.zarr'))}"
+    )
     assert 0 < np.abs(found.closure).max() <= RELATIVE * float(found.logit.std())
     moved = json.loads(found.attrs["traffic"])
-    print(f"{model} {components}: {seconds:.1f} s for {found.selected.sum().item()} heads, {moved}")
+    print(f"{model} {components}, the whole command: {rate(tmp_path / 's.zarr', seconds)}; {moved}")
 
 
 def test_identity_changes_nothing_there(far, server, tmp_path, key, model):

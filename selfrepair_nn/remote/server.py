@@ -165,7 +165,7 @@ class Server:
     def _say(self, state: RetryCallState) -> None:
         error = state.outcome.exception()
         said = hidden(str(error)) or type(error).__name__
-        self._notify(f"{self.host} does not answer ({said}); trying again in {state.next_action.sleep:.0f} s")
+        self._notify(f"{self.host} does not answer ({said}); trying again in {state.next_action.sleep:.1f} s")
 
 
 def pause_before(attempt: int) -> float:
