@@ -95,7 +95,7 @@ class Options:
         if not 0 < self.share <= 1:
             raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")
         if self.host is not None:
-            _require_address(self.host)
+            require_address(self.host)
         self._require_one_kind_of_sharing()
         if self.served and self.backend != "local":
             raise UsageError(
@@ -137,7 +137,8 @@ class Options:
         return self.remote or self.host is not None
 
 
-def _require_address(host: str) -> None:
+def require_address(host: str) -> None:
+    """Raises UsageError for a server's address that cannot be one, or that holds a secret."""
     try:
         parts = urlsplit(host)
         fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

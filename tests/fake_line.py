@@ -52,7 +52,8 @@ class FakeLine:
         vanishes     the request breaks off and never arrives
         in doubt     the request breaks off, but arrived
         renamed      the server gives the job another id
-        forgotten    the server loses the job
+        unheard      the server takes the job and never tells of it
+        forgotten    the server has the job, and has not when it would be done
         expired      the result is gone when it is fetched
         crooked      the result has another shape
         nan          a number of the result is not finite
@@ -97,7 +98,9 @@ class FakeLine:
     def ask(self, job: str) -> Answer | None:
         self.step()
         known = self.jobs.get(job)
-        if known is None or known.outcome == "forgotten":
+        if known is None or known.outcome == "unheard":
+            return None
+        if known.outcome == "forgotten" and self.clock() >= known.done:
             return None
         if known.outcome == "never" or self.clock() < known.done:
             return Answer("RUNNING", "Your job has started running.", None)

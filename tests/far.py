@@ -3,12 +3,14 @@
 That one is started with the server's environment, since huggingface_hub and nnsight read theirs when they are imported.
 """
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -18,15 +20,24 @@ TESTS = Path(__file__).parent
 SECONDS = 300
 """More than any command here takes, on a slow machine."""
 
+IMPORTED = (
+    "nnsight.modeling.transformers",
+    "selfrepair_nn.execution.remote",
+    "selfrepair_nn.execution.run",
+    "selfrepair_nn.text",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+    "transformers.models.llama.modeling_llama",
+)
+"""What takes long to import, and is the same for every command."""
+
 
 class Far:
     """Starts commands that see the servers and hubs that `env` names; a context manager."""
 
     def __init__(self, env: dict[str, str], folder: Path) -> None:
         self._folder, self._count = folder, 0
-        self._key = {
-            "NDIF_API_KEY": env.get("NDIF_API_KEY", "")
-        }  # not for the one that imports: nnsight keeps it
+        self._key = {"NDIF_API_KEY": env.get("NDIF_API_KEY", "")}  # nnsight would keep the importing one's
         paths = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
         paths |= {"NNSIGHT_CONFIG": str(folder / "none")}
         self._mother = subprocess.Popen(
@@ -127,8 +138,6 @@ def _fork(request: dict) -> int:
     except SystemExit as ended:
         code = ended.code or 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 99
     sys.stdout.flush()
@@ -137,25 +146,16 @@ def _fork(request: dict) -> int:
 
 
 def _mother() -> None:
-    import nnsight.modeling.transformers
-    import torch
-    import transformers.models.auto.tokenization_auto
-    import transformers.models.gpt_neox.modeling_gpt_neox
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import selfrepair_nn.execution.remote
-    import selfrepair_nn.execution.run
-    import selfrepair_nn.text  # noqa: F401
-
-    torch.set_num_threads(1)
+    for name in IMPORTED:
+        importlib.import_module(name)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
-        else:
-            answer = _fork(request)
-        replies.write(f"{answer}\n")
+        replies.write(f"{_ended(request['wait']) if 'wait' in request else _fork(request)}\n")
+
+
+def _ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 if __name__ == "__main__":

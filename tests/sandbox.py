@@ -29,11 +29,12 @@ START_SECONDS = 180
 class Sandbox(Backend):
     """A runner for the model saved at `path` (with its tokenizer), and that model loaded here, as the server's host.
 
-    `client` is the model as a user far from the server has it: structure only, no weights.
+    `client` is the model as a user far from the server has it: structure only, no weights. `crossed` counts the bytes
+    that the last job moved between its process and the model's, both ways, its code and its result left out.
     """
 
     def __init__(self, model, path: str) -> None:
-        self.model, self.printed = model, []
+        self.model, self.printed, self.crossed = model, [], 0
         model._module.requires_grad_(False)  # as the server does
         self.client = nnsight.TransformersModel(path, task="text-generation", tokenizer=path)
         key = {"repo_id": path, "revision": None, "task": "text-generation", "tokenizer": path}
@@ -55,13 +56,30 @@ class Sandbox(Backend):
         connection = self.runner.connection()
         try:
             connection.send((blob, True, str(dtype), None, {}))
+            self._count(connection)
             data, _ = SandboxDriver(self.model, dtype, on_log=self.printed.append).pump(connection)
         finally:
             connection.close()
+        self.crossed -= len(data)
         found = torch.load(io.BytesIO(data), weights_only=False)
         for value in found.values():
             save(value)
         push(tracer.info.frame, found)
+
+    def _count(self, connection) -> None:
+        """From now on, what goes through the connection."""
+        self.crossed, send, receive = 0, connection.send_raw, connection.recv_raw
+
+        def sending(data):
+            self.crossed += len(data)
+            send(data)
+
+        def receiving(*timeout):
+            data = receive(*timeout)
+            self.crossed += len(data)
+            return data
+
+        connection.send_raw, connection.recv_raw = sending, receiving
 
     def close(self) -> None:
         """Stop the runner."""

@@ -1,4 +1,4 @@
-"""The ledger: every line is on the disk when it is written, and no process killed in the middle of one spoils the rest."""
+"""The ledger: every line is on the disk when it is written, and no process killed within one spoils the rest."""
 
 import os
 
@@ -100,7 +100,7 @@ def test_a_part_is_split_once_and_for_all(path):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(count=st.integers(1, 6), cut=st.integers(0, 400), more=st.integers(0, 3))
 def test_cut_off_anywhere_it_says_what_its_whole_lines_say(tmp_path_factory, count, cut, more):
-    """As after a kill, or a full disk, in the middle of a write; and the next process goes on with a line of its own."""
+    """As after a kill, or a full disk, within a write; and the next process goes on with a line of its own."""
     path = tmp_path_factory.mktemp("ledger") / "x.jsonl"
     ledger = Ledger(path, "run")
     for number in range(count):

@@ -22,8 +22,12 @@ from selfrepair_nn.components import (
     Swap,
     select_heads,
 )
+from selfrepair_nn.execution.experiment import prepare
+from selfrepair_nn.execution.sweep import Sweep, plans
+from selfrepair_nn.execution.traffic import crossing_bytes
 from selfrepair_nn.graph import Graph, OtherHead, Reinforce, Scale, sweep
-from selfrepair_nn.models.load import load
+from selfrepair_nn.models.load import find, load
+from selfrepair_nn.options import Options
 from selfrepair_nn.tracing.jobs import ablation_job, effects_job, logits_job, mean_job
 from selfrepair_nn.tracing.session import run_session
 
@@ -200,3 +204,42 @@ def test_the_runner_has_no_weights_and_none_of_our_code(setting):
 
 def read_a_weight_here(model, arrays, plan, tick):
     return read_a_weight(model, arrays, plan)
+
+
+# ---------------------------------------------------------------- what crosses into it
+
+
+@pytest.fixture(scope="module", params=["tiny-neox", "tiny-llama"])
+def embedded(request):
+    """A sandbox of a model that is large enough for its activations to outweigh everything else, and the model."""
+    from sandbox import Sandbox
+
+    path = find(request.param).location
+    model = load(path, check=False)
+    sandbox = Sandbox(model.nn, path)
+    yield sandbox, model, path
+    sandbox.close()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"layers": "3:5"},
+        {"layers": "3:5", "components": "all"},
+        {"layers": "0", "ablation": "zero"},
+        {"heads": "5.1"},
+    ],
+    ids=lambda choices: " ".join(map(" ".join, choices.items())),
+)
+def test_as_many_bytes_cross_as_a_plan_says(embedded, choices):
+    sandbox, model, path = embedded
+    options = Options(model=path, tokens=512, length=64, batch_size=8, host="http://127.0.0.1:1", **choices)
+    experiment = prepare("heads", options)
+    (unit,) = Sweep(experiment, plans(experiment, model.layout), {}, None).units(experiment.work.units)
+    sandbox.run(unit.job, unit.arrays, unit.plan)
+    expected = crossing_bytes(experiment.work, itemsize=4)
+    tokens = len(unit.plan["cases"]) * experiment.prompts.n * (experiment.prompts.length - 1)
+    print(
+        f"{sandbox.crossed} bytes crossed, {sandbox.crossed / tokens:.0f} a head and token; {expected} planned"
+    )
+    assert abs(sandbox.crossed / expected - 1) < 0.05

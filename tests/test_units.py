@@ -133,11 +133,7 @@ def test_what_is_no_result_is_a_flaw(found):
 
 
 def test_what_follows_from_the_rest_is_not_asked_for():
-    measured = {
-        name: np.ones((1, 1))
-        for name in (
-            "logit target_constant norm_scale direct_effect ablated_direct_effect logit_change from_heads "
-            "from_mlps ablated_norm_scale"
-        ).split()
-    }
+    clean = ("logit", "target_constant", "norm_scale", "direct_effect")
+    ablated = ("ablated_direct_effect", "logit_change", "from_heads", "from_mlps", "ablated_norm_scale")
+    measured = {name: np.ones((1, 1)) for name in (*clean, *ablated)}
     assert complete(measured).keys() - measured.keys() == set(DERIVED)

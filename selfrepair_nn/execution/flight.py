@@ -13,7 +13,7 @@ from selfrepair_nn.remote.ledger import FAILED, FETCHED, GIVEN_UP, SENDING, SENT
 from selfrepair_nn.remote.server import Answer, pause_before
 
 UNKNOWN_SECONDS = 60.0
-"""A job that the server does not know after this long did not arrive, or was forgotten: it is lost."""
+"""A job of which the server has told nothing after this long did not arrive, or is lost."""
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 2.0
 HOPELESS = 3
@@ -23,7 +23,7 @@ SHOWN = 10
 
 
 class Line(Protocol):
-    """A model on a server, as the flight needs it: execution.remote.Line, or a test's stand-in."""
+    """A model on a server, as the flight needs it: execution.remote.ServedModel, or a test's stand-in."""
 
     def pack(self, unit: Unit) -> bytes:
         """The request, ready to be sent."""
@@ -175,7 +175,7 @@ class _Round:
     def _look(self, piece: _Piece) -> bool:
         """Ask about a job; whether there is anything new."""
         answer = self._flight.line.ask(piece.job)
-        silent = self._flight.clock() - piece.heard
+        silent, known = self._flight.clock() - piece.heard, bool(piece.status)
         status = f"{answer.status}: {answer.description}" if answer else ""
         if answer and answer.status == "COMPLETED":
             self._land(piece, answer)
@@ -183,9 +183,12 @@ class _Round:
             self._fail(piece, job_fault(answer.description))
         elif status != piece.status and answer:
             piece.status, piece.heard = status, self._flight.clock()
-        elif silent > (self._flight.patience if answer else min(UNKNOWN_SECONDS, self._flight.patience)):
-            what = f"{status!r} for {silent:.0f} s" if answer else "the server knows no such job"
-            self._fail(piece, Fault("lost", what))
+        elif known and not answer:
+            self._fail(piece, Fault("lost", "the server has forgotten it"))
+        elif answer and silent > self._flight.patience:
+            self._fail(piece, Fault("lost", f"{status!r} for {silent:.0f} s"))
+        elif not answer and silent > min(UNKNOWN_SECONDS, self._flight.patience):
+            self._fail(piece, Fault("unheard"))
         else:
             return False
         return True
@@ -193,7 +196,7 @@ class _Round:
     def _land(self, piece: _Piece, answer: Answer) -> None:
         """Fetch a result, and take it if it is what was asked for."""
         try:
-            fetched = self._flight.line.fetch(answer.result or "")
+            fetched = self._flight.line.fetch(answer.result)
             found, size = fetched if fetched else (None, 0)
             flaw = piece.unit.flaw(found) if fetched else None
         except Fault as fault:
@@ -247,4 +250,6 @@ class _Round:
         others = len(self._wholes) - len({piece.root or piece for piece, _ in self._given_up})
         rest = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         rest += [f"  {others} not tried, or still on the server"] if others else []
-        return "\n".join([f"{len(self._wholes)} units of work are missing:", *lines[:SHOWN], *rest])
+        missing = len(self._wholes)
+        counted = "1 unit of work is missing" if missing == 1 else f"{missing} units of work are missing"
+        return "\n".join([f"{counted}:", *lines[:SHOWN], *rest])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
+from weakref import finalize
 
 import httpx
 from tenacity import (
@@ -19,11 +20,14 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from selfrepair_nn.errors import UsageError
+from selfrepair_nn.options import require_address
 from selfrepair_nn.remote.faults import Fault, refusal
 from selfrepair_nn.remote.secrets import hidden, ndif_key
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+IDLE_SECONDS = 1.0
+"""A connection idle for longer is not used again: servers close it after 2 s, and what is sent just then is lost."""
+
 GREETING_SECONDS, INQUIRY_SECONDS = 10.0, 30.0
 BACKOFF = wait_random_exponential(multiplier=0.25, max=30)
 BETWEEN_JOBS = wait_exponential_jitter(initial=2, max=60, jitter=2)
@@ -32,11 +36,11 @@ NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, ht
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server says of a job: its status, a sentence, and where the result is once it is completed."""
+    """What the server says of a job: its status, a sentence, and the result's address once it is completed."""
 
     status: str
     description: str
-    result: str | None
+    result: str
 
 
 class _Again(Exception):
@@ -59,12 +63,14 @@ class Server:
         from nnsight.schema.config import CONFIG
 
         self.host = (host or CONFIG.API.HOST).rstrip("/")
-        if not self.host.startswith(("http://", "https://")):
-            raise UsageError(f"host {self.host!r} is not an address: write for example http://127.0.0.1:8001")
+        require_address(self.host)
         self.patience, self._notify = patience, notify
         timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-        self._http = httpx.Client(base_url=self.host, timeout=timeout, headers=_headers())
+        limits = httpx.Limits(keepalive_expiry=IDLE_SECONDS)
+        self._http = httpx.Client(base_url=self.host, timeout=timeout, limits=limits, headers=_headers())
         self._plain = httpx.Client(timeout=timeout)  # results lie elsewhere: no key goes there
+        for client in (self._http, self._plain):
+            finalize(self, client.close)
 
     def greet(self) -> None:
         """Find out, within seconds, whether an NDIF server answers at all."""
@@ -78,8 +84,8 @@ class Server:
 
     def environment(self) -> dict[str, str]:
         """Versions there: python, and every package by its import name."""
-        found = self._json("/env")
-        return {"python": found["python_version"].split()[0]} | found["packages"]
+        python, packages = _named(self._json("/env"), "python_version", "packages")
+        return {"python": python.split()[0]} | packages
 
     def send(self, blob: bytes, model_key: str, environment: dict[str, Any], job: str) -> str | None:
         """Submit a serialised request under the id `job`.
@@ -93,22 +99,26 @@ class Server:
             return None
         if answer.status_code != 200:
             raise refusal(answer.status_code, _detail(answer))
-        return _parsed(answer)["id"]
+        return _named(_parsed(answer), "id")[0]
 
     def ask(self, job: str) -> Answer | None:
         """The latest status of a job, or None if the server knows no job of that id (any more, or not yet)."""
         answer = self._patiently(self._get, f"/response/{job}")
         if answer.status_code == 404:
             return None
+        if answer.status_code != 200:
+            raise refusal(answer.status_code, _detail(answer))
         found = _parsed(answer)
-        return Answer(found["status"], found.get("description") or "", found.get("data"))
+        return Answer(*_named(found, "status"), found.get("description") or "", found.get("data") or "")
 
     def fetch(self, address: str) -> tuple[dict[str, Any], int] | None:
         """A result and the bytes that it took, or None if it is not kept there any more."""
+        if not address.startswith(("http://", "https://")):
+            raise Fault("result", f"it lies nowhere: {address!r}")
         answer = self._patiently(self._download, address)
-        return (
-            None if answer.status_code in (403, 404, 410) else (_loaded(answer.content), len(answer.content))
-        )
+        if answer.status_code in (403, 404, 410):
+            return None
+        return _loaded(answer.content), len(answer.content)
 
     def _get(self, path: str) -> httpx.Response:
         return _served(self._http.get(path))
@@ -155,7 +165,7 @@ class Server:
     def _say(self, state: RetryCallState) -> None:
         error = state.outcome.exception()
         said = hidden(str(error)) or type(error).__name__
-        self._notify(f"{self.host} does not answer ({said}); trying again in {state.next_action.sleep:.0f} s")
+        self._notify(f"{self.host} does not answer ({said}); trying again in {state.next_action.sleep:.1f} s")
 
 
 def pause_before(attempt: int) -> float:
@@ -194,6 +204,13 @@ def _parsed(answer: httpx.Response) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Fault("not ndif", f"HTTP {answer.status_code}: {answer.text[:300]}")
     return found
+
+
+def _named(found: dict[str, Any], *names: str) -> list[Any]:
+    """Parts of an answer that an NDIF server always gives."""
+    if missing := [name for name in names if name not in found]:
+        raise Fault("not ndif", f"an answer without {', '.join(missing)}")
+    return [found[name] for name in names]
 
 
 def _loaded(content: bytes) -> dict[str, Any]:

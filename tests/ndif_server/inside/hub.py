@@ -76,7 +76,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         if path == "/ping":
-            self.send_json("pong")
+            self.send_json("here")
         elif m := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/.*)?", path):
             self.send_model(m[1], lambda directory: self.send_json(record(m[1], directory)))
         elif m := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
