@@ -61,7 +61,7 @@ def collected(asked: argparse.Namespace) -> dict[str, Any]:
         if "smollm2" in parts:
             models["smollm2"] = real(str(smollm2()), asked.quick, asked.repeats)
         if "transformerlens" in parts:
-            models["smollm2"] = models.get("smollm2", {}) | through(str(smollm2()), asked.repeats or 3)
+            models["smollm2"] = models.get("smollm2", {}) | through(asked.repeats or 3)
     return found
 
 
@@ -78,13 +78,14 @@ def real(directory: str, quick: bool, repeats: int | None) -> dict[str, Any]:
     return found | footprint(directory, spread, "28:30", sizes)
 
 
-def through(directory: str, repeats: int) -> dict[str, Any]:
+def through(repeats: int) -> dict[str, Any]:
     """The baselines through TransformerLens; their peaks with one head of the first and one of the last layer."""
     if not find_spec("transformer_lens"):
         raise Unavailable(
             "TransformerLens is not here: pip install -r benchmarks/requirements-transformerlens.txt"
         )
     logging.disable(logging.WARNING)
+    directory = str(smollm2())
     found = through_transformerlens(_load(directory), **HOOKED, repeats=repeats)
     peaks = {
         name: child(name, directory, HOOKED["prompts"], heads="0.0,29.8") for name in ("published", "careful")

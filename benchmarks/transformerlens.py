@@ -51,8 +51,8 @@ def published(model, module, tokens, partner, heads, own_results=False):
 
     They are the partners' pass and the ablated pass, once for the cache and once for the logits. Every head's and
     MLP's direct effect is then computed from the ablated cache, under the clean scale. `own_results` lets
-    TransformerLens write every head's output itself (set_use_attn_result, as the paper does); since its version 2.4
-    it does so elementwise, and a matrix product, as in the paper's time, takes a fraction of the time.
+    TransformerLens write every head's output in every pass, as the paper does (set_use_attn_result). It then did so
+    by a matrix product, as is done here on the cached z without it; today it does so elementwise, which is far slower.
 
     Returns logit_change (of the raw logit), own_change, from_heads and from_mlps, each [case, prompt, position].
     """
