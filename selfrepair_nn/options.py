@@ -55,7 +55,7 @@ class Options:
     value_bias: str = option("output", "Where a head's constant part is counted.", VALUE_BIASES)
     freeze: str = option("none", "What keeps its clean value.", FREEZES)
     components: str = option("none", "Store every component's change too; alone: all.", COMPONENTS, "all")
-    share: float = option(0.02, "Share of tokens that 'top' means, by direct effect.")
+    share: float = option(0.02, "Share of tokens that 'top' and 'top-share' mean, by direct effect.")
     select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", SELECTS)
     until_ci: float | None = option(None, "Stop where the mean self-repair on the top share is known to +- this many logits.")
     ci_of: str = option("heads", "What --until-ci asks to be known.", CI_OF)

@@ -1,6 +1,8 @@
 """How many tokens ride in one forward pass, and how many threads compute it: what fits this machine."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from selfrepair_nn.models.architectures import Structure
@@ -52,19 +54,28 @@ def fitting_rows(model: Any, length: int, processes: int = 1) -> int:
     return rows_for(model.structure, itemsize, length, free_memory(model.device) // processes, kind)
 
 
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """Within, torch computes with so many threads; None leaves it as it is."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def fitting_threads(structure: Structure, most: int) -> int:
     """The fewest threads, up to `most`, with which this model's largest product is nearly as fast as it gets here."""
     import torch
 
-    before = torch.get_num_threads()
     left, right = torch.randn(LEAST, structure.d_model), torch.randn(structure.d_model, structure.d_mlp)
-    try:
-        seconds = {}
-        for count in _candidates(most):
-            torch.set_num_threads(count)
+    seconds = {}
+    for count in _candidates(most):
+        with computing_with(count):
             seconds[count] = min(_seconds(left, right) for _ in range(5))
-    finally:
-        torch.set_num_threads(before)
     return fewest(seconds)
 
 

@@ -12,6 +12,8 @@ LARGE = {"flops": 1e17, "units": 1000, "store_bytes": 10 * 2**30}
 def preview(recipe: str = "heads", *, calibrate: bool = False, **choices: Any) -> dict[str, Any]:
     """The plan of a run: store, model, prompts, ablated, units, passes, tokens, flops and store_bytes.
 
+    `less` says that this is the most it can be: with `select` or `until_ci` the run will find out how much it needs.
+
     A remote one also has request_bytes, result_bytes and crossing_bytes (if it is sandboxed). `calibrate` runs two
     small jobs where the run would and adds the estimated hours; only for that are weights loaded or anything sent.
 
@@ -40,6 +42,7 @@ def preview_of(experiment: Experiment) -> dict[str, Any]:
         "prompts": f"{prompts.n} of {prompts.length} tokens from {prompts.source['name']}",
         "ablated": f"{_count(experiment)}, {experiment.ablation} ablation",
         "block": experiment.work.block,
+        "less": experiment.ranked,
         **experiment.work.cost(experiment.precision),
         **moved,
     }
@@ -57,15 +60,16 @@ def _count(experiment: Experiment) -> str:
 
 def preview_text(found: dict[str, Any]) -> str:
     """The same for a person, one line each."""
+    most = "at most " if found["less"] else ""
     lines = {
         "store": found["store"],
         "model": found["model"],
         "prompts": found["prompts"],
         "ablated": found["ablated"],
         "units": f"{found['units']} of {found['block']} prompts",
-        "ablated passes": f"{found['passes']:,}",
-        "tokens": f"{found['tokens']:,} clean, {found['ablated_tokens']:,} ablated",
-        "arithmetic": f"{found['flops'] / 1e12:,.3g} TFLOP",
+        "ablated passes": f"{most}{found['passes']:,}",
+        "tokens": f"{found['tokens']:,} clean, {most}{found['ablated_tokens']:,} ablated",
+        "arithmetic": f"{most}{found['flops'] / 1e12:,.3g} TFLOP",
         "store size": f"{_size(found['store_bytes'])} before compression",
     }
     if "request_bytes" in found:

@@ -24,7 +24,7 @@ from selfrepair_nn.execution.opening import (
     open_or_create,
     require_same_weights,
 )
-from selfrepair_nn.execution.packing import fitting_rows
+from selfrepair_nn.execution.packing import computing_with, fitting_rows
 from selfrepair_nn.execution.preliminaries import loudest
 from selfrepair_nn.execution.preview import large, preview_of, preview_text
 from selfrepair_nn.execution.rounds import rounds
@@ -123,6 +123,7 @@ def _fill(store: Store, experiment: Experiment, bar: tqdm, share: Callable[[], N
     if o.part:
         share()
     with ExitStack() as working:
+        working.enter_context(computing_with(o.threads))
         if o.workers > 1:
             fill = working.enter_context(Workers(experiment, known, bar))
         else:

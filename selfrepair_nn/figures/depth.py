@@ -50,6 +50,17 @@ def draw_noise(axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
         axes.fill_between(depth(heads, True), -floor, floor, **look)
 
 
+def draw_intervals(axes: Axes, found: Mapping[str, xr.Dataset]) -> bool:
+    """The 95% confidence intervals of the layers' mean self-repair, where runs went on until they were narrow."""
+    known = {i: heads for i, heads in enumerate(found.values()) if "layer_half_width" in heads}
+    for index, heads in known.items():
+        means = by_layer(heads, heads.attrs["share"]).top_self_repair
+        width = heads.layer_half_width.where(np.isfinite(heads.layer_half_width))
+        look = {"linestyle": "none", "color": style.colour(index), "capsize": 2.5, "zorder": 3}
+        axes.errorbar(depth(heads, len(found) == 1), means, width, **look)
+    return bool(known)
+
+
 def name_axis(axes: Axes, alone: bool) -> None:
     """What the horizontal axis shows, and zero as a line."""
     axes.axhline(0, color="black", linewidth=0.8, zorder=1.5)

@@ -16,7 +16,7 @@ from selfrepair_nn.figures import plane, style
 
 TAKES = "summary"
 LABELS = 8
-READING = "Dashed: y = \N{MINUS SIGN}x, no repair. Shaded, between it and the x-axis: self-repaired."
+READING = "Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head writes nothing to the logit. Shaded: self-repaired."
 
 
 @style.settings()

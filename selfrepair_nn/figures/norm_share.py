@@ -6,7 +6,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, norm_by_head, percent
+from selfrepair_nn.analysis import SHARE, every_token, norm_by_head, percent
 from selfrepair_nn.figures import depth, style
 
 TAKES = "tokens"
@@ -22,6 +22,8 @@ READING = (
 @style.settings()
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw four panels: the norm's repair, its two parts (Appendix B), its clipped and its unclipped share of DE.
+
+    The last is of all tokens, and left out where only the top share is kept.
 
     `datasets` is a store or a result of `norm_by_head`, a sequence of them, or a mapping from legend to them;
     several are drawn by depth in percent. Raises UsageError as `norm_by_head` does, and if there is nothing to draw.
@@ -44,6 +46,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.set_title(title)
         depth.name_axis(axes, alone)
         axes.set_ylabel("logits" if axes in (whole, parts) else "norm's repair / direct effect")
+    if not all(map(every_token, found.values())):
+        ratio.remove()
     style.heading(figure, found)
     style.legend(figure, whole, found)
     style.caption(figure, [*style.captions(found), *READING])

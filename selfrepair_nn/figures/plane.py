@@ -1,4 +1,4 @@
-"""The plane of direct effect and logit change, in which y = -x is no repair."""
+"""The plane of direct effect and logit change: on y = -x all of the effect is lost, and nothing made up for."""
 
 import numpy as np
 from matplotlib.axes import Axes

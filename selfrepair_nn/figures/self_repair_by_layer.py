@@ -22,8 +22,10 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     depth.name_axis(axes, len(found) == 1)
     depth.draw_heads(axes, found, "top_self_repair", share)
     depth.draw_noise(axes, found)
+    known = depth.draw_intervals(axes, found)
     axes.set_title(style.title_of(found))
     axes.set_ylabel(f"self-repair, mean on top {percent(share)} of tokens (logits)")
     style.legend(figure, axes, found)
-    style.caption(figure, [*style.captions(found), READING])
+    reading = f"{READING} Bars: their 95% confidence intervals." if known else READING
+    style.caption(figure, [*style.captions(found), reading])
     return figure
