@@ -16,10 +16,12 @@ from selfrepair_nn.figures import plane, style
 
 TAKES = "summary"
 LABELS = 8
-READING = "Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head writes nothing to the logit. Shaded: self-repaired."
+READING = (
+    "Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head writes nothing to the logit.",
+    "Shaded, between it and the x-axis: self-repaired.",
+)
 
 
-@style.settings()
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each store, means over all tokens; heads in the wedge are self-repaired (section 2.2).
 
@@ -37,7 +39,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         _draw_panel(axes, heads)
         axes.set_title(text.title(heads) if len(found) == 1 else name)
         _colour_bar(figure, axes, heads)
-    style.caption(figure, [*style.captions(found, top=not all(map(every_token, found.values()))), READING])
+    style.caption(figure, [*style.captions(found, top=not all(map(every_token, found.values()))), *READING])
     figure.draw_without_rendering()
     for axes, heads in zip(panels, found.values(), strict=False):
         _write_names(axes, heads)

@@ -26,6 +26,6 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     axes.set_title(style.title_of(found))
     axes.set_ylabel(f"self-repair, mean on top {percent(share)} of tokens (logits)")
     style.legend(figure, axes, found)
-    reading = f"{READING} Bars: their 95% confidence intervals." if known else READING
-    style.caption(figure, [*style.captions(found), reading])
+    bars = ["Bars: 95% confidence intervals of these means."] if known else []
+    style.caption(figure, [*style.captions(found), READING, *bars])
     return figure
