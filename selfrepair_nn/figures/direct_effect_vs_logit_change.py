@@ -22,6 +22,7 @@ READING = (
 )
 
 
+@style.settings()
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each store, means over all tokens; heads in the wedge are self-repaired (section 2.2).
 
