@@ -10,7 +10,7 @@ demo: env            ## set up, then run the main job offline on an embedded mod
 
 test: env server     ## set up, then pass all tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 server: env          ## what a real NDIF server in the tests needs; without it they are skipped, and say so
 	-$(BIN)/python -m tests.ndif_server install

@@ -13,6 +13,14 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def pytest_collection_modifyitems(items):
+    """Where tests are shared out, a file's stay together, and so do all of a real server: first, they take longest."""
+    served = {item: bool({"server", "ndif"} & set(item.fixturenames)) for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("server" if served[item] else item.path.stem))
+    items.sort(key=lambda item: not served[item])
+
+
 @pytest.fixture(scope="session")
 def wrapped():
     """wrapped(name, **options): a model of `families.build`, as the package takes it; made once, so never change it."""
