@@ -185,7 +185,7 @@ def ablated_pass(model, plan, tokens, clean, probed, riding):
 
 def of_rows(x, prompts, riding, measured=False):
     """What belongs to each row, from x [prompt, position, …]; `measured` leaves out what has no next token."""
-    return x[prompts.to(x.device), : riding["measured"] if measured else riding["length"]]
+    return x[:, : riding["measured" if measured else "length"]].index_select(0, prompts.to(x.device))
 
 
 def _through_heads(model, plan, clean, probed, layer, riding, changes):
