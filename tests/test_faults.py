@@ -132,7 +132,7 @@ def mend(ndif, fault):
         ndif.restart("api")
     else:
         ndif.start(fault)
-    if fault == "redis":  # which the API's dispatcher does not outlive
+    if fault in ("redis", "store"):  # without which the API's dispatcher loses count of its models for good
         ndif.restart("api")
 
 
@@ -248,13 +248,12 @@ def test_what_does_not_heal_by_itself(far, ndif, store, undisturbed, fault):
     assert_whole(far, ndif, store, undisturbed)
 
 
-@pytest.mark.parametrize("fault", ["store", "hanging"])
-def test_a_patient_client_goes_on_when_it_is_mended(far, ndif, store, undisturbed, fault):
+def test_a_patient_client_goes_on_with_the_server(far, ndif, store, undisturbed):
     client = begun(far, ndif, store)
-    with broken(ndif, fault):
+    with broken(ndif, "hanging"):
         time.sleep(3)
     ended = client.wait()
-    report(f"{fault} for 3 s, patient client", ended, store)
+    report("hanging for 3 s, patient client", ended, store)
     assert ended.code == 0, ended.err
     assert_same_numbers(store, undisturbed)
 
