@@ -37,7 +37,7 @@ pytestmark = [
 ]
 MODEL, IMPATIENT = "local/tiny-neox", "local/impatient"
 RUN = ["--layers", "2:6", "--tokens", 1024, "--length", 32, "--batch-size", 2]
-HASTY = ["--patience", 5]
+HASTY = ["--patience", 3]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def ndif(tmp_path_factory):
     whole, broken = find("tiny-neox").location, tmp_path_factory.mktemp("models") / "broken"
     shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("*.safetensors"))
     models = {MODEL: whole, IMPATIENT: whole, "local/late": whole, "local/broken": broken}
-    special = {IMPATIENT: {"execution_timeout_seconds": 1.5}}
+    special = {IMPATIENT: {"execution_timeout_seconds": 1.0}}
     with Ndif(models, deploy=[MODEL, IMPATIENT], special=special) as server:
         yield server
 
@@ -219,10 +219,10 @@ def test_a_part_that_is_killed_and_heals(far, ndif, store, undisturbed, part):
 
 FAULTS = {
     "api": ("does not answer", "FAIL  server"),
-    "redis": ("", "FAIL  cluster"),
-    "store": ("", "answers"),
-    "ray": ("", "FAIL  cluster"),
-    "dispatcher": ("nothing more was heard of the job", "FAIL  cluster"),
+    "redis": ("of the job", "FAIL  cluster"),
+    "store": ("does not answer", "answers"),
+    "ray": ("of the job", "FAIL  cluster"),
+    "dispatcher": ("of the job", "FAIL  cluster"),
     "hanging": ("nothing more was heard of the job", "answers"),
 }
 """What a client and the doctor say while it is broken."""
@@ -230,14 +230,19 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_does_not_heal_by_itself(far, ndif, store, undisturbed, fault):
-    """The client ends, with what is missing and how to go on; when the server is mended it does."""
+    """The client ends, with what is missing and how to go on; when the server is mended it does.
+
+    Where everything is stored already, nobody is asked.
+    """
     said, found = FAULTS[fault]
     client = begun(far, ndif, store, *HASTY)
     with broken(ndif, fault):
         doctor = far.start("doctor", "--host", ndif.url)
+        finished = far.run(*command(ndif, undisturbed))
         ended, looked = client.wait(120), doctor.wait(120)
     report(fault, ended, store)
     print("doctor:", [line for line in looked.out.splitlines() if "FAIL" in line])
+    assert (finished.code, finished.err) == (0, "")
     assert ended.code == 75, ended.err
     assert said in ended.err
     assert "of work are missing" in ended.err
@@ -260,7 +265,7 @@ def test_a_patient_client_goes_on_with_the_server(far, ndif, store, undisturbed)
 
 def test_a_time_limit_splits_the_units_until_they_fit(far, ndif, store, undisturbed):
     """Rounding may differ where fewer heads ride in a pass; nothing else does."""
-    whole = ["--batch-size", 32, "--rows", 512]
+    whole = ["--batch-size", 32, "--rows", 32]
     ended = far.run(*command(ndif, store, *whole, model=IMPATIENT))
     report("time limit", ended, store)
     assert ended.code == 0, ended.err
@@ -272,13 +277,7 @@ def test_a_time_limit_splits_the_units_until_they_fit(far, ndif, store, undistur
         assert np.abs(one.from_heads - other.from_heads).max() <= 1e-4 * scale
 
 
-# ---------------------------------------------------------------- after, and both at once
-
-
-def test_a_server_that_is_gone_when_everything_is_stored(far, ndif, undisturbed):
-    with broken(ndif, "api"):
-        ended = far.run(*command(ndif, undisturbed))
-    assert ended.code == 0, ended.err
+# ---------------------------------------------------------------- both at once
 
 
 def test_client_and_server_killed_at_random_moments(far, ndif, store, undisturbed):
