@@ -23,9 +23,11 @@ from far import Far
 from terminal import assert_same_numbers, resume_command
 
 import selfrepair_nn as sr
-from selfrepair_nn.execution.backends import only
+from selfrepair_nn.execution.backends import backend, only
+from selfrepair_nn.execution.experiment import prepare
 from selfrepair_nn.execution.flight import Flight
 from selfrepair_nn.execution.remote import ServedModel
+from selfrepair_nn.execution.sweep import Sweep, plans
 from selfrepair_nn.execution.units import Unit
 from selfrepair_nn.models.load import describe, load, structure_only
 from selfrepair_nn.remote.ledger import Ledger, ledger_path, lines
@@ -56,20 +58,38 @@ def remotely(far, server, model, out, *choices, key=None, **env):
 
 
 @pytest.fixture(scope="module")
-def here(server, tmp_path_factory):
+def loaded(server):
+    """loaded(model): the same weights in this process."""
+    return cache(lambda name: load(str(server.place.models[f"local/{name}"])))
+
+
+@pytest.fixture(scope="module")
+def here(loaded, tmp_path_factory):
     """here(model, *choices): the path of the store that the same choices give in this process."""
-    models = cache(lambda name: load(str(server.place.models[f"local/{name}"])))
 
     @cache
     def local(name, *choices):
         out = tmp_path_factory.mktemp("here") / "s.zarr"
-        options = {str(k).removeprefix("--"): v for k, v in zip(choices[::2], choices[1::2], strict=True)}
-        model, began = models(name), time.perf_counter()
-        sr.run("heads", model=model, out=out, progress=False, **options)
-        print(f"{name} here: {rate(out, time.perf_counter() - began)}")
+        sr.run("heads", model=loaded(name), out=out, progress=False, **named(choices))
         return out
 
     return local
+
+
+def named(choices):
+    """Options of the command as those of the function."""
+    pairs = zip(choices[::2], choices[1::2], strict=True)
+    return {str(flag).removeprefix("--").replace("-", "_"): value for flag, value in pairs}
+
+
+def job_seconds_here(model, choices):
+    """How long the same ablation jobs take in this process."""
+    experiment = prepare("heads", sr.Options(model=model, **named(choices)))
+    units = Sweep(experiment, plans(experiment, model.layout), {}, None).units(experiment.work.units)
+    began = time.perf_counter()
+    for _ in backend("local", model)(units):
+        pass
+    return time.perf_counter() - began
 
 
 def rate(store, seconds):
@@ -115,7 +135,7 @@ def model(request, server):
 
 
 @pytest.mark.parametrize("components", ["none", "all"])
-def test_a_served_model_fills_the_same_store(far, server, here, tmp_path, key, model, components):
+def test_a_served_model_fills_the_same_store(far, server, here, loaded, tmp_path, key, model, components):
     """Its closure, too, is measured: small, and not zero by construction."""
     choices = [*CHOICES[model], "--components", components]
     began = time.perf_counter()
@@ -124,9 +144,9 @@ def test_a_served_model_fills_the_same_store(far, server, here, tmp_path, key, m
     assert (ended.code, ended.err) == (0, "")
     assert_same(tmp_path / "s.zarr", here(model, *choices))
     found = xr.open_zarr(tmp_path / "s.zarr")
-    print(
-        f"{model} there, its ablations alone: {rate(tmp_path / 's.zarr', job_seconds(tmp_path / 's.zarr'))}"
-    )
+    there = rate(tmp_path / "s.zarr", job_seconds(tmp_path / "s.zarr"))
+    close = rate(tmp_path / "s.zarr", job_seconds_here(loaded(model), choices))
+    print(f"{model} {components}, its ablations alone: there {there}; here {close}")
     assert 0 < np.abs(found.closure).max() <= RELATIVE * float(found.logit.std())
     moved = json.loads(found.attrs["traffic"])
     print(f"{model} {components}, the whole command: {rate(tmp_path / 's.zarr', seconds)}; {moved}")
@@ -146,8 +166,11 @@ def test_identity_changes_nothing_there(far, server, tmp_path, key, model):
     assert found.direct_effect.equals(found.ablated_direct_effect)
 
 
-def test_of_the_top_tokens_only_the_same_comes_back(far, server, here, tmp_path):
-    choices = [*CHOICES[LLAMA], "--components", "top"]
+@pytest.mark.parametrize(
+    "more", [["--components", "top"], ["--select", "top-share"], ["--until-ci", 0.5, "--share", 0.3]], ids=str
+)
+def test_of_the_top_tokens_only_the_same_comes_back(far, server, here, tmp_path, more):
+    choices = [*CHOICES[LLAMA], *more]
     ended = remotely(far, server, LLAMA, tmp_path / "s.zarr", *choices)
     assert ended.code == 0, ended.err
     assert_same(tmp_path / "s.zarr", here(LLAMA, *choices))
