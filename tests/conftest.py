@@ -13,6 +13,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Where tests are shared out, a file's stay together, and so do all of a real server: first, they take longest."""
     served = {item: bool({"server", "ndif"} & set(item.fixturenames)) for item in items}
