@@ -2,15 +2,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test env server bench clean
+.PHONY: demo test test-alone test-served env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
 	$(BIN)/selfrepair run heads --model tiny-neox
 	$(BIN)/selfrepair plot outputs/heads-tiny-neox.zarr
 
-test: env server     ## set up, then pass all tests
+test: env server     ## set up, then pass all tests; those that need a real server run beside the others
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(MAKE) -j2 -k -O test-alone test-served
+
+test-alone test-served: test-%:
+	$(BIN)/python -m pytest -m "$(if $(filter alone,$*),not )served"
 
 server: env          ## what a real NDIF server in the tests needs; without it they are skipped, and say so
 	-$(BIN)/python -m tests.ndif_server install

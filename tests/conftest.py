@@ -15,11 +15,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Where tests are shared out, a file's stay together, and so do all of a real server: first, they take longest."""
-    served = {item: bool({"server", "ndif"} & set(item.fixturenames)) for item in items}
+    """Tests that need a real server are marked, for `pytest -m served`."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("server" if served[item] else item.path.stem))
-    items.sort(key=lambda item: not served[item])
+        if {"server", "ndif"} & set(item.fixturenames):
+            item.add_marker("served")
 
 
 @pytest.fixture(scope="session")
