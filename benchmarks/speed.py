@@ -17,8 +17,8 @@ from benchmarks.parts import Parts
 from selfrepair_nn.equations import complete
 from selfrepair_nn.execution.backends import backend
 from selfrepair_nn.execution.experiment import prepare
+from selfrepair_nn.execution.sweep import Sweep, plans
 from selfrepair_nn.options import Options
-from selfrepair_nn.tracing.jobs import ablation_job
 
 LENGTH = 64
 GEMM = 2048
@@ -61,7 +61,7 @@ class Case:
         return naive(*self.plain)
 
     def suffix(self):
-        return suffix(*self.plain, rows=self.experiment.options.rows)
+        return suffix(*self.plain, rows=self.experiment.work.rows)
 
     @cached_property
     def through_transformerlens(self):
@@ -91,9 +91,9 @@ class Case:
 
     def job(self):
         """The engine alone, unit by unit: no store, no noise floor."""
-        runner, work = backend("local", self.model), self.experiment.work
-        plan = work.graph.plan(self.model.layout) | {"rows": work.rows}
-        found = [runner(ablation_job, self.experiment.arrays(block), plan) for block in work.units]
+        sweep = Sweep(self.experiment, plans(self.experiment, self.model.layout), {}, None)
+        units = sweep.units(self.experiment.work.units)
+        found = [result for _, (result,) in sweep.by_block(backend("local", self.model)(units))]
         axis = {name: value.dim() - 2 for name, value in found[0].items()}
         return {name: torch.cat([f[name] for f in found], axis[name]) for name in axis}
 
