@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import selfrepair_nn as sr
+from benchmarks.fewer import fewer
 from benchmarks.footprint import by_heads, child, footprint
 from benchmarks.speed import measure, through_transformerlens
 from benchmarks.table import table
@@ -26,12 +27,18 @@ from benchmarks.waiting import waiting
 from selfrepair_nn.provenance import machine, now, versions
 from tests.smollm2 import Unavailable, smollm2
 
-PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting")
+PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting", "fewer")
 SIZES = [16, 64, 256]
 QUICK = {"layers": "3,11,18,26", "prompts": 8}
 """Four of SmolLM2's thirty layers, of the mean depth of all, and half the prompts."""
 HOOKED = {"layers": "7,22", "prompts": 8}
 """What TransformerLens gets of SmolLM2, for it takes so long: two layers of the same mean depth."""
+
+FEWER = {
+    "tiny-neox": {"layers": ":", "tokens": 16384, "texts": [16384, 32768, 65536], "goals": [0.1, 0.05]},
+    "smollm2": {"layers": "8,14,20,26,29", "tokens": 16384, "texts": [16384, 65536], "goals": [0.1]},
+}
+"""What is run as a whole and with less: of SmolLM2 a sixth of its layers, from early to last."""
 
 
 def main() -> None:
@@ -62,6 +69,10 @@ def collected(asked: argparse.Namespace) -> dict[str, Any]:
             models["smollm2"] = real(str(smollm2()), asked.quick, asked.repeats)
         if "transformerlens" in parts:
             models["smollm2"] = models.get("smollm2", {}) | through(asked.repeats or 3)
+        if "fewer" in parts:
+            for name, directory in {"tiny-neox": "tiny-neox", "smollm2": str(smollm2())}.items():
+                spared = {"fewer": fewer(_load(directory), **FEWER[name])}
+                models[name] = models.get(name, {}) | spared
     return found
 
 

@@ -21,7 +21,7 @@ class Tally:
     """Sums of a quantity over the top tokens, and numbers of these tokens, by case and cluster: [case, cluster] each.
 
     A mean over tokens is a ratio of two sums over independent clusters; its error is that of the linearised ratio,
-    with Student's quantile for the clusters that hold any token.
+    by the jackknife, with Student's quantile for as many clusters as would say as much if they were alike.
     """
 
     sums: np.ndarray
@@ -44,34 +44,53 @@ class Tally:
             return self.sums.sum(1) / self.counts.sum(1)
 
     @property
+    def clusters(self) -> np.ndarray:
+        """How many clusters of equal size would say as much: [case]."""
+        return _alike(self._shares)
+
+    @property
     def half_width(self) -> np.ndarray:
         """Half-width of the mean's interval: [case], infinite where fewer than CLUSTERS clusters hold a token."""
-        return _half_width(self._influence, self.counts > 0)
+        return _half_width(self._influence, self._shares)
 
     def of_groups(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Means of the cases' means within each group (`groups` [case] from 0), and their half-widths: [group] each.
 
         Cases of a group share clusters, and so their errors: what counts is the sum of their influences.
         """
-        sizes = np.bincount(groups)
-        means, influence = np.zeros(len(sizes)), np.zeros((len(sizes), self.counts.shape[1]))
-        used = np.zeros(influence.shape, bool)
-        np.add.at(means, groups, self.mean)
-        np.add.at(influence, groups, self._influence)
-        np.logical_or.at(used, groups, self.counts > 0)
-        return means / sizes, _half_width(influence / sizes[:, None], used)
+        of_cases = self.mean, self._influence, self._shares
+        means, influence, shares = (_mean_of(values, groups) for values in of_cases)
+        return means, _half_width(influence, shares)
+
+    @property
+    def _shares(self) -> np.ndarray:
+        """Share of each cluster in a case's tokens: [case, cluster]."""
+        return self.counts / np.maximum(self.counts.sum(1, keepdims=True), 1)
 
     @property
     def _influence(self) -> np.ndarray:
-        """What each cluster adds to the error of the mean: [case, cluster]; infinite where one cluster says it all."""
+        """How far each cluster moves the mean: [case, cluster]; infinite where one cluster says it all."""
         n = (self.counts > 0).sum(1, keepdims=True)
-        total = self.counts.sum(1, keepdims=True)
+        others = self.counts.sum(1, keepdims=True) - self.counts
         residual = self.sums - self.counts * np.nan_to_num(self.mean)[:, None]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(n > 1, residual / total * np.sqrt(n / (n - 1)), np.inf)
+            return np.where(n > 1, residual / others * np.sqrt((n - 1) / n), np.inf)
 
 
-def _half_width(influence: np.ndarray, used: np.ndarray) -> np.ndarray:
-    n = used.sum(1)
-    spread = np.sqrt((influence**2).sum(1))
-    return np.where(n >= CLUSTERS, spread * student.ppf((1 + LEVEL) / 2, np.maximum(n, 2) - 1), np.inf)
+def _mean_of(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Mean of the cases in each group: [case, …] to [group, …]."""
+    sizes = np.bincount(groups)
+    found = np.zeros((len(sizes), *values.shape[1:]))
+    np.add.at(found, groups, values)
+    return (found.T / sizes).T
+
+
+def _alike(shares: np.ndarray) -> np.ndarray:
+    total = (shares**2).sum(1)
+    return np.divide(1, total, out=np.zeros_like(total), where=total > 0)
+
+
+def _half_width(influence: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    freedom = np.maximum(_alike(shares), 2) - 1
+    width = np.sqrt((influence**2).sum(1)) * student.ppf((1 + LEVEL) / 2, freedom)
+    return np.where((shares > 0).sum(1) >= CLUSTERS, width, np.inf)

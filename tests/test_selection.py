@@ -8,6 +8,7 @@ import pytest
 import torch
 import xarray as xr
 from scipy.stats import binomtest
+from scipy.stats import t as student
 from terminal import assert_same_numbers, selfrepair
 
 import selfrepair_nn as sr
@@ -15,14 +16,14 @@ from selfrepair_nn import figures
 from selfrepair_nn.analysis import by_head, by_layer, top_share
 from selfrepair_nn.confidence import CLUSTERS, Tally, clusters_of
 from selfrepair_nn.errors import Incomplete, UsageError
-from selfrepair_nn.execution.rounds import schedule
+from selfrepair_nn.execution.rounds import schedule, still_needed
 from selfrepair_nn.execution.units import Unit
 from selfrepair_nn.models.load import wrap
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.rows import passes
 from selfrepair_nn.variables import SWEEP, VARIABLES
 
-SHARE, GOAL = 0.04, 0.5
+SHARE, GOAL, LAYER_GOAL = 0.04, 0.5, 0.2
 FAMILIES = ["neox-parallel", "llama-gqa"]
 
 
@@ -47,6 +48,17 @@ def selected(asked, tmp_path_factory):
 @pytest.fixture(scope="module")
 def estimated(asked, tmp_path_factory):
     return sr.run(out=tmp_path_factory.mktemp("ci") / "s.zarr", until_ci=GOAL, **asked).load()
+
+
+@pytest.fixture(scope="module")
+def of_layers(asked, tmp_path_factory):
+    choices = asked | {"until_ci": LAYER_GOAL, "ci_of": "layers"}
+    return sr.run(out=tmp_path_factory.mktemp("layers") / "s.zarr", **choices).load()
+
+
+@pytest.fixture(scope="module", params=["heads", "layers"])
+def known(request, estimated, of_layers):
+    return {"heads": estimated, "layers": of_layers}[request.param]
 
 
 def swept(ds):
@@ -168,8 +180,8 @@ def test_a_unit_may_lack_what_was_not_wanted_and_nothing_else():
 # ---------------------------------------------------------------- until the answer is known
 
 
-def test_what_was_computed_is_what_a_whole_run_finds(whole, estimated):
-    by_label = estimated.sortby("prompt")
+def test_what_was_computed_is_what_a_whole_run_finds(whole, known):
+    by_label = known.sortby("prompt")
     assert np.array_equal(by_label.prompt, whole.prompt)
     for name in ("token", "partner", "document"):
         assert np.array_equal(by_label[name], whole[name]), name
@@ -187,11 +199,11 @@ def test_prompts_come_in_an_order_of_the_seed(asked, estimated, tmp_path):
     assert not np.array_equal(estimated.prompt, other.prompt)
 
 
-def test_the_estimates_are_the_means_of_what_is_stored(estimated):
-    heads, layers = by_head(estimated, SHARE), by_layer(estimated, SHARE)
-    assert close(heads.top_self_repair, estimated.estimate)
-    assert close(layers.top_self_repair, estimated.layer_estimate)
-    assert np.array_equal(estimated.prompts_used, estimated.done.sum("prompt"))
+def test_the_estimates_are_the_means_of_what_is_stored(known):
+    heads, layers = by_head(known, SHARE), by_layer(known, SHARE)
+    assert close(heads.top_self_repair, known.estimate)
+    assert close(layers.top_self_repair, known.layer_estimate)
+    assert np.array_equal(known.prompts_used, known.done.sum("prompt"))
 
 
 def test_heads_stop_when_they_are_known_or_nothing_is_left(estimated):
@@ -200,14 +212,13 @@ def test_heads_stop_when_they_are_known_or_nothing_is_left(estimated):
     assert len(np.unique(used)) > 1
 
 
-def test_layers_can_be_asked_for(asked, tmp_path):
-    found = sr.run(out=tmp_path / "s.zarr", until_ci=0.3, ci_of="layers", **asked).load()
-    used = found.prompts_used.values
-    assert (used == used[:, :1]).all()
-    narrow = found.layer_half_width.values <= 0.3
-    assert (narrow | (used[:, 0] == found.sizes["prompt"])).all()
+def test_layers_can_be_asked_for(of_layers):
+    used, total = of_layers.prompts_used, of_layers.sizes["prompt"]
+    narrow = of_layers.layer_half_width.values <= LAYER_GOAL
+    assert (narrow | (used == total).all("head").values).all()
     assert narrow.any()
-    assert (found.half_width.values > 0.3).any()
+    assert (of_layers.half_width.values > LAYER_GOAL).any()
+    assert (used.max("head") > used.min("head")).any()
 
 
 def test_half_widths_are_students_of_a_mean_over_clusters():
@@ -215,9 +226,7 @@ def test_half_widths_are_students_of_a_mean_over_clusters():
     values = np.random.default_rng(0).normal(size=30)
     tally = Tally.empty(1, np.arange(30))
     tally.add(values[None, :, None], np.ones((1, 30, 1), bool), np.arange(30))
-    from scipy.stats import t
-
-    low, high = t.interval(0.95, 29, values.mean(), values.std(ddof=1) / np.sqrt(30))
+    low, high = student.interval(0.95, 29, values.mean(), values.std(ddof=1) / np.sqrt(30))
     assert tally.mean[0] == pytest.approx(values.mean())
     assert tally.half_width[0] == pytest.approx((high - low) / 2)
     means, widths = tally.of_groups(np.array([0]))
@@ -251,6 +260,38 @@ def test_clusters_are_documents_if_there_are_enough_of_them():
     assert clusters_of(many).tolist() == np.repeat(np.arange(CLUSTERS), 2).tolist()
 
 
+def test_the_jackknife_is_what_the_mean_moves_by():
+    """Clusters of unequal size: the error by leaving each of them out in turn."""
+    rng = np.random.default_rng(0)
+    counted = np.arange(8) < rng.integers(1, 9, 30)[:, None]
+    values = rng.normal(size=counted.shape)
+    tally = Tally.empty(1, np.arange(30))
+    tally.add(values[None], counted[None], np.arange(30))
+    without = [np.delete(values, i, 0)[np.delete(counted, i, 0)].mean() for i in range(30)]
+    error = np.sqrt(29 / 30 * np.square(np.array(without) - values[counted].mean()).sum())
+    alike = counted.sum() ** 2 / np.square(counted.sum(1)).sum()
+    assert tally.clusters[0] == pytest.approx(alike)
+    assert tally.half_width[0] == pytest.approx(error * student.ppf(0.975, alike - 1))
+
+
+def test_the_cases_that_narrow_a_layer_best_go_on():
+    """Two layers: in the first one head varies much more than the other; the second is known."""
+    rng, n = np.random.default_rng(0), 40
+    values = rng.normal(size=(4, n, 1)) * np.array([1, 5, 0.1, 0.1])[:, None, None]
+    tally = Tally.empty(4, np.arange(n))
+    tally.add(values, np.ones(values.shape, bool), np.arange(n))
+    groups, used, more = np.array([0, 0, 1, 1]), np.full(4, n), np.ones(4, bool)
+    asked = {"goal": 0.1, "groups": groups}
+    assert still_needed(tally, used, more, **asked).tolist() == [False, True, False, False]
+    assert still_needed(tally, used * [1, 26, 1, 1], more, **asked).tolist() == [True, True, False, False]
+    assert still_needed(tally, used, np.array([True, False, True, True]), **asked).tolist() == [
+        True,
+        *[False] * 3,
+    ]
+    assert still_needed(tally, used, more, 0.1).tolist() == [True, True, False, False]
+    assert not still_needed(tally, used, more, 100, groups).any()
+
+
 @pytest.mark.parametrize("goal", [0.3, 0.15])
 def test_intervals_cover_the_truth_as_often_as_they_say(goal):
     """Documents of several prompts, heavy tails, uneven numbers of tokens, stopped as a run stops."""
@@ -277,6 +318,35 @@ def test_intervals_cover_the_truth_as_often_as_they_say(goal):
     assert abs(covered / trials - 0.95) < 0.02
 
 
+def test_intervals_of_layers_cover_the_truth_as_often_as_they_say():
+    """Heads of one layer that share prompts and differ in spread, of which only the most useful go on."""
+    rng, trials, covered, spent = np.random.default_rng(2), 500, 0, []
+    spread, n = np.array([0.3, 0.6, 1.0, 3.0]), 2000
+    common = rng.gamma(2.0, 0.3, n)
+    values = (common + rng.standard_t(5, (4, n)) * spread[:, None])[..., None]
+    sizes = rng.poisson(1.5, (4, n, 1))
+    truth = ((values * sizes).sum((1, 2)) / sizes.sum((1, 2))).mean()
+    steps = [*schedule([slice(i, i + 4) for i in range(0, n, 4)])]
+    for _ in range(trials):
+        order, tally = rng.permutation(n), Tally.empty(4, np.arange(n))
+        taken, used, open_ = np.zeros(4, int), np.zeros(4, int), np.ones(4, bool)
+        while open_.any():
+            for case in np.flatnonzero(open_):
+                blocks = steps[taken[case]]
+                rows, used[case] = order[blocks[0].start : blocks[-1].stop], blocks[-1].stop
+                tally.sums[case, rows] = (values * sizes)[case, rows, 0]
+                tally.counts[case, rows] = sizes[case, rows, 0]
+            taken[open_] += 1
+            open_ = still_needed(tally, used, taken < len(steps), 0.15, np.zeros(4, int))
+        means, widths = tally.of_groups(np.zeros(4, int))
+        covered += abs(means[0] - truth) <= widths[0]
+        spent.append(used)
+    assert (np.diff(np.mean(spent, axis=0)) > 0).all()
+    interval = binomtest(covered, trials).proportion_ci(0.999)
+    assert interval.low < 0.97
+    assert interval.high > 0.93
+
+
 def test_rounds_grow_by_a_share_of_what_was_used():
     units = [slice(i, i + 4) for i in range(0, 200, 4)]
     found = [*schedule(units)]
@@ -287,7 +357,11 @@ def test_rounds_grow_by_a_share_of_what_was_used():
 # ---------------------------------------------------------------- stopped, and refused
 
 
-@pytest.mark.parametrize("choices", [{"select": "top-share"}, {"until_ci": GOAL}], ids=str)
+@pytest.mark.parametrize(
+    "choices",
+    [{"select": "top-share"}, {"until_ci": GOAL}, {"until_ci": LAYER_GOAL, "ci_of": "layers"}],
+    ids=str,
+)
 @pytest.mark.parametrize("writes", [3, 45, 60])
 def test_a_run_that_is_interrupted_ends_with_the_same_numbers(asked, tmp_path, monkeypatch, choices, writes):
     whole, path = tmp_path / "whole.zarr", tmp_path / "s.zarr"
