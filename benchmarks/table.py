@@ -9,13 +9,19 @@ REAL = "smollm2"
 
 def table(found: dict[str, Any]) -> str:
     """The measurements as text. `found` is what `__main__` collected; a cell that misses its goal says so."""
-    hooked = {name: measured.get("transformerlens", {}) for name, measured in found["models"].items()}
-    rows = [["", *hooked, "goal"], *_rows(ROWS, found["models"]), *_rows(THROUGH_TRANSFORMERLENS, hooked)]
+    models = found["models"]
+    hooked, spared = (_part(models, name) for name in ("transformerlens", "fewer"))
+    rows = [["", *models, "goal"], *_rows(ROWS, models)]
+    rows += [*_rows(THROUGH_TRANSFORMERLENS, hooked), *_rows(FEWER, spared)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
     waiting = _waiting(found["waiting"]) if "waiting" in found else []
     return "\n\n".join("\n".join(block) for block in (lines if found["models"] else [], waiting) if block)
+
+
+def _part(models: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
+    return {model: measured.get(name, {}) for model, measured in models.items()}
 
 
 def _rows(wanted: list[tuple], models: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -118,3 +124,36 @@ THROUGH_TRANSFORMERLENS = [
     ("  peak MiB: published", lambda t: t["peak_mib"]["published"], "", None),
     ("  peak MiB: careful", lambda t: t["peak_mib"]["careful"], "", None),
 ]
+
+
+def _saved(name: str) -> Callable:
+    """Head-tokens, and CPU seconds, of a whole run for each of this one."""
+    return lambda f: [f["whole"][what] / f[name][what] for what in ("head_tokens", "cpu")]
+
+
+FEWER = [
+    (
+        "fewer: heads, prompts, tokens in a prompt",
+        lambda f: [f["heads"], f["prompts"], f["length"]],
+        "",
+        None,
+    ),
+    ("  CPU s: whole run", lambda f: f["whole"]["cpu"], "", None),
+    ("  saved by the top share: head-tokens, CPU", _saved("top_share"), "", None),
+    ("    largest difference of a statistic", lambda f: f["top_share"]["differs"], "", None),
+    ("  widest interval of a layer in the whole run: +-", lambda f: f["widest"]["layers"], "", None),
+    ("  saved by layers known to that: head-tokens, CPU", _saved("layers"), "", None),
+    ("    layers that agree, of", lambda f: f["layers"]["agree"], "", None),
+    ("  widest interval of a head in the whole run: +-", lambda f: f["widest"]["heads"], "", None),
+    ("  saved by heads known to that: head-tokens, CPU", _saved("each_head"), "", None),
+    ("    heads that agree, of", lambda f: f["each_head"]["agree"], "", None),
+    ("  tokens of text, growing", lambda f: f["texts"], "", None),
+    (
+        "    head-tokens saved, layers to +-0.1",
+        lambda f: f["grown"]["0.1"]["saved"],
+        ">= 10",
+        lambda x: x[-1] >= 10,
+    ),
+    ("    head-tokens saved, layers to +-0.05", lambda f: f["grown"]["0.05"]["saved"], "", None),
+]
+"""What a whole run may leave out. Agreeing: the whole run's mean lies in the interval."""
