@@ -44,11 +44,6 @@ class Tally:
             return self.sums.sum(1) / self.counts.sum(1)
 
     @property
-    def clusters(self) -> np.ndarray:
-        """How many clusters of equal size would say as much: [case]."""
-        return _alike(self._shares)
-
-    @property
     def half_width(self) -> np.ndarray:
         """Half-width of the mean's interval: [case], infinite where fewer than CLUSTERS clusters hold a token."""
         return _half_width(self._influence, self._shares)

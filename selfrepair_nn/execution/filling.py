@@ -128,18 +128,9 @@ class Filling:
             parts = [experiment.on_grid(found[name]) if swept else found[name] for found in variants]
             varies = experiment.work.axis and VARIABLES[name].ablated
             values[name] = np.stack(parts) if varies else parts[0]
-        done, before = experiment.selected.copy(), store.done[..., block.start]
+        done = experiment.selected.copy()
         done[done] = open_
-        if (before & ~done).any():
-            self._keep_others(block, values, done)
-        store.write_prompts(block, values, done | before)
-
-    def _keep_others(self, block: slice, values: dict[str, np.ndarray], done: np.ndarray) -> None:
-        """Put what other cases than those just `done` have stored of a block into what is about to be written."""
-        for name, value in values.items():
-            if VARIABLES[name].dims[:2] == SWEEP[:2]:
-                new = done.reshape(done.shape + (1,) * (value.ndim - done.ndim))
-                values[name] = np.where(new, value, self._store.read(name, block))
+        store.write_prompts(block, values, done)
 
 
 def _unpack(measured: dict[str, np.ndarray], limits: np.ndarray) -> None:
