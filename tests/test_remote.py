@@ -167,7 +167,9 @@ def test_identity_changes_nothing_there(far, server, tmp_path, key, model):
 
 
 @pytest.mark.parametrize(
-    "more", [["--components", "top"], ["--select", "top-share"], ["--until-ci", 0.5, "--share", 0.3]], ids=str
+    "more",
+    [["--components", "top"], ["--select", "top-share"], ["--until-ci", 0.5, "--share", 0.3, "--length", 8]],
+    ids=str,
 )
 def test_of_the_top_tokens_only_the_same_comes_back(far, server, here, tmp_path, more):
     choices = [*CHOICES[LLAMA], *more]
