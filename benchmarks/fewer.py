@@ -51,6 +51,7 @@ def _run(choices: dict[str, Any], tokens: int, **asked: Any) -> tuple[xr.Dataset
     """The store of a run, and what it took."""
     path = choices["out"] / f"{tokens}{''.join(map(str, asked.values()))}.zarr"
     ds, seconds = cpu(lambda: sr.run("heads", **choices | asked | {"out": path}, tokens=tokens))
+    ds = ds.load()  # its folder is gone when it is looked at
     found = {"head_tokens": head_tokens(ds), "cpu": seconds}
     print(f"  {choices['model'].name}, {tokens} tokens, {asked or 'all'}: {found}", flush=True)
     return ds, found
