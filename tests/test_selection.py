@@ -371,6 +371,7 @@ def test_other_settings_are_another_run(asked, tmp_path):
         (["heads", "--until-ci", "0"], "until_ci must be a number of logits above 0, not 0.0"),
         (["heads", "--until-ci", "nan"], "until_ci must be a number of logits above 0, not nan"),
         (["ablation_kinds", "--until-ci", "0.1"], "single heads under one ablation"),
+        (["ioi", "--until-ci", "0.1"], "single heads under one ablation"),
         (["self_reinforcement", "--select", "top-share"], "leave out --select and --until-ci"),
     ],
 )

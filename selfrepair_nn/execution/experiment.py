@@ -311,7 +311,8 @@ def _require_statistics(options: Options, work: Work) -> None:
         return
     if any(isinstance(graph.replacement, Reinforce) for graph in work.graphs):
         raise UsageError("reinforced heads are read at one position: leave out --select and --until-ci")
-    if options.until_ci is not None and (work.axis or not work.graph.heads_only):
+    single = work.graph.heads_only and work.graph.then is None
+    if options.until_ci is not None and (work.axis or not single):
         raise UsageError(
             "--until-ci estimates the self-repair of single heads under one ablation, as the heads recipe does: "
             "leave it out here"

@@ -69,15 +69,20 @@ def ablation_job(model, arrays, plan, tick=None):
         found.append((riding, *_split(results, riding, arrays, tokens)))
         if tick is not None:
             tick(len(riding["prompts"]))
-    out = gathered(found, *state["norm_scale"].shape, len(cases))
-    out |= {name: state[name] for name in ("logit", "mean_logit", "norm_scale")}
-    out["target_constant"] = probed["constant"]
-    out |= {name: state[name] for name in ("residual_norm", "mlp_direct_effect") if name in state}
-    if plan["record"] == "full":
-        out["component_direct_effect"] = state["component_effects"]
+    out = _of_clean_run(state, probed) | gathered(found, *state["norm_scale"].shape, len(cases))
     if plan["attention"]:
         out["attention"] = _attention(model, plan, tokens, clean, cases)
     return home(out)
+
+
+def _of_clean_run(state, probed):
+    """What the store keeps of the clean run: [prompt, position, …]."""
+    kept = {"target_constant": probed["constant"]}
+    kept |= {name: state[name] for name in ("logit", "mean_logit", "norm_scale")}
+    kept |= {name: state[name] for name in ("residual_norm", "mlp_direct_effect") if name in state}
+    if "component_effects" in state:
+        kept["component_direct_effect"] = state["component_effects"]
+    return kept
 
 
 def effects_job(model, arrays, plan, tick=None):
