@@ -15,7 +15,7 @@ _PLACES = {
     "run": "execution.run:run",
     "preview": "execution.preview:preview",
     "load": "models.load:load",
-    "wrap": "models.load:wrap",
+    "wrap": "models.model:wrap",
     "check": "models.check:check",
     "open_store": "store:open_store",
     "Graph": "graph:Graph",

@@ -264,7 +264,7 @@ def _described(dataset: Any) -> str:
         "target",
         "value_bias",
         "freeze",
-        "weights",
+        "fingerprint",
     )
     lines = [f"{name:<12}{dataset.attrs[name]}" for name in shown if name in dataset.attrs]
     lines.append(f"{'dimensions':<12}" + ", ".join(f"{name} {size}" for name, size in dataset.sizes.items()))

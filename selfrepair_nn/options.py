@@ -1,5 +1,6 @@
 """Every choice a run offers: its name, default and meaning, written once for Python and the command line alike."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,7 +116,7 @@ class Options:
             raise UsageError(
                 "a server shares out the work itself: leave out workers and shard, see --in-flight"
             )
-        if self.workers > 1 and not isinstance(self.model, str):
+        if self.workers > 1 and not isinstance(self.model, str | os.PathLike):
             raise UsageError("workers load the model themselves: give its name or directory")
 
     @property

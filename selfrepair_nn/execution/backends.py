@@ -9,20 +9,21 @@ from tqdm import tqdm
 from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.units import Unit
-from selfrepair_nn.models.load import Model, load_described, structure_only
+from selfrepair_nn.models.load import load_described, structure_only
+from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import BACKENDS, one_of
 
 Backend = Callable[[Iterable[Unit]], Iterator[tuple[Unit, dict[str, Any]]]]
 
 
 def loaded(experiment: Experiment) -> Model:
-    """The model of an experiment: with its weights, or only its structure where they are on a server."""
+    """The model of an experiment, not yet proven; only its structure where the weights are on a server."""
     o = experiment.options
     if o.served:
         return structure_only(experiment.description, experiment.tokenizer)
     if isinstance(o.model, Model):
         return o.model
-    return load_described(experiment.description, experiment.tokenizer, o.dtype, o.device, o.check)
+    return load_described(experiment.description, experiment.tokenizer, o.dtype, o.device, check=False)
 
 
 def backend(name: str, model: Model) -> Backend:
@@ -72,7 +73,7 @@ class _Local:
             if plan.get("rows", 0) <= length:
                 return self._from_halves(unit)
             self._rows = max(length, plan["rows"] // 2)
-            _tell(f"out of memory: going on with {self._rows} tokens in a pass")
+            tell(f"out of memory: going on with {self._rows} tokens in a pass")
 
     def _smaller(self, plan: dict[str, Any]) -> dict[str, Any]:
         return plan if self._rows is None or "rows" not in plan else plan | {"rows": self._rows}
@@ -83,7 +84,7 @@ class _Local:
             raise SelfRepairError(
                 f"{unit.label}: out of memory with one prompt and one case: choose a smaller --length or --dtype"
             )
-        _tell(f"out of memory: {unit.label}, in two halves")
+        tell(f"out of memory: {unit.label}, in two halves")
         return unit.join(*(self._result(half) for half in halves))
 
 
@@ -104,7 +105,8 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """A line for the user, above the progress bar."""
     tqdm.write(f"selfrepair: {text}", file=sys.stderr)
 
 

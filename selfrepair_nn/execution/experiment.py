@@ -13,7 +13,8 @@ from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.packing import ROWS
 from selfrepair_nn.execution.plan import Work, default_block
 from selfrepair_nn.graph import Graph, Reinforce, Variants
-from selfrepair_nn.models.load import AS_SERVED, Description, Model, describe, load_tokenizer
+from selfrepair_nn.models.load import accepted, describe, load_tokenizer
+from selfrepair_nn.models.model import AS_SERVED, Description, Model
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
 from selfrepair_nn.recipe import Recipe, find_recipe
@@ -278,6 +279,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
     """
     found = find_recipe(recipe)
     options = found.resolved(options)
+    options = replace(options, model=accepted(options.model))
     if isinstance(options.model, Model):
         description, tokenizer = options.model.description, options.model.tokenizer
     else:

@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.equations import complete
-from selfrepair_nn.execution.backends import Backend
+from selfrepair_nn.execution.backends import Backend, tell
 from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.preliminaries import direct_effects, means, noise_floor, top_thresholds
+from selfrepair_nn.execution.preliminaries import (
+    direct_effects,
+    follows_length,
+    means,
+    noise_floor,
+    top_thresholds,
+)
 from selfrepair_nn.execution.sweep import Sweep, plans
 from selfrepair_nn.execution.units import PACKED
 from selfrepair_nn.store import Store
@@ -41,7 +47,24 @@ def learn(store: Store, experiment: Experiment, layout: dict[str, Any], runner: 
         limits = _ranked(store, experiment, run_plans[0], runner)
     elif experiment.shared:
         limits = top_thresholds(experiment, direct_effects(experiment, run_plans[0], runner))
-    return Known(constants, limits, _wanted(store, experiment, limits) if experiment.selective else None)
+    if not experiment.selective:
+        return Known(constants, limits, None)
+    wanted = _wanted(store, experiment, limits)
+    if _whole_lengths(store, experiment, layout, runner):
+        wanted = np.where(wanted > 0, experiment.prompts.length, 0)
+    return Known(constants, limits, wanted)
+
+
+def _whole_lengths(store: Store, experiment: Experiment, layout: dict[str, Any], runner: Backend) -> bool:
+    """Whether prompts must not be cut after the last token that is wanted; found out once, and said in the store."""
+    if "pass_lengths" not in store.attributes:
+        whole = follows_length(experiment, layout, store.attributes["dtype"], runner)
+        store.annotate(pass_lengths="whole" if whole else "to the last token wanted")
+        if whole:
+            tell(
+                f"{experiment.description.source.name} depends on the length of a pass: prompts are not cut short"
+            )
+    return store.attributes["pass_lengths"] == "whole"
 
 
 def _ranked(store: Store, experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:

@@ -15,31 +15,39 @@ from selfrepair_nn import provenance
 from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.models.load import Model
+from selfrepair_nn.models.check import TOLERANCE
+from selfrepair_nn.models.identity import differences, fingerprint
+from selfrepair_nn.models.model import Model
 from selfrepair_nn.remote.secrets import hidden
 from selfrepair_nn.store import Store, explained, require_store
 
 
-def open_or_create(experiment: Experiment, command: str) -> Store:
-    """The run's store; StoreError if what is there is another run's, or nothing can be written."""
+def existing(experiment: Experiment) -> Store | None:
+    """The run's store, if there is one; StoreError if what is there is another run's. No weight is loaded for it."""
     path = experiment.path
-    if path.exists():
-        require_store(path)
-        store = Store(path)
-        _require_same_settings(path, json.loads(store.attributes["settings"]), experiment.settings)
-        return store
+    if not path.exists():
+        return None
+    require_store(path)
+    store = Store(path)
+    _require_same_settings(path, json.loads(store.attributes["settings"]), experiment.settings)
+    return store
+
+
+def create(experiment: Experiment, command: str, record: dict[str, Any]) -> Store:
+    """The run's new store, which says whose numbers it will hold; StoreError if nothing can be written."""
     if experiment.options.served:
         from selfrepair_nn.execution.remote import server_of
 
         server_of(experiment.options).greet()
     return Store.create(
-        path,
+        experiment.path,
         experiment.coordinates(),
         experiment.data(),
         dims=experiment.dims,
         prompts_per_chunk=experiment.work.block,
         precision=experiment.precision,
-        attributes=_attributes(experiment, command),
+        attributes=_attributes(experiment, command)
+        | {"identity": record, "fingerprint": fingerprint(record)},
     )
 
 
@@ -58,16 +66,30 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:36] + " …"
 
 
-def require_same_weights(store: Store, model: Model) -> None:
-    """Remember the weights of a store's first run; StoreError if these are others."""
-    known = store.attributes.get("weights")
-    if known is None:
-        store.annotate(weights=model.fingerprint)
-    elif known != model.fingerprint:
+def require_same_model(store: Store, model: Model, record: dict[str, Any]) -> None:
+    """Raise StoreError, naming what differs, unless this is the model that the store was begun with."""
+    path = str(store.path)
+    if "identity" not in store.attributes:
         raise StoreError(
-            f"{str(store.path)!r} was begun with other weights of {model.name!r} (fingerprint {known}, "
-            f"now {model.fingerprint}): choose another --out"
+            f"{path!r} is of an earlier version, which did not record whose numbers it holds: open it with "
+            "selfrepair info or open_store; to compute, choose another --out"
         )
+    differing = differences(json.loads(store.attributes["identity"]), record, TOLERANCE.get(model.dtype, 0))
+    if differing:
+        raise StoreError(
+            f"{path!r} holds the numbers of another model than {model.name!r} is now ({'; '.join(differing)}): "
+            "choose another --out, or give the model that it was begun with"
+        )
+
+
+def changed_versions(store: Store) -> str | None:
+    """What is to be said of packages that are others than when the store was begun; None where all are the same."""
+    before = json.loads(store.attributes["provenance"]).get("versions", {})
+    changed = {name: v for name, v in provenance.versions().items() if before.get(name, v) != v}
+    if not changed:
+        return None
+    said = ", ".join(f"{name} {before[name]} then, {now} now" for name, now in changed.items())
+    return f"{str(store.path)!r} was begun with other versions ({said}): numbers may round otherwise"
 
 
 def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:

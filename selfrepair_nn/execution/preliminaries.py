@@ -10,6 +10,10 @@ from selfrepair_nn.execution.backends import Backend, only
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.units import Unit, ablation_shapes
 from selfrepair_nn.graph import Graph, sweep
+from selfrepair_nn.models.check import TOLERANCE
+
+TRIED = 4
+"""Prompts on which it is tried whether passes depend on their length."""
 
 KEPT = {Head: "z", Mlp: "mlp", Neuron: "hidden"}
 """What the mean replaces of a kind of site."""
@@ -49,6 +53,24 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
     if experiment.grid:
         return floor
     return floor[[experiment.layers.index(min(s.layer for s in case)) for case in experiment.graph.ablate]]
+
+
+def follows_length(experiment: Experiment, layout: dict[str, Any], dtype: str, runner: Backend) -> bool:
+    """Whether a prompt cut short gives other numbers than the same positions of the whole one, beyond rounding.
+
+    Causal attention alone does not see what comes later, but positions may be coded by the length of the pass, as in
+    longrope and dynamic NTK. Tried on the run's first prompts, cut to a half, a quarter … and by one token: whatever
+    length a model changes at, one of these lies below it.
+    """
+    from selfrepair_nn.tracing.jobs import lengths_job
+
+    length = experiment.prompts.length
+    cut = sorted({length >> step for step in range(1, length.bit_length())} | {length - 1} - {0})
+    plan = {"model": layout, "lengths": cut}
+    shapes = {"apart": ("prompt", len(cut))}
+    tried = slice(0, min(TRIED, experiment.prompts.n))
+    unit = Unit("passes of several lengths", lengths_job, tried, plan, experiment.arrays, shapes)
+    return bool((only(runner, unit)["apart"] > TOLERANCE[dtype] / 10).any())
 
 
 def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> dict[str, dict[int, Any]]:

@@ -1,19 +1,17 @@
 """A model on an NDIF server as a backend: its requests, what is asked of it before the first, what is kept of it."""
 
-import sys
 import uuid
 from typing import Any
 
 from nnsight import register
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend as Tracing
-from tqdm import tqdm
 
 from selfrepair_nn.errors import SelfRepairError, one_line
-from selfrepair_nn.execution.backends import only
+from selfrepair_nn.execution.backends import only, tell
 from selfrepair_nn.execution.flight import Flight
 from selfrepair_nn.execution.units import Unit
-from selfrepair_nn.models.load import Model
+from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import Options
 from selfrepair_nn.remote.ledger import Ledger
 from selfrepair_nn.remote.server import Answer, Server
@@ -62,12 +60,7 @@ class _Kept(Tracing):
 
 def server_of(options: Options) -> Server:
     """The server that the options name; what it has to say goes to stderr."""
-    return Server(options.host, options.patience, say)
-
-
-def say(line: str) -> None:
-    """A line for the user, above the progress bar."""
-    tqdm.write(f"selfrepair: {line}", file=sys.stderr)
+    return Server(options.host, options.patience, tell)
 
 
 def model_key(model: Model) -> str:
@@ -105,7 +98,7 @@ def require_ready(served: ServedModel, name: str) -> None:
     served.server.greet()
     state = states(served)
     if state != "running":
-        say(
+        tell(
             f"{name} is {state} at {served.server.host}: the first job waits until it runs, or says why it cannot"
         )
 
@@ -130,7 +123,7 @@ def departing(options: Options, model: Model, ledger: Ledger) -> Flight:
     """The backend for the options' server, which answers. Raises Fault as the server says."""
     served = ServedModel(server_of(options), model)
     require_ready(served, model.name)
-    return Flight(served, ledger, options.in_flight, options.patience, say)
+    return Flight(served, ledger, options.in_flight, options.patience, tell)
 
 
 def connected(options: Options, model: Model, ledger: Ledger) -> tuple[Flight, dict[str, Any]]:

@@ -14,22 +14,26 @@ from tqdm import tqdm
 
 from selfrepair_nn import provenance
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
-from selfrepair_nn.execution.backends import Backend, backend, loaded
+from selfrepair_nn.execution.backends import Backend, backend, loaded, tell
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, finished, learn
 from selfrepair_nn.execution.interruption import interruptible
 from selfrepair_nn.execution.opening import (
     as_stored,
+    changed_versions,
+    create,
+    existing,
     only_writer,
-    open_or_create,
-    require_same_weights,
+    require_same_model,
 )
 from selfrepair_nn.execution.packing import computing_with, fitting_rows
 from selfrepair_nn.execution.preliminaries import loudest
 from selfrepair_nn.execution.preview import large, preview_of, preview_text
 from selfrepair_nn.execution.rounds import rounds
 from selfrepair_nn.execution.workers import Workers
-from selfrepair_nn.models.load import Model
+from selfrepair_nn.models.check import require
+from selfrepair_nn.models.identity import identity
+from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options
 from selfrepair_nn.remote.faults import Fault
 from selfrepair_nn.remote.ledger import Ledger, ledger_path
@@ -66,22 +70,31 @@ def run(
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as lock:
-        if experiment.undecided and not experiment.path.exists():
-            experiment = _decided(experiment)
-        store = open_or_create(experiment, command or _call(recipe, choices))
-        experiment = as_stored(experiment, store)
-        if "finished" not in store.attributes:
-            _run(store, experiment, progress, lock.release)
+        store = existing(experiment)
+        model = loaded(experiment)
+        with evaluating(model):
+            record = identity(model)
+            if store is not None:
+                require_same_model(store, model, record)
+            if store is None or "finished" not in store.attributes:
+                _prove(model, experiment)
+                store = store or _begun(experiment, model, record, command or _call(recipe, choices))
+                _run(store, as_stored(experiment, store), model, progress, lock.release)
     return open_store(experiment.path)
 
 
-def _decided(experiment: Experiment) -> Experiment:
-    """The experiment with the heads that a clean pass finds, and with the model that ran it."""
-    model = loaded(experiment)
-    heads = loudest(experiment, model.layout, _first_runner(experiment, model))
-    o = experiment.options
-    options = o if o.served or o.workers > 1 else replace(o, model=model)
-    return replace(experiment.of(heads), options=options)
+def _prove(model: Model, experiment: Experiment) -> None:
+    """Prove, in the state it is in, a model that is here: whoever loaded it, and whatever was done to it since."""
+    if experiment.options.check and not model.served:
+        require(model, experiment.arrays(slice(0, 1))["tokens"])
+
+
+def _begun(experiment: Experiment, model: Model, record: dict[str, Any], command: str) -> Store:
+    """A new store, for the heads that a clean pass finds where the recipe leaves that to one."""
+    if experiment.undecided:
+        heads = loudest(experiment, model.layout, _first_runner(experiment, model))
+        experiment = experiment.of(heads)
+    return create(experiment, command, record)
 
 
 def _first_runner(experiment: Experiment, model: Model) -> Backend:
@@ -95,10 +108,14 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
     return departing(o, model, Ledger(ledger_path(experiment.path), run))
 
 
-def _run(store: Store, experiment: Experiment, progress: bool | None, share: Callable[[], None]) -> None:
+def _run(
+    store: Store, experiment: Experiment, model: Model, progress: bool | None, share: Callable[[], None]
+) -> None:
+    if told := changed_versions(store):
+        tell(told)
     try:
         with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
-            for _ in _fill(store, experiment, bar, share):
+            for _ in _fill(store, experiment, model, bar, share):
                 stop_if_asked()
     except KeyboardInterrupt:
         raise Incomplete(f"interrupted: {_kept(store, experiment)}; the same command resumes") from None
@@ -110,13 +127,14 @@ def _run(store: Store, experiment: Experiment, progress: bool | None, share: Cal
         Store(store.path).annotate(finished=provenance.now(), **_traffic(store, experiment))
 
 
-def _fill(store: Store, experiment: Experiment, bar: tqdm, share: Callable[[], None]) -> Iterator[slice]:
+def _fill(
+    store: Store, experiment: Experiment, model: Model, bar: tqdm, share: Callable[[], None]
+) -> Iterator[slice]:
     """Everything that is still missing, block by block; gives each when it is stored.
 
     A part of a run calls `share` once all that the parts have in common is known, so that others can begin.
     """
-    model, o = loaded(experiment), experiment.options
-    require_same_weights(store, model)
+    o = experiment.options
     experiment = _packed(store, experiment, model)
     runner = _runner(store, experiment, model)
     known = learn(store, experiment, model.layout, runner)

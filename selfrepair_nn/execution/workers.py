@@ -17,8 +17,9 @@ from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.execution.backends import backend, loaded
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, Known
-from selfrepair_nn.execution.opening import as_stored
+from selfrepair_nn.execution.opening import as_stored, require_same_model
 from selfrepair_nn.execution.packing import fitting_threads
+from selfrepair_nn.models.identity import identity
 from selfrepair_nn.store import Store
 
 
@@ -108,6 +109,7 @@ def _begin(source: str, options: Any, path: Any, known: Known, threads: int, dev
     store = Store(path)
     experiment = as_stored(prepare(source, replace(options, device=device)), store)
     model = loaded(experiment)
+    require_same_model(store, model, identity(model))
     _mine["tokens"] = 0
     _mine["fill"] = Filling(
         store, experiment, known, model.layout, backend(options.backend, model), _count_tokens

@@ -1,72 +1,31 @@
 """Finding and loading a causal language model: embedded, a directory, a GGUF file or a hub name."""
 
-import hashlib
+import os
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
-from selfrepair_nn.models.architectures import Structure, architecture_of, structure_of
+from selfrepair_nn.models.architectures import architecture_of, structure_of
+from selfrepair_nn.models.model import (
+    AS_SERVED,
+    Description,
+    Model,
+    Source,
+    no_tokenizer,
+    wrap,
+)
 
 EMBEDDED = {
     "tiny-neox": "2M parameters, 8 layers x 8 heads, parallel attention and MLP, LayerNorm (Pythia's architecture)",
     "tiny-llama": "2M parameters, 8 layers x 8 heads, grouped queries, RMSNorm (Llama's architecture)",
 }
-AS_SERVED = "as served"
-UNKNOWN_WEIGHTS = "not known: they are on a server"
+RECOMPUTED = re.compile(r"\.(masked_bias|inv_freq|rotary_emb\.(cos|sin)_cached)$")
+"""Buffers that older checkpoints hold and that every model makes anew: attention masks, rotary frequencies."""
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from; `location` is what Hugging Face's loaders take."""
-
-    name: str
-    location: str
-    gguf_file: str | None = None
-    revision: str | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        given = {"gguf_file": self.gguf_file, "revision": self.revision}
-        return {k: v for k, v in given.items() if v is not None}
-
-
-@dataclass(frozen=True)
-class Description:
-    """A model as its configuration tells, no weight loaded. `revision` is the resolved commit of a hub model."""
-
-    source: Source
-    config: Any
-    structure: Structure
-    revision: str | None
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded model: `nn` is the nnsight model that jobs run on, `tokenizer` is None where there is none."""
-
-    description: Description
-    nn: Any
-    tokenizer: Any
-    dtype: str
-    device: str
-    fingerprint: str
-
-    @property
-    def name(self) -> str:
-        return self.description.source.name
-
-    @property
-    def structure(self) -> Structure:
-        return self.description.structure
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """The structure as the plain dict that travels with a job."""
-        return asdict(self.structure)
 
 
 def find(name: str, revision: str | None = None) -> Source:
@@ -157,7 +116,7 @@ def load_described(description: Description, tokenizer: Any, dtype: str, device:
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-    model = wrap(_module(description, dtype, _device(device)), tokenizer, description)
+    model = wrap(_module(description, dtype, _device(device, dtype)).eval(), tokenizer, description)
     if check:
         require(model)
     return model
@@ -183,27 +142,27 @@ def structure_only(description: Description, tokenizer: Any) -> Model:
             source.location,
             revision=source.revision,
             task="text-generation",
-            tokenizer=tokenizer or _no_tokenizer(),
+            tokenizer=tokenizer or no_tokenizer(),
         )
-    return Model(description, nn, tokenizer, AS_SERVED, "server", UNKNOWN_WEIGHTS)
+    return Model(description, nn, tokenizer, AS_SERVED, "server")
 
 
-def wrap(module: Any, tokenizer: Any = None, description: Description | None = None) -> Model:
-    """Use a causal language model that is already loaded; it is put in evaluation mode.
+def accepted(model: Any) -> Any:
+    """What `run` takes as a model: a name or a path as a string; a module, wrapped with its own tokenizer; a Model.
 
     Raises:
-        UnsupportedModel: a family or a configuration that cannot be decomposed exactly.
+        UsageError: something else.
     """
-    from nnsight import TransformersModel
-
-    module.eval()
-    if description is None:
-        name = module.config.name_or_path or type(module).__name__
-        description = Description(Source(name, name), module.config, structure_of(module), None)
-    first = next(module.parameters())
-    nn = TransformersModel(module, tokenizer=tokenizer or _no_tokenizer(), task="text-generation")
-    dtype = str(first.dtype).removeprefix("torch.")
-    return Model(description, nn, tokenizer, dtype, str(first.device), _fingerprint(module))
+    if isinstance(model, str | Model):
+        return model
+    if isinstance(model, os.PathLike):
+        path = Path(model).expanduser()
+        if not path.exists():
+            raise UsageError(f"model directory {str(path)!r} does not exist")
+        return str(path)
+    config = getattr(model, "config", None)
+    source = Source(*[getattr(config, "name_or_path", None) or ""] * 2)
+    return wrap(model, load_tokenizer(source) if source.location else None)
 
 
 def _module(description: Description, dtype: str, device: str) -> Any:
@@ -220,14 +179,23 @@ def _module(description: Description, dtype: str, device: str) -> Any:
             f"the files of model {source.name!r} lack {len(missing)} of its weights (for example {missing[0]}): "
             "they would be random; give the files that belong to its configuration"
         )
+    if unused := sorted(key for key in found["unexpected_keys"] if not RECOMPUTED.search(key)):
+        raise SelfRepairError(
+            f"the files of model {source.name!r} hold {len(unused)} weights that its configuration does not use (for "
+            f"example {', '.join(unused[:3])}): without them it is not the model that was trained. Give the "
+            "configuration that belongs to them; or load it with transformers and hand in the module, if they are "
+            "really not to be used"
+        )
     return module.to(device)
 
 
-def _device(name: str) -> str:
+def _device(name: str, dtype: str) -> str:
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("mps") and dtype == "float64":
+        raise UsageError("a Mac's GPU has no float64: choose --dtype float32, or --device cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -235,26 +203,8 @@ def _device(name: str) -> str:
     return name
 
 
-def _no_tokenizer() -> Any:
-    """nnsight asks for a tokenizer even when only token ids are ever traced."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-
-
-def _fingerprint(module: Any) -> str:
-    """A hash over a sample of every parameter: tells two sets of weights of one shape apart, quickly."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].double().cpu().numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
-
-
 @contextmanager
-def _explained(source: Source):
+def _explained(source: Source) -> Iterator[None]:
     """Turn the loaders' many exceptions into one line with a remedy."""
     try:
         yield

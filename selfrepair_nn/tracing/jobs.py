@@ -1,7 +1,6 @@
 """One pure function per unit of work: tensors and a plan in, the tensors that the store keeps out."""
 
 import torch
-from nnsight import save
 
 from selfrepair_nn.tracing.cases import cases_of, needs, prepare, sources
 from selfrepair_nn.tracing.decompose import (
@@ -12,9 +11,8 @@ from selfrepair_nn.tracing.decompose import (
     query,
 )
 from selfrepair_nn.tracing.passes import ablated_pass, attention_paid, clean_pass, embeddings
-from selfrepair_nn.tracing.places import part, place
 from selfrepair_nn.tracing.probes import probe
-from selfrepair_nn.tracing.readouts import home, norm_scale, per_head, widen
+from selfrepair_nn.tracing.readouts import home, norm_scale, widen
 from selfrepair_nn.tracing.rows import gathered, passes
 
 LARGE = ("component_change", "neuron_change", "neuron_direct_effect")
@@ -105,6 +103,22 @@ def effects_job(model, arrays, plan, tick=None):
     return {"direct_effect": torch.stack(effects).cpu()}
 
 
+def lengths_job(model, arrays, plan, tick=None):
+    """Whether a pass depends on its own length: {"apart": [prompt, length]}, for each of `plan["lengths"]`.
+
+    How far the final residual stream of prompts that are cut short lies from that of the same positions of the whole
+    prompts, as a share of its norm, where that is most.
+    """
+    tokens, last = arrays["tokens"], plan["model"]["n_layers"]
+    whole = widen(clean_pass(model, plan, tokens, {"input": [last]})["input"][last])
+    found = []
+    for length in plan["lengths"]:
+        cut = clean_pass(model, plan, tokens[:, :length], {"input": [last]})["input"][last]
+        same = whole[:, :length]
+        found.append(((widen(cut) - same).norm(dim=-1) / same.norm(dim=-1)).amax(1))
+    return {"apart": torch.stack(found, 1).cpu()}
+
+
 def mean_job(model, arrays, plan, tick=None):
     """Sums over a block's prompts and positions, in float64: {what: {layer: [width]}} for `plan["keep"]`."""
     kept = clean_pass(model, plan, arrays["tokens"], plan["keep"])
@@ -112,24 +126,6 @@ def mean_job(model, arrays, plan, tick=None):
         what: {layer: x.double().sum((0, 1)).cpu() for layer, x in layers.items()}
         for what, layers in kept.items()
     }
-
-
-def logits_job(model, arrays, plan, tick=None):
-    """The model's own logits, by whole forward passes: what every shortcut is checked against.
-
-    Clean, and with the one head `plan["site"]` replaced at the input of its output projection by its partner's z.
-
-    Returns a dict: logits, ablated_logits [prompt, position, vocabulary].
-    """
-    tokens, (layer, head) = arrays["tokens"], plan["site"]
-    partner = clean_pass(model, plan, arrays["partner_tokens"], {"z": [layer]})["z"][layer]
-    with torch.no_grad(), model.trace(tokens, use_cache=False):
-        clean = save(place(model, plan, "unembedding").output)
-    with torch.no_grad(), model.trace(tokens, use_cache=False):
-        z = per_head(part(model, plan, layer, "output_projection").input, plan)
-        z[:, :, head] = per_head(partner, plan)[:, :, head]
-        ablated = save(place(model, plan, "unembedding").output)
-    return {"logits": widen(clean).cpu(), "ablated_logits": widen(ablated).cpu()}
 
 
 def _probed(model, plan, arrays, cases):
