@@ -15,7 +15,7 @@ from selfrepair_nn.models.load import EMBEDDED, describe, find, load, wrap
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_family_passes_the_check(name):
     findings = check(wrap(families.build(name)))
-    assert len(findings) == 4
+    assert len(findings) == 5
     assert all(each.passed for each in findings), findings
 
 
@@ -86,11 +86,6 @@ def test_saved_directory_without_tokenizer(tmp_path):
     assert model.tokenizer is None
     assert model.dtype == "float64"
     assert model.structure.model_type == "opt"
-
-
-def test_fingerprint_tells_weights_apart():
-    one, same, other = (wrap(families.build("gpt2", seed=s)).fingerprint for s in (0, 0, 1))
-    assert one == same != other
 
 
 def test_layout_is_plain_data():

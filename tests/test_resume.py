@@ -261,15 +261,19 @@ def test_a_draft_of_a_killed_creation_is_swept_away(tmp_path, command, monkeypat
 # Finished
 
 
-def test_a_finished_run_returns_at_once_and_needs_no_weights(tmp_path, prompts):
+def test_a_finished_run_computes_nothing_and_looks_whose_numbers_it_holds(tmp_path, prompts, monkeypatch):
     model = saved(tmp_path / "m")
     command = ["run", "heads", "--model", model, "--prompts", prompts, "--out", tmp_path / "s.zarr"]
     first = selfrepair(*command)
     assert first.code == 0, first.err
     before = files(tmp_path / "s.zarr")
-    (model / "model.safetensors").unlink()
+    monkeypatch.setattr("selfrepair_nn.tracing.session.run_session", None)
     second = selfrepair(*command)
     assert (second.code, second.out, second.err) == (0, first.out, first.err)
+    saved(model, seed=1)
+    third = selfrepair(*command)
+    assert (third.code, third.out) == (1, "")
+    assert "another model" in third.err
     assert files(tmp_path / "s.zarr") == before
 
 
@@ -343,7 +347,8 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, prompts, monkey
     saved(model, seed=1)
     ended = selfrepair(*command)
     assert ended.code == 1
-    assert "other weights" in ended.err
+    assert "another model" in ended.err
+    assert "weights: " in ended.err
     assert "--out" in ended.err
     assert files(tmp_path / "s.zarr") == before
     saved(model)

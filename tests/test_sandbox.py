@@ -28,7 +28,7 @@ from selfrepair_nn.execution.traffic import crossing_bytes
 from selfrepair_nn.graph import Graph, OtherHead, Reinforce, Scale, sweep
 from selfrepair_nn.models.load import find, load
 from selfrepair_nn.options import Options
-from selfrepair_nn.tracing.jobs import ablation_job, effects_job, logits_job, mean_job
+from selfrepair_nn.tracing.jobs import ablation_job, effects_job, lengths_job, mean_job
 from selfrepair_nn.tracing.session import run_session
 
 REQUIRED = os.environ.get("SELFREPAIR_REQUIRE_SANDBOX") == "1"
@@ -163,12 +163,12 @@ def test_the_other_jobs_are_the_same_there(setting):
     sandbox, model, arrays = setting
     plan = planned(model)
     assert_same(sandbox.run(effects_job, arrays, plan), run_session(effects_job, model.nn, arrays, plan))
-    plan = {"model": model.layout, "keep": {"z": [0, 2], "mlp": [1], "hidden": [2]}, "site": [1, 0]}
+    plan = {"model": model.layout, "keep": {"z": [0, 2], "mlp": [1], "hidden": [2]}, "lengths": [1, 3]}
     there, here = sandbox.run(mean_job, arrays, plan), run_session(mean_job, model.nn, arrays, plan)
     assert there.keys() == here.keys() == plan["keep"].keys()
     for what in here:
         assert_same(there[what], here[what])
-    assert_same(sandbox.run(logits_job, arrays, plan), run_session(logits_job, model.nn, arrays, plan))
+    assert_same(sandbox.run(lengths_job, arrays, plan), run_session(lengths_job, model.nn, arrays, plan))
 
 
 # ---------------------------------------------------------------- that it really is such a process

@@ -448,3 +448,48 @@ def test_the_command_says_how_well_it_is_known(tmp_path):
         "layer_estimate",
         "threshold",
     } <= VARIABLES.keys() & found.variables.keys()
+
+
+# ---------------------------------------------------------------- passes that depend on their own length
+
+
+def positioned(rope):
+    """A model whose rotary positions are set by `rope`: its passes may depend on how long they are."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 53, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 44, "max_position_embeddings": 64}
+    module = (
+        LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={"rope_theta": 1e4} | rope)).double().eval()
+    )
+    families.randomise(module)
+    return module
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "lengths"),
+    [
+        ({"rope_type": "default"}, "to the last token wanted"),
+        (LONGROPE | {"original_max_position_embeddings": 30}, "whole"),
+        (LONGROPE | {"original_max_position_embeddings": 2}, "whole"),
+        (LONGROPE | {"original_max_position_embeddings": 48}, "to the last token wanted"),
+        ({"rope_type": "yarn", "factor": 4.0}, "to the last token wanted"),
+    ],
+    ids=["default", "just above its limit", "far above its limit", "below its limit", "yarn"],
+)
+def test_prompts_are_cut_short_only_where_that_changes_nothing(tmp_path, capfd, rope, lengths):
+    """The same numbers as a whole run has, on the tokens that are kept."""
+    module = positioned(rope)
+    ids = families.random_ids(module, 12, 32)
+    given = {"model": module, "prompts": ids, "share": 0.05, "progress": False}
+    every = sr.run(out=tmp_path / "all.zarr", **given).load()
+    top = sr.run(out=tmp_path / "top.zarr", select="top-share", **given).load()
+    assert top.attrs["pass_lengths"] == lengths
+    assert ("not cut short" in capfd.readouterr().err) == (lengths == "whole")
+    kept = top.self_repair.notnull()
+    assert 0 < kept.mean() < 0.2
+    for name in ("self_repair", "logit_change", "from_norm"):
+        np.testing.assert_allclose(top[name].values[kept], every[name].values[kept], atol=1e-5)

@@ -197,7 +197,16 @@ def test_a_run_holds_what_the_contract_lists_and_all_its_provenance(tmp_path, mo
     provenance = json.loads(attributes["provenance"])
     assert attributes["command"].startswith("selfrepair_nn.run('heads', model=")
     assert attributes["created"] <= attributes["finished"]
-    assert {"dtype", "backend", "target", "ablation", "value_bias", "freeze", "weights"} < set(attributes)
+    assert {
+        "dtype",
+        "backend",
+        "target",
+        "ablation",
+        "value_bias",
+        "freeze",
+        "identity",
+        "fingerprint",
+    } < set(attributes)
     assert {"torch", "nnsight", "transformers", "zarr", "python"} < set(provenance["versions"])
     assert provenance["prompts"]["sha256"] == json.loads(attributes["settings"])["prompts"]
     assert {"git", "machine", "revision", "seed"} < set(provenance)

@@ -260,15 +260,15 @@ def test_token_zero_is_a_token(measure, wrapped):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("ablation", ["resample", "mean"])
 def test_weights_that_are_not_finite(tmp_path, value, ablation):
-    """One line that says what and where, and nothing marked as done."""
+    """One line that says so, before anything is stored."""
     module = families.build("llama-gqa")
     with torch.no_grad():
         module.model.layers[1].mlp.down_proj.weight[0, 0] = value
     path = tmp_path / "x.zarr"
-    with pytest.raises(SelfRepairError, match=r"prompts 0 to 3: \w+ is not finite: try") as error:
+    with pytest.raises(SelfRepairError, match="not finite") as error:
         sr.run(model=wrap(module), prompts=families.random_ids(module), out=path, ablation=ablation)
     assert "\n" not in str(error.value)
-    assert not sr.open_store(path).done.any()
+    assert not path.exists()
 
 
 def test_a_prompt_that_is_not_finite(tmp_path):
@@ -280,7 +280,7 @@ def test_a_prompt_that_is_not_finite(tmp_path):
     ids[4, 3] = 52
     path = tmp_path / "x.zarr"
     with pytest.raises(SelfRepairError, match="prompts 4 to 5"):
-        sr.run(model=wrap(module), prompts=ids, out=path, ablation="zero", batch_size=2)
+        sr.run(model=wrap(module), prompts=ids, out=path, ablation="zero", batch_size=2, check=False)
     assert sr.open_store(path).done.all(("layer", "head")).values.tolist() == [True] * 4 + [False] * 2
 
 

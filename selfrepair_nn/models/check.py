@@ -35,59 +35,72 @@ class Finding:
 def check(model, tokens=None) -> list[Finding]:
     """Measure what must hold for a model to be decomposed exactly, in the state it is in.
 
-    - the direct effects of all components and the constant add up to the logit that the model returns
-    - replacing a head by itself changes nothing
-    - an ablation that starts at its own layer changes that logit as a whole forward pass does, for a head of each layer
+    On a few short random prompts:
+
+    - the direct effects of all components and the constant add up to the logits that the model returns
+    - an ablation that starts at its own layer changes these as a whole pass does, for a head of each layer
     - the parts of the self-repair add up
-    - and, of `tokens` [prompt, position], a run's own: their logits are those that the model returns
+
+    and on `tokens` [prompt, position], a run's own, at their full length (the random ones again, if None):
+
+    - a pass gives the logits that the model returns
+    - replacing a head by itself changes nothing
     """
     with evaluating(model):
-        errors, spread = _errors(model, tokens)
-    limit = TOLERANCE[model.dtype]
+        logits, errors = _on_random_tokens(model)
+        errors |= _on_whole_prompts(model, drawn_tokens(model) if tokens is None else tokens)
+    spread, limit = _spread(logits), TOLERANCE[model.dtype]
     return [Finding(name, _worst(error) / spread, limit) for name, error in errors.items()]
 
 
-def _errors(model, tokens):
-    """What each property leaves over, and the spread of the logits."""
+def _on_random_tokens(model):
+    """The model's logits of a few random tokens, and what each property leaves over there."""
     import torch
 
-    drawn = drawn_tokens(model)
-    n_layers, n_heads = model.structure.n_layers, model.structure.n_heads
-    heads = tuple(Head(layer, layer % n_heads) for layer in range(n_layers))
-    logits = own_logits(model, drawn)
-    spread = _spread(logits)
-    ablated = _ablate(model, drawn, heads, "resample")
-    same = _ablate(model, drawn, (heads[0], heads[n_layers // 2], heads[-1]), "identity")
-    changes = torch.stack(list(whole_passes(model, drawn, heads))) - logits
-    summed = ablated["component_direct_effect"].sum(-1) + ablated["target_constant"] + ablated["mean_logit"]
-    errors = {
+    tokens = drawn_tokens(model)
+    heads = [Head(layer, layer % model.structure.n_heads) for layer in range(model.structure.n_layers)]
+    logits = own_logits(model, tokens)
+    found = _ablate(model, tokens, heads, "resample", "full")
+    changes = torch.stack(list(whole_passes(model, tokens, heads))) - logits
+    summed = found["component_direct_effect"].sum(-1) + found["target_constant"] + found["mean_logit"]
+    return logits, {
         "components add up to the logit": summed - logits,
-        "replacing a head by itself changes nothing": same["logit_change"],
-        "an ablation from its own layer on equals the whole pass": ablated["logit_change"]
-        + ablated["mean_logit_change"]
-        - changes,
-        "the parts of self-repair add up": _closure(ablated),
+        "an ablation from its own layer on equals the whole pass": _raw_change(found) - changes,
+        "the parts of self-repair add up": _closure(found),
     }
-    if tokens is not None:
-        last = min(tokens.shape[1] - 1, max(1, LOGITS // (len(tokens) * model.structure.vocab_size)))
-        ours = _ablate(model, tokens, heads[-1:], "identity", record="sums")
-        errors["the run's own logits"] = (ours["logit"] + ours["mean_logit"])[:, -last:] - own_logits(
-            model, tokens, last
-        )
-    return errors, spread
+
+
+def _on_whole_prompts(model, tokens):
+    """What is left over where heads of the first, the middle and the last layer are replaced by themselves."""
+    last = min(tokens.shape[1] - 1, max(1, LOGITS // (len(tokens) * model.structure.vocab_size)))
+    layers = sorted({0, model.structure.n_layers // 2, model.structure.n_layers - 1})
+    found = _ablate(model, tokens, [Head(layer, 0) for layer in layers], "identity", "sums")
+    logits = (found["logit"] + found["mean_logit"])[:, -last:]
+    return {
+        "a pass gives the logits that the model returns": logits - own_logits(model, tokens, last),
+        "replacing a head by itself changes nothing": _raw_change(found),
+    }
 
 
 def require(model, tokens=None) -> None:
     """Raise UnsupportedModel, naming what fails, unless every finding of `check` passes."""
     failed = [f for f in check(model, tokens) if not f.passed]
-    if failed:
-        what = "; ".join(
-            f"{f.name}: off by {f.error:.2g} of the logits' spread (limit {f.limit:g})" for f in failed
-        )
-        raise UnsupportedModel(
-            f"{model.name!r} is of a supported family but cannot be decomposed exactly: {what}.{_suspects(model)} "
-            "See all findings with `selfrepair check`; --skip-check runs it all the same"
-        )
+    if not failed:
+        return
+    what = "; ".join(f"{f.name}: {_off(f.error)} (limit {f.limit:g})" for f in failed)
+    raise UnsupportedModel(
+        f"{model.name!r} is of a supported family but cannot be decomposed exactly: {what}.{_suspects(model)} "
+        "See all findings with `selfrepair check`; --skip-check runs it all the same"
+    )
+
+
+def _off(error: float) -> str:
+    return f"off by {error:.2g} of the logits' spread" if error < float("inf") else "logits are not finite"
+
+
+def _raw_change(found):
+    """Change of the logits as they are returned, of which the target's may be a difference from the mean."""
+    return found["logit_change"] + found["mean_logit_change"]
 
 
 def _spread(logits) -> float:
@@ -99,7 +112,7 @@ def _arrays(tokens):
     return {"tokens": tokens, "partner_tokens": tokens.roll(1, 0)}
 
 
-def _ablate(model, tokens, heads, replacement, record="full"):
+def _ablate(model, tokens, heads, replacement, record):
     from selfrepair_nn.tracing.jobs import ablation_job
     from selfrepair_nn.tracing.session import run_session
 

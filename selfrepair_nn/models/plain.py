@@ -6,9 +6,9 @@ from typing import Any
 
 from selfrepair_nn.tracing.places import at
 
-PROMPTS, LENGTH = 3, 8
-LOGITS = 2**25
-"""How many logits a pass may return: with a large vocabulary the ablations of fewer layers share one."""
+PROMPTS, LENGTH = 2, 7
+TOKENS, LOGITS = 2048, 2**25
+"""How many tokens a pass may have, and how many logits return: the ablations of so many layers share one."""
 
 
 def own_logits(model, tokens, last=None):
@@ -46,7 +46,8 @@ def drawn_tokens(model):
 
 def whole_passes(model, tokens, heads) -> Iterator[Any]:
     """The next tokens' logits with each head in turn replaced by that of the prompt before: [prompt, position] each."""
-    count = max(1, LOGITS // (tokens.numel() * model.structure.vocab_size))
+    most = min(TOKENS, LOGITS // model.structure.vocab_size)
+    count = max(1, most // tokens.numel())
     own = {}
     with ExitStack() as hooks:
         for layer in {head.layer for head in heads}:
