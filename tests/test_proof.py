@@ -277,6 +277,16 @@ def test_models_in_every_form(run, module, tmp_path):
         np.testing.assert_allclose(found.self_repair, known.self_repair, atol=1e-6)
 
 
+def test_an_nnsight_model_with_edits_is_refused(module):
+    import nnsight
+
+    model = nnsight.NNsight(module)
+    with model.edit(inplace=True):
+        model.model.layers[0].mlp.output[:] = 0
+    with pytest.raises(UsageError, match="clear_edits"):
+        sr.wrap(model)
+
+
 def test_a_module_brings_the_tokenizer_of_its_name(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -89,7 +89,7 @@ def changed_versions(store: Store) -> str | None:
     if not changed:
         return None
     said = ", ".join(f"{name} {before[name]} then, {now} now" for name, now in changed.items())
-    return f"{str(store.path)!r} was begun with other versions ({said}): numbers may round otherwise"
+    return f"{str(store.path)!r} was made with other versions ({said}): numbers may round otherwise"
 
 
 def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def run(
             record = identity(model)
             if store is not None:
                 require_same_model(store, model, record)
+                if told := changed_versions(store):
+                    tell(told)
             if store is None or "finished" not in store.attributes:
                 _prove(model, experiment)
                 store = store or _begun(experiment, model, record, command or _call(recipe, choices))
@@ -111,8 +113,6 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
 def _run(
     store: Store, experiment: Experiment, model: Model, progress: bool | None, share: Callable[[], None]
 ) -> None:
-    if told := changed_versions(store):
-        tell(told)
     try:
         with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
             for _ in _fill(store, experiment, model, bar, share):

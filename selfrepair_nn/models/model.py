@@ -129,6 +129,11 @@ def _out_of_nnsight(module: Any, tokenizer: Any) -> tuple[Any, Any]:
     from torch import nn
 
     if isinstance(module, Envoy):
+        if getattr(module, "_edits", None):
+            raise UsageError(
+                "this nnsight model carries edits, which would be left out: clear them with clear_edits(), or build "
+                "what they do into the module"
+            )
         if getattr(module, "dispatched", True) is False:
             module.dispatch()
         tokenizer = tokenizer or getattr(module, "tokenizer", None)
