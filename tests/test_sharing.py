@@ -246,8 +246,8 @@ ERRORS = [
     [
         (60, "going on with 56 tokens in a pass", {}),
         (60, "going on with 56 tokens in a pass", {"ablation": "mean"}),
-        (10, "in two halves", {}),
-        (10, "in two halves", {"select": "top-share"}),
+        (14, "in two halves", {}),
+        (14, "in two halves", {"select": "top-share"}),
     ],
 )
 def test_what_does_not_fit_is_done_in_smaller_pieces(tmp_path, capfd, error, room, said, more):
@@ -264,15 +264,15 @@ def test_what_does_not_fit_is_done_in_smaller_pieces(tmp_path, capfd, error, roo
         assert np.allclose(one[name], other[name], atol=1e-9, equal_nan=True), name
 
 
-def test_what_can_never_fit(tmp_path):
+@pytest.mark.parametrize(("room", "said"), [(3, "looking at the model"), (15, "a smaller --length")])
+def test_what_can_never_fit(tmp_path, room, said):
     module = families.build("llama-gqa")
-    ids = families.random_ids(module, 4)
-    choices = {"model": wrap(module), "prompts": ids, "out": tmp_path / "s.zarr", "check": False}
+    choices = {"prompts": families.random_ids(module, 4, 16), "out": tmp_path / "s.zarr", "check": False}
     with (
-        little_memory(module.model, 3, ERRORS[0]),
-        pytest.raises(SelfRepairError, match="a smaller --length"),
+        little_memory(module.model, room, ERRORS[0]),
+        pytest.raises(SelfRepairError, match=f"out of memory.*{said}"),
     ):
-        sr.run(**choices)
+        sr.run(model=wrap(module), **choices)
 
 
 def test_other_errors_are_not_called_out_of_memory():

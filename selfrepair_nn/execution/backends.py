@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -93,6 +94,19 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def with_enough_memory(doing: str) -> Iterator[None]:
+    """Within, memory that is short is told in one line: SelfRepairError, where nothing smaller could be done."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise SelfRepairError(
+            f"out of memory {doing}: choose another --device, a smaller --dtype or a smaller model"
+        ) from error
 
 
 def _free_memory() -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from selfrepair_nn import provenance
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
-from selfrepair_nn.execution.backends import Backend, backend, loaded, tell
+from selfrepair_nn.execution.backends import Backend, backend, loaded, tell, with_enough_memory
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, finished, learn
 from selfrepair_nn.execution.interruption import interruptible
@@ -71,9 +71,11 @@ def run(
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as lock:
         store = existing(experiment)
-        model = loaded(experiment)
+        with with_enough_memory("loading the model"):
+            model = loaded(experiment)
         with evaluating(model):
-            record = identity(model)
+            with with_enough_memory("looking at the model"):
+                record = identity(model)
             if store is not None:
                 require_same_model(store, model, record)
                 if told := changed_versions(store):
@@ -88,7 +90,8 @@ def run(
 def _prove(model: Model, experiment: Experiment) -> None:
     """Prove, in the state it is in, a model that is here: whoever loaded it, and whatever was done to it since."""
     if experiment.options.check and not model.served:
-        require(model, experiment.arrays(slice(0, 1))["tokens"])
+        with with_enough_memory("proving the model"):
+            require(model, experiment.arrays(slice(0, 1))["tokens"])
 
 
 def _begun(experiment: Experiment, model: Model, record: dict[str, Any], command: str) -> Store:
