@@ -68,6 +68,7 @@ def simulate_heads(
     values |= {
         "selected": np.ones((n_layers, n_heads), bool),
         "done": np.ones((n_layers, n_heads, n_prompts), bool),
+        "counted": np.ones((n_prompts, n_positions), bool),
         "noise_floor": noise * np.linspace(1, 0.4, n_layers),
     }
     if components:

@@ -6,6 +6,8 @@ import numpy as np
 
 TOKEN = ("prompt", "position")
 SWEEP = ("layer", "head", "prompt", "position")
+SHARE = 0.02
+"""The paper's top share."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ _ALL = (
     # bookkeeping
     Variable("selected", ("layer", "head"), "1", "selected", "Whether this head is part of the run.", "bool"),
     Variable("done", ("layer", "head", "prompt"), "1", "done", "Whether this head's values on this prompt are computed and stored.", "bool"),
+    Variable("counted", TOKEN, "1", "counted", "Whether this token is asked about: every statistic is over these tokens alone.", "bool"),
     # the clean run
     Variable("logit", TOKEN, "logit", "target logit", "Logit of the target in the clean run, under the run's target convention."),
     Variable("mean_logit", TOKEN, "logit", "mean logit", "Mean over the vocabulary of the clean run's logits: raw logit = centred logit + mean logit."),
@@ -100,7 +103,7 @@ _ALL = (
     Variable("closure", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
     Variable("noise_floor", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
     # where only the top share is ablated, or only as much as an answer needs
-    Variable("threshold", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all prompts of the run, of which direct_effect then holds every token."),
+    Variable("threshold", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all counted tokens of the run, of which direct_effect then holds every one."),
     Variable("estimate", SWEEP[:2], "logit", "estimated self-repair", "Mean self-repair on the head's top share, from the prompts done when the head was finished."),
     Variable("half_width", SWEEP[:2], "logit", "half-width of its interval", "Half the width of the 95% confidence interval of that mean, documents (or prompts, where there are few documents) taken as independent."),
     Variable("prompts_used", SWEEP[:2], "1", "prompts used", "Number of prompts that the estimate is from.", "int"),
@@ -149,6 +152,15 @@ NEURON = (
     "neuron_direct_effect",
     "neuron_change",
 )
+
+
+def usual_share(all_count: bool) -> float:
+    """The share of tokens, by direct effect, that is looked at where none is asked for.
+
+    Where every token counts alike it is each head's top 2%, the paper's choice of those on which the head matters. Where
+    the prompts say which tokens count that choice is made, and it is all of these.
+    """
+    return SHARE if all_count else 1.0
 
 
 def variable(name: str) -> Variable:

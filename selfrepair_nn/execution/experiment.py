@@ -26,6 +26,7 @@ from selfrepair_nn.variables import (
     RANKS,
     SWEPT,
     Variable,
+    usual_share,
 )
 
 
@@ -122,7 +123,7 @@ class Experiment:
             "value_bias": self.graph.value_bias,
             "freeze": o.freeze,
             "components": o.components,
-            "share": o.share if self.shared or self.ranked else None,
+            "share": self.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if "mean" in kinds else None,
             "seed": o.seed if self.reinforces else None,
             "select": "top-share" if self.selective else None,
@@ -141,6 +142,23 @@ class Experiment:
         )
 
     @property
+    def share(self) -> float:
+        """The share of each head's tokens that is meant where only the top ones are ablated, kept or averaged."""
+        return usual_share(self.prompts.all_count) if self.options.share is None else self.options.share
+
+    @property
+    def counted(self) -> np.ndarray:
+        """Which tokens count: bool [prompt, position]; of prompts on which heads are reinforced the edited one."""
+        if not self.reinforces:
+            return self.prompts.counts
+        edited = np.arange(self.prompts.length - 1) == self.edited_position[:, None]
+        return edited & self.prompts.counts
+
+    def top(self, effects: np.ndarray, limits: np.ndarray, block: slice) -> np.ndarray:
+        """Which tokens that count reach each case's limit: bool [case, prompt, position] of a block's effects."""
+        return (effects >= limits[:, None, None]) & self.counted[block]
+
+    @property
     def selective(self) -> bool:
         """Whether only each head's top share of tokens is ablated and kept."""
         return self.options.selects == "top-share"
@@ -152,9 +170,11 @@ class Experiment:
 
     @property
     def edited_position(self) -> np.ndarray:
-        """A position for each prompt, drawn evenly from a seed: where a head is reinforced."""
-        generator = np.random.default_rng(self.options.seed)
-        return generator.integers(0, self.prompts.length - 1, self.prompts.n)
+        """A counted position for each prompt, drawn evenly from a seed: where a head is reinforced."""
+        counts = self.prompts.counts
+        drawn = np.random.default_rng(self.options.seed).integers(0, np.maximum(counts.sum(1), 1))
+        counted_first = np.argsort(~counts, axis=1, kind="stable")
+        return counted_first[np.arange(self.prompts.n), drawn]
 
     def dims(self, spec: Variable) -> tuple[str, ...]:
         """The dimensions of a variable in this run's store."""
@@ -222,7 +242,7 @@ class Experiment:
         if self.options.until_ci is not None:
             names += ESTIMATE
             names += LAYER_ESTIMATE if self.grid else ()
-        return {"selected": self.selected} | dict.fromkeys(names)
+        return {"selected": self.selected, "counted": self.counted} | dict.fromkeys(names)
 
     @property
     def _head_indices(self) -> list[int]:
