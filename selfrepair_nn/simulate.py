@@ -68,7 +68,6 @@ def simulate_heads(
     values |= {
         "selected": np.ones((n_layers, n_heads), bool),
         "done": np.ones((n_layers, n_heads, n_prompts), bool),
-        "counted": np.ones((n_prompts, n_positions), bool),
         "noise_floor": noise * np.linspace(1, 0.4, n_layers),
     }
     if components:
@@ -115,6 +114,7 @@ def _coordinates(rng: Random, sizes: dict[str, int], ablation: str) -> Arrays:
         "target": ids[:, 1:],
         "token_text": text[:, :-1],
         "target_text": text[:, 1:],
+        "counted": np.ones((n_prompts, n_positions), bool),
         "document": np.cumsum(rng.random(n_prompts) < 0.6),
         "partner": partner,
         "ablation": np.array(ablation, dtype=object),

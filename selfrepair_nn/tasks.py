@@ -134,9 +134,7 @@ def repeated_prompts(
     begins = np.full((count, 0 if first is None else 1), first or 0)
     tokens = np.concatenate([begins, halves, halves], axis=1)
     source = {"kind": "task", "name": "repeated", "seed": seed, "bos_id": first, "period": period}
-    source |= {
-        "criterion": {"says": "gives the repeated tokens a higher logit the second time", "back": period}
-    }
+    source |= {"criterion": {"says": "favours the repeated tokens", "back": period}}
     counted = _from(tokens.shape[1] - period, count, tokens.shape[1] - 1)
     return Prompts(tokens, np.arange(count), source, counted=counted)
 
@@ -165,7 +163,7 @@ def edited_prompts(prompts: Prompts, tokenizer: Any, old: str, new: str) -> Prom
         )
     edit = {"old": old, "new": new, "old_id": before, "new_id": after}
     edit |= {"exchanged": int(here[rows].sum()), "rows_dropped": int((~rows).sum())}
-    criterion = {"says": "gives the next tokens of the text more than the mean logit"}
+    criterion = {"says": "predicts the text"}
     twin = np.where(here, after, prompts.tokens)
     edited = replace(prompts, twin=twin, counted=counted).taken(rows)
     return replace(edited, source=prompts.source | {"edit": edit, "criterion": criterion})

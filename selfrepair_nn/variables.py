@@ -62,6 +62,7 @@ _ALL = (
     Variable("target", TOKEN, "1", "target token id", "Next token of the text: the one whose logit is measured.", "int"),
     Variable("token_text", TOKEN, "1", "token", "The token at this position, as text.", "string"),
     Variable("target_text", TOKEN, "1", "target token", "The target token, as text.", "string"),
+    Variable("counted", TOKEN, "1", "counted", "Whether this token is asked about: every statistic is over these tokens alone.", "bool"),
     Variable("document", ("prompt",), "1", "document", "Index of the document in which the prompt starts.", "int"),
     Variable("partner", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
     Variable("ablation", (), "1", "ablation", "What the ablated site's activations were replaced by.", "string"),
@@ -82,7 +83,6 @@ _ALL = (
     # bookkeeping
     Variable("selected", ("layer", "head"), "1", "selected", "Whether this head is part of the run.", "bool"),
     Variable("done", ("layer", "head", "prompt"), "1", "done", "Whether this head's values on this prompt are computed and stored.", "bool"),
-    Variable("counted", TOKEN, "1", "counted", "Whether this token is asked about: every statistic is over these tokens alone.", "bool"),
     # the clean run
     Variable("logit", TOKEN, "logit", "target logit", "Logit of the target in the clean run, under the run's target convention."),
     Variable("mean_logit", TOKEN, "logit", "mean logit", "Mean over the vocabulary of the clean run's logits: raw logit = centred logit + mean logit."),

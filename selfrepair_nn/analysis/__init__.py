@@ -30,6 +30,7 @@ from selfrepair_nn.analysis.summaries import (
     most_repaired,
     only,
     percent,
+    throughout,
     top_share,
 )
 from selfrepair_nn.analysis.task import does_task
@@ -74,6 +75,7 @@ __all__ = [
     "scale_by_head",
     "strongest_repairs",
     "strongest_responses",
+    "throughout",
     "token_noise",
     "token_variants",
     "top_share",

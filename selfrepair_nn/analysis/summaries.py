@@ -254,6 +254,12 @@ def among(share: float) -> str:
     return f"top {percent(share)} of tokens" if share < 1 else "tokens that count"
 
 
+def throughout(*summaries: xr.Dataset) -> str:
+    """What their statistics without a top share are over."""
+    all_count = all(heads.attrs.get("counted_share", 1) == 1 for heads in summaries)
+    return "all tokens" if all_count else "tokens that count"
+
+
 def share_of(ds: xr.Dataset, share: float | None) -> float:
     """The share that is asked for, or `usual_share` of a store or a summary. UsageError if it is not in (0, 1]."""
     if share is None:

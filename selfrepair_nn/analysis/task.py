@@ -49,11 +49,11 @@ def verdict(ds: xr.Dataset) -> dict[str, str]:
         return {}
     found = does_task(ds)
     right, asked = int(found.right), int(found.asked)
-    interval = f"{right / asked:.0%}, 95% interval {float(found.low):.0%} to {float(found.high):.0%}"
+    interval = f"95% interval {float(found.low):.0%} to {float(found.high):.0%}"
     ends = {1: "it does this task", 0: "it does not do this task", -1: "too few prompts to tell"}
     return {
         "task": f"the model {found.attrs['says']} in {right} of {asked} prompts "
-        f"({interval}; chance: {float(found.chance):g}): {ends[int(found.does)]}"
+        f"(chance: {float(found.chance):g}): {ends[int(found.does)]} ({interval})"
     }
 
 

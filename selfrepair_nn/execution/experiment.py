@@ -191,6 +191,7 @@ class Experiment:
             "target": tokens[:, 1:],
             "token_text": texts[:, :-1],
             "target_text": texts[:, 1:],
+            "counted": self.counted,
             "document": self.prompts.document,
             "partner": np.full(n, -1) if self.partners is None else self.order[self.partners],
             "ablation": self.ablation,
@@ -242,7 +243,7 @@ class Experiment:
         if self.options.until_ci is not None:
             names += ESTIMATE
             names += LAYER_ESTIMATE if self.grid else ()
-        return {"selected": self.selected, "counted": self.counted} | dict.fromkeys(names)
+        return {"selected": self.selected} | dict.fromkeys(names)
 
     @property
     def _head_indices(self) -> list[int]:
