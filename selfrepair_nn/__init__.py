@@ -67,6 +67,7 @@ _PLACES = {
     "name_movers": "analysis:name_movers",
     "backups": "analysis:backups",
     "contrast_by_head": "analysis:contrast_by_head",
+    "does_task": "analysis:does_task",
     "compare_paper": "analysis:compare_paper",
     "summary": "text:summary",
     "plot": "figures:plot",

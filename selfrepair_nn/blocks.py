@@ -1,7 +1,8 @@
 """A store read once through, one block of prompts at a time: exact top shares, sums by prompt, extremes.
 
 Blocks are whole chunks as they were written, so nothing is decompressed twice. A case is one ablated head: a
-layer and a head, flattened. A token is a prompt and a position, flattened. Only what is marked `done` counts.
+layer and a head, flattened. A token is a prompt and a position, flattened. Only what is marked `done` counts, and of
+that only the tokens that are `counted`: what stands at the others is never looked at.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,10 +71,22 @@ def sites(ds: xr.Dataset) -> tuple[str, ...]:
     return ("case",) if "case" in ds.dims else SWEEP[:2]
 
 
+def counted_tokens(ds: xr.Dataset) -> np.ndarray:
+    """Which tokens count: bool [prompt, position]; all of them in a store that does not say."""
+    if "counted" in ds:
+        return ds.counted.transpose(*TOKEN).values
+    return np.ones([ds.sizes[d] for d in TOKEN], bool)
+
+
 def done_cases(ds: xr.Dataset) -> np.ndarray:
-    """What counts: bool [case, prompt]."""
+    """What counts: bool [case, prompt]; a prompt without a counted token does not."""
     done = (ds.done & ds.selected).transpose(*sites(ds), "prompt").values
-    return done.reshape(-1, done.shape[-1])
+    return done.reshape(-1, done.shape[-1]) & counted_tokens(ds).any(1)
+
+
+def token_counts(ds: xr.Dataset, done: np.ndarray) -> np.ndarray:
+    """How many tokens count: int [case, prompt]."""
+    return done * counted_tokens(ds).sum(1)
 
 
 def direct_effects(
@@ -83,9 +96,9 @@ def direct_effects(
 
     `by` names another variable to be summed and ranked by.
 
-    The top share is exactly max(1, floor(share n)) of a case's n done tokens, the first of equals, NaN last;
-    none if n is 0. A store with thresholds holds direct effects of every token: there it is that share of the whole
-    run, as far as it is done.
+    The top share is exactly max(1, floor(share n)) of a case's n counted tokens, the first of equals, NaN last;
+    none if n is 0. A store with thresholds holds direct effects of every counted token: there it is that share of the
+    whole run, as far as it is done.
 
     Raises:
         UsageError: the store keeps less of each case's tokens.
@@ -108,15 +121,15 @@ def require_kept(ds: xr.Dataset, share: float = 1) -> None:
 
 
 def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str) -> tuple[np.ndarray, Top]:
-    n_positions = ds.sizes["position"]
-    wanted = _wanted(done.sum(1) * n_positions, share)
+    n_positions, asked = ds.sizes["position"], counted_tokens(ds)
+    wanted = _wanted(token_counts(ds, done).sum(1), share)
     sums = np.zeros(done.shape)
     best = [NOTHING] * len(done)
     for start, values in _blocks(ds, by):
         here = slice(start, start + values.shape[1])
-        sums[:, here] = _done_sums(values, done[:, here])
+        sums[:, here] = _done_sums(values, done[:, here], asked[here])
         for case in np.flatnonzero(done[:, here].any(1)):
-            counted = np.flatnonzero(np.repeat(done[case, here], n_positions))
+            counted = np.flatnonzero(done[case, here, None] & asked[here])
             fresh = values[case].ravel()[counted].astype(float)
             best[case] = _best(best[case], fresh, counted + start * n_positions, wanted[case])
     return sums, _gather(best)
@@ -124,10 +137,10 @@ def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str) -> tuple[np
 
 def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndarray, np.ndarray]:
     """The sums [case, prompt] of a variable, and its values on the entries of `top`, in float64."""
-    sums, chosen = np.zeros(done.shape), np.empty(top.token.size)
+    sums, chosen, asked = np.zeros(done.shape), np.empty(top.token.size), counted_tokens(ds)
     for start, values in _blocks(ds, name):
         here = slice(start, start + values.shape[1])
-        sums[:, here] = _done_sums(values, done[:, here])
+        sums[:, here] = _done_sums(values, done[:, here], asked[here])
         within, picked = top.pick(start, values)
         chosen[within] = picked
     return sums, chosen
@@ -135,19 +148,19 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
 
 def sums(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
     """The sums [case, prompt] of a variable."""
-    found = np.zeros(done.shape)
+    found, asked = np.zeros(done.shape), counted_tokens(ds)
     for start, values in _blocks(ds, name):
         here = slice(start, start + values.shape[1])
-        found[:, here] = _done_sums(values, done[:, here])
+        found[:, here] = _done_sums(values, done[:, here], asked[here])
     return found
 
 
 def ratio_sums(ds: xr.Dataset, name: str, other: str, done: np.ndarray) -> np.ndarray:
     """The sums [case, prompt] of one variable divided by another on each token; a division by 0 counts as 0."""
-    sums = np.zeros(done.shape)
+    sums, asked = np.zeros(done.shape), counted_tokens(ds)
     for (start, above), (_, below) in zip(_blocks(ds, name), _blocks(ds, other), strict=True):
         here = slice(start, start + above.shape[1])
-        sums[:, here] = _done_sums(ratios(above, below), done[:, here])
+        sums[:, here] = _done_sums(ratios(above, below), done[:, here], asked[here])
     return sums
 
 
@@ -157,11 +170,17 @@ def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def together(ds: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[slice, list[np.ndarray]]]:
-    """Several variables side by side, a block of prompts at a time: [case, prompt, position] each, in float64."""
+    """Several variables side by side, a block of prompts at a time: [case, prompt, position] each, in float64.
+
+    0 where not done or not counted. Raises UsageError if not every token is kept.
+    """
     require_kept(ds)
+    done, asked = done_cases(ds), counted_tokens(ds)
     for blocks in zip(*(_blocks(ds, name) for name in names), strict=True):
         start, first = blocks[0]
-        yield slice(start, start + first.shape[1]), [values.astype(float) for _, values in blocks]
+        here = slice(start, start + first.shape[1])
+        counted = done[:, here, None] & asked[here]
+        yield here, [np.where(counted, values, 0).astype(float) for _, values in blocks]
 
 
 def clean_ratios(
@@ -172,29 +191,42 @@ def clean_ratios(
     Returns the sums and the numbers above 1, both [case, prompt], and the quotients on the entries of `top`.
     """
     sums, above, chosen = np.zeros(done.shape), np.zeros(done.shape), np.empty(top.token.size)
+    asked = counted_tokens(ds)
     for start, below in _blocks(ds, ablated):
         here = slice(start, start + below.shape[1])
         found = ratios(np.broadcast_to(ds[clean].transpose(*TOKEN)[here].values, below.shape), below)
-        sums[:, here], above[:, here] = _done_sums(found, done[:, here]), _done_sums(found > 1, done[:, here])
+        sums[:, here] = _done_sums(found, done[:, here], asked[here])
+        above[:, here] = _done_sums(found > 1, done[:, here], asked[here])
         within, picked = top.pick(start, found)
         chosen[within] = picked
     return sums, above, chosen
 
 
 def tokens_of(ds: xr.Dataset, name: str, cases: np.ndarray) -> np.ndarray:
-    """Every value [case, prompt, position] of a few cases, in float64. UsageError if not every one is kept."""
+    """The values [case, prompt, position] of a few cases, in float64: NaN where not done or not counted.
+
+    Raises:
+        UsageError: not every one is kept.
+    """
     require_kept(ds)
-    return np.concatenate([values[cases].astype(float) for _, values in _blocks(ds, name)], axis=1)
+    values = np.concatenate([block[cases] for _, block in _blocks(ds, name)], axis=1)
+    return np.where(done_cases(ds)[cases, :, None] & counted_tokens(ds), values.astype(float), np.nan)
 
 
 def edited_of(ds: xr.Dataset, name: str) -> np.ndarray:
-    """A variable at each prompt's edited position: [case, prompt], in float64."""
+    """A variable at each prompt's edited position: [case, prompt], in float64; counted or not."""
     where = ds.edited_position.values
     parts = []
     for start, values in _blocks(ds, name):
         here = where[start : start + values.shape[1]]
         parts.append(np.take_along_axis(values, here[None, :, None], 2)[..., 0].astype(float))
     return np.concatenate(parts, axis=1)
+
+
+def edited_cases(ds: xr.Dataset) -> np.ndarray:
+    """What counts at the edited positions: bool [case, prompt]."""
+    where = ds.edited_position.values[:, None]
+    return done_cases(ds) & np.take_along_axis(counted_tokens(ds), where, 1)[:, 0]
 
 
 def in_top(values: np.ndarray, share: float) -> np.ndarray:
@@ -247,12 +279,12 @@ def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
 
 def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
     """The largest absolute value of a variable, over (case); NaN where nothing is done."""
-    found = np.zeros(len(done))
+    found, asked = np.zeros(len(done)), counted_tokens(ds)
     for start, values in _blocks(ds, name):
-        by_prompt = np.fmax.reduce(np.abs(values), -1)  # NaN where a top share alone is kept
-        found = np.fmax(
-            found, np.fmax.reduce(np.where(done[:, start : start + values.shape[1]], by_prompt, 0), 1)
-        )
+        here = slice(start, start + values.shape[1])
+        sizes = np.where(asked[here], np.abs(values), 0)
+        by_prompt = np.fmax.reduce(sizes, -1)  # NaN where a top share alone is kept
+        found = np.fmax(found, np.fmax.reduce(np.where(done[:, here], by_prompt, 0), 1))
     return np.where(done.any(1), found, np.nan)
 
 
@@ -267,8 +299,10 @@ def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
         yield start, block.reshape(-1, *block.shape[-2:])
 
 
-def _done_sums(values: np.ndarray, done: np.ndarray) -> np.ndarray:
-    return np.where(done, values.sum(-1, dtype=float), 0)
+def _done_sums(values: np.ndarray, done: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Sums [case, prompt] over the `asked` tokens [prompt, position] of what is `done` [case, prompt]."""
+    where = True if asked.all() else asked  # NumPy is slower where it must look
+    return np.where(done, values.sum(-1, dtype=float, where=where), 0)
 
 
 Ranked = tuple[np.ndarray, np.ndarray]  # values, tokens

@@ -115,14 +115,18 @@ def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
 @click.option(
     "--out", default=None, help="Directory for the figures; default: the first store's name without .zarr."
 )
-@click.option("--share", default=0.02, show_default=True, help="Top share of tokens, by direct effect.")
+@click.option(
+    "--share",
+    type=float,
+    help="Top share of tokens, by direct effect; default: 0.02, or 1 where not all count.",
+)
 @click.option("--layers", default=None, help="Draw only these layers: 8:12 or 0,5,-1; default: all.")
 @click.option("--heads", default=None, help="Draw only these heads: 9.6,10.*; default: all.")
 def plot(
     stores: tuple[str, ...],
     names: tuple[str, ...],
     out: str | None,
-    share: float,
+    share: float | None,
     layers: str | None,
     heads: str | None,
 ) -> None:

@@ -56,7 +56,7 @@ class Options:
     value_bias: str = option("output", "Where a head's constant part is counted.", VALUE_BIASES)
     freeze: str = option("none", "What keeps its clean value.", FREEZES)
     components: str = option("none", "Store every component's change too; alone: all.", COMPONENTS, "all")
-    share: float = option(0.02, "Share of tokens that 'top' and 'top-share' mean, by direct effect.")
+    share: float | None = option(None, "Share of tokens that 'top' and 'top-share' mean, by direct effect; default: 0.02, or 1 where the prompts say which tokens count.")
     select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", SELECTS)
     until_ci: float | None = option(None, "Stop where the mean self-repair on the top share is known to +- this many logits.")
     ci_of: str = option("heads", "What --until-ci asks to be known.", CI_OF)
@@ -95,7 +95,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not 0 < self.share <= 1:
+        if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")
         if self.host is not None:
             require_address(self.host)

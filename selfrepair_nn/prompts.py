@@ -18,6 +18,9 @@ DEFAULT_TOKENS = 100_000
 SAMPLE_TOKENS = 16_384
 BOS = ("auto", "always", "never")
 
+PARTS = ("tokens", "document", "twin", "other", "counted")
+"""What there is for each prompt."""
+
 _AT_ONCE = 32
 
 
@@ -32,6 +35,11 @@ class Prompts:
         twin: int64 [prompt, position], a minimally different text for each row: what "twin" ablation reads from.
         other: int64 [prompt, position], the token whose logit is subtracted from that of the next token; without
             the last position. With it the target is the difference of the two.
+        counted: bool [prompt, position], which tokens are asked about, and so all that a statistic, a summary or a
+            figure is over; without the last position. None is all of them.
+
+    Raises:
+        UsageError: a shape or a type that does not fit, or no token that counts.
     """
 
     tokens: np.ndarray
@@ -39,6 +47,7 @@ class Prompts:
     source: dict
     twin: np.ndarray | None = None
     other: np.ndarray | None = None
+    counted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _check_rows(self.tokens, self.source.get("name", "tokens"))
@@ -50,14 +59,12 @@ class Prompts:
             ids = getattr(self, name)
             if ids is not None and ids.shape != shape:
                 raise UsageError(f"{name} has shape {ids.shape}: give a token for each of {shape}")
+        if self.counted is not None:
+            _check_counted(self.counted, (self.n, self.length - 1))
 
-    def taken(self, rows: np.ndarray) -> "Prompts":
+    def taken(self, rows: np.ndarray | slice) -> "Prompts":
         """Some of the rows, in this order."""
-        some = {
-            name: None if getattr(self, name) is None else getattr(self, name)[rows]
-            for name in ("tokens", "document", "twin", "other")
-        }
-        return replace(self, **some)
+        return replace(self, **{p: getattr(self, p)[rows] for p in PARTS if getattr(self, p) is not None})
 
     @property
     def n(self) -> int:
@@ -69,20 +76,34 @@ class Prompts:
         """Number of tokens of each prompt."""
         return self.tokens.shape[1]
 
+    @property
+    def all_count(self) -> bool:
+        """Whether every token that has a next one counts."""
+        return self.counted is None or bool(self.counted.all())
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Which tokens count: bool [prompt, position], those with a next token."""
+        return np.ones((self.n, self.length - 1), bool) if self.counted is None else self.counted
+
     @cached_property
     def sha256(self) -> str:
-        """Hash of the shape and then the token ids, as little-endian int64; then of twin and other where there are."""
+        """Hash of the shape and then the token ids, as little-endian int64; then of twin and other where there are.
+
+        Then of what counts, as bytes 0 and 1, where that is not every token.
+        """
         digest = sha256(np.array(self.tokens.shape, dtype="<i8").tobytes())
         for ids in (self.tokens, self.twin, self.other):
             if ids is not None:
                 digest.update(ids.astype("<i8").tobytes())
+        if not self.all_count:
+            digest.update(self.counted.tobytes())
         return digest.hexdigest()
 
     def take(self, n: int) -> "Prompts":
         """The first `n` prompts, or all where there are fewer. Raises UsageError if `n` is below 1."""
         _check_whole(n, "number of prompts", 1)
-        parts = ("tokens", "document", "twin", "other")
-        return replace(self, **{p: getattr(self, p)[:n] for p in parts if getattr(self, p) is not None})
+        return self.taken(slice(n))
 
 
 def load_prompts(
@@ -105,10 +126,10 @@ def load_prompts(
     rows, each beginning with BOS where `bos` says so, and the unfinished last row is dropped.
 
     Args:
-        source: None or "sample" for the shipped held-out text; an integer array or a `.npy` file [prompt,
-            position]; a UTF-8 text file (a line holding only "\f" ends a document); a `.jsonl` file; a
-            directory of data files that `datasets` can load; a dataset on the Hugging Face Hub, streamed:
-            "owner/name" or "owner/name:configuration". What exists on disk comes before the Hub.
+        source: None or "sample" for the shipped held-out text; Prompts, used as they are; an integer array or a
+            `.npy` file [prompt, position]; a UTF-8 text file (a line holding only "\f" ends a document); a
+            `.jsonl` file; a directory of data files that `datasets` can load; a dataset on the Hugging Face Hub,
+            streamed: "owner/name" or "owner/name:configuration". What exists on disk comes before the Hub.
         tokenizer: a `transformers` tokenizer; not needed for token ids.
         tokens: number of tokens wanted, BOS included: at most `tokens // length` rows, fewer where the
             source ends. None is everything there is, but 100,000 of a dataset.
@@ -131,7 +152,9 @@ def load_prompts(
     for name, value, least in (("tokens", tokens, 1), ("length", length, 2)):
         if value is not None:
             _check_whole(value, name, least)
-    if _is_ready(source):
+    if isinstance(source, Prompts):
+        prompts = _from_prompts(source, tokens, length, bos, vocab_size, max_length)
+    elif _is_ready(source):
         prompts = _from_ids(source, tokens, length, bos, vocab_size, max_length)
     else:
         length = min(DEFAULT_LENGTH, max_length or DEFAULT_LENGTH) if length is None else length
@@ -263,6 +286,22 @@ def _from_ids(source, tokens, length, bos, vocab_size, max_length) -> Prompts:
     return Prompts(ids.astype(np.int64, order="C"), np.arange(len(ids), dtype=np.int64), origin)
 
 
+def _from_prompts(prompts: Prompts, tokens, length, bos, vocab_size, max_length) -> Prompts:
+    name = prompts.source.get("name", "prompts")
+    if bos == "always":
+        raise UsageError(f"bos 'always': the token ids of {name} are used as they are; put BOS in them")
+    if length not in (None, prompts.length):
+        raise UsageError(
+            f"length {length}: the rows of {name} have {prompts.length} tokens; leave length out"
+        )
+    _check_length(prompts.length, tokens, max_length)
+    found = prompts if tokens is None else prompts.take(tokens // prompts.length)
+    for ids in (found.tokens, found.twin, found.other):
+        if ids is not None:
+            _check_ids(ids, vocab_size, name)
+    return found
+
+
 def _read_ids(source, what: str) -> tuple[str, np.ndarray]:
     """Name and values of an integer array, given or in a `.npy` file; pickled objects are never read."""
     name, array = what, source
@@ -388,6 +427,21 @@ def _check_rows(tokens: np.ndarray, name: str) -> None:
     if tokens.shape[1] < 2:
         raise UsageError(
             f"{name} has rows of {tokens.shape[1]}: give at least 2 tokens, the last is only a target"
+        )
+
+
+def _check_counted(counted: np.ndarray, shape: tuple[int, int]) -> None:
+    if not isinstance(counted, np.ndarray):
+        raise UsageError(f"counted is a {type(counted).__name__}: give a NumPy array of True and False")
+    if counted.shape != shape:
+        raise UsageError(
+            f"counted has shape {counted.shape}: give True or False for each of {shape}, the tokens with a next one"
+        )
+    if counted.dtype != bool:
+        raise UsageError(f"counted holds {counted.dtype}: give True or False for each token")
+    if not counted.any():
+        raise UsageError(
+            "counted is False everywhere: nothing is asked about; leave it out, or name some tokens"
         )
 
 

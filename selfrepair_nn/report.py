@@ -16,7 +16,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn import figures, text
-from selfrepair_nn.analysis import SHARE, by_head, by_layer, most_repaired, percent
+from selfrepair_nn.analysis import by_head, by_layer, most_repaired
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures.style import outlined_svg
 
@@ -35,13 +35,14 @@ SHARES = {"norm share": "norm_share", "repaired": "top_repaired"}
 """Columns that are shares, shown as percentages."""
 
 
-def render(ds: xr.Dataset, *, share: float = SHARE, store: str | None = None) -> str:
+def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = None) -> str:
     """The report of a store as HTML; `store` is its directory's name, by default where `ds` came from.
 
     Raises:
         UsageError: `ds` is not a store of the heads recipe, `share` is not in (0, 1], or nothing is done yet.
     """
     heads = by_head(ds, share)
+    share = heads.attrs["share"]
     if not (heads.tokens > 0).any():
         raise UsageError(f"{text.title(heads)!r} has nothing done yet: there is nothing to report")
     layers = by_layer(heads, share)
@@ -53,7 +54,9 @@ def render(ds: xr.Dataset, *, share: float = SHARE, store: str | None = None) ->
         "banner": "".join(f"<p class=banner>Not finished: {line}.</p>" for line in text.unfinished(heads)),
         "facts": _facts(heads, layers),
         "figures": "".join(_figure(name, figure) for name, figure in figures.drawn(ds, share=share)),
-        "share": percent(share),
+        "task": "".join(f"<p class=note>{escape(line)}.</p>" for line in text.task(heads)),
+        "over": escape(text.each_heads(share)),
+        "counted": ".where(ds.counted)" if "counted" in ds else "",
         "layers": _layer_table(layers),
         "best": _head_table(best),
         "worst": _head_table(most_repaired(heads, -RANKED, share)),
@@ -68,7 +71,7 @@ def render(ds: xr.Dataset, *, share: float = SHARE, store: str | None = None) ->
     return PAGE.substitute(parts)
 
 
-def report(ds: xr.Dataset, path: str | Path, *, share: float = SHARE, store: str | None = None) -> Path:
+def report(ds: xr.Dataset, path: str | Path, *, share: float | None = None, store: str | None = None) -> Path:
     """Write the report of a store to `path`, and return it. Arguments and errors as in `render`."""
     path = Path(path)
     page = render(ds, share=share, store=store)
@@ -203,6 +206,7 @@ dt { color: #555 } dd { margin: 0; min-width: 0 }
 <body>
 <h1>Self-repair: $title</h1>
 <p class="basis">$basis</p>
+$task
 $banner
 <div class="facts">$facts</div>
 
@@ -214,7 +218,7 @@ would change by as much as the head's own direct effect does. What it changes be
 further (Equation 1 of Rushing and Nanda, 2024). It is the sum of what the other heads, the MLPs and the
 final norm do differently (Equation 2); the <i>closure</i> is the difference between the two sides, measured
 and not assumed. What lies under the <i>noise floor</i>, the effect of replacing a head by itself in a pass
-that rounds differently, is rounding. Means are over each head's top $share of tokens by direct effect,
+that rounds differently, is rounding. Means are over $over,
 unless a figure says otherwise.</p>
 
 <h2>Figures</h2>
@@ -238,7 +242,7 @@ $every
 <p>The numbers open with xarray alone:</p>
 <pre>import xarray as xr
 ds = xr.open_zarr($store, consolidated=False)
-ds.self_repair.sel(layer=$layer, head=$head).mean()  # what is not computed is NaN</pre>
+ds.self_repair.sel(layer=$layer, head=$head)$counted.mean()  # what is not computed is NaN</pre>
 <details class="words"><summary>What it holds</summary>
 $variables
 </details>

@@ -114,6 +114,7 @@ def _coordinates(rng: Random, sizes: dict[str, int], ablation: str) -> Arrays:
         "target": ids[:, 1:],
         "token_text": text[:, :-1],
         "target_text": text[:, 1:],
+        "counted": np.ones((n_prompts, n_positions), bool),
         "document": np.cumsum(rng.random(n_prompts) < 0.6),
         "partner": partner,
         "ablation": np.array(ablation, dtype=object),

@@ -41,9 +41,9 @@ def ioi_prompts(tokenizer: Any, count: int = 64, seed: int = 0, bos: str = "auto
 
         When Mary and John went to the garden, John gave a book to Mary
 
-    The last token is the indirect object: what the model should say at the last position. There `other` is the
-    subject, so that the target is the difference of the two names' logits. At earlier positions nothing is asked:
-    `other` is the next token itself, and every effect on it is 0.
+    The last token is the indirect object: what the model should say at the last position, the only one that counts.
+    There `other` is the subject, so that the target is the difference of the two names' logits. At earlier positions
+    nothing is asked: `other` is the next token itself, and every effect on it is 0.
 
     Each pair of names, with a place and a thing that are drawn, in each template in turn, makes four prompts: either
     name comes first (ABBA, BABA) and either is the subject. Only names that are one token after a space are used. All
@@ -68,9 +68,15 @@ def ioi_prompts(tokenizer: Any, count: int = 64, seed: int = 0, bos: str = "auto
     subjects = np.array([names[sentences[n].subject] for n in kept])
     source = {"kind": "task", "name": "ioi", "seed": seed, "bos_id": first, "length": length}
     source |= {"drawn": count, "kept": len(kept), "names": list(names)}
+    source |= {"criterion": {"says": "prefers the indirect object"}}
     tokens = np.array([rows[n] for n in kept])
     other = np.concatenate([tokens[:, 1:-1], subjects[:, None]], axis=1)
-    return Prompts(tokens, kept // 4, source, other=other)
+    return Prompts(tokens, kept // 4, source, other=other, counted=_from(length - 2, *other.shape))
+
+
+def _from(first: int, prompts: int, positions: int) -> np.ndarray:
+    """bool [prompt, position], True from a position on."""
+    return np.tile(np.arange(positions) >= first, (prompts, 1))
 
 
 def _names(tokenizer: Any) -> dict[str, int]:
@@ -109,7 +115,8 @@ def repeated_prompts(
     """Random tokens, and the same again: what comes next in the second half can only be known from the first.
 
     Each row is BOS where `bos` says so, `period` tokens drawn without repetition from the whole vocabulary but the
-    special tokens, and the same tokens once more. `tokenizer` may be None: then there is no BOS, and every id counts.
+    special tokens, and the same tokens once more. `tokenizer` may be None: then there is no BOS, and any id is drawn.
+    What counts is the second half from its first token on: who has read that knows what follows.
 
     Raises:
         UsageError: a period below 3, or of more tokens than there are; a count below 1.
@@ -127,17 +134,20 @@ def repeated_prompts(
     begins = np.full((count, 0 if first is None else 1), first or 0)
     tokens = np.concatenate([begins, halves, halves], axis=1)
     source = {"kind": "task", "name": "repeated", "seed": seed, "bos_id": first, "period": period}
-    return Prompts(tokens, np.arange(count), source)
+    source |= {"criterion": {"says": "favours the repeated tokens", "back": period}}
+    counted = _from(tokens.shape[1] - period, count, tokens.shape[1] - 1)
+    return Prompts(tokens, np.arange(count), source, counted=counted)
 
 
 def edited_prompts(prompts: Prompts, tokenizer: Any, old: str, new: str) -> Prompts:
     """The same prompts, with a twin of each in which every token `old` is the token `new`.
 
-    Rows without `old` are dropped: their twin would be themselves. `source` says how many, and how many tokens of the
-    others are exchanged.
+    What counts are the tokens, of those that counted before, from a row's first exchanged one on: the earlier ones
+    cannot differ from their twin's. Rows in which that is none are dropped; `source` says how many, and how many tokens
+    of the others are exchanged.
 
     Raises:
-        UsageError: `old` or `new` is not one token, both are the same one, or no row has `old`.
+        UsageError: `old` or `new` is not one token, both are the same one, or no row has `old` before its last token.
     """
     if tokenizer is None:
         raise UsageError("an edit of tokens needs the model's tokenizer")
@@ -145,14 +155,18 @@ def edited_prompts(prompts: Prompts, tokenizer: Any, old: str, new: str) -> Prom
     if before == after:
         raise UsageError(f"{old!r} for {new!r} changes nothing: give two different tokens")
     here = prompts.tokens == before
-    rows = here.any(axis=1)
+    counted = np.logical_or.accumulate(here[:, :-1], axis=1) & prompts.counts
+    rows = counted.any(axis=1)
     if not rows.any():
-        raise UsageError(f"no prompt has the token {old!r}: exchange another, or give other prompts")
+        raise UsageError(
+            f"no prompt has the token {old!r} before a token that counts: exchange another, or give other prompts"
+        )
     edit = {"old": old, "new": new, "old_id": before, "new_id": after}
-    edit |= {"exchanged": int(here.sum()), "rows_dropped": int((~rows).sum())}
-    chosen = {"tokens": prompts.tokens[rows], "document": prompts.document[rows]}
-    twin = np.where(here, after, prompts.tokens)[rows]
-    return replace(prompts, **chosen, twin=twin, source=prompts.source | {"edit": edit})
+    edit |= {"exchanged": int(here[rows].sum()), "rows_dropped": int((~rows).sum())}
+    criterion = {"says": "predicts the text"}
+    twin = np.where(here, after, prompts.tokens)
+    edited = replace(prompts, twin=twin, counted=counted).taken(rows)
+    return replace(edited, source=prompts.source | {"edit": edit, "criterion": criterion})
 
 
 def _single(tokenizer: Any, text: str) -> int:

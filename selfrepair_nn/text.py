@@ -10,6 +10,7 @@ import xarray as xr
 from selfrepair_nn.analysis import (
     HEADS,
     SHARE,
+    among,
     axis_of,
     by_case,
     by_head,
@@ -45,7 +46,7 @@ QUANTITY_NAMES = {
 }
 
 
-def summary(ds: xr.Dataset, share: float = SHARE) -> str:
+def summary(ds: xr.Dataset, share: float | None = None) -> str:
     """What a user sees after a run: plain text of at most 100 columns; `ds` is a store or its summary.
 
     One line per layer with something done, means over its heads on their top share in logits (Equation 2);
@@ -58,10 +59,11 @@ def summary(ds: xr.Dataset, share: float = SHARE) -> str:
     if "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
         return _of_others(ds, share)
     heads = by_head(ds, share)
+    share = heads.attrs["share"]
     layers = by_layer(heads, share)
     layers = layers.isel(layer=np.flatnonzero(layers.heads.values))
-    means = f"Means over heads on each head's top {percent(share)} of tokens by direct effect, in logits:"
-    opening = [*textwrap.wrap(f"{title(heads)}: {basis(heads)}", WIDTH), "", means]
+    means = f"Means over heads on {each_heads(share)}, in logits:"
+    opening = [*_opening(heads), "", means]
     if not layers.sizes["layer"]:
         return "\n".join([*opening[:-1], "nothing is done yet"])
     rows = [_header(), *(_row(layers.isel(layer=i)) for i in range(layers.sizes["layer"])), ""]
@@ -108,7 +110,7 @@ def _of_reinforced(ds: xr.Dataset) -> str:
     return "\n".join([*lines, "", noise(found)])
 
 
-def _of_others(ds: xr.Dataset, share: float) -> str:
+def _of_others(ds: xr.Dataset, share: float | None) -> str:
     """The summary of a store of cases, or of variants."""
     if "case" in ds.dims:
         along, found = "case", by_case(ds, share)
@@ -116,10 +118,10 @@ def _of_others(ds: xr.Dataset, share: float) -> str:
     else:
         along, found = axis_of(ds), by_variant(ds, share)
         what, rows = "Means over all heads", found[list(COLUMNS.values())].mean(HEADS)
-    opening = textwrap.wrap(f"{title(found)}: {basis(found)}", WIDTH)
+    opening = _opening(found)
     if not (found.tokens > 0).any():
         return "\n".join([*opening, "nothing is done yet"])
-    means = f"{what} on the top {percent(share)} of tokens by direct effect, in logits:"
+    means = f"{what} on {each_heads(found.attrs['share'], 'the')}, in logits:"
     labels = [str(label) for label in found[along].values]
     width = max(map(len, [along, *labels]))
     table = [along.ljust(width) + "".join(f"{name:>15}" for name in COLUMNS)]
@@ -179,11 +181,30 @@ def basis(heads: xr.Dataset, top: bool = True) -> str:
     """What the means of a summary are over: heads, tokens, top share, target; and how much is done."""
     number = int((heads.tokens > 0).sum())
     site = "case" if "case" in heads.dims else "head"
+    some = heads.attrs.get("counted_share", 1) < 1
     parts = [f"{number} {site}{'s' * (number != 1)}", f"{_span(heads.tokens)} tokens each"]
-    if top:
+    if some:
+        parts[-1] += f" that count ({percent(heads.attrs['counted_share'])} of all)"
+    if top and not (some and heads.attrs["share"] == 1):
         parts.append(f"{_span(heads.top_tokens)} in the top {percent(heads.attrs['share'])}")
     parts.append(f"{heads.attrs.get('target', 'unknown')} target")
     return ", ".join(parts + unfinished(heads))
+
+
+def each_heads(share: float, whose: str = "each head's") -> str:
+    """The tokens that means are over, in words."""
+    return f"{whose} top {percent(share)} of tokens by direct effect" if share < 1 else f"the {among(share)}"
+
+
+def _opening(found: xr.Dataset) -> list[str]:
+    """Whose numbers these are and what they are over; and whether the model does the task, if it is one."""
+    lines = [f"{title(found)}: {basis(found)}", *task(found)]
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH)]
+
+
+def task(heads: xr.Dataset) -> list[str]:
+    """Whether the model does the task of its prompts, one line; none where they are no task."""
+    return [heads.attrs["task"]] if "task" in heads.attrs else []
 
 
 def unfinished(heads: xr.Dataset) -> list[str]:

@@ -6,6 +6,8 @@ import numpy as np
 
 TOKEN = ("prompt", "position")
 SWEEP = ("layer", "head", "prompt", "position")
+SHARE = 0.02
+"""The paper's top share."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ _ALL = (
     Variable("target", TOKEN, "1", "target token id", "Next token of the text: the one whose logit is measured.", "int"),
     Variable("token_text", TOKEN, "1", "token", "The token at this position, as text.", "string"),
     Variable("target_text", TOKEN, "1", "target token", "The target token, as text.", "string"),
+    Variable("counted", TOKEN, "1", "counted", "Whether this token is asked about: every statistic is over these tokens alone.", "bool"),
     Variable("document", ("prompt",), "1", "document", "Index of the document in which the prompt starts.", "int"),
     Variable("partner", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
     Variable("ablation", (), "1", "ablation", "What the ablated site's activations were replaced by.", "string"),
@@ -100,7 +103,7 @@ _ALL = (
     Variable("closure", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
     Variable("noise_floor", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
     # where only the top share is ablated, or only as much as an answer needs
-    Variable("threshold", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all prompts of the run, of which direct_effect then holds every token."),
+    Variable("threshold", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all counted tokens of the run, of which direct_effect then holds every one."),
     Variable("estimate", SWEEP[:2], "logit", "estimated self-repair", "Mean self-repair on the head's top share, from the prompts done when the head was finished."),
     Variable("half_width", SWEEP[:2], "logit", "half-width of its interval", "Half the width of the 95% confidence interval of that mean, documents (or prompts, where there are few documents) taken as independent."),
     Variable("prompts_used", SWEEP[:2], "1", "prompts used", "Number of prompts that the estimate is from.", "int"),
@@ -149,6 +152,15 @@ NEURON = (
     "neuron_direct_effect",
     "neuron_change",
 )
+
+
+def usual_share(all_count: bool) -> float:
+    """The share of tokens, by direct effect, that is looked at where none is asked for.
+
+    Where every token counts alike it is each head's top 2%, the paper's choice of those on which the head matters. Where
+    the prompts say which tokens count that choice is made, and it is all of these.
+    """
+    return SHARE if all_count else 1.0
 
 
 def variable(name: str) -> Variable:

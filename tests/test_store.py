@@ -51,9 +51,8 @@ def coordinates():
         values = (
             [TEXTS[i % len(TEXTS)] for i in range(size)] if VARIABLES[name].kind == "string" else range(size)
         )
-        found[name] = np.array(values, dtype=object if VARIABLES[name].kind == "string" else None).reshape(
-            shape(name)
-        )
+        kind = {"string": object, "bool": bool}.get(VARIABLES[name].kind)
+        found[name] = np.array(values, dtype=kind).reshape(shape(name))
     return found
 
 
@@ -186,7 +185,7 @@ def test_a_run_holds_what_the_contract_lists_and_all_its_provenance(tmp_path, mo
     )
     found = bare(tmp_path / "s.zarr")
     assert set(found.data_vars) == {"done", "selected", "noise_floor", *CLEAN, *SWEPT, *COMPONENT}
-    tokens = {"token", "target", "token_text", "target_text", "document", "partner", "ablation"}
+    tokens = {"token", "target", "token_text", "target_text", "counted", "document", "partner", "ablation"}
     terms = {"component", "component_kind", "component_layer", "component_head"}
     assert set(found.coords) == {"layer", "head", "prompt", "position"} | tokens | terms
     assert found.sizes == {"layer": 2, "head": 5, "prompt": 6, "position": 6, "component": 3 * 7 + 2}

@@ -21,7 +21,7 @@ from selfrepair_nn.analysis.scales import scale_by_head, token_variants
 from selfrepair_nn.analysis.summaries import (
     HEADS,
     MEANS,
-    SHARE,
+    among,
     by_case,
     by_head,
     by_layer,
@@ -30,9 +30,12 @@ from selfrepair_nn.analysis.summaries import (
     most_repaired,
     only,
     percent,
+    throughout,
     top_share,
 )
+from selfrepair_nn.analysis.task import does_task
 from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
+from selfrepair_nn.variables import SHARE
 
 __all__ = [
     "CONFIDENCE",
@@ -43,6 +46,7 @@ __all__ = [
     "MEANS",
     "QUANTITIES",
     "SHARE",
+    "among",
     "axis_of",
     "backups",
     "by_case",
@@ -53,6 +57,7 @@ __all__ = [
     "compare_paper",
     "contrast_by_head",
     "differences",
+    "does_task",
     "done_share",
     "erasure_neurons",
     "every_token",
@@ -70,6 +75,7 @@ __all__ = [
     "scale_by_head",
     "strongest_repairs",
     "strongest_responses",
+    "throughout",
     "token_noise",
     "token_variants",
     "top_share",

@@ -3,37 +3,34 @@
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_store
-from selfrepair_nn.blocks import Sums, done_cases, sums
+from selfrepair_nn.analysis.summaries import HEADS, by_head, check_store, require_counted, share_of
+from selfrepair_nn.blocks import Sums, done_cases, sums, token_counts
 from selfrepair_nn.errors import UsageError
 
 LEAST = 0.4
 KINDS = ("induction", "previous token", "other")
 
 
-def induction_by_head(ds: xr.Dataset, share: float = SHARE, least: float = LEAST) -> xr.Dataset:
-    """The summary of `by_head` over the repeated half of the prompts alone, and over (layer, head):
+def induction_by_head(ds: xr.Dataset, share: float | None = None, least: float = LEAST) -> xr.Dataset:
+    """The summary of `by_head`, and over (layer, head):
 
-    - induction: mean attention, on the repeated half, to the token after the same token in the first half;
-    - previous_token: mean attention to the token before, over all positions that have one;
+    - induction: mean attention to the token after the same token in the first half;
+    - previous_token: mean attention to the token before;
     - kind: "induction" where that score is at least `least`, else "previous token" where that one is, else "other".
 
-    The repeated half are the positions whose next token can be known from the first half: all but the first of it.
-    A result of this function is returned as it is.
+    All are over the tokens that count: those whose next token can be known from the first half. A result of this
+    function is returned as it is.
 
     Raises:
-        UsageError: `ds` is not a store of the induction recipe; else as `by_head`.
+        UsageError: `ds` is not a store of the induction recipe, or of one that says which tokens count; else as
+            `by_head`.
     """
+    share = share_of(ds, share)
     if "induction" in ds:
         return by_head(ds, share)
     _check_attention(ds)
-    back = int(ds.distance[-1])
-    later = slice(ds.sizes["position"] - back, None)
-    heads = by_head(ds.isel(position=later), share)
-    found = {
-        "induction": _score(ds.isel(position=later, distance=-1)),
-        "previous_token": _score(ds.isel(position=slice(1, None), distance=0)),
-    }
+    heads = by_head(ds, share)
+    found = {name: _score(ds.isel(distance=i)) for name, i in (("induction", -1), ("previous_token", 0))}
     kind = np.where(found["induction"] >= least, KINDS[0], KINDS[2])
     kind = np.where((kind == KINDS[2]) & (found["previous_token"] >= least), KINDS[1], kind)
     found["kind"] = kind.astype(object)
@@ -41,11 +38,11 @@ def induction_by_head(ds: xr.Dataset, share: float = SHARE, least: float = LEAST
     names = {"induction": "induction score", "previous_token": "previous-token score", "kind": "kind of head"}
     for name, text in names.items():
         heads[name].attrs = {"units": "1", "long_name": text}
-    return heads.assign_attrs(least=least, period=back + 1)
+    return heads.assign_attrs(least=least, period=int(ds.distance[-1]) + 1)
 
 
-def by_kind(ds: xr.Dataset, share: float = SHARE, least: float = LEAST) -> xr.Dataset:
-    """Heads of each kind together, over (kind): means over heads of means over the repeated half, in logits.
+def by_kind(ds: xr.Dataset, share: float | None = None, least: float = LEAST) -> xr.Dataset:
+    """Heads of each kind together, over (kind): means over heads of means over the tokens that count, in logits.
 
     - heads: how many; repaired: the share of them whose self-repair has the sign of the direct effect and exceeds the
       noise floor;
@@ -67,9 +64,9 @@ def by_kind(ds: xr.Dataset, share: float = SHARE, least: float = LEAST) -> xr.Da
 
 
 def _score(ds: xr.Dataset) -> np.ndarray:
-    """Mean attention over the done tokens, over (layer, head)."""
+    """Mean attention over the counted tokens, over (layer, head)."""
     done = done_cases(ds)
-    mean = Sums(sums(ds, "attention", done), done * ds.sizes["position"]).mean
+    mean = Sums(sums(ds, "attention", done), token_counts(ds, done)).mean
     return mean.reshape([ds.sizes[d] for d in HEADS])
 
 
@@ -79,3 +76,4 @@ def _check_attention(ds: xr.Dataset) -> None:
         raise UsageError(
             "this store holds no attention to the last token and to the repeated one: run induction"
         )
+    require_counted(ds)

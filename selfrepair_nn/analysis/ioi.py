@@ -1,13 +1,15 @@
-"""Who moves the name, what is lost without them, and who backs up (section 5.3.1): all at the last position."""
+"""Who moves the name, what is lost without them, and who backs up (section 5.3.1): all on the tokens that count."""
 
 import re
 
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import MEANS
+from selfrepair_nn.analysis.summaries import MEANS, require_counted
+from selfrepair_nn.analysis.task import verdict
+from selfrepair_nn.blocks import Sums, counted_tokens, done_cases, sums, together, token_counts
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import VARIABLES
+from selfrepair_nn.variables import TOKEN, VARIABLES
 
 BACKUPS = 6
 
@@ -19,62 +21,63 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
 
     - kind: "single" for one head, "joint" for several, "moved" for deleted layers;
     - logit_change_se, self_repair_se: standard errors of the means, prompts taken as independent;
-    - correct: the share of prompts on which the ablated model still prefers the indirect object, no unit;
-    - prompts: how many prompts that is. Attributes logit_difference and correct are those of the clean run.
+    - correct: the share of these tokens on which the ablated model still prefers the indirect object, no unit.
 
-    Only prompts that are done for every case count.
+    Attributes: prompts, how many; logit_difference and clean_correct, of the clean run; `task` as in `by_head`.
+
+    Means are over the tokens that count, one of each prompt of the task, of the prompts that are done for every case.
 
     Raises:
-        UsageError: `ds` is not a store of the ioi recipe, or nothing is done.
+        UsageError: `ds` is not a store of the ioi recipe, or of one that says which tokens count, or nothing is done.
     """
-    last = _last(ds)
-    labels = [str(label) for label in last.case.values]
-    clean = last.logit.values.astype(float)
-    found = {name: ("case", last[name].values.astype(float).mean(1)) for name in MEANS}
-    for name in ("logit_change", "self_repair"):
-        found[f"{name}_se"] = ("case", _error(last[name].values.astype(float)))
-    correct = (clean + last.logit_change.values > 0).mean(1)
-    found |= {
-        "correct": ("case", correct),
-        "kind": ("case", np.array([_kind(label) for label in labels], object)),
-    }
+    done = _done(ds)
+    counts = token_counts(ds, done)
+    labels = [str(label) for label in ds.case.values]
+    found = {}
+    for name in MEANS:
+        each = Sums(sums(ds, name, done), counts)
+        found[name] = ("case", each.mean)
+        if name in ("logit_change", "self_repair"):
+            found[f"{name}_se"] = ("case", each.error(done))
+    clean, correct = _answers(ds, done)
+    found |= {"correct": ("case", correct), "kind": ("case", np.array([_kind(x) for x in labels], object))}
     found = xr.Dataset(found, {"case": labels})
     for name in MEANS:
         found[name].attrs = {"units": "logit", "long_name": f"mean {VARIABLES[name].long_name}"}
     clean_run = {"logit_difference": clean.mean(), "clean_correct": float((clean > 0).mean())}
-    return found.assign_attrs(ds.attrs | clean_run | {"prompts": clean.size})
+    return found.assign_attrs(ds.attrs | clean_run | {"prompts": int(done[0].sum())} | verdict(ds))
 
 
 def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     """The heads that rise most when the name movers are ablated together, over (rank), the strongest first.
 
     - component, layer, head: which one it is;
-    - direct_effect: in the clean run; joint: after the joint ablation; both means over prompts, in logits;
+    - direct_effect: in the clean run; joint: after the joint ablation; means over the tokens that count, in logits;
     - moved: when the layers are deleted that lie between the first name mover and the head, so that it reads what the
       name mover reads; NaN for a head that does not lie behind it;
     - *_se: standard errors of direct_effect, and of the changes joint - direct_effect and moved - direct_effect.
 
     Attributes as in `name_movers`. Errors too.
     """
-    last = _last(ds)
-    labels = [str(label) for label in last.case.values]
+    done = _done(ds)[0]
+    labels = [str(label) for label in ds.case.values]
     joint = max(range(len(labels)), key=lambda i: labels[i].count("+"))
-    names = np.array([str(name) for name in last.component.values])
+    names = np.array([str(name) for name in ds.component.values])
     ablated = np.isin(names, labels[joint].split("+"))
-    heads = np.flatnonzero((last.component_kind.values == "head") & ~ablated)
-    changes = last.component_change.values[:, :, heads].astype(float)
-    order = np.argsort(-changes[joint].mean(0), kind="stable")[:count]
-    heads, changes = heads[order], changes[:, :, order]
-    clean = last.component_direct_effect.values[:, heads].astype(float)
-    places = {d: last[f"component_{d}"].values[heads] for d in ("layer", "head")}
-    moved = np.full(changes.shape[1:], np.nan)
+    heads = np.flatnonzero((ds.component_kind.values == "head") & ~ablated)
+    changes = _by_prompt(ds, "component_change", done, heads)
+    order = np.argsort(-changes[joint].mean, kind="stable")[:count]
+    heads, changes = heads[order], [Sums(each.sums[order], each.counts[order]) for each in changes]
+    [clean] = _by_prompt(ds, "component_direct_effect", done, heads)
+    places = {d: ds[f"component_{d}"].values[heads] for d in ("layer", "head")}
+    moved = Sums(np.full(clean.sums.shape, np.nan), clean.counts)
     for index, label in enumerate(labels):
         if _kind(label) == "moved":
             here = places["layer"] == _stop(label)
-            moved[:, here] = changes[index][:, here]
-    found = {"direct_effect": clean.mean(0), "direct_effect_se": _error(clean.T)}
+            moved.sums[here] = changes[index].sums[here]
+    found = {"direct_effect": clean.mean, "direct_effect_se": clean.error(clean.counts > 0)}
     for name, change in (("joint", changes[joint]), ("moved", moved)):
-        found |= {name: clean.mean(0) + change.mean(0), f"{name}_se": _error(change.T)}
+        found |= {name: clean.mean + change.mean, f"{name}_se": change.error(change.counts > 0)}
     found = xr.Dataset(
         {name: ("rank", values) for name, values in found.items()}, attrs=name_movers(ds).attrs
     )
@@ -82,14 +85,34 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     return found.assign_coords({name: ("rank", values) for name, values in labels.items()})
 
 
-def _last(ds: xr.Dataset) -> xr.Dataset:
-    """The last position of the prompts that are done, (case, prompt, …)."""
+def _done(ds: xr.Dataset) -> np.ndarray:
+    """The prompts that are done for every case: bool [case, prompt]."""
     if "case" not in ds.dims or "other" not in ds or "component_change" not in ds:
         raise UsageError("this store has no name movers, ablated one by one and together: run ioi")
-    done = (ds.done & ds.selected).transpose("case", "prompt").values.all(0)
-    if not done.any():
+    require_counted(ds)
+    done = done_cases(ds)
+    if not done.all(0).any():
         raise UsageError("this store has nothing done yet")
-    return ds.isel(position=-1, prompt=np.flatnonzero(done)).transpose("case", "prompt", ...)
+    return np.broadcast_to(done.all(0), done.shape)
+
+
+def _answers(ds: xr.Dataset, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The clean logit difference on each token that counts, and the share of them on which it stays above 0: [case]."""
+    counted = counted_tokens(ds) & done[0][:, None]
+    clean, right = ds.logit.transpose(*TOKEN).values.astype(float), np.zeros(len(done))
+    for here, (change,) in together(ds, ("logit_change",)):
+        right += ((clean[here] + change > 0) & counted[here]).sum((1, 2))
+    return clean[counted], right / counted.sum()
+
+
+def _by_prompt(ds: xr.Dataset, name: str, done: np.ndarray, heads: np.ndarray) -> list[Sums]:
+    """What some heads write on the tokens that count, for each case or for the clean run: Sums over (head, prompt)."""
+    counted = (counted_tokens(ds) & done[:, None])[..., None]
+    array = ds[name].transpose(..., *TOKEN, "component")
+    values = array.values.reshape(-1, *array.shape[-3:])[..., heads].astype(float)
+    summed = values.sum(2, where=counted).transpose(0, 2, 1)
+    counts = np.tile(counted.sum((1, 2)), (len(heads), 1))
+    return [Sums(each, counts) for each in summed]
 
 
 def _kind(label: str) -> str:
@@ -102,9 +125,3 @@ def _stop(label: str) -> int:
     """The first layer that is left behind deleted ones: of "layer 3" 4, of "layers 3:6" 6."""
     first, *stop = map(int, re.findall(r"\d+", label))
     return stop[0] if stop else first + 1
-
-
-def _error(values: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over the last dimension; NaN of fewer than two."""
-    count = values.shape[-1]
-    return values.std(-1, ddof=1) / np.sqrt(count) if count > 1 else np.full(values.shape[:-1], np.nan)

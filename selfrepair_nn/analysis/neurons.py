@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.noise import COUNT, loudest
-from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_share, check_store, percent
+from selfrepair_nn.analysis.summaries import HEADS, by_head, check_store, percent, share_of
 from selfrepair_nn.blocks import BLOCK, Top, direct_effects, done_cases, entries_of, stored_rows
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import NEURON
@@ -20,7 +20,7 @@ PARTS = (0.5, 0.1, 0.05, 0.02, 0.01)
 SHARED = ("shared_within", "shared_between", "shared_by_chance")
 
 
-def erasure_neurons(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """The most repairing neuron on each of the tokens that the MLP repairs most, for a few heads (Figure 7).
 
     The heads are those of `token_noise`, with their summary of `by_head`, over (rank). The tokens are the top `share`
@@ -62,7 +62,7 @@ def erasure_neurons(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) ->
     return _described(found, units)
 
 
-def neuron_sparsity(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """How often a token's Nth most repairing neuron alone repairs a part of the head's direct effect (Figure 8).
 
     The heads are those of `token_noise`, with their summary of `by_head`, over (rank).
@@ -89,7 +89,7 @@ def neuron_sparsity(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) ->
     return _described(heads.assign(found), {"repairs": "1", "stored_tokens": "1"})
 
 
-def neuron_changes(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """What every neuron does on a head's top tokens, the most repairing first (Appendix C, Figures 12 to 15).
 
     The heads are those of `token_noise`, with their summary of `by_head`, over (rank). Over (rank, place), places
@@ -129,7 +129,7 @@ def neuron_changes(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> 
     return _described(found, units)
 
 
-def neuron_consistency(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+def neuron_consistency(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """Whether the same neurons repair a head again and again (section 4.2.2).
 
     The heads are those of `token_noise`, with their summary of `by_head`, over (rank). The tokens are the top `share`
@@ -161,10 +161,10 @@ def neuron_consistency(ds: xr.Dataset, share: float = SHARE, count: int = COUNT)
 
 
 def _top_tokens(
-    ds: xr.Dataset, share: float, count: int, by: str = "direct_effect"
+    ds: xr.Dataset, share: float | None, count: int, by: str = "direct_effect"
 ) -> tuple[xr.Dataset, Top, np.ndarray]:
     """A few heads over (rank), the top tokens of each by a variable, and the rank that each of these belongs to."""
-    check_share(share)
+    share = share_of(ds, share)
     check_store(ds)
     _check_neurons(ds, share if by == "direct_effect" else 0)
     heads, done = by_head(ds, share), done_cases(ds)

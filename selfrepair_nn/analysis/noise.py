@@ -3,8 +3,8 @@
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_share, check_store
-from selfrepair_nn.blocks import done_cases, in_top, ratios, tokens_of
+from selfrepair_nn.analysis.summaries import HEADS, by_head, check_store, share_of
+from selfrepair_nn.blocks import counted_tokens, done_cases, in_top, ratios, tokens_of
 from selfrepair_nn.variables import VARIABLES
 
 COUNT = 4
@@ -16,14 +16,14 @@ FATES = {
 STATISTICS = ("correlation", *FATES, "tokens")
 
 
-def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.Dataset:
+def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """Direct effect and logit change of every token of a few heads, and how they go together, over (rank).
 
     The heads are the `count` of largest mean direct effect in the last third of the model's layers; if no head
     there has anything done, of all layers; all heads if there are no more than `count` (choose with `only`).
 
     - layer, head: which head it is; direct_effect, logit_change: over (rank, prompt, position), in logits, NaN
-      where not done; top: whether the token is in the head's top share;
+      where not done or not counted; top: whether the token is in the head's top share;
     - correlation: Pearson's, of direct effect and logit change; NaN if either never varies;
     - with r = logit_change / direct_effect, the share of tokens that are broken (r < -1: more is lost than the
       head wrote), under (-1 < r < 0: repaired in part, between the line y = -x and the x-axis) and over (r > 0:
@@ -35,13 +35,13 @@ def token_noise(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) -> xr.
     Raises:
         UsageError: `share` is not in (0, 1], or `ds` is not a store of the heads recipe.
     """
-    check_share(share)
+    share = share_of(ds, share)
     check_store(ds)
     heads = by_head(ds, share)
     cases = loudest(heads, count)
     names = ("direct_effect", "logit_change")
-    done = np.repeat(done_cases(ds)[cases][..., None], ds.sizes["position"], axis=2)
-    effect, change = (np.where(done, tokens_of(ds, name, cases), np.nan) for name in names)
+    done = done_cases(ds)[cases, :, None] & counted_tokens(ds)
+    effect, change = (tokens_of(ds, name, cases) for name in names)
     top = np.array([_top(values, share) for values in effect]).reshape(effect.shape)
     dims = ("rank", "prompt", "position")
     found = {name: (dims, values) for name, values in zip(names, (effect, change), strict=True)}

@@ -3,15 +3,15 @@
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_store, percent
-from selfrepair_nn.blocks import Sums, direct_effects, done_cases, ratio_sums, ratios, read
+from selfrepair_nn.analysis.summaries import HEADS, among, by_head, check_store, share_of
+from selfrepair_nn.blocks import Sums, direct_effects, done_cases, ratio_sums, ratios, read, token_counts
 from selfrepair_nn.variables import VARIABLES
 
 PARTS = ("norm_on_existing", "norm_on_change")
 
 
-def norm_by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
-    """The summary of `by_head`, and over (layer, head), x over all done tokens and top_x over the top share:
+def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
+    """The summary of `by_head`, and over (layer, head), x over all counted tokens and top_x over the top share:
 
     - norm_on_existing, norm_on_change: means of the two parts of from_norm, in logits (Appendix B);
     - norm_ratio: mean of from_norm / direct_effect as it is, not clipped, no unit (Figure 10; 0 for a token of no
@@ -19,6 +19,7 @@ def norm_by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
 
     A result of this function is returned as it is. Memory and errors as in `by_head`.
     """
+    share = share_of(ds, share)
     if "norm_ratio" in ds:
         return by_head(ds, share)
     check_store(ds)
@@ -31,7 +32,7 @@ def norm_by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     for name, text in names.items():
         units = VARIABLES[name].units if name in PARTS else "1"
         found[name].attrs = {"units": units, "long_name": text}
-        found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, top {percent(share)} of tokens"}
+        found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share)}"}
     return found
 
 
@@ -39,7 +40,7 @@ def _summed_up(ds: xr.Dataset, share: float) -> dict[str, np.ndarray]:
     """Means over (case)."""
     done = done_cases(ds)
     _, top = direct_effects(ds, done, share)
-    counts, top_counts = done * ds.sizes["position"], np.bincount(top.case, minlength=len(done))
+    counts, top_counts = token_counts(ds, done), np.bincount(top.case, minlength=len(done))
     found = {}
     with np.errstate(invalid="ignore"):
         for name in (*PARTS, "from_norm"):

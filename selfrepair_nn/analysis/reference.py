@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import SHARE, by_head, by_layer
+from selfrepair_nn.analysis.summaries import by_head, by_layer, percent
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.variables import SHARE
 
 PUBLISHED = Path(__file__).parents[1] / "paper" / "layer_means.json"
 QUANTITIES = (
@@ -97,5 +98,7 @@ def _beside(layers: xr.Dataset, n_layers: int) -> np.ndarray:
 
 def _differs(layers: xr.Dataset) -> str:
     unlike = {k: layers.attrs[k] for k, v in SETTINGS.items() if layers.attrs.get(k, v) != v}
-    said = "; ".join(f"{k} is {v} here, {SETTINGS[k]} there" for k, v in unlike.items())
-    return f"Not measured as in the paper: {said}." if said else ""
+    said = [f"{k} is {v} here, {SETTINGS[k]} there" for k, v in unlike.items()]
+    if layers.attrs["counted_share"] < 1:
+        said.append(f"{percent(layers.attrs['counted_share'])} of tokens count here, all there")
+    return f"Not measured as in the paper: {'; '.join(said)}." if said else ""

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.summaries import HEADS
-from selfrepair_nn.blocks import done_cases, edited_of
+from selfrepair_nn.blocks import edited_cases, edited_of
 from selfrepair_nn.errors import UsageError
 
 CONFIDENCE = 0.95
@@ -46,7 +46,7 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
     missing = [name for name in (*NEEDED, "scale") if name not in ds.variables]
     if missing:
         raise UsageError(f"this is not a store of reinforced heads: it lacks {', '.join(missing)}")
-    done, shape = done_cases(ds), [ds.sizes[d] for d in HEADS]
+    done, shape = edited_cases(ds), [ds.sizes[d] for d in HEADS]
     before = np.where(done, edited_of(ds, "direct_effect"), np.nan)
     variants = [ds.isel(scale=i) for i in range(ds.sizes["scale"])]
     after = np.stack([np.where(done, edited_of(one, "ablated_direct_effect"), np.nan) for one in variants])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_store, percent
+from selfrepair_nn.analysis.summaries import HEADS, among, by_head, check_store, percent, share_of
 from selfrepair_nn.blocks import component_sums, direct_effects, done_cases
 from selfrepair_nn.errors import UsageError
 
@@ -13,7 +13,7 @@ PAIRS = (*HEADS, "component")
 COUNT = 24
 
 
-def who_repairs(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
+def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """The summary of `by_head`, and what every component does for each ablated head, on its top share of tokens.
 
     - repair(layer, head, component): mean change of the component's direct effect, in logits; > 0 repairs, < 0
@@ -27,6 +27,7 @@ def who_repairs(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     Raises:
         UsageError: the store holds no component changes, or only those of a smaller share; else as by_head.
     """
+    share = share_of(ds, share)
     if "repair" in ds:
         return by_head(ds, share)
     check_store(ds)
@@ -39,14 +40,14 @@ def who_repairs(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     found = by_head(ds, share).assign(repair=(PAIRS, means), repair_tokens=(HEADS, counts.reshape(shape)))
     found = found.assign_coords({n: c for n, c in ds.coords.items() if c.dims == ("component",)})
     found["own"] = (PAIRS, _own(ds))
-    told = f"mean change of direct effect, top {percent(share)} of tokens"
+    told = f"mean change of direct effect, {among(share)}"
     found.repair.attrs = {"units": "logit", "long_name": told}
     found.repair_tokens.attrs = {"units": "1", "long_name": "number of tokens"}
     found.own.attrs = {"units": "1", "long_name": "the ablated head itself"}
     return found
 
 
-def strongest_repairs(ds: xr.Dataset, count: int = COUNT, share: float = SHARE) -> xr.Dataset:
+def strongest_repairs(ds: xr.Dataset, count: int = COUNT, share: float | None = None) -> xr.Dataset:
     """The `count` largest mean changes that an ablation makes of another component, by size, over (rank).
 
     - repair: the change, in logits, of either sign; layer, head: the ablated head;

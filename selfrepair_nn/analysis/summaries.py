@@ -5,12 +5,23 @@ from collections.abc import Iterable
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, largest, ratios, read, sites
+from selfrepair_nn.analysis.task import verdict
+from selfrepair_nn.blocks import (
+    Sums,
+    Top,
+    counted_tokens,
+    direct_effects,
+    done_cases,
+    largest,
+    ratios,
+    read,
+    sites,
+    token_counts,
+)
 from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import SWEEP, VARIABLES
+from selfrepair_nn.variables import SWEEP, VARIABLES, usual_share
 
-SHARE = 0.02
 MEANS = (
     "direct_effect",
     "ablated_direct_effect",
@@ -51,20 +62,20 @@ def only(ds: xr.Dataset, layers: str | None = None, heads: str | None = None) ->
 
 
 def every_token(ds: xr.Dataset) -> bool:
-    """Whether a store, or its summary, is of every token, and not of each head's top share alone."""
-    return "kept_share" not in ds.attrs
+    """Whether a store, or its summary, is of every counted token, and not of each head's top share alone."""
+    return ds.attrs.get("kept_share", 1) == 1
 
 
-def top_share(ds: xr.Dataset, share: float = SHARE) -> xr.DataArray:
+def top_share(ds: xr.Dataset, share: float | None = None) -> xr.DataArray:
     """Whether a token is among a head's tokens of highest direct effect over the whole run (section 2.2).
 
     Boolean over (layer, head, prompt, position), one byte each: for every head exactly max(1, floor(share n))
-    of its n done tokens, the first in the order of the store where direct effects are equal; none if n is 0.
+    of its n counted tokens, the first in the order of the store where direct effects are equal; none if n is 0.
 
     Raises:
         UsageError: `share` is not in (0, 1], or `ds` is not a store of the heads recipe.
     """
-    check_share(share)
+    share = share_of(ds, share)
     check_store(ds)
     done = done_cases(ds)
     _, top = direct_effects(ds, done, share)
@@ -72,13 +83,13 @@ def top_share(ds: xr.Dataset, share: float = SHARE) -> xr.DataArray:
     marks[top.case, top.token] = True
     found = xr.DataArray(marks.reshape([ds.sizes[d] for d in SWEEP]), dims=SWEEP, name="top_share")
     labels = {d: ds[d] for d in SWEEP if d in ds.coords}
-    return found.assign_coords(labels).assign_attrs(long_name=f"top {percent(share)} of the head", units="1")
+    return found.assign_coords(labels).assign_attrs(long_name=f"{among(share)} of the head", units="1")
 
 
-def by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
+def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Summaries of each head over (layer, head), NaN where nothing is done; in logits unless said.
 
-    - x and top_x, for x in MEANS: mean over all done tokens, and over the top share (Equations 1 and 2);
+    - x and top_x, for x in MEANS: mean over all counted tokens, and over the top share (Equations 1 and 2);
     - self_repair_se, top_self_repair_se: standard error of the mean, prompts taken as independent;
     - distance, top_distance: (logit_change + direct_effect) / sqrt 2, from the line y = -x of Figure 2;
     - between, top_between: whether -1 < logit_change / direct_effect < 0, Figure 2's self-repaired heads;
@@ -88,7 +99,9 @@ def by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     - selected(layer, head), noise_floor(layer) (NaN where the run did not measure it): from the store; and of a
       run until an interval is narrow half_width, prompts_used(layer, head) and layer_half_width(layer).
 
-    Of a store of the top share alone, what is over all tokens is NaN.
+    Of a store of the top share alone, what is over all tokens is NaN. `share` is the paper's 2% where it is not given;
+    where the prompts say which tokens count it is then 1, all of these. The attribute counted_share is the share of
+    tokens that count, and `task` what `text` says of whether the model does the task of the prompts.
 
     A result of this function is returned as it is: what takes a store also takes its summary.
     Memory: one block of prompts, and some 60 bytes for each token of each head's top share.
@@ -96,19 +109,19 @@ def by_head(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     Raises:
         UsageError: `share` is not in (0, 1] or not the summary's, or `ds` is not a store of the heads recipe.
     """
-    check_share(share)
+    share = share_of(ds, share)
     if "top_self_repair" in ds:
         return same_share(ds, share)
     check_store(ds)
     return _by_site(ds, share)
 
 
-def by_case(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
+def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """What `by_head` gives, over (case): where several heads are ablated at once, or layers, or MLPs.
 
     `case_layer` is the first layer that each ablates. Memory and errors as in `by_head`.
     """
-    check_share(share)
+    share = share_of(ds, share)
     if "top_self_repair" in ds:
         return same_share(ds, share)
     if "case" not in ds.dims:
@@ -128,11 +141,12 @@ def _by_site(ds: xr.Dataset, share: float) -> xr.Dataset:
     heads = heads.assign({name: ds[name].variable.load() for name in ESTIMATED if name in ds})
     heads = heads.assign(_derived(heads, "") | _derived(heads, "top_"))
     sizes = {"prompts": ds.sizes["prompt"], "positions": ds.sizes["position"]}
+    sizes |= {"counted_share": float(counted_tokens(ds).mean())} | verdict(ds)
     done = float(((ds.done & ds.selected).mean("prompt").where(ds.selected)).mean())
     return _describe(heads, share).assign_attrs(share=share, done_share=done, **sizes)
 
 
-def by_layer(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
+def by_layer(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Means over each layer's heads of what `by_head` gives, over (layer); `ds` is a store or its summary.
 
     Every head with something done counts once, however many tokens it has; `heads` says how many did. The
@@ -159,7 +173,7 @@ def by_layer(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
     return layers
 
 
-def most_repaired(ds: xr.Dataset, count: int = 5, share: float = SHARE) -> xr.Dataset:
+def most_repaired(ds: xr.Dataset, count: int = 5, share: float | None = None) -> xr.Dataset:
     """The heads of highest mean self-repair on their top share, as in `by_head` but over (rank), best first.
 
     `layer` and `head` name them. A negative `count` asks for the most broken heads, worst first.
@@ -175,7 +189,7 @@ def _summed_up(ds: xr.Dataset, share: float) -> dict[str, np.ndarray]:
     done, n_positions = done_cases(ds), ds.sizes["position"]
     sums, top = direct_effects(ds, done, share)
     at = top.case * done.shape[1] + top.token // n_positions
-    counts, top_counts = done * n_positions, np.bincount(at, minlength=done.size).reshape(done.shape)
+    counts, top_counts = token_counts(ds, done), np.bincount(at, minlength=done.size).reshape(done.shape)
     found = {"tokens": counts.sum(1), "top_tokens": top_counts.sum(1)}
     chosen = top.effect
     for name in MEANS:
@@ -224,7 +238,7 @@ def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
     }
     for name, (units, text) in known.items():
         heads[name].attrs = {"units": units, "long_name": text}
-        heads[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, top {percent(share)} of tokens"}
+        heads[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share)}"}
     heads["norm_share"].attrs = {"units": "1", "long_name": "share of the direct effect repaired by the norm"}
     heads["worst_closure"].attrs = {"units": "logit", "long_name": "largest |closure|"}
     return heads
@@ -235,9 +249,25 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def check_share(share: float) -> None:
+def among(share: float) -> str:
+    """What a statistic of this share is over."""
+    return f"top {percent(share)} of tokens" if share < 1 else "tokens that count"
+
+
+def throughout(*summaries: xr.Dataset) -> str:
+    """What their statistics without a top share are over."""
+    all_count = all(heads.attrs.get("counted_share", 1) == 1 for heads in summaries)
+    return "all tokens" if all_count else "tokens that count"
+
+
+def share_of(ds: xr.Dataset, share: float | None) -> float:
+    """The share that is asked for, or `usual_share` of a store or a summary. UsageError if it is not in (0, 1]."""
+    if share is None:
+        some = "counted" in ds and not ds.counted.all()
+        return usual_share(not some and ds.attrs.get("counted_share", 1) == 1)
     if not 0 < share <= 1:
         raise UsageError(f"share {share!r} is not in (0, 1]: write 0.02 for the top 2% of tokens")
+    return share
 
 
 def check_store(ds: xr.Dataset) -> None:
@@ -251,6 +281,12 @@ def require(ds: xr.Dataset, names: Iterable[str]) -> None:
     missing = [name for name in names if name not in ds.variables and name not in ds.dims]
     if missing:
         raise UsageError(f"this is not a store of the heads recipe: it lacks {', '.join(missing)}")
+
+
+def require_counted(ds: xr.Dataset) -> None:
+    """Raise UsageError unless the store of a task says which tokens are asked about."""
+    if "counted" not in ds:
+        raise UsageError("this store does not say which tokens count, an older version made it: run it again")
 
 
 def check_axes(ds: xr.Dataset) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import SHARE, by_head, check_share, same_share
-from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, read, sites
+from selfrepair_nn.analysis.summaries import by_head, same_share, share_of
+from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, read, sites, token_counts
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import TOKEN
 
@@ -31,12 +31,12 @@ def axis_of(ds: xr.Dataset) -> str:
     return str(found[0])
 
 
-def by_variant(ds: xr.Dataset, share: float = SHARE, summarise: Summary = by_head) -> xr.Dataset:
+def by_variant(ds: xr.Dataset, share: float | None = None, summarise: Summary = by_head) -> xr.Dataset:
     """`summarise(variant, share)` of every variant along the store's axis; what all have in common is there once.
 
     Memory: one block of prompts of all variants, and the summaries. Errors as in `axis_of` and `summarise`.
     """
-    axis = axis_of(ds)
+    axis, share = axis_of(ds), share_of(ds, share)
     if "position" not in ds.dims:
         return same_share(ds, share)
     each = [summarise(ds.isel({axis: i}).drop_vars(axis), share) for i in range(ds.sizes[axis])]
@@ -46,17 +46,17 @@ def by_variant(ds: xr.Dataset, share: float = SHARE, summarise: Summary = by_hea
     return found.assign({name: each[0][name] for name in shared}).assign_attrs(each[0].attrs)
 
 
-def differences(ds: xr.Dataset, share: float = SHARE) -> xr.Dataset:
+def differences(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """What each variant changes against the first, over (axis, layer, head) or (axis, case), in logits.
 
-    x and top_x, for x in PAIRED: mean over all done tokens, and over each head's top share, of the variant's value
+    x and top_x, for x in PAIRED: mean over all counted tokens, and over each head's top share, of the variant's value
     minus the first's; x_se and top_x_se: standard errors of these means, token by token and with prompts taken as
     independent: smaller than those of two separate means. Memory: one block of prompts of all variants.
 
     Raises:
         UsageError: as in `axis_of`, or `share` is not in (0, 1].
     """
-    check_share(share)
+    share = share_of(ds, share)
     axis, dims = axis_of(ds), sites(ds)
     done = done_cases(ds)
     _, top = direct_effects(ds, done, share)
@@ -73,7 +73,7 @@ def _against(
     ds: xr.Dataset, first: Mapping[str, tuple[np.ndarray, np.ndarray]], done: np.ndarray, top: Top
 ) -> dict[str, np.ndarray]:
     """What one variant changes, over (case); `first` are the sums and the top tokens' values of the first."""
-    counts = done * ds.sizes["position"]
+    counts = token_counts(ds, done)
     at = top.case * done.shape[1] + top.token // ds.sizes["position"]
     top_counts = np.bincount(at, minlength=done.size).reshape(done.shape)
     found = {}

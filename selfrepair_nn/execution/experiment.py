@@ -27,6 +27,7 @@ from selfrepair_nn.variables import (
     RANKS,
     SWEPT,
     Variable,
+    usual_share,
 )
 
 
@@ -123,7 +124,7 @@ class Experiment:
             "value_bias": self.graph.value_bias,
             "freeze": o.freeze,
             "components": o.components,
-            "share": o.share if self.shared or self.ranked else None,
+            "share": self.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if "mean" in kinds else None,
             "seed": o.seed if self.reinforces else None,
             "select": "top-share" if self.selective else None,
@@ -142,6 +143,23 @@ class Experiment:
         )
 
     @property
+    def share(self) -> float:
+        """The share of each head's tokens that is meant where only the top ones are ablated, kept or averaged."""
+        return usual_share(self.prompts.all_count) if self.options.share is None else self.options.share
+
+    @property
+    def counted(self) -> np.ndarray:
+        """Which tokens count: bool [prompt, position]; of prompts on which heads are reinforced the edited one."""
+        if not self.reinforces:
+            return self.prompts.counts
+        edited = np.arange(self.prompts.length - 1) == self.edited_position[:, None]
+        return edited & self.prompts.counts
+
+    def top(self, effects: np.ndarray, limits: np.ndarray, block: slice) -> np.ndarray:
+        """Which tokens that count reach each case's limit: bool [case, prompt, position] of a block's effects."""
+        return (effects >= limits[:, None, None]) & self.counted[block]
+
+    @property
     def selective(self) -> bool:
         """Whether only each head's top share of tokens is ablated and kept."""
         return self.options.selects == "top-share"
@@ -153,9 +171,11 @@ class Experiment:
 
     @property
     def edited_position(self) -> np.ndarray:
-        """A position for each prompt, drawn evenly from a seed: where a head is reinforced."""
-        generator = np.random.default_rng(self.options.seed)
-        return generator.integers(0, self.prompts.length - 1, self.prompts.n)
+        """A counted position for each prompt, drawn evenly from a seed: where a head is reinforced."""
+        counts = self.prompts.counts
+        drawn = np.random.default_rng(self.options.seed).integers(0, np.maximum(counts.sum(1), 1))
+        counted_first = np.argsort(~counts, axis=1, kind="stable")
+        return counted_first[np.arange(self.prompts.n), drawn]
 
     def dims(self, spec: Variable) -> tuple[str, ...]:
         """The dimensions of a variable in this run's store."""
@@ -172,6 +192,7 @@ class Experiment:
             "target": tokens[:, 1:],
             "token_text": texts[:, :-1],
             "target_text": texts[:, 1:],
+            "counted": self.counted,
             "document": self.prompts.document,
             "partner": np.full(n, -1) if self.partners is None else self.order[self.partners],
             "ablation": self.ablation,

@@ -87,9 +87,9 @@ def _wanted(store: Store, experiment: Experiment, limits: np.ndarray) -> np.ndar
     """How many positions of each prompt there are up to its last top token: [case, prompt]; 0 where it has none."""
     positions = np.arange(1, experiment.prompts.length)
     counts = [
-        ((store.read("direct_effect", block)[experiment.selected] >= limits[:, None, None]) * positions).max(
-            -1
-        )
+        (
+            experiment.top(store.read("direct_effect", block)[experiment.selected], limits, block) * positions
+        ).max(-1)
         for block in experiment.work.units
     ]
     return np.concatenate(counts, axis=1)
@@ -131,15 +131,16 @@ class Filling:
 
     def _measured(self, block: slice, found: dict[str, Any]) -> dict[str, np.ndarray]:
         """A job's result as arrays with everything that follows from it; NaN where only top tokens are kept."""
+        experiment, limits = self._experiment, self._known.limits
         measured = {name: value.numpy() for name, value in found.items()}
-        if self._experiment.shared:
-            _unpack(measured, self._known.limits)
+        if experiment.shared:
+            _unpack(measured, experiment.top(measured["direct_effect"], limits, block))
         measured = complete(measured)
-        if self._experiment.ranked:
+        if experiment.ranked:
             del measured["direct_effect"]
-        if self._experiment.selective:
-            effects = self._store.read("direct_effect", block)[self._experiment.selected]
-            _keep(measured, effects >= self._known.limits[:, None, None])
+        if experiment.selective:
+            effects = self._store.read("direct_effect", block)[experiment.selected]
+            _keep(measured, experiment.top(effects, limits, block))
         return measured
 
     def _write(self, block: slice, variants: list[dict[str, np.ndarray]], open_: np.ndarray) -> None:
@@ -156,9 +157,8 @@ class Filling:
         store.write_prompts(block, values, done)
 
 
-def _unpack(measured: dict[str, np.ndarray], limits: np.ndarray) -> None:
-    """Give what came back for top tokens only its place among all tokens, NaN elsewhere."""
-    top = measured["direct_effect"] >= limits[:, None, None]
+def _unpack(measured: dict[str, np.ndarray], top: np.ndarray) -> None:
+    """Give what came back for top tokens [case, prompt, position] only its place among all tokens, NaN elsewhere."""
     for name in measured.keys() & set(PACKED):
         whole = np.full((*top.shape, measured[name].shape[-1]), np.nan, measured[name].dtype)
         whole[top] = measured[name]

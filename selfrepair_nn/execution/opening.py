@@ -97,7 +97,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
     recorded = (
         {} if experiment.graph.neurons is None else {"recorded_mlp": Mlp(experiment.graph.neurons).label}
     )
-    recorded |= {"kept_share": options.share} if experiment.selective else {}
+    recorded |= {"kept_share": experiment.share} if experiment.selective else {}
     return recorded | {
         "title": f"{experiment.recipe.name} of {experiment.description.source.name}",
         "recipe": experiment.recipe.name,

@@ -20,10 +20,10 @@ KEPT = {Head: "z", Mlp: "mlp", Neuron: "hidden"}
 
 
 def loudest(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> list[Head]:
-    """The heads of largest mean direct effect over all prompts, as many as the graph asks for. Clean passes only."""
+    """The heads of largest mean direct effect, over the tokens that count, as many as asked for. Clean passes only."""
     plan = experiment.graph.plan(layout)
     sums = {
-        block.start: effects.sum((1, 2), dtype=float)
+        block.start: effects.sum((1, 2), dtype=float, where=experiment.counted[block])
         for block, effects in direct_effects(experiment, plan, runner)
     }
     order = np.argsort(-sum(sums[start] for start in sorted(sums)), kind="stable")[: experiment.graph.loudest]
@@ -35,8 +35,9 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
 
     A head is replaced by itself, and the residual stream that its pass takes up is moved by up to one rounding step
     of the model's dtype. Without that step a clean and an ablated pass round alike, and what is found is 0 however
-    coarse the dtype: but where something is really ablated they round differently. Where there is no grid of heads
-    it is [case], each as its first layer's.
+    coarse the dtype: but where something is really ablated they round differently. It is over the counted tokens of
+    the first prompts, at least as many as a prompt has where there are so many in a unit. Where there is no grid of
+    heads it is [case], each as its first layer's.
     """
     from selfrepair_nn.tracing.jobs import ablation_job
 
@@ -47,9 +48,17 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
     )
     plan = graph.plan(layout) | {"rows": experiment.work.rows, "shaken": True}
     shapes = ablation_shapes(plan, experiment.prompts.length - 1, 0, packed=False)
-    unit = Unit("noise floor", ablation_job, slice(0, 1), plan, experiment.as_read, shapes)
-    changes = only(runner, unit)["logit_change"]
-    floor = changes.double().square().mean((1, 2)).sqrt().numpy()
+    rows = _first_counted(experiment)
+    unit = Unit(
+        "noise floor",
+        ablation_job,
+        slice(0, len(rows)),
+        plan,
+        lambda part: experiment.arrays(rows[part]),
+        shapes,
+    )
+    changes = only(runner, unit)["logit_change"].numpy()[:, experiment.counted[rows]]
+    floor = np.sqrt(np.square(changes, dtype=float).mean(1))
     if experiment.grid:
         return floor
     return floor[[experiment.layers.index(min(s.layer for s in case)) for case in experiment.graph.ablate]]
@@ -71,6 +80,15 @@ def follows_length(experiment: Experiment, layout: dict[str, Any], dtype: str, r
     tried = slice(0, min(TRIED, experiment.prompts.n))
     unit = Unit("passes of several lengths", lengths_job, tried, plan, experiment.arrays, shapes)
     return bool((only(runner, unit)["apart"] > TOLERANCE[dtype] / 10).any())
+
+
+def _first_counted(experiment: Experiment) -> np.ndarray:
+    """Rows of the first prompts of the text that together have as many counted tokens as one prompt has positions."""
+    order = np.argsort(experiment.order)
+    counts = experiment.counted[order].sum(1)
+    rows, counts = order[counts > 0], counts[counts > 0]
+    enough = np.searchsorted(np.cumsum(counts), experiment.prompts.length - 1) + 1
+    return rows[: min(enough, experiment.work.block)]
 
 
 def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> dict[str, dict[int, Any]]:
@@ -96,10 +114,13 @@ def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> di
 
 def top_thresholds(experiment: Experiment, found: Iterable[tuple[slice, np.ndarray]]) -> np.ndarray:
     """The least direct effect in each case's top share over the whole run: [case], from all `direct_effects`."""
-    keep = max(1, int(experiment.options.share * experiment.prompts.n * (experiment.prompts.length - 1)))
+    counted = experiment.counted
+    keep = max(1, int(experiment.share * counted.sum()))
     best = np.empty((len(experiment.graph.ablate), 0))
-    for _, effects in found:
-        best = np.concatenate([best, effects.reshape(len(effects), -1)], axis=1)
+    for block, effects in found:
+        best = np.concatenate([best, effects[:, counted[block]]], axis=1)
+        if not best.size:
+            continue
         best = -np.partition(-best, min(keep, best.shape[1]) - 1, axis=1)[:, :keep]
     return best.min(axis=1)
 

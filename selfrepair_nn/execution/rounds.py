@@ -68,7 +68,7 @@ class _Answer:
                 self._store.read(name, block)[self._experiment.selected]
                 for name in ("direct_effect", "self_repair")
             )
-            counted = (effects >= self._limits[:, None, None]) & open_[:, None, None]
+            counted = self._experiment.top(effects, self._limits, block) & open_[:, None, None]
             self._tally.add(repair, counted, self._clusters[block])
         self._used[open_] = blocks[-1].stop
         return self._write()

@@ -44,6 +44,7 @@ class Sweep:
             inputs=lambda prompts: self.experiment.arrays(prompts) | self.constants,
             shapes=ablation_shapes(plan, prompts.length - 1, len(work.components), packed),
             thresholds=self.thresholds,
+            counted=None if prompts.all_count or not packed else self.experiment.counted,
             wanted=self.wanted,
             tick=lambda rows: self.tick(round(rows * tokens)),
         )

@@ -22,10 +22,11 @@ class Unit:
     """One call `job(model, arrays, plan)`, and the shape of every tensor that it gives.
 
     In a shape, a number is a size, "case" stands for the plan's cases, "prompt" for the unit's prompts and "token" for
-    the pairs of case and token whose direct effect reaches `thresholds` [case]. A result without "case" is the same for
-    all cases; one without "prompt" is a sum over prompts.
+    the pairs of case and token that count and whose direct effect reaches `thresholds` [case]. A result without "case"
+    is the same for all cases; one without "prompt" is a sum over prompts.
 
-    `inputs` gives the job's arrays for some prompts. `wanted` [case, prompt of the run] says how many positions of each
+    `inputs` gives the job's arrays for some prompts. `counted` [prompt of the run, position] says which tokens count
+    where there are thresholds, None that all do. `wanted` [case, prompt of the run] says how many positions of each
     prompt are wanted for each case, None that all are; what is not wanted may be NaN. `part` is set where the unit is a
     part of another one: (first, stop) of its cases. `tick` is called as the job goes on, where it runs in this process.
     """
@@ -37,6 +38,7 @@ class Unit:
     inputs: Callable[[slice], dict[str, Any]]
     shapes: Shapes
     thresholds: np.ndarray | None = None
+    counted: np.ndarray | None = None
     wanted: np.ndarray | None = None
     part: tuple[int, int] | None = None
     tick: Callable[[int], None] | None = None
@@ -55,6 +57,8 @@ class Unit:
         found = self.inputs(self.prompts)
         if self.thresholds is not None:
             found["thresholds"] = torch.from_numpy(self.thresholds)
+        if self.counted is not None:
+            found["counted"] = torch.from_numpy(self.counted[self.prompts].copy())
         if self.wanted is not None:
             found["wanted"] = torch.from_numpy(self.wanted[:, self.prompts].copy())
         return found
@@ -83,7 +87,9 @@ class Unit:
     def join(self, *found: dict[Any, Any]) -> dict[Any, Any]:
         """The result of this unit from those of its halves."""
         along = "prompt" if self.prompts.stop - self.prompts.start > 1 else "case"
-        tokens = [self._top_tokens(half) for half in found] if self.thresholds is not None else []
+        tokens = []
+        if self.thresholds is not None:
+            tokens = [unit._top_tokens(half) for unit, half in zip(self.halves(), found, strict=True)]
         halves = zip(*(dict(_leaves(half)).values() for half in found), strict=True)
         shapes = [shape for _, shape in _leaves(self.shapes)]
         return _nested(
@@ -92,11 +98,13 @@ class Unit:
         )
 
     def _top_tokens(self, found: dict[Any, Any]) -> list[int]:
-        """How many tokens of each case reach its threshold."""
+        """How many tokens of each case count and reach its threshold."""
         import torch
 
-        limits = torch.from_numpy(self.thresholds)[: len(found["direct_effect"]), None, None]
-        return (found["direct_effect"] >= limits).sum((1, 2)).tolist()
+        top = found["direct_effect"] >= torch.from_numpy(self.thresholds)[:, None, None]
+        if self.counted is not None:
+            top &= torch.from_numpy(self.counted[self.prompts])
+        return top.sum((1, 2)).tolist()
 
     def flaw(self, found: Any) -> str | None:
         """What is wrong with a result: names, shapes, types or a number that is not finite; None if nothing is."""

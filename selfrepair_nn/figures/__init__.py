@@ -8,11 +8,12 @@ a store of one graph over heads; or the dimension along which a store's variants
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, every_token
+from selfrepair_nn.analysis import every_token
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import (
     ablation_kinds,
@@ -39,7 +40,7 @@ from selfrepair_nn.figures import (
     self_repair_by_layer,
     token_noise,
 )
-from selfrepair_nn.figures.style import Datasets, named, save, summaries
+from selfrepair_nn.figures.style import Datasets, named, save, share_of, summaries
 
 __all__ = ["DESCRIPTIONS", "FIGURES", "draw", "drawn", "plot", "save", "suited"]
 
@@ -81,7 +82,19 @@ _HAVE = {
     "movers": lambda ds: "case" in ds.dims and "other" in ds,
     "contrast": lambda ds: "ablation" in ds.dims and "twin" in ds,
 } | {axis: lambda ds, axis=axis: axis in ds.dims for axis in _AXES}
-FIGURES: dict[str, Callable[..., Figure]] = {name: module.draw for name, module in _MODULES.items()}
+
+
+def _sharing(figure: Callable[..., Figure]) -> Callable[..., Figure]:
+    """The figure with the share that is usual for what it shows, where none is given."""
+
+    @wraps(figure)
+    def drawn(datasets: Datasets, *, share: float | None = None) -> Figure:
+        return figure(datasets, share=share_of(datasets, share))
+
+    return drawn
+
+
+FIGURES: dict[str, Callable[..., Figure]] = {name: _sharing(module.draw) for name, module in _MODULES.items()}
 DESCRIPTIONS: dict[str, str] = {name: module.__doc__.splitlines()[0] for name, module in _MODULES.items()}
 
 
@@ -91,11 +104,12 @@ def suited(datasets: Datasets) -> list[str]:
     return [name for name, module in _MODULES.items() if all(map(_HAVE[module.TAKES], stores))]
 
 
-def draw(name: str, datasets: Datasets, *, share: float = SHARE) -> Figure:
-    """Draw the figure of this name from one dataset or several.
+def draw(name: str, datasets: Datasets, *, share: float | None = None) -> Figure:
+    """Draw the figure of this name from one dataset or several; `share` as in `analysis.by_head`.
 
     Raises:
-        UsageError: no figure of this name, or as the figure's own `draw`.
+        UsageError: no figure of this name, or datasets of which some count every token and some do not, and no share;
+            or as the figure's own `draw`.
     """
     if name not in FIGURES:
         raise UsageError(f"no figure {name!r}; there are {', '.join(FIGURES)}")
@@ -103,13 +117,13 @@ def draw(name: str, datasets: Datasets, *, share: float = SHARE) -> Figure:
 
 
 def drawn(
-    datasets: Datasets, names: Iterable[str] | None = None, *, share: float = SHARE
+    datasets: Datasets, names: Iterable[str] | None = None, *, share: float | None = None
 ) -> Iterator[tuple[str, Figure]]:
     """Names and figures, by default of all that the datasets are `suited` to; stores are summarised once for all.
 
     Errors as in `draw`.
     """
-    stores = named(datasets)
+    stores, share = named(datasets), share_of(datasets, share)
     wanted = suited(stores) if names is None else list(names)
     by_summary = {name for name in wanted if name in FIGURES and _MODULES[name].TAKES == "summary"}
     found = summaries(stores, share) if by_summary else {}
@@ -118,7 +132,11 @@ def drawn(
 
 
 def plot(
-    datasets: Datasets, directory: str | Path, names: Iterable[str] | None = None, *, share: float = SHARE
+    datasets: Datasets,
+    directory: str | Path,
+    names: Iterable[str] | None = None,
+    *,
+    share: float | None = None,
 ) -> list[Path]:
     """Draw and save figures by name, by default all that the datasets are `suited` to.
 

@@ -5,13 +5,13 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, percent, token_variants
+from selfrepair_nn.analysis import SHARE, among, token_variants
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import plane, style
 
 TAKES = "ablation"
 READING = (
-    "Dots: tokens; blue: the head's top {share}. Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head "
+    "Dots: tokens; blue: the head's {top}. Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head "
     "writes nothing to the logit.",
     "Shaded: self-repaired. Above the x-axis on the right: the logit rises although what wrote to it is gone.",
 )
@@ -38,7 +38,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         label = Head(int(tokens["layer"]), int(tokens["head"])).label
         row[0].set_ylabel(f"{label if len(found) == 1 else f'{name}, {label}'}: logit change (logits)")
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), *(line.format(share=percent(share)) for line in READING)])
+    style.caption(figure, [*style.captions(found), *(line.format(top=among(share)) for line in READING)])
     return figure
 
 

@@ -9,6 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from selfrepair_nn import text
 from selfrepair_nn.analysis import SHARE, contrast_by_head, percent
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import plane, style
@@ -27,8 +28,9 @@ READING = (
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a row for each store: both ablations in the plane, and the repaired share under one against the other.
 
-    `datasets` is a store of the contrastive recipe, a sequence of them, or a mapping from title to them. All tokens
-    from a prompt's first edit on count: there is no top share. Raises UsageError as `contrast_by_head` does.
+    `datasets` is a store of the contrastive recipe, a sequence of them, or a mapping from title to them. The tokens
+    that count are those from a prompt's first edit on: there is no top share. Raises UsageError as `contrast_by_head`
+    does.
     """
     stores = style.named(datasets)
     found = {name: contrast_by_head(ds) for name, ds in stores.items()}
@@ -47,7 +49,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         )
         bar.outline.set_visible(False)
     style.heading(figure, {name: heads.assign_attrs(ablation="contrastive") for name, heads in found.items()})
-    style.caption(figure, [*(_facts(heads) for heads in found.values()), *READING])
+    facts = [fact for heads in found.values() for fact in (_facts(heads), *text.task(heads))]
+    style.caption(figure, [*facts, *READING])
     figure.draw_without_rendering()
     for row, heads in zip(panels, found.values(), strict=True):
         for axes, ablation in zip(row, NAMES, strict=False):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from selfrepair_nn import text
-from selfrepair_nn.analysis import SHARE, every_token, percent
+from selfrepair_nn.analysis import SHARE, among, every_token, throughout
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import plane, style
 
@@ -53,7 +53,7 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
     plane.wedge(axes)
     colours = {"c": layer, "cmap": style.LAYERS, "norm": _norm(heads)}
     axes.scatter(x, y, **colours, s=26, edgecolor="white", linewidth=0.4, zorder=3)
-    tokens = "all tokens" if every_token(heads) else f"top {percent(heads.attrs['share'])} of tokens"
+    tokens = throughout(heads) if every_token(heads) else among(heads.attrs["share"])
     axes.set_xlabel(f"direct effect, mean over {tokens} (logits)")
     axes.set_ylabel(f"logit change when ablated,\nmean over {tokens} (logits)")
 

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, every_token, percent
+from selfrepair_nn.analysis import SHARE, among, every_token, throughout
 from selfrepair_nn.figures import depth, style
 
 TAKES = "summary"
@@ -22,8 +22,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """
     found = style.summaries(datasets, share)
     figure = style.new_figure(9.6 if len(found) == 1 else 11, 4.0)
-    tokens = {"distance": "all tokens"} if all(map(every_token, found.values())) else {}
-    tokens["top_distance"] = f"top {percent(share)} of tokens"
+    tokens = {"distance": throughout(*found.values())} if all(map(every_token, found.values())) else {}
+    tokens |= {"top_distance": among(share)} if share < 1 or not tokens else {}
     panels = figure.subplots(1, len(tokens), squeeze=False)[0]
     for axes, (name, told) in zip(panels, tokens.items(), strict=True):
         depth.name_axis(axes, len(found) == 1)

@@ -16,8 +16,8 @@ LOOKS = dict(
     zip(KINDS, ((style.COLOURS[1], "D", 34), (style.COLOURS[0], "s", 30), ("#8A8A8A", "o", 12)), strict=True)
 )
 READING = (
-    "Scores: mean attention to the token before; on the repeated half, to what followed the same token in the first.",
-    "Right: means over the tokens of the repeated half. Dashed: y = \N{MINUS SIGN}x, no repair; shaded: self-repaired.",
+    "Scores: mean attention on the repeated half to the token before and to what followed the same token in the first.",
+    "Right: means over these tokens. Dashed: y = \N{MINUS SIGN}x, no repair; shaded: self-repaired.",
 )
 
 

@@ -14,7 +14,7 @@ BAR = 0.36
 READING = (
     "Left: the direct effect that is taken away, and what the logit difference loses; if less, the others repair.",
     "Right: the heads that rise most when the name movers are ablated together. Orange: the layers from {first}'s",
-    "to their own are deleted, so that they read what {first} reads. Means at the last position, standard errors.",
+    "to their own are deleted, so that they read what {first} reads. Means on the tokens that count, standard errors.",
 )
 LOOKS = {
     "direct_effect": ("clean", "#8A8A8A", "o"),
@@ -27,8 +27,8 @@ LOOKS = {
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a row for each store of the ioi recipe: the ablations, and the heads that back up.
 
-    `datasets` is a store, a sequence of them, or a mapping from title to them. Only the last position counts: there is
-    no top share. Raises UsageError as `name_movers` does.
+    `datasets` is a store, a sequence of them, or a mapping from title to them. Only the tokens that count are
+    shown: there is no top share. Raises UsageError as `name_movers` does.
     """
     found = {name: (name_movers(ds), backups(ds)) for name, ds in style.named(datasets).items()}
     figure = style.new_figure(10.5, 1.3 + 3.4 * len(found))
@@ -42,7 +42,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         row[1].set_title("heads that back up")
     style.heading(figure, {name: movers for name, (movers, _) in found.items()})
     facts = [
-        f"{'' if len(found) == 1 else name + ': '}{_facts(movers)}" for name, (movers, _) in found.items()
+        f"{'' if len(found) == 1 else name + ': '}{fact}"
+        for name, (movers, _) in found.items()
+        for fact in (_facts(movers), *(f"{line}." for line in text.task(movers)))
     ]
     first = ", ".join(dict.fromkeys(str(movers.case.values[0]) for movers, _ in found.values()))
     style.caption(figure, [*facts, *(line.format(first=first) for line in READING)])

@@ -5,7 +5,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, by_case
+from selfrepair_nn.analysis import SHARE, by_case, throughout
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import depth, style
 
@@ -17,7 +17,7 @@ PARTS = {
     "self_repair": "self-repair",
 }
 READING = (
-    "Means over all tokens; a swap stands between its two layers. Self-repair: logit change less the change of the "
+    "Means over {tokens}; a swap stands between its two layers. Self-repair: logit change less the change of the "
     "direct effect of the deleted or swapped layers themselves,",
     "so what the layers above and the final norm make of it. Bars: 95% confidence. The axis is linear to 1 logit, "
     "logarithmic beyond.",
@@ -41,8 +41,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             axes.set_title(told if len(found) == 1 else f"{name}: {told}")
         row[0].set_ylabel("logits")
         row[0].legend()
+    reading = [line.format(tokens=throughout(*found.values())) for line in READING]
     style.heading(figure, found, f"{', '.join(found)}: layers deleted and swapped")
-    style.caption(figure, [*style.captions(found, top=False), *READING])
+    style.caption(figure, [*style.captions(found, top=False), *reading])
     return figure
 
 

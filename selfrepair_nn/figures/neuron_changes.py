@@ -8,7 +8,7 @@ from selfrepair_nn.figures import panels, style
 
 TAKES = "neurons"
 READING = (
-    "All neurons of {mlp}, in order of the mean change of their direct effect on the head's top {share} of tokens:",
+    "All neurons of {mlp}, in order of the mean change of their direct effect on the head's {top}:",
     "before the dotted line they repair on average, behind it they break. Height: absolute changes up to there.",
     "Colours: the neuron's median clean direct effect on these tokens; red neurons erase.",
 )

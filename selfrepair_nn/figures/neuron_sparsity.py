@@ -8,7 +8,7 @@ from selfrepair_nn.figures import panels, style
 
 TAKES = "neurons"
 READING = (
-    "On each of a head's top {share} of tokens, the neurons of {mlp} are ordered by their change of direct effect.",
+    "On each of a head's {top}, the neurons of {mlp} are ordered by their change of direct effect.",
     "Lines: on how many of these tokens the neuron at a place alone repairs so much of the head's direct effect.",
     "The places are those of each token: not always of the same neuron.",
 )

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, percent, token_variants
+from selfrepair_nn.analysis import SHARE, among, token_variants
 from selfrepair_nn.figures import histograms, style
 
 TAKES = "ablation"
@@ -26,7 +26,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         values = dict(zip(tokens["ablation"].values, top, strict=True))
         histograms.draw(axes, values, "{share:.1%} above 1")
         axes.set_xlabel("S/S'")
-        axes.set_ylabel(f"share of the top {percent(share)} of tokens")
+        axes.set_ylabel(f"share of the {among(share)}")
     style.heading(figure, found)
     style.caption(figure, [*style.captions(found), READING])
     return figure

@@ -6,7 +6,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, every_token, norm_by_head, percent
+from selfrepair_nn.analysis import SHARE, among, every_token, norm_by_head, throughout
 from selfrepair_nn.figures import depth, style
 
 TAKES = "tokens"
@@ -29,7 +29,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     several are drawn by depth in percent. Raises UsageError as `norm_by_head` does, and if there is nothing to draw.
     """
     found = style.summaries(datasets, share, norm_by_head)
-    alone, top = len(found) == 1, f"top {percent(share)} of tokens"
+    alone, top = len(found) == 1, among(share)
     figure = style.new_figure(9.6 if alone else 11, 7.2)
     whole, parts, clipped, ratio = figure.subplots(2, 2).ravel()
     depth.draw_heads(whole, found, "top_from_norm", share)
@@ -41,7 +41,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     for axes in (clipped, ratio):
         axes.yaxis.set_major_formatter(style.as_percent)
     titles = (f"repair by the norm, {top}", f"its two parts, {top}")
-    titles += (f"clipped share, {top}", "unclipped share, all tokens")
+    titles += (f"clipped share, {top}", f"unclipped share, {throughout(*found.values())}")
     for axes, title in zip((whole, parts, clipped, ratio), titles, strict=True):
         axes.set_title(title)
         depth.name_axis(axes, alone)

@@ -9,7 +9,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import percent
+from selfrepair_nn.analysis import among, percent
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import style
 
@@ -60,8 +60,8 @@ def colour_bar(figure: Figure, dots: PathCollection, label: str) -> None:
 
 
 def explain(figure: Figure, found: Mapping[str, xr.Dataset], reading: Sequence[str], share: float) -> None:
-    """Heading and small print; in `reading`, {share} is the top share and {mlp} the MLP whose neurons are recorded."""
+    """Heading and small print; in `reading`, {share} is the top share, {top} its tokens, {mlp} the recorded MLP."""
     names = dict.fromkeys(str(heads.attrs.get("recorded_mlp", "the MLP")) for heads in found.values())
-    facts = {"share": percent(share), "mlp": " or ".join(names)}
+    facts = {"share": percent(share), "top": among(share), "mlp": " or ".join(names)}
     style.heading(figure, found)
     style.caption(figure, [*style.captions(found), *(line.format(**facts) for line in reading)])

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
-from selfrepair_nn.analysis import SHARE, percent, strongest_repairs, who_repairs
+from selfrepair_nn.analysis import SHARE, among, strongest_repairs, who_repairs
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import style
 
@@ -24,7 +24,7 @@ CLEAR = 0.045  # from the middle of a label to an arrow's end, in distances betw
 READING = (
     "Top: ablated heads. Bottom: components whose direct effect changes most, MLPs in grey; below one another, the "
     "same layer. The final norm is no component.",
-    "Arrows: the {count} largest mean changes on the head's top {share} of tokens; width by the square root of size.",
+    "Arrows: the {count} largest mean changes on the head's {top}; width by the square root of size.",
 )
 Slots = dict[tuple[str, str], float]  # row, label -> horizontal place
 
@@ -66,7 +66,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.set_title("" if len(found) == 1 else name)
     style.heading(figure, found)
     count = max(len(each) for each in arrows.values())
-    reading = [line.format(count=count, share=percent(share)) for line in READING]
+    reading = [line.format(count=count, top=among(share)) for line in READING]
     style.caption(figure, [*style.captions(found), *reading])
     return figure
 

@@ -8,7 +8,7 @@ from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from selfrepair_nn.analysis import SHARE, percent, who_repairs
+from selfrepair_nn.analysis import SHARE, among, who_repairs
 from selfrepair_nn.figures import style
 
 TAKES = "components"
@@ -37,7 +37,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     panels = figure.subplots(len(found), 3, **looks)
     for row, (name, pairs) in zip(panels, found.items(), strict=True):
         image = _draw_store(row, pairs)
-        label = f"mean change of direct effect, top {percent(share)} of tokens (logits)"
+        label = f"mean change of direct effect, {among(share)} (logits)"
         looks = {
             "pad": 0.01,
             "aspect": 40,

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, token_variants
+from selfrepair_nn.analysis import SHARE, throughout, token_variants
 from selfrepair_nn.figures import histograms, style
 
 TAKES = "ablation"
@@ -27,7 +27,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         values = dict(zip(tokens["ablation"].values, tokens.residual_ratio.values[:, known], strict=True))
         histograms.draw(axes, values, "median {median:.3f}")
         axes.set_xlabel("ablated / clean length")
-        axes.set_ylabel("share of all tokens")
+        axes.set_ylabel(f"share of {throughout(*found.values())}")
     style.heading(figure, found)
     style.caption(figure, [*style.captions(found, top=False), READING])
     return figure

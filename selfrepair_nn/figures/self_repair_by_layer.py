@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, percent
+from selfrepair_nn.analysis import SHARE, among
 from selfrepair_nn.figures import depth, style
 
 TAKES = "summary"
@@ -24,7 +24,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     depth.draw_noise(axes, found)
     known = depth.draw_intervals(axes, found)
     axes.set_title(style.title_of(found))
-    axes.set_ylabel(f"self-repair, mean on top {percent(share)} of tokens (logits)")
+    axes.set_ylabel(f"self-repair, mean on {among(share)} (logits)")
     style.legend(figure, axes, found)
     bars = ["Bars: 95% confidence intervals of these means."] if known else []
     style.caption(figure, [*style.captions(found), READING, *bars])

@@ -17,6 +17,7 @@ from matplotlib.transforms import Bbox
 
 from selfrepair_nn import text
 from selfrepair_nn.analysis import by_head
+from selfrepair_nn.analysis.summaries import share_of as usual_share_of
 from selfrepair_nn.errors import UsageError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
@@ -69,6 +70,20 @@ def named(datasets: Datasets) -> dict[str, xr.Dataset]:
     return dict(zip(_names(names, stores), stores, strict=True))
 
 
+def share_of(datasets: Datasets, share: float | None) -> float:
+    """The share that is given, or the one that is usual for all of the datasets.
+
+    Raises:
+        UsageError: none is given, and of some datasets every token counts, of others not; or it is not in (0, 1].
+    """
+    usual = {usual_share_of(ds, share) for ds in named(datasets).values()}
+    if len(usual) > 1:
+        raise UsageError(
+            "every token counts in some of these stores and not in others: give the share to show"
+        )
+    return usual.pop()
+
+
 def summaries(datasets: Datasets, share: float, by: Summary = by_head) -> dict[str, xr.Dataset]:
     """The by-head summary of every dataset, as `by` makes it, under its name in the legend.
 
@@ -116,8 +131,12 @@ def caption(figure: Figure, lines: Sequence[str]) -> None:
 
 def captions(found: Mapping[str, xr.Dataset], top: bool = True) -> list[str]:
     """What the numbers are over, one line per dataset; `top`: whether the figure shows top shares."""
-    facts = {name: f"{text.basis(heads, top)}; {text.noise(heads)}." for name, heads in found.items()}
-    return [*facts.values()] if len(found) == 1 else [f"{name}: {fact}" for name, fact in facts.items()]
+    facts = [
+        (name, f"{fact}.")
+        for name, heads in found.items()
+        for fact in (f"{text.basis(heads, top)}; {text.noise(heads)}", *text.task(heads))
+    ]
+    return [fact if len(found) == 1 else f"{name}: {fact}" for name, fact in facts]
 
 
 def title_of(found: Mapping[str, xr.Dataset]) -> str:

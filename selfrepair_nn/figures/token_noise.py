@@ -6,14 +6,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, percent, token_noise
+from selfrepair_nn.analysis import SHARE, among, percent, token_noise
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import plane, style
 
 TAKES = "tokens"
 CELLS = 80
 READING = (
-    "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's top {share} of tokens. "
+    "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's {top}. "
     "Dashed: y = \N{MINUS SIGN}x, no repair.",
     "Under: repaired in part, between the dashed line and the x-axis. Over: beyond the x-axis. "
     "Broken: beyond the dashed line, more is lost than the head wrote.",
@@ -41,7 +41,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             else:
                 axes.remove()
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), *(line.format(share=percent(share)) for line in READING)])
+    style.caption(figure, [*style.captions(found), *(line.format(top=among(share)) for line in READING)])
     return figure
 
 

@@ -26,7 +26,8 @@ def ablation_job(model, arrays, plan, tick=None):
         arrays: "tokens" [prompt, position]; for resample "partner_tokens", for twin "twin_tokens", of the same shape;
             for mean "means" {what: {layer: tensor}} as `mean_job` sums them; for reinforce "edited_position"
             [prompt]; for the difference target "other" [prompt, position], the tokens whose logit is subtracted;
-            "thresholds" [case], if given: see below; "wanted" [case, prompt], if given: how many positions of each
+            "thresholds" [case], if given: see below; with them "counted" [prompt, position], if given: which tokens
+            count, else all do; "wanted" [case, prompt], if given: how many positions of each
             prompt are wanted for each case, the rest being NaN.
         plan: what graph.Graph.plan gives, and "rows" (tokens in a pass).
         tick: called with the number of rows, a case on a prompt each, after each pass (only in
@@ -44,7 +45,7 @@ def ablation_job(model, arrays, plan, tick=None):
         with "reinforce": inserted_direct_effect [case, prompt, position]
         with "attention": attention [case, prompt, position, distance]
     component_change [case, prompt, position, component], and neuron_change and neuron_direct_effect likewise, come as
-    [token, …] where thresholds are given: only tokens whose direct effect reaches their case's, in order.
+    [token, …] where thresholds are given: only counted tokens whose direct effect reaches their case's, in order.
     """
     tokens, cases = arrays["tokens"], cases_of(plan)
     clean = clean_pass(model, plan, tokens, needs(plan, cases))
@@ -148,7 +149,7 @@ def _to_the_end(targets):
 
 
 def _split(results, riding, arrays, tokens):
-    """The results of a pass; and, where thresholds are given, of the large ones only the tokens that reach them.
+    """The results of a pass; and, where thresholds are given, of the large ones only counted tokens that reach them.
 
     Returns ({name: [row, position, …]}, {name: [token, …]}, the tokens' places in [case, prompt, position]).
     """
@@ -157,6 +158,8 @@ def _split(results, riding, arrays, tokens):
     cases = torch.cat([torch.full((len(p),), i) for i, p in riding["cases"]])
     effect = results["direct_effect"]
     top = effect >= arrays["thresholds"][cases, None].to(effect.device)
+    if "counted" in arrays:
+        top &= arrays["counted"].to(top.device)[riding["prompts"].to(top.device), : top.shape[1]]
     row, position = top.nonzero(as_tuple=True)
     rows = (cases * tokens.shape[0] + riding["prompts"]).to(row.device)
     few = {name: results.pop(name)[top] for name in LARGE if name in results}
