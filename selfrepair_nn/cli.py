@@ -216,10 +216,12 @@ def check(model: str, dtype: str, device: str, revision: str | None) -> None:
 @click.argument("store")
 def jobs(store: str) -> None:
     """Print what was sent to a server for STORE: what is there, what failed and why, bytes each way."""
+    from selfrepair_nn.paths import local
     from selfrepair_nn.remote.history import history
     from selfrepair_nn.store import open_store
 
-    click.echo(history(Path(store), open_store(store).attrs.get("run", "")))
+    run = open_store(store).attrs.get("run", "")
+    click.echo(history(local(store, "store"), run))
 
 
 @cli.command()

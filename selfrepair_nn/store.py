@@ -17,6 +17,7 @@ import zarr
 from zarr.codecs import BloscCodec
 
 from selfrepair_nn.errors import StoreError
+from selfrepair_nn.paths import local
 from selfrepair_nn.variables import VARIABLES, Variable
 
 FORMAT = 1
@@ -155,9 +156,11 @@ def open_store(path: str | Path) -> xr.Dataset:
     """The dataset of a run, lazily: what `xarray.open_zarr(path)` gives.
 
     Raises:
+        UsageError: an address such as s3://bucket/x.zarr.
         StoreError: there is nothing, or something else, at `path`.
     """
-    require_store(Path(path))
+    path = local(path, "store")
+    require_store(path)
     found = xr.open_zarr(path, chunks=None)
     ordered = found[[name for name in VARIABLES if name in found.data_vars]]
     ordered.encoding["source"] = str(path)

@@ -23,6 +23,7 @@ from tenacity import (
 from selfrepair_nn.options import require_address
 from selfrepair_nn.remote.faults import Fault, refusal
 from selfrepair_nn.remote.secrets import hidden, ndif_key
+from selfrepair_nn.remote.settings import require_ndif
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
 IDLE_SECONDS = 1.0
@@ -53,7 +54,7 @@ class Server:
     `patience` is how many seconds to go on trying while it does not answer; `notify` takes a line for the user
     whenever something has to be tried again.
 
-    Raises (from every method that asks the server):
+    Raises SelfRepairError at once for a key or a proxy that cannot work; and from every method that asks the server:
         Fault: "unreachable" when patience is over; else what the answer means.
     """
 
@@ -62,8 +63,9 @@ class Server:
     ) -> None:
         from nnsight.schema.config import CONFIG
 
-        self.host = (host or CONFIG.API.HOST).rstrip("/")
+        self.host = (host or CONFIG.API.HOST).strip().rstrip("/")
         require_address(self.host)
+        require_ndif()
         self.patience, self._notify = patience, notify
         timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
         limits = httpx.Limits(keepalive_expiry=IDLE_SECONDS)
