@@ -3,7 +3,7 @@
 What others wrote may be part of a message: it is filtered here, where every message is made.
 """
 
-from selfrepair_nn.remote.secrets import hidden
+from selfrepair_nn.shown import line, shown
 
 
 class SelfRepairError(Exception):
@@ -12,7 +12,7 @@ class SelfRepairError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(hidden(str(message)))
+        super().__init__(shown(message))
 
 
 class UsageError(SelfRepairError):
@@ -45,4 +45,4 @@ class Incomplete(SelfRepairError):
 
 def one_line(error: BaseException) -> str:
     """Kind and message of an error, on one line; filtered before it is cut, so that no part of a key is left."""
-    return f"{type(error).__name__}: {' '.join(hidden(str(error)).split())[:300]}"
+    return f"{type(error).__name__}: {line(' '.join(str(error).split()), 300)}"

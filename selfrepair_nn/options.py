@@ -101,7 +101,9 @@ class Options:
             raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")
         local(self.out, "out")
         if self.revision is not None and not isinstance(self.model, str | os.PathLike):
-            raise UsageError(f"revision {self.revision!r} is for models of the hub: leave it out with a loaded one")
+            raise UsageError(
+                f"revision {self.revision!r} is for models of the hub: leave it out with a loaded one"
+            )
         if self.host is not None:
             require_address(self.host)
         self._require_one_kind_of_sharing()

@@ -23,7 +23,9 @@ def local(path: str | os.PathLike[str], what: str = "path") -> Path:
     except (TypeError, RuntimeError) as error:
         raise UsageError(f"{what} {path!r} is no path here: {error}") from error
     if _ADDRESS.match(given):
-        raise UsageError(f"{what} {given!r} is an address: stores and files lie on this machine's disks, give a path")
+        raise UsageError(
+            f"{what} {given!r} is an address: stores and files lie on this machine's disks, give a path"
+        )
     if "\0" in given:
         raise UsageError(f"{what} {given!r} is no path: it holds a zero byte")
     return found

@@ -127,7 +127,9 @@ def _decoded(raw: bytes, place: str, first: bool) -> str:
     try:
         return raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{place}, is not UTF-8 text (byte {error.start} of it): convert the file") from error
+        raise UsageError(
+            f"{place}, is not UTF-8 text (byte {error.start} of it): convert the file"
+        ) from error
 
 
 def _parsed(text: str, place: str) -> Any:

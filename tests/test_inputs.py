@@ -18,7 +18,7 @@ from selfrepair_nn.errors import SelfRepairError, UsageError
 from selfrepair_nn.paths import local
 from selfrepair_nn.prompts import load_prompts
 
-TEXTS = ["ab", "", "cd\nef, \"gh\"", "é"]
+TEXTS = ["ab", "", 'cd\nef, "gh"', "é"]
 """With what needs quoting, more than a line, and nothing."""
 
 
@@ -63,7 +63,18 @@ def documents(path, column="text"):
 
 @pytest.mark.parametrize(
     "name",
-    ["r.json", "r.jsonl", "r.ndjson", "r.csv", "r.tsv", "r.parquet", "R.JSON", "r.json.gz", "r.jsonl.gz", "r.csv.gz"],
+    [
+        "r.json",
+        "r.jsonl",
+        "r.ndjson",
+        "r.csv",
+        "r.tsv",
+        "r.parquet",
+        "R.JSON",
+        "r.json.gz",
+        "r.jsonl.gz",
+        "r.csv.gz",
+    ],
 )
 def test_records_are_read_as_records(tmp_path, name):
     path = tmp_path / name
@@ -75,7 +86,7 @@ def test_records_are_read_as_records(tmp_path, name):
     assert found.source["sha256"] == sha256(path.read_bytes()).hexdigest()
     with pytest.raises(UsageError, match=r"no column 'text': choose one of id, body"):
         documents(path)
-    with pytest.raises(UsageError, match="split 'test' does not apply.*leave --split out"):
+    with pytest.raises(UsageError, match=r"split 'test' does not apply.*leave --split out"):
         load_prompts(path, TOY, length=2, column="body", split="test")
 
 
@@ -115,7 +126,11 @@ def test_json_of_every_usual_shape(tmp_path):
         ("r.json", "[" + "9" * 5000 + "]", "r.json, is not JSON"),
         ("r.json", '{"text": "ab"}\n{"text"', "r.json, line 2, is not JSON"),
         ("r.jsonl", '{"text": "ab", "text": "cd"}', "line 1, is not JSON.*names 'text' twice"),
-        ("r.jsonl", '{"text": [{"role": "user"}], "title": "ab"}', r"line 1, holds list: choose one of text \(title\)"),
+        (
+            "r.jsonl",
+            '{"text": [{"role": "user"}], "title": "ab"}',
+            r"line 1, holds list: choose one of text \(title\)",
+        ),
         ("r.jsonl", '{"text": "ab"}'.encode("utf-16"), "line 1, is not UTF-8"),
         ("r.csv", "", "is empty"),
         ("r.csv", "id,text\n1,ab,cd\n", "line 2, has 3 fields, the first line 2: quote"),
@@ -152,7 +167,9 @@ def test_columns_of_parquet_that_are_no_text(tmp_path):
     for column, kind in (("text", "bytes"), ("nested", "dict"), ("id", "int")):
         with pytest.raises(UsageError, match=f"column '{column}' of .*row 1, holds {kind}"):
             load_prompts(tmp_path / "r.parquet", TOY, length=2, column=column)
-    broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], "i4")), pa.py_buffer(b"a\xff")])
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], "i4")), pa.py_buffer(b"a\xff")]
+    )
     parquet.write_table(pa.table({"text": broken}), tmp_path / "r.parquet")
     with pytest.raises(UsageError, match="row 1, is not UTF-8"):
         load_prompts(tmp_path / "r.parquet", TOY, length=2)
@@ -205,7 +222,13 @@ def test_a_revision_of_a_directory(tmp_path):
 # Addresses where paths are
 
 
-ADDRESSES = ["s3://bucket/x.zarr", "gs://bucket/x.zarr", "hf://datasets/a/b", "file:///tmp/x.zarr", "memory://x.zarr"]
+ADDRESSES = [
+    "s3://bucket/x.zarr",
+    "gs://bucket/x.zarr",
+    "hf://datasets/a/b",
+    "file:///tmp/x.zarr",
+    "memory://x.zarr",
+]
 
 
 @pytest.fixture
@@ -216,14 +239,20 @@ def nowhere(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("address", [*ADDRESSES, "simplecache::s3://bucket/x.zarr", "HTTPS://host/x.zarr", "s3:/bucket"])
+@pytest.mark.parametrize(
+    "address", [*ADDRESSES, "simplecache::s3://bucket/x.zarr", "HTTPS://host/x.zarr", "s3:/bucket"]
+)
 @pytest.mark.parametrize("command", ["run", "plan", "plot", "report", "info", "jobs", "compare-paper"])
 def test_an_address_is_no_store(nowhere, monkeypatch, command, address):
-    monkeypatch.setattr("selfrepair_nn.execution.experiment.describe", lambda *a: pytest.fail("looked at the model first"))
+    monkeypatch.setattr(
+        "selfrepair_nn.execution.experiment.describe", lambda *a: pytest.fail("looked at the model first")
+    )
     given = ["heads", "--out", address] if command in ("run", "plan") else [address]
     ended = selfrepair(command, *given)
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err.startswith(f"selfrepair: error: {'out' if '--out' in given else 'store'} {address!r} is an address")
+    assert ended.err.startswith(
+        f"selfrepair: error: {'out' if '--out' in given else 'store'} {address!r} is an address"
+    )
     assert ended.err.count("\n") == 1
 
 

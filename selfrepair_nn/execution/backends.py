@@ -11,6 +11,7 @@ from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.units import Unit
 from selfrepair_nn.models.load import Model, load_described, structure_only
 from selfrepair_nn.options import BACKENDS, one_of
+from selfrepair_nn.shown import shown
 
 Backend = Callable[[Iterable[Unit]], Iterator[tuple[Unit, dict[str, Any]]]]
 
@@ -105,7 +106,7 @@ def _free_memory() -> None:
 
 
 def _tell(text: str) -> None:
-    tqdm.write(f"selfrepair: {text}", file=sys.stderr)
+    tqdm.write(f"selfrepair: {shown(text)}", file=sys.stderr)
 
 
 def only(runner: Backend, unit: Unit) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.models.load import Model
-from selfrepair_nn.remote.secrets import hidden
 from selfrepair_nn.store import Store, explained, require_store
 
 
@@ -91,7 +90,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         "dtype": experiment.dtype,
         "backend": "remote" if options.served else options.backend,
         "created": provenance.now(),
-        "command": hidden(command),
+        "command": command,
         "settings": experiment.settings,
         "provenance": {
             "versions": provenance.versions(),

@@ -17,6 +17,7 @@ from selfrepair_nn.models.load import Model
 from selfrepair_nn.options import Options
 from selfrepair_nn.remote.ledger import Ledger
 from selfrepair_nn.remote.server import Answer, Server
+from selfrepair_nn.shown import shown
 from selfrepair_nn.tracing.greeting import greeting_job
 from selfrepair_nn.tracing.session import RESULT, hand_over
 
@@ -67,7 +68,7 @@ def server_of(options: Options) -> Server:
 
 def say(line: str) -> None:
     """A line for the user, above the progress bar."""
-    tqdm.write(f"selfrepair: {line}", file=sys.stderr)
+    tqdm.write(f"selfrepair: {shown(line)}", file=sys.stderr)
 
 
 def model_key(model: Model) -> str:

@@ -17,8 +17,10 @@ SHORTEST = 4
 ENCODED = 8
 """Bytes of a key whose encoding is no ordinary word."""
 
-_BETWEEN = r"(?:\s|\\+[nrt]|=\r?\n)*"
-"""What wrapping and quoting put between two characters."""
+_BETWEEN = (
+    r"(?:[\s\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]|\x1b\[[0-9;]*m|\\+[nrt]|=\r?\n)*"
+)
+"""What wrapping, colouring and quoting put between two characters."""
 
 _UNKNOWN = (
     (re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]*"), r"\1?***"),
@@ -37,7 +39,7 @@ def ndif_key() -> str | None:
 
 
 def hub_token() -> str | None:
-    """The token for the Hugging Face Hub, without white space around it: HF_TOKEN, else where `hf auth login` puts it."""
+    """The token for the Hugging Face Hub, without white space around it: HF_TOKEN, else what `hf auth login` stored."""
     from huggingface_hub import get_token
 
     given = (_stripped(os.environ.get(name)) for name in HUB_VARIABLES)
@@ -63,7 +65,11 @@ def _known() -> Iterator[str]:
     if nnsight := sys.modules.get("nnsight.schema.config"):
         yield nnsight.CONFIG.API.APIKEY or ""
     yield _logged_in() or ""
-    for address in (*getproxies().values(), os.environ.get("HF_ENDPOINT", ""), os.environ.get("NDIF_HOST", "")):
+    for address in (
+        *getproxies().values(),
+        os.environ.get("HF_ENDPOINT", ""),
+        os.environ.get("NDIF_HOST", ""),
+    ):
         yield from (password := _password(address), unquote(password))
 
 
@@ -97,7 +103,7 @@ def _pattern(keys: frozenset[str]) -> re.Pattern | None:
 
 def _spellings(key: str) -> Iterator[str]:
     """Patterns: character by character, each in any escape; and the encodings of the whole."""
-    yield f"(?i:{_BETWEEN.join(_character(c) for c in key if not c.isspace())})"
+    yield f"(?i:{_BETWEEN.join(_character(c) + '?' * c.isspace() for c in key)})"
     raw = key.encode(errors="surrogatepass")
     if len(raw) >= ENCODED:
         yield f"(?i:{raw.hex()})"
@@ -111,7 +117,10 @@ def _character(c: str) -> str:
     forms += ["".join(rf"\\+x{byte:02x}" for byte in raw), rf"\\+u{code:04x}", rf"\\+U{code:08x}"]
     forms += [rf"\\+x{code:02x}", rf"\\+0?{code:o}"] if code < 256 else []
     forms += [f"&(?:amp;)*#0*{code};", f"&(?:amp;)*#x0*{code:x};", f"={code:02x}"]
-    forms += [] if c.isalnum() else [rf"\\+{re.escape(c)}", re.escape(escape(c))]
+    forms += ["".join(rf"\\+{byte:03o}" for byte in raw)]
+    forms += [] if c.isalnum() else [rf"\\+{re.escape(c)}"]
+    forms += [] if escape(c) == c else [escape(c).replace("&", "&(?:amp;)*")]
+    forms += {" ": [r"\+"], "'": ["'\"'\"'", "&(?:amp;)*apos;"]}.get(c, [])
     return f"(?:{'|'.join(dict.fromkeys(forms))})"
 
 

@@ -48,7 +48,9 @@ def proxy_faults() -> Iterator[str]:
         try:
             httpx.Client(verify=False).close()
         except Exception:
-            found = [f"{_variable('no')} holds an entry that is no host: write host names separated by commas"]
+            found = [
+                f"{_variable('no')} holds an entry that is no host: write host names separated by commas"
+            ]
     yield from found
 
 
@@ -78,7 +80,7 @@ def _proxy_fault(address: str) -> str | None:
         url = httpx.Proxy(address if "://" in address else f"http://{address}").url
     except (httpx.InvalidURL, ValueError):
         return f"(not shown) is not the address of a proxy of http, https or socks5: {ADDRESS}"
-    if not url.host or url.port == 0:
+    if not url.host or not 0 < (url.port or 1) < 2**16:
         return f"(not shown) names no host and port: {ADDRESS}"
     if url.scheme.startswith("socks") and find_spec("socksio") is None:
         return "names a SOCKS proxy, and the package for those is missing: pip install socksio, or unset it"
