@@ -296,3 +296,31 @@ def test_a_revision_of_a_model_that_is_here(nowhere, tmp_path_factory, command):
 def test_a_revision_of_a_model_that_is_loaded(nowhere):
     with pytest.raises(UsageError, match="revision 'v1' is for models of the hub"):
         sr.run("heads", model=sr.wrap(families.build("gpt2")), revision="v1")
+
+
+# Prompts that a recipe makes
+
+
+@pytest.mark.parametrize(
+    "flags", [["--prompts", "x.txt"], ["--column", "body"], ["--tokens", 512], ["--length", 16]]
+)
+@pytest.mark.parametrize("recipe", ["ioi", "induction"])
+def test_choices_of_prompts_that_a_recipe_does_not_read(nowhere, recipe, flags):
+    ended = selfrepair("plan", recipe, *flags)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == (
+        f"selfrepair: error: recipe '{recipe}' makes prompts of its own and takes no {flags[0]}: leave it out\n"
+    )
+
+
+def test_choices_of_prompts_that_a_recipe_reads(nowhere, tmp_path_factory):
+    assert selfrepair("plan", "contrastive", "--tokens", 512, "--bos", "never").code == 0
+    assert selfrepair("plan", "ioi", "--bos", "never", "--prompts", "sample").code == 0
+    mine = tmp_path_factory.mktemp("mine") / "mine.py"
+    mine.write_text(
+        '"""Mine."""\nfrom dataclasses import replace\nimport selfrepair_nn as sr\n'
+        "def graph(structure, options):\n    return sr.Graph(ablate=sr.sweep([sr.Head(0, 0)]))\n"
+        "def prompts(structure, tokenizer, options):\n"
+        "    return sr.text_prompts(structure, tokenizer, replace(options, length=16))\n"
+    )
+    assert selfrepair("plan", mine, "--tokens", 512, "--bos", "never").code == 0
