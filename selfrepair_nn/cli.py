@@ -1,10 +1,12 @@
 """The command line: it parses, calls the public functions and prints. Every option of `run` is a field of Options."""
 
 import json
+import logging
 import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +17,9 @@ import click
 from selfrepair_nn import __version__
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import Options
+from selfrepair_nn.shown import line, shown
 
+_FORMAT = warnings.formatwarning
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -24,6 +28,7 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
+        error.message = shown(error.message)
         error.show()
         sys.exit(error.exit_code)
     except Incomplete as error:
@@ -31,7 +36,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SelfRepairError as error:
         if isinstance(error, NotAgreed):
-            click.echo(error.plan)
+            _print(error.plan)
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -96,8 +101,8 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
 
     confirm = _confirm if sys.stdin.isatty() else None
     dataset = run_recipe(recipe, progress=progress, command=_command_line(), confirm=confirm, **choices)
-    click.echo(summary(dataset))
-    click.echo(f"\nstore   {dataset.encoding['source']}")
+    _print(summary(dataset))
+    _print(f"\nstore   {dataset.encoding['source']}")
 
 
 @cli.command()
@@ -141,7 +146,7 @@ def plot(
     if layers or heads:
         datasets = [only(ds, layers, heads) for ds in datasets]
     for path in draw(datasets, out or Path(stores[0]).with_suffix(""), wanted, share=share):
-        click.echo(path)
+        _print(path)
 
 
 @cli.command()
@@ -152,7 +157,7 @@ def report(store: str, out: str | None) -> None:
     from selfrepair_nn.report import report as write
     from selfrepair_nn.store import open_store
 
-    click.echo(write(open_store(store), out or Path(store).with_suffix(".html")))
+    _print(write(open_store(store), out or Path(store).with_suffix(".html")))
 
 
 @cli.command("compare-paper")
@@ -168,11 +173,11 @@ def compare_paper(store: str, reference: str | None, out: str | None) -> None:
     from selfrepair_nn.text import comparison
 
     dataset = open_store(store)
-    click.echo(comparison(dataset, reference))
+    _print(comparison(dataset, reference))
     figure = paper_comparison.draw(dataset, reference=reference)
     click.echo()
     for path in save(figure, out or Path(store).with_suffix(""), "paper_comparison"):
-        click.echo(path)
+        _print(path)
 
 
 @cli.command()
@@ -183,9 +188,9 @@ def info(store: str) -> None:
     from selfrepair_nn.text import summary
 
     dataset = open_store(store)
-    click.echo(_described(dataset))
+    _print(_described(dataset))
     click.echo()
-    click.echo(summary(dataset))
+    _print(summary(dataset))
 
 
 @cli.command()
@@ -194,7 +199,7 @@ def recipes() -> None:
     from selfrepair_nn.recipe import recipes as found
 
     for each in found():
-        click.echo(f"{each.name:<20} {each.summary}")
+        _print(f"{each.name:<20} {each.summary}")
 
 
 @cli.command()
@@ -211,7 +216,7 @@ def check(model: str, dtype: str, device: str, revision: str | None) -> None:
     findings = measure(load(model, dtype=dtype, device=device, revision=revision, check=False))
     for each in findings:
         mark = "ok  " if each.passed else "FAIL"
-        click.echo(f"{mark}  {each.name}: {each.error:.1e} of the logits' spread (limit {each.limit:g})")
+        _print(f"{mark}  {each.name}: {each.error:.1e} of the logits' spread (limit {each.limit:g})")
     if not all(each.passed for each in findings):
         raise SelfRepairError(f"{model!r} cannot be decomposed exactly")
 
@@ -220,10 +225,12 @@ def check(model: str, dtype: str, device: str, revision: str | None) -> None:
 @click.argument("store")
 def jobs(store: str) -> None:
     """Print what was sent to a server for STORE: what is there, what failed and why, bytes each way."""
+    from selfrepair_nn.paths import local
     from selfrepair_nn.remote.history import history
     from selfrepair_nn.store import open_store
 
-    click.echo(history(Path(store), open_store(store).attrs.get("run", "")))
+    run = open_store(store).attrs.get("run", "")
+    _print(history(local(store, "store"), run))
 
 
 @cli.command()
@@ -239,7 +246,7 @@ def doctor(host: str | None, remote: bool, model: str | None, trip: bool) -> Non
     wrong = 0
     for each in look(host, remote=remote, model=model, trip=trip):
         mark = {True: "ok  ", False: "FAIL", None: "    "}[each.right]
-        click.echo(f"{mark}  {each.what:<13} {each.seen}")
+        _print(f"{mark}  {line(each.what):<13} {line(each.seen)}")
         wrong += each.right is False
     if wrong:
         raise SelfRepairError("something is wrong: see the lines marked FAIL")
@@ -249,11 +256,11 @@ def _plan(recipe: str, choices: dict[str, Any], calibrate: bool) -> None:
     _quiet_libraries()
     from selfrepair_nn.execution.preview import preview, preview_text
 
-    click.echo(preview_text(preview(recipe, calibrate=calibrate, **choices)))
+    _print(preview_text(preview(recipe, calibrate=calibrate, **choices)))
 
 
 def _confirm(plan: str) -> bool:
-    click.echo(plan, err=True)
+    click.echo(shown(plan), err=True)
     return click.confirm("Start this remote run?", err=True)
 
 
@@ -286,21 +293,39 @@ def _command_line() -> str:
     return shlex.join(["selfrepair", *sys.argv[1:]])
 
 
+def _print(text: object) -> None:
+    """A result, on stdout. What is in it may have been written by others."""
+    click.echo(shown(text))
+
+
 def _say(text: str) -> None:
-    click.echo(f"selfrepair: {text}", err=True)
+    click.echo(f"selfrepair: {shown(text)}", err=True)
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+class _Record(logging.LogRecord):
+    """What a library logs; servers' words may be in it."""
+
+    def getMessage(self) -> str:
+        return shown(super().getMessage())
+
+
+def _warning(*parts: Any, **more: Any) -> str:
+    return shown(_FORMAT(*parts, **more))
+
+
 def _quiet_libraries() -> None:
-    """Only what the user can act on; loading bars only on a terminal."""
+    """Only what the user can act on, filtered; loading bars only on a terminal."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    from transformers.utils import logging
+    from transformers.utils import logging as library
 
-    logging.set_verbosity_error()
+    library.set_verbosity_error()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        library.disable_progress_bar()

@@ -1,46 +1,99 @@
 """Where text comes from: the shipped sample, a file or a dataset, as an iterator over documents and its provenance."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from hashlib import file_digest, sha256
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
+from selfrepair_nn.records import DAMAGED, opened, reader
+from selfrepair_nn.remote.settings import require_hub
 
-SAMPLE = "sample"
+SAMPLE, SPLIT, COLUMN = "sample", "train", "text"
 
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.+-]+)?")
-_FILE = re.compile(r".*\.(np[yz]|te?xt|md|jsonl?|[ct]sv|parquet|arrow|gz|zst|zip|pt|pkl|bin)", re.IGNORECASE)
+_FILE = re.compile(
+    r".*\.(np[yz]|te?xt|md|(nd)?jsonl?|[ct]sv|parquet|arrow|gz|zst|zip|pt|pkl|bin)", re.IGNORECASE
+)
 _SEPARATOR = re.compile(r"(?m:^|\n)\f(?:\n|\Z)")
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def open_corpus(source, split: str, column: str, revision: str | None) -> tuple[Iterator[str], dict]:
     """The documents behind a name, one after the other, and their provenance; see `prompts.load_prompts`."""
-    if source is None or source == SAMPLE:
-        return _text(files("selfrepair_nn") / "models" / "embedded" / "heldout.txt", "sample", SAMPLE)
+    source = SAMPLE if source is None else source
     name, path = str(source), os.path.expanduser(source)
-    if os.path.isfile(path) and name.lower().endswith(".jsonl"):
-        return _json_lines(path, name, column)
+    if source == SAMPLE:
+        require_plain(name, split, column, revision)
+        return _text(files("selfrepair_nn") / "models" / "embedded" / "heldout.txt", "sample", SAMPLE)
     if os.path.isfile(path):
-        return _text(Path(path), "text", name)
+        return _file(path, name, split, column, revision)
     if os.path.isdir(path):
+        _require_unset(name, "a directory", prompts_revision=(revision, None))
         return _dataset(name, path, None, split, column, None)
     if _DATASET.fullmatch(name) and not _FILE.fullmatch(name):
+        require_hub()
         repository, _, configuration = name.partition(":")
         return _dataset(name, repository, configuration or None, split, column, _commit(repository, revision))
     raise UsageError(
-        f"no file {name[:80]!r}: give a text, .jsonl or .npy file, a dataset as owner/name, or {SAMPLE!r}"
+        f"no file {name[:80]!r}: give a file of text, of records (.jsonl, .json, .csv, .tsv, .parquet) or of token "
+        f"ids (.npy), a dataset as owner/name, or {SAMPLE!r}"
     )
+
+
+def require_plain(name: str, split: str, column: str, revision: str | None) -> None:
+    """UsageError for a choice that only datasets and records have, made for prompts that are neither."""
+    _require_records(name, split, revision)
+    _require_unset(name, "text or token ids, which have no columns", column=(column, COLUMN))
+
+
+def require_text(text: Any, place: str) -> None:
+    """UsageError for what no tokenizer reads."""
+    if not isinstance(text, str):
+        raise UsageError(f"{place} is {type(text).__name__}, not text")
+    if found := _HALF.search(text):
+        raise UsageError(
+            f"{place} holds half of a surrogate pair, {found[0]!r} at character {found.start()}, which is no text: "
+            "mend it or leave it out"
+        )
+
+
+def _require_records(name: str, split: str, revision: str | None) -> None:
+    _require_unset(name, "no dataset", split=(split, SPLIT), prompts_revision=(revision, None))
+
+
+def _require_unset(name: str, what: str, **chosen: tuple[Any, Any]) -> None:
+    """What was chosen, beside what it is where nobody chose."""
+    for option, (value, default) in chosen.items():
+        if value != default:
+            flag = option.replace("_", "-")
+            raise UsageError(f"{option} {value!r} does not apply: {name} is {what}; leave --{flag} out")
+
+
+def _file(path: str, name: str, split: str, column: str, revision: str | None) -> tuple[Iterator[str], dict]:
+    if (records := reader(path)) is None:
+        require_plain(name, split, column, revision)
+        return _text(Path(path), "text", name)
+    _require_records(name, split, revision)
+    kind, read = records
+    try:
+        with open(path, "rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {one_line(error)}") from error
+    origin = {"kind": kind, "name": name, "column": column, "sha256": digest}
+    return _column(read(path, name, column), name, column), origin
 
 
 def _text(path, kind: str, name: str) -> tuple[Iterator[str], dict]:
     try:
         raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except OSError as error:
+        with opened(path) as file:
+            text = file.read().decode("utf-8-sig")
+    except DAMAGED as error:
         raise UsageError(f"cannot read {name}: {one_line(error)}") from error
     except UnicodeDecodeError as error:
         raise UsageError(
@@ -51,34 +104,6 @@ def _text(path, kind: str, name: str) -> tuple[Iterator[str], dict]:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     origin = {"kind": kind, "name": name, "sha256": sha256(raw).hexdigest()}
     return (document for document in _SEPARATOR.split(text)), origin
-
-
-def _json_lines(path: str, name: str, column: str) -> tuple[Iterator[str], dict]:
-    try:
-        with open(path, "rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UsageError(f"cannot read {name}: {one_line(error)}") from error
-    return _column(_objects(path), name, column), {
-        "kind": "jsonl",
-        "name": name,
-        "column": column,
-        "sha256": digest,
-    }
-
-
-def _objects(path: str) -> Iterator[dict]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"{path}, line {number}, is not JSON: {one_line(error)}") from error
-            if not isinstance(row, dict):
-                raise UsageError(f"{path}, line {number}, is not a JSON object: write {{...}} on each line")
-            yield row
 
 
 def _dataset(name, path, configuration, split, column, revision) -> tuple[Iterator[str], dict]:
@@ -95,7 +120,8 @@ def _dataset(name, path, configuration, split, column, revision) -> tuple[Iterat
             f" check the name and the network, or use a text file or {SAMPLE!r}"
         ) from error
     origin = {"kind": "dataset", "name": name, "split": split, "column": column, "revision": revision}
-    return _column(rows, name, column), origin
+    numbered = ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+    return _column(numbered, name, column), origin
 
 
 def _commit(repository: str, revision: str | None) -> str | None:
@@ -108,21 +134,26 @@ def _commit(repository: str, revision: str | None) -> str | None:
         return revision
 
 
-def _column(rows: Iterable[dict], name: str, column: str) -> Iterator[str]:
-    """The text of each row; null is an empty document, so that indices stay the source's."""
+def _column(rows: Iterable[tuple[str, dict]], name: str, column: str) -> Iterator[str]:
+    """The text of each row, with its place; null is an empty document, so that indices stay the source's."""
     try:
-        for row in rows:
+        for place, row in rows:
             if column not in row:
                 raise UsageError(f"{name} has no column {column!r}: choose one of {', '.join(map(str, row))}")
-            text = row[column]
-            if not isinstance(text, (str, type(None))):
+            if not isinstance(row[column], str | None):
                 raise UsageError(
-                    f"column {column!r} of {name} holds {type(text).__name__}: choose one of text"
+                    f"column {column!r} of {place}, holds {type(row[column]).__name__}: choose one of text{_texts(row)}"
                 )
-            yield text or ""
+            require_text(row[column] or "", f"{place}, column {column!r},")
+            yield row[column] or ""
     except SelfRepairError:
         raise
     except Exception as error:
         raise SelfRepairError(
             f"reading {name} failed, try again or give another file: {one_line(error)}"
         ) from error
+
+
+def _texts(row: dict) -> str:
+    names = ", ".join(str(name) for name, value in row.items() if isinstance(value, str))
+    return f" ({names})" if names else ""

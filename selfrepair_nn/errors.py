@@ -1,10 +1,18 @@
-"""The errors a user can meet. Each message names the bad value, lists the valid ones and says what to do."""
+"""The errors a user can meet. Each message names the bad value, lists the valid ones and says what to do.
+
+What others wrote may be part of a message: it is filtered here, where every message is made.
+"""
+
+from selfrepair_nn.shown import line, shown
 
 
 class SelfRepairError(Exception):
     """Something failed that is not the caller's spelling: a model, a store, a disk. Exit code 1."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shown(message))
 
 
 class UsageError(SelfRepairError):
@@ -36,5 +44,5 @@ class Incomplete(SelfRepairError):
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and message of an error, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """Kind and message of an error, on one line; filtered before it is cut, so that no part of a key is left."""
+    return f"{type(error).__name__}: {line(' '.join(str(error).split()), 300)}"

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
+from selfrepair_nn.corpora import COLUMN, SPLIT
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import FREEZES, REPLACEMENTS, TARGETS, VALUE_BIASES, one_of
+from selfrepair_nn.paths import local
 
 SELECTS = {
     "all": "every token",
@@ -43,7 +45,7 @@ class Options:
 
     # fmt: off
     model: Any = option("tiny-neox", "Embedded name, directory, GGUF file or hub name.")
-    prompts: Any = option("sample", "Dataset name, text file, .npy of token ids, or 'sample' (ships with the package).")
+    prompts: Any = option("sample", "Dataset name, file of text or of records (.jsonl, .json, .csv, .tsv, .parquet), .npy of token ids, or 'sample' (ships with the package).")
     out: Any = option("outputs", "Store to write (NAME.zarr), or the directory to put it in.")
     tokens: int | None = option(None, "Total number of tokens to use; default: 16384 of the sample, 100000 of a dataset, all of a file.")
     length: int | None = option(None, "Tokens in a prompt; default: 128, or the model's context if that is shorter.")
@@ -64,8 +66,8 @@ class Options:
     dtype: str = option("float32", "What the model computes in.", ("float32", "float64", "bfloat16", "float16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
-    split: str = option("train", "Split of the dataset.")
-    column: str = option("text", "Column of the dataset that holds the text.")
+    split: str = option(SPLIT, "Split of the dataset.")
+    column: str = option(COLUMN, "Column of the dataset, or of the records, that holds the text.")
     prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.")
     seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.")
     mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.")
@@ -97,6 +99,11 @@ class Options:
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")
+        local(self.out, "out")
+        if self.revision is not None and not isinstance(self.model, str | os.PathLike):
+            raise UsageError(
+                f"revision {self.revision!r} is for models of the hub: leave it out with a loaded one"
+            )
         if self.host is not None:
             require_address(self.host)
         self._require_one_kind_of_sharing()

@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from selfrepair_nn.corpora import SAMPLE, open_corpus
+from selfrepair_nn.corpora import COLUMN, SAMPLE, SPLIT, open_corpus, require_plain, require_text
 from selfrepair_nn.errors import UsageError, one_line
 
 DEFAULT_LENGTH = 128
@@ -113,8 +113,8 @@ def load_prompts(
     tokens: int | None = None,
     length: int | None = None,
     bos: str = "auto",
-    split: str = "train",
-    column: str = "text",
+    split: str = SPLIT,
+    column: str = COLUMN,
     revision: str | None = None,
     vocab_size: int | None = None,
     max_length: int | None = None,
@@ -127,9 +127,10 @@ def load_prompts(
 
     Args:
         source: None or "sample" for the shipped held-out text; Prompts, used as they are; an integer array or a
-            `.npy` file [prompt, position]; a UTF-8 text file (a line holding only "\f" ends a document); a
-            `.jsonl` file; a directory of data files that `datasets` can load; a dataset on the Hugging Face Hub,
-            streamed: "owner/name" or "owner/name:configuration". What exists on disk comes before the Hub.
+            `.npy` file [prompt, position]; a UTF-8 text file (a line holding only "\f" ends a document); a file of
+            records (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`); a directory of data files that `datasets` can
+            load; a dataset on the Hugging Face Hub, streamed: "owner/name" or "owner/name:configuration".
+            A file may be gzipped (`.gz`). What exists on disk comes before the Hub.
         tokenizer: a `transformers` tokenizer; not needed for token ids.
         tokens: number of tokens wanted, BOS included: at most `tokens // length` rows, fewer where the
             source ends. None is everything there is, but 100,000 of a dataset.
@@ -138,13 +139,14 @@ def load_prompts(
         bos: "auto" begins rows with BOS if the tokenizer has one, "always" insists, "never" does not. Where
             the text of a row already begins with BOS, none is added.
         split: split of a dataset.
-        column: column of a dataset, or key of a `.jsonl` file, that holds the text.
+        column: column of a dataset or of records that holds the text.
         revision: branch, tag or commit of a dataset; the commit it resolves to is recorded.
         vocab_size: every id must be below it.
         max_length: longest row that the model can read.
 
     Raises:
-        UsageError: the source, or what is asked of it, does not exist or does not fit.
+        UsageError: the source, or what is asked of it, does not exist or does not fit; a row that no tokenizer
+            reads, such as half a surrogate pair, is named, and nothing is run without it.
         SelfRepairError: a dataset cannot be reached or read.
     """
     if bos not in BOS:
@@ -155,6 +157,7 @@ def load_prompts(
     if isinstance(source, Prompts):
         prompts = _from_prompts(source, tokens, length, bos, vocab_size, max_length)
     elif _is_ready(source):
+        require_plain(_named(source), split, column, revision)
         prompts = _from_ids(source, tokens, length, bos, vocab_size, max_length)
     else:
         length = min(DEFAULT_LENGTH, max_length or DEFAULT_LENGTH) if length is None else length
@@ -266,6 +269,10 @@ def _is_ready(source) -> bool:
     return source is not None
 
 
+def _named(source) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else "tokens"
+
+
 def _from_ids(source, tokens, length, bos, vocab_size, max_length) -> Prompts:
     name, ids = _read_ids(source, "tokens")
     if bos == "always":
@@ -336,7 +343,8 @@ def _from_text(corpus, tokenizer, tokens, length: int, first: int | None, joint:
     tokens = DEFAULT_TOKENS if tokens is None and origin["kind"] == "dataset" else tokens
     limit = None if tokens is None else max(1, tokens // length)
     with closing(documents):
-        stream, starts, numbers = _stream(documents, tokenizer, joint, limit and limit * length)
+        texts = _readable(documents, origin["name"])
+        stream, starts, numbers = _stream(texts, tokenizer, joint, limit and limit * length)
     rows, begins, end = _pack(stream, length, first, limit)
     if not begins:
         raise _too_short(origin["name"], stream, length, first)
@@ -345,6 +353,13 @@ def _from_text(corpus, tokenizer, tokens, length: int, first: int | None, joint:
     origin |= {"length": int(length), "tokens_asked": None if tokens is None else int(tokens)}
     origin |= {"documents": int(numbers[_holder(starts, end - 1)]) + 1}
     return Prompts(rows, numbers[_holder(starts, begins)], origin)
+
+
+def _readable(documents: Iterator[str], name: str) -> Iterator[str]:
+    """The documents; UsageError names the first that is no text."""
+    for number, text in enumerate(documents, start=1):
+        require_text(text, f"document {number} of {name}")
+        yield text
 
 
 def _stream(documents: Iterator[str], tokenizer, joint: int | None, wanted: int | None):

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
 """Where an installed wheel and a checkout keep the recipes."""
 
 SIGNATURE = "graph(structure, options)"
+OF_PROMPTS = ("prompts", "tokens", "length", "bos", "split", "column", "prompts_revision")
 PROMPTS = "prompts(structure, tokenizer, options)"
 
 
@@ -70,14 +72,27 @@ class Recipe:
         """The recipe's own prompts, or None where it takes those of the options.
 
         Raises:
-            UsageError: its function fails, or gives no Prompts.
+            UsageError: its function fails, gives no Prompts, or leaves unread what was chosen for them.
         """
         if self.make_prompts is None:
             return None
-        found = self._called(self.make_prompts, PROMPTS, structure, tokenizer, options)
+        watched, read = _watched(options)
+        found = self._called(self.make_prompts, PROMPTS, structure, tokenizer, watched)
         if not isinstance(found, Prompts | None):
             raise UsageError(f"recipe {str(self.path)!r}: {PROMPTS} gives {found!r}, not Prompts")
+        if found is not None:
+            self._require_read(options, read)
         return found
+
+    def _require_read(self, options: Options, read: set[str]) -> None:
+        usual = {each.name: each.default for each in fields(Options)} | self.defaults
+        for name in OF_PROMPTS:
+            value = getattr(options, name)
+            if name not in read and (type(value) is not type(usual[name]) or value != usual[name]):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"recipe {self.name!r} makes prompts of its own and takes no {flag}: leave it out"
+                )
 
     def graph(self, structure: Any, options: Any) -> Graph | Variants:
         """What the recipe does with a model of this structure, given these options.
@@ -112,6 +127,20 @@ class Recipe:
                 f"recipe {str(self.path)!r} names {beyond}: the model has layers 0 to {structure.n_layers - 1} "
                 f"of heads 0 to {structure.n_heads - 1} and neurons 0 to {structure.d_mlp - 1}"
             )
+
+
+def _watched(options: Options) -> tuple[Options, set[str]]:
+    """The same options, and the names of those that were read so far."""
+    read: set[str] = set()
+
+    class Watched(type(options)):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    watched = copy(options)
+    object.__setattr__(watched, "__class__", Watched)
+    return watched, read
 
 
 def _pair(text: str) -> tuple[str, Any]:

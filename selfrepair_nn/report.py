@@ -19,6 +19,7 @@ from selfrepair_nn import figures, text
 from selfrepair_nn.analysis import by_head, by_layer, most_repaired
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures.style import outlined_svg
+from selfrepair_nn.paths import local
 
 RANKED = 10
 HEAD_COLUMNS = {
@@ -73,7 +74,7 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
 
 def report(ds: xr.Dataset, path: str | Path, *, share: float | None = None, store: str | None = None) -> Path:
     """Write the report of a store to `path`, and return it. Arguments and errors as in `render`."""
-    path = Path(path)
+    path = local(path)
     page = render(ds, share=share, store=store)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")

@@ -17,6 +17,8 @@ import zarr
 from zarr.codecs import BloscCodec
 
 from selfrepair_nn.errors import StoreError
+from selfrepair_nn.paths import local
+from selfrepair_nn.remote.secrets import hidden
 from selfrepair_nn.variables import VARIABLES, Variable
 
 FORMAT = 1
@@ -65,9 +67,7 @@ class Store:
                 labels = xr.Dataset(
                     coords={name: _labelled(name, values) for name, values in coordinates.items()}
                 )
-                labels.attrs = {
-                    k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()
-                }
+                labels.attrs = _plain(attributes)
                 labels.attrs |= {"format": FORMAT, "prompts_per_chunk": prompts_per_chunk}
                 labels.to_zarr(draft, mode="w-", consolidated=False)
                 group = zarr.open_group(draft, mode="r+")
@@ -87,9 +87,7 @@ class Store:
     def annotate(self, **attributes: Any) -> None:
         """Add or replace attributes."""
         with explained(self.path):
-            self._group.attrs.update(
-                {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
-            )
+            self._group.attrs.update(_plain(attributes))
 
     @property
     def prompts_per_chunk(self) -> int:
@@ -155,9 +153,11 @@ def open_store(path: str | Path) -> xr.Dataset:
     """The dataset of a run, lazily: what `xarray.open_zarr(path)` gives.
 
     Raises:
+        UsageError: an address such as s3://bucket/x.zarr.
         StoreError: there is nothing, or something else, at `path`.
     """
-    require_store(Path(path))
+    path = local(path, "store")
+    require_store(path)
     found = xr.open_zarr(path, chunks=None)
     ordered = found[[name for name in VARIABLES if name in found.data_vars]]
     ordered.encoding["source"] = str(path)
@@ -177,6 +177,12 @@ def is_store(path: Path) -> bool:
         return zarr.open_group(path, mode="r").attrs.get("format") == FORMAT
     except (FileNotFoundError, ValueError, OSError, KeyError):
         return False
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, and text without keys; what is nested as JSON. Settings are compared, and hold no free text."""
+    flat = {k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in attributes.items()}
+    return {k: hidden(v) if isinstance(v, str) and k != "settings" else v for k, v in flat.items()}
 
 
 def _sweep_drafts(path: Path) -> None:

@@ -515,7 +515,7 @@ def test_jsonl(write):
         ('{"body": "ab", "id": 1}', "'text'.*body, id"),
         ('{"text": 3}', "int"),
         ("[1, 2]", "line 1.*object"),
-        (b'{"text": "\xff"}', "utf-8"),
+        (b'{"text": "\xff"}', "line 1, is not UTF-8"),
     ],
 )
 def test_jsonl_that_does_not_fit(write, text, message):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from itertools import chain
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 import xarray as xr
 from filelock import FileLock
-from terminal import Process, assert_same_numbers, done, ids, saved, selfrepair
+from terminal import ENVIRONMENT, Process, assert_same_numbers, done, ids, saved, selfrepair
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import SelfRepairError, StoreError, UsageError
@@ -124,6 +126,50 @@ def test_workers_that_cannot_even_begin(choices, tmp_path, monkeypatch):
     monkeypatch.setattr("selfrepair_nn.execution.workers._begin", os.abort)
     with pytest.raises(SelfRepairError, match=r"die before they have done anything: .* choose fewer"):
         sr.run(out=tmp_path / "s.zarr", workers=2, **choices)
+
+
+def test_why_workers_cannot_begin(choices, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "selfrepair_nn.execution.workers.fitting_threads", lambda *given: "no number of threads"
+    )
+    with pytest.raises(
+        SelfRepairError, match=r"a worker cannot begin: RuntimeError: .*expects an int"
+    ) as caught:
+        sr.run(out=tmp_path / "s.zarr", workers=2, **choices)
+    assert "memory" not in str(caught.value)
+
+
+SCRIPT = r"""
+import sys
+from pathlib import Path
+
+with open("began", "a") as file:
+    file.write("once\n")
+import selfrepair_nn as sr
+
+choices = dict(model="tiny-neox", layers="7", heads="7.*", tokens=256, length=32, progress=False)
+ds = sr.run("heads", workers=2, out="s.zarr", **choices)
+print(float(ds.done.mean()), __name__, __file__ if "__file__" in globals() else None)
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "module", "standard input"])
+def test_a_script_without_a_main_guard_runs_once(tmp_path, how):
+    """Workers used to run it again; one that deletes the results of the run before would have lost this run's."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    given = {"script": ["script.py"], "module": ["-m", "script"], "standard input": ["-"]}[how]
+    ended = subprocess.run(
+        [sys.executable, *given],
+        cwd=tmp_path,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        input=SCRIPT,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[:2] == ["1.0", "__main__"]
+    assert (tmp_path / "began").read_text() == "once\n"
+    assert ended.stderr == ""
 
 
 def test_several_gpus_are_shared_out():

@@ -13,6 +13,7 @@ from selfrepair_nn.execution.units import Unit
 from selfrepair_nn.models.load import load_described, structure_only
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import BACKENDS, one_of
+from selfrepair_nn.shown import shown
 
 Backend = Callable[[Iterable[Unit]], Iterator[tuple[Unit, dict[str, Any]]]]
 
@@ -121,7 +122,7 @@ def _free_memory() -> None:
 
 def tell(text: str) -> None:
     """A line for the user, above the progress bar."""
-    tqdm.write(f"selfrepair: {text}", file=sys.stderr)
+    tqdm.write(f"selfrepair: {shown(text)}", file=sys.stderr)
 
 
 def only(runner: Backend, unit: Unit) -> dict[str, Any]:

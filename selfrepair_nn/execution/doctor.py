@@ -10,16 +10,15 @@ from tempfile import TemporaryDirectory
 from selfrepair_nn import provenance
 from selfrepair_nn.errors import Incomplete, SelfRepairError
 from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.secrets import ndif_key
+from selfrepair_nn.remote.secrets import hub_token, ndif_key
+from selfrepair_nn.remote.settings import PROXIES, hub_fault, ndif_fault, proxy_faults
 
 SETTINGS = (
     "NDIF_HOST",
     "HF_ENDPOINT",
     "HF_HOME",
     "HF_HUB_OFFLINE",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
+    *PROXIES,
 )
 COMPARED = ("python", "nnsight", "transformers", "torch")
 """What a server and its clients should agree on."""
@@ -65,9 +64,10 @@ def _here() -> Iterator[Finding]:
     yield Finding("versions", ", ".join(f"{name} {v}" for name, v in provenance.versions().items()))
     device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
     yield Finding("device", device)
-    yield Finding("NDIF key", _set(ndif_key()))
-    yield Finding("HF_TOKEN", _set(_hub_token()))
-    yield Finding("settings", ", ".join(f"{name} {_set(os.environ.get(name))}" for name in SETTINGS))
+    yield _usable("NDIF key", _set(ndif_key()), ndif_fault())
+    yield _usable("HF_TOKEN", _set(hub_token()), hub_fault())
+    yield Finding("settings", ", ".join(f"{name} {_set(_setting(name))}" for name in SETTINGS))
+    yield from (Finding("proxy", fault, False) for fault in proxy_faults())
 
 
 def _there(host: str | None, model: str | None, trip: bool) -> Iterator[Finding]:
@@ -131,10 +131,13 @@ def _round_trip(served) -> Finding:
     return Finding("round trip", f"{seconds:.2f} s for one token; it computes in {dtype}", True)
 
 
-def _hub_token() -> str | None:
-    from huggingface_hub import get_token
+def _usable(what: str, seen: str, fault: str | None) -> Finding:
+    return Finding(what, fault or seen, False if fault else None)
 
-    return get_token()
+
+def _setting(name: str) -> str | None:
+    """Proxies are named in small letters too."""
+    return os.environ.get(name) or (os.environ.get(name.lower()) if name in PROXIES else None)
 
 
 def _set(value: str | None) -> str:

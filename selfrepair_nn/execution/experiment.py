@@ -16,6 +16,7 @@ from selfrepair_nn.graph import Graph, Reinforce, Variants
 from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
 from selfrepair_nn.options import Options
+from selfrepair_nn.paths import local
 from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
 from selfrepair_nn.recipe import Recipe, find_recipe
 from selfrepair_nn.variables import (
@@ -95,7 +96,7 @@ class Experiment:
     @property
     def path(self) -> Path:
         """Where the store is, or will be."""
-        out = Path(self.options.out).expanduser()
+        out = local(self.options.out, "out")
         name = Path(self.description.source.name).name.removesuffix(".gguf")
         return out if out.suffix == ".zarr" else out / f"{self.recipe.name}-{name}.zarr"
 

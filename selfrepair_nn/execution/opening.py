@@ -18,7 +18,6 @@ from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.models.check import TOLERANCE
 from selfrepair_nn.models.identity import differences, fingerprint
 from selfrepair_nn.models.model import Model
-from selfrepair_nn.remote.secrets import hidden
 from selfrepair_nn.store import Store, explained, require_store
 
 
@@ -113,7 +112,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         "dtype": experiment.dtype,
         "backend": "remote" if options.served else options.backend,
         "created": provenance.now(),
-        "command": hidden(command),
+        "command": command,
         "settings": experiment.settings,
         "provenance": {
             "versions": provenance.versions(),

@@ -37,6 +37,7 @@ from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options
 from selfrepair_nn.remote.faults import Fault
 from selfrepair_nn.remote.ledger import Ledger, ledger_path
+from selfrepair_nn.shown import line
 from selfrepair_nn.store import Store, open_store
 
 
@@ -237,7 +238,7 @@ def _bar(store: Store, experiment: Experiment, progress: bool | None) -> tqdm:
     share = sum(b.stop - b.start for b, stored in blocks if stored)
     total = None if experiment.ranked else experiment.work.case_tokens
     return tqdm(
-        desc=experiment.description.source.name,
+        desc=line(experiment.description.source.name),
         total=total,
         initial=round((total or 0) * share / experiment.prompts.n),
         unit=" head·tokens",

@@ -2,18 +2,21 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from selfrepair_nn.errors import SelfRepairError
+from selfrepair_nn.errors import SelfRepairError, one_line
 from selfrepair_nn.execution.backends import backend, loaded
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, Known
@@ -55,7 +58,7 @@ class Workers:
         """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored.
 
         Raises:
-            SelfRepairError: processes die without having done anything.
+            SelfRepairError: processes cannot begin, or die without having done anything.
         """
         missing = {block.start: block for block in blocks}
         while missing:
@@ -77,7 +80,8 @@ class Workers:
             for index in range(self._count):
                 self._devices.put(index)
             self._pool = self._pool_of()
-        running: dict[Future[int], slice] = {self._pool.submit(_work, b, open_): b for b in blocks}
+        with _clean_main():
+            running: dict[Future[int], slice] = {self._pool.submit(_work, b, open_): b for b in blocks}
         for future in as_completed(running):
             self._bar.update(future.result())
             yield running[future]
@@ -92,11 +96,33 @@ def _context() -> Any:
     return context
 
 
+@contextmanager
+def _clean_main() -> Iterator[None]:
+    """Start processes that do not run the user's script again: it may lack a main guard, and do what it does twice.
+
+    A new process is told what `__main__` is here and imports it; nothing that is sent to a worker is defined there.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
 _mine: dict[str, Any] = {}
-"""What a worker has: how it fills the store, and how many tokens it ablated since it was last asked."""
+"""What a worker has: how it fills the store, how many tokens it ablated since it was last asked; or why it cannot."""
 
 
-def _begin(source: str, options: Any, path: Any, known: Known, threads: int, devices: Any) -> None:
+def _begin(*given: Any) -> None:
+    """Get ready in a new process. What fails is told when the first block is asked for: by then somebody listens."""
+    try:
+        _load(*given)
+    except Exception as error:
+        _mine["failure"] = one_line(error)
+
+
+def _load(source: str, options: Any, path: Any, known: Known, threads: int, devices: Any) -> None:
     """Load the model in a new process; it ends when the process that started it does, whatever ends that."""
     import torch
 
@@ -127,6 +153,8 @@ def _count_tokens(tokens: int) -> None:
 
 def _work(block: slice, open_: np.ndarray) -> int:
     """Fill one block; returns how many tokens were ablated for it."""
+    if "failure" in _mine:
+        raise SelfRepairError(f"a worker cannot begin: {_mine['failure']}")
     _mine["tokens"] = 0
     for _ in _mine["fill"]([block], open_):
         pass

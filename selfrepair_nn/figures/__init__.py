@@ -41,6 +41,7 @@ from selfrepair_nn.figures import (
     token_noise,
 )
 from selfrepair_nn.figures.style import Datasets, named, save, share_of, summaries
+from selfrepair_nn.paths import local
 
 __all__ = ["DESCRIPTIONS", "FIGURES", "draw", "drawn", "plot", "save", "suited"]
 
@@ -142,5 +143,5 @@ def plot(
 
     Returns the files, two for each figure. Errors as in `draw`.
     """
-    figures = drawn(datasets, names, share=share)
+    directory, figures = local(directory, "directory"), drawn(datasets, names, share=share)
     return [path for name, figure in figures for path in save(figure, directory, name)]

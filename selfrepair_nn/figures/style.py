@@ -19,6 +19,7 @@ from selfrepair_nn import text
 from selfrepair_nn.analysis import by_head
 from selfrepair_nn.analysis.summaries import share_of as usual_share_of
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.paths import local
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
@@ -172,7 +173,7 @@ def write_inside(axes: Axes, label: str, spots: Sequence[tuple[float, float]], o
 
 def save(figure: Figure, directory: str | Path, name: str) -> list[Path]:
     """Write the figure as PNG (200 dpi) and SVG (text as text), always the same bytes; returns both paths."""
-    directory = Path(directory)
+    directory = local(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.{ending}" for ending in ("png", "svg")]
     with settings():

@@ -18,6 +18,7 @@ from selfrepair_nn.models.model import (
     no_tokenizer,
     wrap,
 )
+from selfrepair_nn.remote.settings import require_hub
 
 EMBEDDED = {
     "tiny-neox": "2M parameters, 8 layers x 8 heads, parallel attention and MLP, LayerNorm (Pythia's architecture)",
@@ -32,8 +33,21 @@ def find(name: str, revision: str | None = None) -> Source:
     """Resolve a model's name: embedded, an existing directory or GGUF file, otherwise a hub name.
 
     Raises:
-        UsageError: a path that does not exist, or a directory without a configuration.
+        UsageError: a path that does not exist, a directory without a configuration, or a revision of what has none.
+        SelfRepairError: a hub name, and settings with which the hub cannot be asked.
     """
+    if found := _here(name):
+        if revision is not None:
+            raise UsageError(
+                f"revision {revision!r} is for models of the hub, and {name!r} is here: leave --revision out"
+            )
+        return found
+    require_hub()
+    return Source(name, name, revision=revision)
+
+
+def _here(name: str) -> Source | None:
+    """A model that needs no hub; None where only that can know the name."""
     if name in EMBEDDED:
         return Source(name, str(files("selfrepair_nn") / "models" / "embedded" / name))
     path = Path(name).expanduser()
@@ -49,7 +63,7 @@ def find(name: str, revision: str | None = None) -> Source:
         return Source(name, str(path))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UsageError(f"model directory {name!r} does not exist")
-    return Source(name, name, revision=revision)
+    return None
 
 
 def describe(name: str, revision: str | None = None) -> Description:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from selfrepair_nn.errors import SelfRepairError
-from selfrepair_nn.remote.secrets import hidden
+from selfrepair_nn.shown import shown
 
 LONGEST = 2000
 
@@ -64,7 +64,7 @@ class Fault(SelfRepairError):
     """Something went wrong with a server or a job there; `text` is what it said, keys removed."""
 
     def __init__(self, kind: str, text: str = "") -> None:
-        self.kind, self.text = kind, hidden(text)[-LONGEST:]
+        self.kind, self.text = kind, shown(text)[-LONGEST:]
         meaning = KINDS[kind]
         said = f" ({brief(self.text)})" if self.text else ""
         super().__init__(f"{meaning.meaning}{said}: {meaning.advice}")

@@ -22,7 +22,9 @@ from tenacity import (
 
 from selfrepair_nn.options import require_address
 from selfrepair_nn.remote.faults import Fault, refusal
-from selfrepair_nn.remote.secrets import hidden, ndif_key
+from selfrepair_nn.remote.secrets import ndif_key
+from selfrepair_nn.remote.settings import require_ndif
+from selfrepair_nn.shown import line
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
 IDLE_SECONDS = 1.0
@@ -31,6 +33,7 @@ IDLE_SECONDS = 1.0
 GREETING_SECONDS, INQUIRY_SECONDS = 10.0, 30.0
 BACKOFF = wait_random_exponential(multiplier=0.25, max=30)
 BETWEEN_JOBS = wait_exponential_jitter(initial=2, max=60, jitter=2)
+LONGEST_SAID = 300
 NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 
 
@@ -53,7 +56,7 @@ class Server:
     `patience` is how many seconds to go on trying while it does not answer; `notify` takes a line for the user
     whenever something has to be tried again.
 
-    Raises (from every method that asks the server):
+    Raises SelfRepairError at once for a key or a proxy that cannot work; and from every method that asks the server:
         Fault: "unreachable" when patience is over; else what the answer means.
     """
 
@@ -62,8 +65,9 @@ class Server:
     ) -> None:
         from nnsight.schema.config import CONFIG
 
-        self.host = (host or CONFIG.API.HOST).rstrip("/")
+        self.host = (host or CONFIG.API.HOST).strip().rstrip("/")
         require_address(self.host)
+        require_ndif()
         self.patience, self._notify = patience, notify
         timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
         limits = httpx.Limits(keepalive_expiry=IDLE_SECONDS)
@@ -164,7 +168,7 @@ class Server:
 
     def _say(self, state: RetryCallState) -> None:
         error = state.outcome.exception()
-        said = hidden(str(error)) or type(error).__name__
+        said = line(error, LONGEST_SAID) or type(error).__name__
         self._notify(f"{self.host} does not answer ({said}); trying again in {state.next_action.sleep:.1f} s")
 
 
@@ -192,7 +196,7 @@ def _detail(answer: httpx.Response) -> str:
     try:
         found = answer.json()
     except ValueError:
-        return answer.text[:300]
+        return line(answer.text, LONGEST_SAID)
     return str(found.get("detail", found) if isinstance(found, dict) else found)
 
 
@@ -202,7 +206,7 @@ def _parsed(answer: httpx.Response) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise Fault("not ndif", f"HTTP {answer.status_code}: {answer.text[:300]}")
+        raise Fault("not ndif", f"HTTP {answer.status_code}: {line(answer.text, LONGEST_SAID)}")
     return found
 
 

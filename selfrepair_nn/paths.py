@@ -1,0 +1,31 @@
+"""Paths that a user gives: places on this machine, never an address."""
+
+import os
+import re
+from pathlib import Path
+
+from selfrepair_nn.errors import UsageError
+
+_ADDRESS = re.compile(r"[A-Za-z][\w+.:-]+:/")
+"""A scheme of two letters or more; `pathlib` leaves one of the two slashes. One letter is a drive."""
+
+
+def local(path: str | os.PathLike[str], what: str = "path") -> Path:
+    """The path, `~` resolved.
+
+    Raises:
+        UsageError: an address such as `s3://bucket/x.zarr`, of which a directory `s3:` would be made here; the home
+            of nobody; what is no path at all.
+    """
+    try:
+        given = os.fspath(path)
+        found = Path(given).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise UsageError(f"{what} {path!r} is no path here: {error}") from error
+    if _ADDRESS.match(given):
+        raise UsageError(
+            f"{what} {given!r} is an address: stores and files lie on this machine's disks, give a path"
+        )
+    if "\0" in given:
+        raise UsageError(f"{what} {given!r} is no path: it holds a zero byte")
+    return found
