@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from filelock import FileLock
 from terminal import ENVIRONMENT, Process, assert_same_numbers, done, ids, saved, selfrepair
 
 import selfrepair_nn as sr
-from selfrepair_nn.errors import SelfRepairError, StoreError, UsageError
+from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageError
 from selfrepair_nn.execution import packing
 from selfrepair_nn.execution.backends import out_of_memory
 from selfrepair_nn.execution.workers import device_of
@@ -83,8 +84,12 @@ def test_a_run_of_one_process_goes_on_with_two(choices, alone, tmp_path, monkeyp
 
 def workers_of(pid):
     """The processes that fill a run's store: it has them started by one that has imported all."""
-    servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
-    return [worker for server in servers for worker in server.children()]
+    try:
+        children = psutil.Process(pid).children()
+        servers = [child for child in children if "forkserver" in " ".join(child.cmdline())]
+        return [worker for server in servers for worker in server.children()]
+    except psutil.NoSuchProcess:  # one that ended while it was looked at
+        return []
 
 
 def test_a_worker_that_is_killed_loses_nothing(choices, alone, tmp_path):
@@ -124,8 +129,36 @@ def test_an_interrupted_run_keeps_the_blocks_under_way(choices, alone, tmp_path)
 
 def test_workers_that_cannot_even_begin(choices, tmp_path, monkeypatch):
     monkeypatch.setattr("selfrepair_nn.execution.workers._begin", os.abort)
-    with pytest.raises(SelfRepairError, match=r"die before they have done anything: .* choose fewer"):
+    with pytest.raises(Incomplete, match=r"died 4 times before they had done anything: .* choose fewer"):
         sr.run(out=tmp_path / "s.zarr", workers=2, **choices)
+
+
+def test_workers_killed_before_the_first_block(choices, alone, tmp_path):
+    """As the system does where memory is short for a moment: others begin in their place."""
+    store = tmp_path / "s.zarr"
+    child = Process(tmp_path, *arguments(choices, store, "--workers", 2))
+    child.until(lambda: len(workers_of(child.pid)) == 2)
+    for worker in workers_of(child.pid):
+        worker.kill()
+    assert done(store) == 0
+    ended = child.wait()
+    assert ended.code == 0, ended.err
+    assert_same_numbers(store, alone)
+
+
+def test_ctrl_c_while_workers_start(choices, alone, tmp_path):
+    """It reaches every process that was started from the terminal; one of them says one thing."""
+    store = tmp_path / "s.zarr"
+    child = Process(tmp_path, *arguments(choices, store, "--workers", 2))
+    child.until(lambda: workers_of(child.pid))
+    for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
+        process.send_signal(signal.SIGINT)
+    ended = child.wait()
+    assert ended.code in (0, 75), ended.err
+    assert "Traceback" not in ended.err
+    assert len(ended.err.splitlines()) <= 2, ended.err
+    assert selfrepair(*arguments(choices, store)).code == 0
+    assert_same_numbers(store, alone)
 
 
 def test_why_workers_cannot_begin(choices, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from selfrepair_nn.errors import SelfRepairError, one_line
+from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
 from selfrepair_nn.execution.backends import backend, loaded
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, Known
@@ -24,6 +24,10 @@ from selfrepair_nn.execution.opening import as_stored, require_same_model
 from selfrepair_nn.execution.packing import fitting_threads
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.store import Store
+
+DEATHS = 3
+"""How often processes may die, with nothing done in between, before that is not put down to chance."""
+POSIX = hasattr(signal, "pthread_sigmask")
 
 
 class Workers:
@@ -58,9 +62,10 @@ class Workers:
         """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored.
 
         Raises:
-            SelfRepairError: processes cannot begin, or die without having done anything.
+            SelfRepairError: a process says why it cannot begin.
+            Incomplete: they died too often without having done anything in between.
         """
-        missing = {block.start: block for block in blocks}
+        missing, deaths = {block.start: block for block in blocks}, 0
         while missing:
             before = len(missing)
             try:
@@ -69,18 +74,19 @@ class Workers:
                     yield block
             except BrokenProcessPool:
                 self._pool = None
-                if len(missing) == before:
-                    raise SelfRepairError(
-                        f"the workers die before they have done anything: is memory short for {self._count} models? "
-                        "choose fewer --workers"
-                    ) from None
+                deaths = deaths + 1 if len(missing) == before else 0
+            if deaths > DEATHS:
+                raise Incomplete(
+                    f"the workers died {deaths} times before they had done anything: is memory short for "
+                    f"{self._count} models? choose fewer --workers"
+                )
 
     def _round(self, blocks: list[slice], open_: np.ndarray) -> Iterator[slice]:
         if self._pool is None:
             for index in range(self._count):
                 self._devices.put(index)
             self._pool = self._pool_of()
-        with _clean_main():
+        with _clean_start():
             running: dict[Future[int], slice] = {self._pool.submit(_work, b, open_): b for b in blocks}
         for future in as_completed(running):
             self._bar.update(future.result())
@@ -97,16 +103,20 @@ def _context() -> Any:
 
 
 @contextmanager
-def _clean_main() -> Iterator[None]:
+def _clean_start() -> Iterator[None]:
     """Start processes that do not run the user's script again: it may lack a main guard, and do what it does twice.
 
     A new process is told what `__main__` is here and imports it; nothing that is sent to a worker is defined there.
+    And it takes over which signals are blocked: Ctrl-C, which goes to all, is for the process that was started by hand.
     """
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if POSIX else None
     try:
         yield
     finally:
+        if POSIX:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         sys.modules["__main__"] = script
 
 
