@@ -3,8 +3,12 @@
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, check_store
+from selfrepair_nn.analysis.checks import HEADS, of_heads, restored
+from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.summaries import described_widths
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, clustering, clusters
 from selfrepair_nn.blocks import done_cases, together
+from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import SWEEP, VARIABLES
 
@@ -20,7 +24,9 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     - size: root mean square of removed, in logits: how much the ablation takes, whatever its sign;
     - repaired: the share of what is removed that comes back, by least squares over tokens: the sum of self_repair
       times removed over the sum of removed squared, no unit; 0 is no repair, 1 is all, below 0 more is lost. NaN where
-      nothing is removed;
+      nothing is removed. It is a size, and not a test: `by_head` says which heads are repaired;
+    - x_half_width of direct_effect, removed, logit_change and repaired: half the width of the 95% interval, infinite
+      where there are too few prompts for one; clustered as in `by_head` (attributes clustered_by, clusters);
     - tokens(layer, head): how many tokens; edited_share (attribute): the share of all tokens that this is.
 
     Memory: one block of prompts.
@@ -28,10 +34,12 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     Raises:
         UsageError: `ds` is not a store of the contrastive recipe.
     """
+    ds = restored(ds)
     if "ablation" not in ds.dims or "twin" not in ds:
         raise UsageError("this store has no ablation by a twin beside another: run contrastive")
     labels = [str(label) for label in ds.ablation.values]
-    parts = [_by_head(ds.sel(ablation=label, drop=True)) for label in labels]
+    each = [ds.sel(ablation=label, drop=True) for label in labels]
+    parts = [_by_head(one) for one in each]
     found = {name: (("ablation", *HEADS), np.stack([part[name] for part in parts])) for name in parts[0]}
     found["tokens"] = (HEADS, parts[0]["tokens"])
     found = xr.Dataset(found, {"ablation": labels} | {d: ds[d].variable for d in HEADS})
@@ -48,7 +56,9 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     }
     for name, (units, text) in names.items():
         found[name].attrs = {"units": units, "long_name": text}
-    return found.assign_attrs(ds.attrs | {"edited_share": float(_edited(ds).mean())})
+    sound = max((closure(one) for one in each), key=lambda told: told.get("worst_closure", 0))
+    told = clustering(ds) | sound | {"edited_share": float(_edited(ds).mean())}
+    return described_widths(found).assign_attrs(ds.attrs | told)
 
 
 def _edited(ds: xr.Dataset) -> np.ndarray:
@@ -59,19 +69,27 @@ def _edited(ds: xr.Dataset) -> np.ndarray:
 
 def _by_head(ds: xr.Dataset) -> dict[str, np.ndarray]:
     """One ablation, over (layer, head)."""
-    check_store(ds)
+    ds = of_heads(ds)
     done, edited = done_cases(ds), _edited(ds)
-    totals, tokens = np.zeros((5, len(done))), np.zeros(len(done), int)
+    totals, tokens = np.zeros((5, *done.shape)), np.zeros(done.shape, int)
     for here, values in together(ds, READ):
         counted = done[:, here, None] & edited[here]
         effect, after, change = (np.where(counted, each, 0) for each in values)
         removed = effect - after
         terms = (effect, removed, change, removed**2, (change + removed) * removed)
-        totals += [term.sum((1, 2)) for term in terms]
-        tokens += counted.sum((1, 2))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        effect, removed, change, square = totals[:4] / tokens
-        repaired = np.where(totals[3] > 0, totals[4] / totals[3], np.nan)
-    found = {"direct_effect": effect, "removed": removed, "logit_change": change, "size": np.sqrt(square)}
-    found |= {"repaired": repaired, "tokens": tokens}
+        totals[:, :, here] = [term.sum(2) for term in terms]
+        tokens[:, here] = counted.sum(2)
+    effect, removed, change, square, back = totals
+    ratios = {
+        "direct_effect": (effect, tokens),
+        "removed": (removed, tokens),
+        "logit_change": (change, tokens),
+    }
+    found: dict[str, np.ndarray] = {}
+    for name, (above, below) in (ratios | {"repaired": (back, square)}).items():
+        known = Tally.of_prompts(above, below, clusters(ds)).estimate
+        found |= {name: known.mean, name + HALF_WIDTH: known.half_width}
+    with np.errstate(invalid="ignore"):
+        found["size"] = np.sqrt(square.sum(1) / tokens.sum(1))
+    found["tokens"] = tokens.sum(1)
     return {name: values.reshape([ds.sizes[d] for d in HEADS]) for name, values in found.items()}

@@ -5,7 +5,11 @@ import re
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import MEANS
+from selfrepair_nn.analysis.checks import MEANS, restored
+from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.summaries import described_widths
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, clustering, clusters
+from selfrepair_nn.confidence import Estimate, Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import VARIABLES
 
@@ -18,7 +22,9 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     Variables are those of MEANS, and:
 
     - kind: "single" for one head, "joint" for several, "moved" for deleted layers;
-    - logit_change_se, self_repair_se: standard errors of the means, prompts taken as independent;
+    - removed = direct_effect - ablated_direct_effect; x_half_width, of each mean: half the width of its 95% interval,
+      infinite where there are too few prompts for one; clustered as in `by_head` (attributes clustered_by, clusters);
+    - logit_change_se, self_repair_se: standard errors of these means;
     - correct: the share of prompts on which the ablated model still prefers the indirect object, no unit;
     - prompts: how many prompts that is. Attributes logit_difference and correct are those of the clean run.
 
@@ -30,9 +36,14 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     last = _last(ds)
     labels = [str(label) for label in last.case.values]
     clean = last.logit.values.astype(float)
-    found = {name: ("case", last[name].values.astype(float).mean(1)) for name in MEANS}
-    for name in ("logit_change", "self_repair"):
-        found[f"{name}_se"] = ("case", _error(last[name].values.astype(float)))
+    values = {name: last[name].values.astype(float) for name in MEANS}
+    values["removed"] = values["direct_effect"] - values["ablated_direct_effect"]
+    found: dict[str, tuple] = {}
+    for name, each in values.items():
+        known = _known(last, each)
+        found |= {name: ("case", known.mean), name + HALF_WIDTH: ("case", known.half_width)}
+        if name in ("logit_change", "self_repair"):
+            found[f"{name}_se"] = ("case", known.error)
     correct = (clean + last.logit_change.values > 0).mean(1)
     found |= {
         "correct": ("case", correct),
@@ -41,8 +52,10 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     found = xr.Dataset(found, {"case": labels})
     for name in MEANS:
         found[name].attrs = {"units": "logit", "long_name": f"mean {VARIABLES[name].long_name}"}
+    found.removed.attrs = {"units": "logit", "long_name": "mean direct effect removed"}
     clean_run = {"logit_difference": clean.mean(), "clean_correct": float((clean > 0).mean())}
-    return found.assign_attrs(ds.attrs | clean_run | {"prompts": clean.size})
+    told = clustering(last) | closure(restored(ds)) | {"prompts": clean.size}
+    return described_widths(found).assign_attrs(ds.attrs | clean_run | told)
 
 
 def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
@@ -52,7 +65,10 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     - direct_effect: in the clean run; joint: after the joint ablation; both means over prompts, in logits;
     - moved: when the layers are deleted that lie between the first name mover and the head, so that it reads what the
       name mover reads; NaN for a head that does not lie behind it;
-    - *_se: standard errors of direct_effect, and of the changes joint - direct_effect and moved - direct_effect.
+    - *_half_width: half the widths of the 95% intervals of direct_effect, and of the changes joint - direct_effect and
+      moved - direct_effect; infinite where there are too few prompts. *_se: their standard errors.
+
+    The heads are chosen by what was measured: the largest of many are likely to have been measured too large.
 
     Attributes as in `name_movers`. Errors too.
     """
@@ -72,9 +88,13 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
         if _kind(label) == "moved":
             here = places["layer"] == _stop(label)
             moved[:, here] = changes[index][:, here]
-    found = {"direct_effect": clean.mean(0), "direct_effect_se": _error(clean.T)}
-    for name, change in (("joint", changes[joint]), ("moved", moved)):
-        found |= {name: clean.mean(0) + change.mean(0), f"{name}_se": _error(change.T)}
+    found = {"direct_effect": clean.mean(0)}
+    found |= {
+        name: clean.mean(0) + change.mean(0) for name, change in (("joint", changes[joint]), ("moved", moved))
+    }
+    for name, each in (("direct_effect", clean), ("joint", changes[joint]), ("moved", moved)):
+        known = _known(last, each.T)
+        found |= {f"{name}_se": known.error, name + HALF_WIDTH: known.half_width}
     found = xr.Dataset(
         {name: ("rank", values) for name, values in found.items()}, attrs=name_movers(ds).attrs
     )
@@ -84,6 +104,7 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
 
 def _last(ds: xr.Dataset) -> xr.Dataset:
     """The last position of the prompts that are done, (case, prompt, …)."""
+    ds = restored(ds)
     if "case" not in ds.dims or "other" not in ds or "component_change" not in ds:
         raise UsageError("this store has no name movers, ablated one by one and together: run ioi")
     done = (ds.done & ds.selected).transpose("case", "prompt").values.all(0)
@@ -104,7 +125,6 @@ def _stop(label: str) -> int:
     return stop[0] if stop else first + 1
 
 
-def _error(values: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over the last dimension; NaN of fewer than two."""
-    count = values.shape[-1]
-    return values.std(-1, ddof=1) / np.sqrt(count) if count > 1 else np.full(values.shape[:-1], np.nan)
+def _known(last: xr.Dataset, values: np.ndarray) -> Estimate:
+    """What is known of the means of values [case, prompt]."""
+    return Tally.of_prompts(values, np.ones(values.shape), clusters(last)).estimate

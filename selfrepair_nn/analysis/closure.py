@@ -1,0 +1,41 @@
+"""Whether the parts of the self-repair add up as well as the model's number format allows."""
+
+import numpy as np
+import xarray as xr
+
+from selfrepair_nn.blocks import done_cases, largest
+from selfrepair_nn.models.check import TOLERANCE
+
+
+def closure(ds: xr.Dataset, worst: np.ndarray | None = None) -> dict[str, float]:
+    """Attributes of a summary of a store: `worst_closure`, and `closure_limit`, which no sound run exceeds; in logits.
+
+    The limit is what the proof of a model allows its dtype: a share of the standard deviation of the clean run's
+    logits. `worst` is the largest |closure| of each case where that is known already. A store without a closure, or
+    with nothing done, has no such attributes.
+    """
+    if worst is None:
+        worst = largest(ds, "closure", done_cases(ds)) if "closure" in ds else np.empty(0)
+    worst = worst[~np.isnan(worst)]
+    if not worst.size:
+        return {}
+    return {"worst_closure": float(worst.max()), "closure_limit": closure_limit(ds)}
+
+
+def closure_limit(ds: xr.Dataset) -> float:
+    """The largest |closure| that the store's dtype allows, in logits."""
+    dtype = str(ds.attrs.get("dtype", ds.closure.dtype))
+    return TOLERANCE.get(dtype, TOLERANCE["float32"]) * _spread(ds)
+
+
+def _spread(ds: xr.Dataset) -> float:
+    """Standard deviation of the logits that are asked for; 1 logit where it is not known."""
+    if "logit" not in ds:
+        return 1.0
+    logits = ds.logit.values.astype(float)
+    if "other" in ds and "target" in ds:
+        logits = np.where(
+            ds.other.values == ds.target.values, np.nan, logits
+        )  # a difference that is always 0
+    logits = logits[np.isfinite(logits)]
+    return float(logits.std()) or 1.0 if logits.size else 1.0
