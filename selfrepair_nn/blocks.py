@@ -7,6 +7,7 @@ that only the tokens that are `counted`: what stands at the others is never look
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import xarray as xr
@@ -41,31 +42,6 @@ class Top:
         return Top(self.case[chosen], self.token[chosen], self.effect[chosen])
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Sums of a variable and numbers of tokens, both over (case, prompt)."""
-
-    sums: np.ndarray
-    counts: np.ndarray
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean over tokens, over (case); NaN where there are none."""
-        with np.errstate(invalid="ignore"):
-            return self.sums.sum(1) / self.counts.sum(1)
-
-    def error(self, done: np.ndarray) -> np.ndarray:
-        """Standard error of the mean, over (case): a ratio of two sums over independent prompts, linearised.
-
-        Where prompts have equally many tokens it is the standard error of their means. NaN below two prompts.
-        """
-        residual = self.sums - self.counts * self.mean[:, None]
-        n = done.sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            spread = np.sqrt((residual**2).sum(1) * n / (n - 1)) / self.counts.sum(1)
-        return np.where(n > 1, spread, np.nan)
-
-
 def sites(ds: xr.Dataset) -> tuple[str, ...]:
     """The dimensions along which a store's ablated runs lie."""
     return ("case",) if "case" in ds.dims else SWEEP[:2]
@@ -98,7 +74,7 @@ def direct_effects(
 
     The top share is exactly max(1, floor(share n)) of a case's n counted tokens, the first of equals, NaN last;
     none if n is 0. A store with thresholds holds direct effects of every counted token: there it is that share of the
-    whole run, as far as it is done.
+    whole run, as far as it is done; where some prompts alone are left of the run, what it did not store does not count.
 
     Raises:
         UsageError: the store keeps less of each case's tokens.
@@ -107,7 +83,10 @@ def direct_effects(
     if "threshold" not in ds or by != "direct_effect":
         return _ranked(ds, done, share, by)
     sums, top = _ranked(ds, np.repeat(done.any(1)[:, None], done.shape[1], 1), share, by)
-    return np.where(done, sums, 0), top.of(done[top.case, top.token // ds.sizes["position"]])
+    counted = done[top.case, top.token // ds.sizes["position"]]
+    if "kept_share" in ds.attrs:
+        counted &= top.effect >= ds.threshold.transpose(*sites(ds)).values.ravel()[top.case]
+    return np.where(done, sums, 0), top.of(counted)
 
 
 def require_kept(ds: xr.Dataset, share: float = 1) -> None:
@@ -237,14 +216,23 @@ def in_top(values: np.ndarray, share: float) -> np.ndarray:
     return marks
 
 
-def component_sums(ds: xr.Dataset, top: Top) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [case, component] of the components' changes over the stored entries of `top`, and how many those are."""
-    cases = ds.sizes["layer"] * ds.sizes["head"]
-    sums, counts = np.zeros((cases, ds.sizes["component"])), np.zeros(cases, int)
-    for entries, changes in stored_rows(ds.component_change, top):
-        np.add.at(sums, top.case[entries], changes)
-        np.add.at(counts, top.case[entries], 1)
-    return sums, counts
+def component_sums(
+    ds: xr.Dataset, top: Top, clusters: np.ndarray
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each layer of ablated heads with an entry of `top` that is stored: its place, sums of the components' changes
+    over these entries [head, component, cluster], and how many entries they are [head, cluster].
+
+    `clusters` names each prompt's cluster.
+    """
+    n_heads, shape = ds.sizes["head"], (ds.sizes["component"], int(clusters.max()) + 1)
+    stored = (part for part in stored_rows(ds.component_change, top) if part[0].size)
+    for layer, parts in groupby(stored, lambda part: int(top.case[part[0][0]]) // n_heads):
+        sums, counts = np.zeros((n_heads, *shape)), np.zeros((n_heads, shape[1]))
+        for entries, changes in parts:
+            head, cluster = top.case[entries] % n_heads, clusters[top.token[entries] // ds.sizes["position"]]
+            np.add.at(sums, (head, slice(None), cluster), changes)
+            np.add.at(counts, (head, cluster), 1)
+        yield layer, sums, counts
 
 
 def stored_rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -259,19 +247,21 @@ def rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray
 
     Read one layer and one chunk of prompts at a time; what holds no entry is not read.
     """
-    array = array.transpose(*SWEEP, ...)
-    n_heads, n_positions = array.sizes["head"], array.sizes["position"]
+    array = _in_order(array, SWEEP)
+    n_heads, n_positions = (array.sizes.get(d, 1) for d in ("head", "position"))
     step = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     layer, chunk = top.case // n_heads, top.token // n_positions // step
     for at in sorted({*zip(layer.tolist(), chunk.tolist(), strict=True)}):
         entries, start = np.flatnonzero((layer == at[0]) & (chunk == at[1])), at[1] * step
-        values = array[at[0], :, start : start + step].values
+        here = {"layer": [at[0]], "prompt": slice(start, start + step)}
+        values = _whole(array.isel(here, missing_dims="ignore"), SWEEP)[0]
         yield entries, top.of(entries).pick(start, values, at[0] * n_heads)[1]
 
 
 def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
     """What such a variable holds for every entry of `top`, all at once: [entry, …]."""
-    found = np.empty((top.token.size, *array.transpose(*SWEEP, ...).shape[len(SWEEP) :]), array.dtype)
+    beyond = [size for d, size in array.sizes.items() if d not in SWEEP]
+    found = np.empty((top.token.size, *beyond), array.dtype)
     for entries, values in rows(array, top):
         found[entries] = values
     return found
@@ -290,13 +280,24 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
-    array = ds[name].transpose(*sites(ds), *TOKEN)
-    n_prompts = array.sizes["prompt"]
+    dims = (*sites(ds), *TOKEN)
+    array, n_prompts = _in_order(ds[name], dims), ds.sizes["prompt"]
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):
-        block = array.isel(prompt=slice(start, start + step)).values
+        block = _whole(array.isel(prompt=slice(start, start + step), missing_dims="ignore"), dims)
         yield start, block.reshape(-1, *block.shape[-2:])
+
+
+def _in_order(array: xr.DataArray, dims: tuple[str, ...]) -> xr.DataArray:
+    """Those of the dimensions that a selection such as ds.sel(layer=6) left, then the others."""
+    return array.transpose(*(d for d in dims if d in array.dims), ...)
+
+
+def _whole(array: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:
+    """The values of an array in order, with all these dimensions and the others."""
+    beyond = [size for d, size in array.sizes.items() if d not in dims]
+    return array.values.reshape(*(array.sizes.get(d, 1) for d in dims), *beyond)
 
 
 def _done_sums(values: np.ndarray, done: np.ndarray, asked: np.ndarray) -> np.ndarray:

@@ -1,28 +1,123 @@
-"""How well a mean over tokens is known: confidence intervals of ratios, tokens clustered by document."""
+"""How well a mean over tokens is known: intervals and p-values of ratios, tokens clustered by document."""
 
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
 LEVEL = 0.95
+RATE = 0.05
+"""Accepted rate of false discoveries among many heads."""
+
 CLUSTERS = 20
 """Fewer independent documents than this say too little of how much they differ."""
 
 
-def clusters_of(document: np.ndarray) -> np.ndarray:
-    """Index of the cluster of each prompt: its document, or itself where there are too few documents: [prompt]."""
+def clusters_of(document: np.ndarray, asked: np.ndarray | None = None) -> np.ndarray:
+    """Index of the cluster of each prompt: its document, or itself where there are too few documents: [prompt].
+
+    `asked` [prompt] says which prompts have a token that counts, by default all: the documents of no other matter.
+    """
     _, index = np.unique(document, return_inverse=True)
-    return index if index.max() + 1 >= CLUSTERS else np.arange(len(document))
+    some = index if asked is None else index[asked]
+    return index if np.unique(some).size >= CLUSTERS else np.arange(len(document))
+
+
+def q_values(p: np.ndarray) -> np.ndarray:
+    """The false discovery rate at which each would be called a discovery, of p-values of any shape; NaN stays NaN.
+
+    Benjamini and Hochberg (1995), over all that are not NaN.
+    """
+    found, known = np.full(np.shape(p), np.nan), np.isfinite(p)
+    if known.any():
+        found[known] = false_discovery_control(p[known])
+    return found
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Means, and how well they are known: of cases, or of groups of cases, both called case here.
+
+    mean [case]; influence [case, cluster]: how far leaving a cluster out moves the mean, infinite where one cluster
+    says it all; shares [case, cluster]: of the case's tokens.
+    """
+
+    mean: np.ndarray
+    influence: np.ndarray
+    shares: np.ndarray
+
+    @property
+    def known(self) -> np.ndarray:
+        """Whether enough clusters hold a token for an interval: bool [case]."""
+        return ((self.shares > 0).sum(1) >= CLUSTERS) & np.isfinite(self.influence).all(1)
+
+    @property
+    def error(self) -> np.ndarray:
+        """Standard error of the mean, by the jackknife over clusters: [case], NaN below two clusters."""
+        finite = np.isfinite(self.influence).all(1)
+        return np.where(finite, self._spread[0], np.nan)
+
+    @property
+    def half_width(self) -> np.ndarray:
+        """Half-width of the 95% interval, as `reach` has it: [case]."""
+        return self.reach(LEVEL)
+
+    def reach(self, level: float) -> np.ndarray:
+        """Half-width of the mean's interval: [case], infinite where fewer than CLUSTERS clusters hold a token.
+
+        Student's quantile t of standard errors, and what skewness g (of the mean) adds: g (1 + 2 t^2) / 6 of them.
+        Johnson (1978), Modified t tests and confidence intervals for asymmetrical populations. That is one side of
+        the interval, the other is as much shorter; a half-width is one number, so it is the longer one on both.
+        """
+        error, skewness, freedom = self._spread
+        quantile = student.ppf((1 + level) / 2, freedom)
+        return np.where(self.known, error * (quantile + skewness * (1 + 2 * quantile**2) / 6), np.inf)
+
+    @property
+    def p_value(self) -> np.ndarray:
+        """Two-sided, of a mean that is 0: [case], below 1 - LEVEL just where the interval excludes 0.
+
+        NaN where there is no interval.
+        """
+        error, skewness, freedom = self._spread
+        nowhere = np.where(self.mean == 0, 0.0, np.inf)
+        away = np.divide(abs(self.mean), error, out=nowhere, where=error > 0)
+        over = np.maximum(away - skewness / 6, 0)  # the quantile t that half_width turns into `away`
+        with np.errstate(invalid="ignore"):
+            quantile = np.where(np.isinf(over), over, 2 * over / (1 + np.sqrt(1 + 4 / 3 * skewness * over)))
+        return np.where(self.known, 2 * student.sf(quantile, freedom), np.nan)
+
+    def of_groups(self, groups: np.ndarray, count: int | None = None) -> "Estimate":
+        """Means of the cases' means within each of `count` groups; `groups` [case] from 0, -1 for none.
+
+        Cases of a group share clusters, and so their errors: what counts is the sum of their influences.
+        """
+        inside = groups >= 0
+        sizes = np.bincount(groups[inside], minlength=count or 0)
+        of_cases = self.mean, self.influence, self.shares
+        return Estimate(*(_mean_of(values[inside], groups[inside], sizes) for values in of_cases))
+
+    @property
+    def _spread(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Standard error, skewness and degrees of freedom of the mean: [case] each.
+
+        As many clusters as would say as much if they held equally many tokens decide the degrees of freedom.
+        """
+        moved = np.where(np.isfinite(self.influence).all(1, keepdims=True), self.influence, 0)
+        variance, third = (moved**2).sum(1), np.abs((moved**3).sum(1))
+        skewness = np.divide(third, variance**1.5, out=np.zeros_like(variance), where=variance > 0)
+        total = (self.shares**2).sum(1)
+        alike = np.divide(1, total, out=np.zeros_like(total), where=total > 0)
+        return np.sqrt(variance), skewness, np.maximum(alike, 2) - 1
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums of a quantity over the top tokens, and numbers of these tokens, by case and cluster: [case, cluster] each.
+    """Sums of a quantity over tokens, and numbers of these tokens, by case and cluster: [case, cluster] each.
 
     A mean over tokens is a ratio of two sums over independent clusters; its error is that of the linearised ratio,
-    by the jackknife, with Student's quantile for as many clusters as would say as much if they were alike, and
-    Johnson's correction where errors are skewed.
+    by the jackknife.
     """
 
     sums: np.ndarray
@@ -32,6 +127,13 @@ class Tally:
     def empty(cls, cases: int, clusters: np.ndarray) -> "Tally":
         shape = (cases, int(clusters.max()) + 1)
         return cls(np.zeros(shape), np.zeros(shape))
+
+    @classmethod
+    def of_prompts(cls, sums: np.ndarray, counts: np.ndarray, clusters: np.ndarray) -> "Tally":
+        """From sums and counts [case, prompt]; `clusters` names each prompt's cluster, and none is empty."""
+        order = np.argsort(clusters, kind="stable")
+        starts = np.flatnonzero(np.diff(clusters[order], prepend=-1))
+        return cls(*(np.add.reduceat(each[:, order], starts, axis=1, dtype=float) for each in (sums, counts)))
 
     def add(self, values: np.ndarray, counted: np.ndarray, clusters: np.ndarray) -> None:
         """Add values [case, prompt, position] where `counted`; `clusters` names each prompt's cluster."""
@@ -46,56 +148,29 @@ class Tally:
 
     @property
     def half_width(self) -> np.ndarray:
-        """Half-width of the mean's interval: [case], infinite where fewer than CLUSTERS clusters hold a token."""
-        return _half_width(self._influence, self._shares)
+        """Half-width of the mean's interval: [case], as in `Estimate`."""
+        return self.estimate.half_width
 
     def of_groups(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Means of the cases' means within each group (`groups` [case] from 0), and their half-widths: [group] each.
-
-        Cases of a group share clusters, and so their errors: what counts is the sum of their influences.
-        """
-        of_cases = self.mean, self._influence, self._shares
-        means, influence, shares = (_mean_of(values, groups) for values in of_cases)
-        return means, _half_width(influence, shares)
+        """Means of the cases' means within each group (`groups` [case] from 0), and their half-widths: [group] each."""
+        found = self.estimate.of_groups(groups)
+        return found.mean, found.half_width
 
     @property
-    def _shares(self) -> np.ndarray:
-        """Share of each cluster in a case's tokens: [case, cluster]."""
-        return self.counts / np.maximum(self.counts.sum(1, keepdims=True), 1)
-
-    @property
-    def _influence(self) -> np.ndarray:
-        """How far each cluster moves the mean: [case, cluster]; infinite where one cluster says it all."""
+    def estimate(self) -> Estimate:
+        """The means and how well they are known."""
         n = (self.counts > 0).sum(1, keepdims=True)
-        others = self.counts.sum(1, keepdims=True) - self.counts
-        residual = self.sums - self.counts * np.nan_to_num(self.mean)[:, None]
+        total, mean = self.counts.sum(1, keepdims=True), self.mean
+        residual = self.sums - self.counts * np.nan_to_num(mean)[:, None]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(n > 1, residual / others * np.sqrt((n - 1) / n), np.inf)
+            moved = residual / (total - self.counts) * np.sqrt((n - 1) / n)
+            shares = self.counts / np.maximum(total, np.finfo(float).tiny)
+        return Estimate(mean, np.where(n > 1, moved, np.inf), shares)
 
 
-def _mean_of(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Mean of the cases in each group: [case, …] to [group, …]."""
-    sizes = np.bincount(groups)
+def _mean_of(values: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Mean of the cases in each group: [case, …] to [group, …], NaN where there are none."""
     found = np.zeros((len(sizes), *values.shape[1:]))
     np.add.at(found, groups, values)
-    return (found.T / sizes).T
-
-
-def _alike(shares: np.ndarray) -> np.ndarray:
-    total = (shares**2).sum(1)
-    return np.divide(1, total, out=np.zeros_like(total), where=total > 0)
-
-
-def _half_width(influence: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Student's quantile t of standard errors, and what skewness g (of the mean) adds: g (1 + 2 t^2) / 6 of them.
-
-    Johnson (1978), Modified t tests and confidence intervals for asymmetrical populations. That is one side of the
-    interval, the other is as much shorter; a half-width is one number, so it is the longer one on both.
-    """
-    enough = ((shares > 0).sum(1) >= CLUSTERS) & np.isfinite(influence).all(1)
-    moved = np.where(enough[:, None], influence, 0)
-    variance, third = (moved**2).sum(1), np.abs((moved**3).sum(1))
-    skewness = np.divide(third, variance**1.5, out=np.zeros_like(variance), where=variance > 0)
-    quantile = student.ppf((1 + LEVEL) / 2, np.maximum(_alike(shares), 2) - 1)
-    width = np.sqrt(variance) * (quantile + skewness * (1 + 2 * quantile**2) / 6)
-    return np.where(enough, width, np.inf)
+    with np.errstate(invalid="ignore"):
+        return (found.T / sizes).T

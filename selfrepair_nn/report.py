@@ -15,25 +15,22 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from selfrepair_nn import figures, text
-from selfrepair_nn.analysis import by_head, by_layer, most_repaired
+from selfrepair_nn import figures, wording
+from selfrepair_nn.analysis import by_head, by_layer, most_repaired, restored
+from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.figures.style import outlined_svg
-from selfrepair_nn.paths import local
+from selfrepair_nn.figures import style
 
 RANKED = 10
 HEAD_COLUMNS = {
     "direct effect": "top_direct_effect",
     "logit change": "top_logit_change",
     "self-repair": "top_self_repair",
-    "± s.e.": "top_self_repair_se",
+    "95%": "top_self_repair_half_width",
     "from heads": "top_from_heads",
     "from MLPs": "top_from_mlps",
     "from norm": "top_from_norm",
 }
-LAYER_COLUMNS = {name: key for name, key in HEAD_COLUMNS.items() if not key.endswith("_se")}
-SHARES = {"norm share": "norm_share", "repaired": "top_repaired"}
-"""Columns that are shares, shown as percentages."""
 
 
 def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = None) -> str:
@@ -42,23 +39,27 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
     Raises:
         UsageError: `ds` is not a store of the heads recipe, `share` is not in (0, 1], or nothing is done yet.
     """
+    ds = restored(ds)
     heads = by_head(ds, share)
     share = heads.attrs["share"]
     if not (heads.tokens > 0).any():
-        raise UsageError(f"{text.title(heads)!r} has nothing done yet: there is nothing to report")
+        raise UsageError(f"{wording.title(heads)!r} has nothing done yet: there is nothing to report")
     layers = by_layer(heads, share)
     best = most_repaired(heads, RANKED, share)
     name = store or Path(ds.encoding.get("source") or "results.zarr").name
     parts = {
-        "title": escape(text.title(heads)),
-        "basis": escape(text.basis(heads)),
-        "banner": "".join(f"<p class=banner>Not finished: {line}.</p>" for line in text.unfinished(heads)),
+        "title": escape(wording.title(heads)),
+        "basis": escape(wording.basis(heads)),
+        "banner": _banners(heads),
         "facts": _facts(heads, layers),
         "figures": "".join(_figure(name, figure) for name, figure in figures.drawn(ds, share=share)),
-        "task": "".join(f"<p class=note>{escape(line)}.</p>" for line in text.task(heads)),
-        "over": escape(text.each_heads(share)),
+        "task": "".join(f"<p class=note>{escape(line)}.</p>" for line in wording.task(heads)),
+        "over": escape(wording.each_heads(share)),
         "counted": ".where(ds.counted)" if "counted" in ds else "",
         "layers": _layer_table(layers),
+        "intervals": escape(style.capital(wording.intervals(heads))),
+        "rate": f"{RATE:.0%}",
+        "clusters": str(CLUSTERS),
         "best": _head_table(best),
         "worst": _head_table(most_repaired(heads, -RANKED, share)),
         "every": _head_table(_in_order(heads)),
@@ -74,30 +75,40 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
 
 def report(ds: xr.Dataset, path: str | Path, *, share: float | None = None, store: str | None = None) -> Path:
     """Write the report of a store to `path`, and return it. Arguments and errors as in `render`."""
-    path = local(path)
+    path = Path(path)
     page = render(ds, share=share, store=store)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 
 
+def _banners(heads: xr.Dataset) -> str:
+    """What must be known before anything is read."""
+    loud = [f"<p class='banner loud'>{escape(told)}</p>" for told in wording.warnings(heads)]
+    return "".join(
+        [*loud, *(f"<p class=banner>Not finished: {line}.</p>" for line in wording.unfinished(heads))]
+    )
+
+
 def _facts(heads: xr.Dataset, layers: xr.Dataset) -> str:
     """The few numbers to look at first."""
-    repaired = heads.top_repaired.values[(heads.tokens > 0).values]
+    tested = int(heads.top_p_value.notnull().sum())
+    few = f"too few {heads.attrs['clustered_by']}s for an interval"
     best = int(layers["layer"].values[np.nanargmax(layers.top_self_repair.values)])
     cards = {
-        "heads repaired": f"{int(repaired.sum())} of {repaired.size}",
-        "most repaired head": text.labels(most_repaired(heads, 1, heads.attrs["share"]))[0],
+        "heads repaired": f"{int(heads.top_repaired.sum())} of {tested}" if tested else few,
+        "heads broken": f"{int(heads.top_broken.sum())} of {tested}" if tested else few,
+        "most repaired head": wording.labels(most_repaired(heads, 1, heads.attrs["share"]))[0],
         "most repaired layer": str(best),
-        "noise floor": text.noise(heads).removeprefix("noise floor "),
-        "worst |closure|": text.worst_closure(heads),
+        "noise floor": wording.noise(heads).removeprefix("noise floor "),
+        "worst |closure|": wording.worst_closure(heads),
     }
     pairs = ((escape(name), escape(value)) for name, value in cards.items())
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in pairs)
 
 
 def _figure(name: str, figure: Figure) -> str:
-    image = base64.b64encode(outlined_svg(figure)).decode()
+    image = base64.b64encode(style.outlined_svg(figure)).decode()
     about = escape(figures.DESCRIPTIONS[name])
     source = f'src="data:image/svg+xml;base64,{image}" alt="{about}"'
     return f"<figure><img {source}><figcaption>{about}</figcaption></figure>"
@@ -108,20 +119,36 @@ def _layer_table(layers: xr.Dataset) -> str:
     for index in np.flatnonzero(layers.heads.values):
         one = layers.isel(layer=index)
         cells = {"layer": str(int(one["layer"])), "heads": str(int(one.heads))}
-        cells |= {name: text.number(float(one[key])) for name, key in LAYER_COLUMNS.items()}
+        cells |= _numbers(one)
         cells["self-repair"] += "~" if one.under_noise else ""
-        rows.append(cells | {name: f"{float(one[key]):.0%}" for name, key in SHARES.items()})
+        rows.append(
+            cells | {"repaired": _share_of(one, "top_repaired"), "broken": _share_of(one, "top_broken")}
+        )
     return _table(rows)
+
+
+def _share_of(layer: xr.Dataset, name: str) -> str:
+    """ "5 of 8" heads; "-" where none has an interval."""
+    tested = int(layer.top_tested)
+    return f"{round(float(layer[name]) * tested)} of {tested}" if tested else "-"
+
+
+def _numbers(one: xr.Dataset) -> dict[str, str]:
+    """The cells that heads and layers have in common."""
+    cells = {name: wording.number(float(one[key])) for name, key in HEAD_COLUMNS.items()}
+    cells["95%"] = wording.reach(float(one.top_self_repair_half_width)) or "-"
+    return cells | {"norm share": style.shown_share(one, "norm_share")}
 
 
 def _head_table(heads: xr.Dataset) -> str:
     rows = []
-    for index, label in enumerate(text.labels(heads)):
+    for index, label in enumerate(wording.labels(heads)):
         one = heads.isel(rank=index)
-        cells = {"head": label} | {name: text.number(float(one[key])) for name, key in HEAD_COLUMNS.items()}
-        cells["± s.e."] = cells["± s.e."].removeprefix("+")
-        cells["norm share"] = f"{float(one.norm_share):.0%}"
-        rows.append(cells | {"tokens": f"{int(one.top_tokens):,}"})
+        q = float(one.top_q_value)
+        cells = {"head": label} | _numbers(one) | {"tokens": f"{int(one.top_tokens):,}"}
+        cells["q"] = "-" if np.isnan(q) else f"{q:.2g}"
+        cells["repaired"] = "yes" if one.top_repaired else "broken" if one.top_broken else "-"
+        rows.append(cells)
     return _table(rows)
 
 
@@ -186,6 +213,7 @@ body { margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
 .basis, figcaption, .note { color: #555; margin: .2rem 0 1rem }
 .banner { background: #fff3d6; border-left: 4px solid #e69f00; padding: .5rem .8rem }
+.loud { background: #c00000; color: #fff; border-color: #600000; font-size: 1.2rem; font-weight: 600 }
 .facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0 }
 .facts div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .8rem; flex: 1 }
 .facts b { display: block; font-size: 1.1rem } .facts span { color: #555; font-size: .85rem }
@@ -227,11 +255,15 @@ $figures
 
 <h2>Layers</h2>
 <p class="note">Means over heads, in logits. Norm share: how much of the direct effect the norm repairs,
-clipped to 0 to 100% on each token. Repaired: heads whose self-repair has the sign of their direct effect
-and exceeds the noise floor. ~ marks a mean under the noise floor.</p>
+clipped to 0 to 100% on each token. Repaired (broken): heads whose mean self-repair surely has the sign of their
+direct effect (the other sign) and exceeds the noise floor, at a false discovery rate of $rate over all heads, of those
+that have an interval: at least $clusters documents, or prompts, that hold one of their tokens. $intervals. ~ marks a
+mean under the noise floor.</p>
 $layers
 
 <h2>Most repaired heads</h2>
+<p class="note">q: the false discovery rate at which the mean would be called different from zero. Heads are ranked as
+they were measured: the first of many are likely to have been measured too high.</p>
 $best
 <h2>Least repaired heads</h2>
 $worst

@@ -2,15 +2,14 @@
 
 import json
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis import (
+    HALF_WIDTH,
     HEADS,
     SHARE,
-    among,
     axis_of,
     by_case,
     by_head,
@@ -18,14 +17,29 @@ from selfrepair_nn.analysis import (
     by_variant,
     compare_paper,
     most_repaired,
-    percent,
     reinforcement_by_head,
+    restored,
     strongest_responses,
 )
-from selfrepair_nn.components import Head
+from selfrepair_nn.confidence import RATE
 from selfrepair_nn.variables import SWEEP
+from selfrepair_nn.wording import (
+    basis,
+    each_heads,
+    intervals,
+    labels,
+    noise,
+    number,
+    reach,
+    repaired,
+    span,
+    task,
+    title,
+    warnings,
+    worst_closure,
+)
 
-WIDTH = 100
+WIDTH, LABEL, RANKED = 100, 14, 4
 COLUMNS = {
     "direct effect": "top_direct_effect",
     "logit change": "top_logit_change",
@@ -49,15 +63,23 @@ QUANTITY_NAMES = {
 def summary(ds: xr.Dataset, share: float | None = None) -> str:
     """What a user sees after a run: plain text of at most 100 columns; `ds` is a store or its summary.
 
-    One line per layer with something done, means over its heads on their top share in logits (Equation 2);
-    the most repaired heads, the noise floor and the worst closure. Of a store of cases one line per case; of one of
-    several variants one line per variant, means over all heads; of one of reinforced heads those that respond to their
-    own write. Errors as in `by_head`.
+    One line per layer with something done, means over its heads on their top share in logits (Equation 2), with the
+    95% interval of the self-repair, and how many heads are repaired; the most repaired heads, the noise floor and the
+    worst closure. Of a store of cases one line per case; of one of several variants one line per variant, means over
+    all heads; of one of reinforced heads those that respond to their own write. Errors as in `by_head`.
     """
+    ds = restored(ds)
     if "edited_position" in ds.coords:
-        return _of_reinforced(ds)
-    if "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
-        return _of_others(ds, share)
+        found, lines = _of_reinforced(ds)
+    elif "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
+        found, lines = _of_others(ds, share)
+    else:
+        found, lines = _of_heads(ds, share)
+    loud = [line for told in warnings(found) for line in textwrap.wrap(told, WIDTH)]
+    return "\n".join([*loud, "", *lines, "", *loud] if loud else lines)
+
+
+def _of_heads(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str]]:
     heads = by_head(ds, share)
     share = heads.attrs["share"]
     layers = by_layer(heads, share)
@@ -65,13 +87,28 @@ def summary(ds: xr.Dataset, share: float | None = None) -> str:
     means = f"Means over heads on {each_heads(share)}, in logits:"
     opening = [*_opening(heads), "", means]
     if not layers.sizes["layer"]:
-        return "\n".join([*opening[:-1], "nothing is done yet"])
-    rows = [_header(), *(_row(layers.isel(layer=i)) for i in range(layers.sizes["layer"])), ""]
+        return heads, [*opening[:-1], "nothing is done yet"]
+    rows = [
+        f"layer heads{_header()}",
+        *(_row(layers.isel(layer=i)) for i in range(layers.sizes["layer"])),
+        "",
+    ]
     if layers.under_noise.any():
         rows[-1:] = ["~ mean self-repair under the noise floor of its layer", ""]
-    best = most_repaired(heads, 5, share)
-    closing = [f"most repaired: {_ranking(best)}", f"{noise(heads)}, worst |closure| {worst_closure(heads)}"]
-    return "\n".join([*opening, *rows, *closing, *textwrap.wrap(_how_well_known(heads), WIDTH)])
+    closing = [f"most repaired: {_ranking(most_repaired(heads, RANKED, share))}", *_closing(heads)]
+    return heads, [*opening, *rows, *closing, *textwrap.wrap(_how_well_known(heads), WIDTH)]
+
+
+def _opening(found: xr.Dataset) -> list[str]:
+    """Whose numbers these are and what they are over; and whether the model does the task, if it is one."""
+    lines = [f"{title(found)}: {basis(found)}", *task(found)]
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH)]
+
+
+def _closing(found: xr.Dataset) -> list[str]:
+    """How many are repaired, what the intervals are, the noise floor and the worst closure."""
+    told = [repaired(found), intervals(found), f"{noise(found)}, worst |closure| {worst_closure(found)}"]
+    return [line for each in told for line in textwrap.wrap(each, WIDTH)]
 
 
 def _how_well_known(heads: xr.Dataset) -> str:
@@ -85,51 +122,73 @@ def _how_well_known(heads: xr.Dataset) -> str:
     used = heads.prompts_used.values[heads.selected.values]
     return (
         f"the 95% intervals of the {what}' means: {(widths <= goal).sum()} of {len(widths)} within ±{goal:g} logits, "
-        f"with {_span(heads.prompts_used)} of {heads.attrs['prompts']} prompts (mean {used.mean():.0f})"
+        f"with {span(heads.prompts_used)} of {heads.attrs['prompts']} prompts (mean {used.mean():.0f})"
     )
 
 
-def _of_reinforced(ds: xr.Dataset) -> str:
+def _of_reinforced(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
     """The heads that are self-repressing and self-reinforcing, the strongest first, at most ten of each."""
     found = reinforcement_by_head(ds)
     opening = textwrap.wrap(f"{title(found)}: {basis(found, top=False)}", WIDTH)
     if not (found.tokens > 0).any():
-        return "\n".join([*opening, "nothing is done yet"])
+        return found, [*opening, "nothing is done yet"]
     scales = ", ".join(f"{scale:g}" for scale in found["scale"].values)
-    told = f"Slope of the change of direct effect on the direct effect, at scales {scales}:"
-    lines = [*opening, "", told]
-    for kind, count in {"self-repressing": 10, "self-reinforcing": -10}.items():
-        best = strongest_responses(found, count)
-        lines.append(
-            f"{kind}: {int((found.kind == -np.sign(count)).sum())} of {int((found.tokens > 0).sum())} heads"
-        )
-        for i, label in enumerate(labels(best)):
-            lines.append(
-                f"  {label:<8}" + "".join(f"{value:+9.3f}" for value in best.slope.isel(rank=i).values)
-            )
-    return "\n".join([*lines, "", noise(found)])
+    told = f"Slope of the change of direct effect on the direct effect, at scales {scales}, and its interval:"
+    lines = [*opening, "", told, *_responses(found, "self-repressing", 10)]
+    lines += _responses(found, "self-reinforcing", -10)
+    return found, [*lines, "", intervals(found, "slope"), noise(found)]
 
 
-def _of_others(ds: xr.Dataset, share: float | None) -> str:
+def _responses(found: xr.Dataset, kind: str, count: int) -> list[str]:
+    """How many heads are of a kind, and the strongest of them."""
+    known = int(((found.tokens > 0) & np.isfinite(found.high).any("scale")).sum())
+    if not known:
+        return [f"{kind}: too few {found.attrs['clustered_by']}s for an interval"]
+    best = strongest_responses(found, count)
+    lines = [f"{kind}: {int((found.kind == -np.sign(count)).sum())} of {known} heads"]
+    for i, label in enumerate(labels(best)):
+        one = best.isel(rank=i)
+        pairs = zip(one.slope.values, (one.high - one.slope).values, strict=True)
+        lines.append(f"  {label:<8}" + "".join(f"{slope:+9.3f} {reach(width):<7}" for slope, width in pairs))
+    return lines
+
+
+def _of_others(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str]]:
     """The summary of a store of cases, or of variants."""
-    if "case" in ds.dims:
-        along, found = "case", by_case(ds, share)
-        what, rows = "Means", found
-    else:
-        along, found = axis_of(ds), by_variant(ds, share)
-        what, rows = "Means over all heads", found[list(COLUMNS.values())].mean(HEADS)
+    along, by = ("case", by_case) if "case" in ds.dims else (axis_of(ds), by_variant)
+    found = by(ds, share)
     opening = _opening(found)
     if not (found.tokens > 0).any():
-        return "\n".join([*opening, "nothing is done yet"])
+        return found, [*opening, "nothing is done yet"]
+    what = "Means" if along == "case" else "Means over all heads"
+    names = [str(label) for label in found[along].values]
+    width = min(max(map(len, [along, *names])), LABEL)
+    table = [along.ljust(width) + _header()]
+    for i, label in enumerate(names):
+        cells = _cells(*_of_one(found.isel({along: i}), along == "case"))
+        table += [label.ljust(width) + cells] if len(label) <= width else [label, " " * width + cells]
     means = f"{what} on {each_heads(found.attrs['share'], 'the')}, in logits:"
-    labels = [str(label) for label in found[along].values]
-    width = max(map(len, [along, *labels]))
-    table = [along.ljust(width) + "".join(f"{name:>15}" for name in COLUMNS)]
-    for i, label in enumerate(labels):
-        one = rows.isel({along: i})
-        table.append(label.ljust(width) + "".join(f"{number(float(one[n])):>15}" for n in COLUMNS.values()))
-    closing = f"{noise(found)}, worst |closure| {worst_closure(found)}"
-    return "\n".join([*opening, "", means, *table, "", closing])
+    closing = _closing(found) if along == "case" else _closing_of_variants(found)
+    return found, [*opening, "", means, *table, "", *closing]
+
+
+def _of_one(one: xr.Dataset, case: bool) -> tuple[xr.Dataset, float, str]:
+    """A case's or a variant's row: its means, the half-width of its self-repair, and whether it is repaired."""
+    if case:
+        said = {(True, False): "yes", (False, True): "broken"}.get(
+            (bool(one.top_repaired), bool(one.top_broken)), "-"
+        )
+        return one, float(one.top_self_repair_half_width), said
+    width = float(one.overall_top_self_repair_half_width)
+    tested = int(one.top_p_value.notnull().sum())
+    return one[[*COLUMNS.values()]].mean(HEADS), width, _count(int(one.top_repaired.sum()), tested)
+
+
+def _closing_of_variants(found: xr.Dataset) -> list[str]:
+    """As `_closing`; the rows say how many are repaired."""
+    told = [intervals(found), f"repaired: false discovery rate {RATE:.0%} over the heads of each row"]
+    told.append(f"{noise(found)}, worst |closure| {worst_closure(found)}")
+    return [line for each in told for line in textwrap.wrap(each, WIDTH)]
 
 
 def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
@@ -142,6 +201,7 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
     found = found.isel(layer=np.flatnonzero(found.direct_effect.sel(source="store").notnull()))
     name, same = found.attrs["reference"], found.attrs["n_layers"] == found.attrs["reference_n_layers"]
     opening = [f"{title(heads)}, beside {name} as the paper's authors published it", basis(heads)]
+    opening += [f"{intervals(heads)}; none were published"]
     opening += [found.attrs["differs"]] if "differs" in found.attrs else []
     if not same:
         sizes = f"{found.attrs['n_layers']} layers here, {found.attrs['reference_n_layers']} there"
@@ -152,126 +212,58 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
     lines = [line for each in opening for line in textwrap.wrap(each, WIDTH)]
     names = list(QUANTITY_NAMES)
     for shown in (names[:4], names[4:]):
-        lines += ["", *_beside(found[shown], same)]
-    return "\n".join(lines)
-
-
-def title(ds: xr.Dataset) -> str:
-    """Model and ablation, as far as the store tells, and what is frozen if anything is."""
-    frozen = ds.attrs.get("freeze", "none")
-    parts = [model(ds), ablation(ds), *([f"frozen: {frozen}"] if frozen != "none" else [])]
-    return ", ".join(parts)
-
-
-def ablation(ds: xr.Dataset) -> str:
-    """What was done to a site, in words."""
-    done = str(ds.attrs.get("ablation", "")).split(", ")
-    if done[0].startswith("reinforce"):
-        return f"heads reinforced by {', '.join(each.split('_')[-1] for each in done)} × their own write"
-    return f"{', '.join(done)} ablation" if "ablation" in ds.attrs else "ablation not recorded"
-
-
-def model(ds: xr.Dataset) -> str:
-    """The model's name; of a directory's path only the last part."""
-    name = str(ds.attrs.get("model", "unnamed model"))
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def basis(heads: xr.Dataset, top: bool = True) -> str:
-    """What the means of a summary are over: heads, tokens, top share, target; and how much is done."""
-    number = int((heads.tokens > 0).sum())
-    site = "case" if "case" in heads.dims else "head"
-    some = heads.attrs.get("counted_share", 1) < 1
-    parts = [f"{number} {site}{'s' * (number != 1)}", f"{_span(heads.tokens)} tokens each"]
-    if some:
-        parts[-1] += f" that count ({percent(heads.attrs['counted_share'])} of all)"
-    if top and not (some and heads.attrs["share"] == 1):
-        parts.append(f"{_span(heads.top_tokens)} in the top {percent(heads.attrs['share'])}")
-    parts.append(f"{heads.attrs.get('target', 'unknown')} target")
-    return ", ".join(parts + unfinished(heads))
-
-
-def each_heads(share: float, whose: str = "each head's") -> str:
-    """The tokens that means are over, in words."""
-    return f"{whose} top {percent(share)} of tokens by direct effect" if share < 1 else f"the {among(share)}"
-
-
-def _opening(found: xr.Dataset) -> list[str]:
-    """Whose numbers these are and what they are over; and whether the model does the task, if it is one."""
-    lines = [f"{title(found)}: {basis(found)}", *task(found)]
-    return [part for line in lines for part in textwrap.wrap(line, WIDTH)]
-
-
-def task(heads: xr.Dataset) -> list[str]:
-    """Whether the model does the task of its prompts, one line; none where they are no task."""
-    return [heads.attrs["task"]] if "task" in heads.attrs else []
-
-
-def unfinished(heads: xr.Dataset) -> list[str]:
-    done = heads.attrs.get("done_share", 1)
-    enough = "half_width" in heads and "finished" in heads.attrs
-    return [] if done == 1 or enough else [f"{percent(min(done, 0.999))} of the run done"]
-
-
-def noise(heads: xr.Dataset) -> str:
-    """The noise floor of the layers, from the smallest to the largest."""
-    floors = heads.noise_floor.values[np.isfinite(heads.noise_floor.values)]
-    if not floors.size:
-        return "noise floor not measured"
-    low, high = f"{floors.min():.1g}", f"{floors.max():.1g}"
-    return f"noise floor {low if low == high else f'{low} to {high}'} logits"
-
-
-def worst_closure(heads: xr.Dataset) -> str:
-    values = heads.worst_closure.where(heads.tokens > 0).values
-    values = values[np.isfinite(values)]
-    return f"{values.max():.1g} logits" if values.size else "unknown"
-
-
-def number(value: float) -> str:
-    """A signed number: three decimals, or one digit and the power of ten where those would show none."""
-    if np.isnan(value):
-        return "-"
-    return f"{value:+.0e}" if 0 < abs(value) < 0.0005 else f"{value:+.3f}"
-
-
-def labels(heads: xr.Dataset) -> list[str]:
-    """ "L11H2" for every head of a result of `most_repaired`."""
-    places = zip(heads["layer"].values, heads["head"].values, strict=True)
-    return [Head(int(layer), int(head)).label for layer, head in places]
-
-
-def _span(counts: xr.DataArray) -> str:
-    known = counts.values[counts.values > 0]
-    if not known.size:
-        return "0"
-    low, high = int(known.min()), int(known.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        lines += ["", *_beside(found[[*shown, *(name + HALF_WIDTH for name in shown)]], same)]
+    loud = [line for told in warnings(heads) for line in textwrap.wrap(told, WIDTH)]
+    return "\n".join([*loud, *lines, *loud])
 
 
 def _header() -> str:
-    return "layer heads " + "".join(f"{name:>12} " for name in COLUMNS) + "repaired"
+    effect, change, repair, *parts = COLUMNS
+    return (
+        f"{effect:>14}{change:>13}{repair:>12}{'':>9}"
+        + "".join(f"{n:>9}" for n in parts)
+        + f"{'repaired':>11}"
+    )
+
+
+def _cells(one: xr.Dataset, half_width: float, repaired: str, mark: str = " ") -> str:
+    """A row's numbers; `mark` is set behind the self-repair."""
+    effect, change, repair, *parts = (number(float(one[name])) for name in COLUMNS.values())
+    shown = f"{effect:>14}{change:>13}{repair:>11} {reach(half_width):<8}{mark}"
+    return shown + "".join(f"{each:>9}" for each in parts) + f"{repaired:>11}"
+
+
+def _count(repaired: int, tested: int) -> str:
+    return f"{repaired} of {tested}" if tested else "-"
 
 
 def _row(layer: xr.Dataset) -> str:
-    marks = {"top_self_repair": "~" if layer.under_noise else " "}
-    cells = "".join(f"{number(float(layer[name])):>12}{marks.get(name, ' ')}" for name in COLUMNS.values())
-    return f"{int(layer.layer):5}{int(layer.heads):6}  {cells}{float(layer.top_repaired):8.0%}"
+    tested = int(layer.top_tested)
+    repaired = _count(round(float(layer.top_repaired) * tested) if tested else 0, tested)
+    mark = "~" if layer.under_noise else " "
+    cells = _cells(layer, float(layer.top_self_repair_half_width), repaired, mark)
+    return f"{int(layer.layer):5}{int(layer.heads):6}{cells}"
 
 
 def _beside(found: xr.Dataset, same: bool) -> list[str]:
-    """A table of the store's and the paper's columns of some quantities."""
-    lines = ["layer".ljust(12) + "".join(f"{QUANTITY_NAMES[name]:>21}" for name in found.data_vars)]
-    lines.append(" " * 12 + f"{'here':>12}{'paper':>9}" * len(found.data_vars))
+    """A table of the store's and the paper's columns of some quantities, the store's with half an interval."""
+    shown = [name for name in found.data_vars if not str(name).endswith(HALF_WIDTH)]
+    lines = ["layer".ljust(12) + "".join(f"{QUANTITY_NAMES[name]:>22}" for name in shown)]
+    lines.append(" " * 12 + f"{'here':>14}{'paper':>8}" * len(shown))
     for layer in range(found.sizes["layer"]):
         one = found.isel(layer=layer)
         label = f"{int(one.layer):5}" + ("" if same else f" / {int(one.reference_layer)}")
-        cells = (f"{number(here):>12}{number(paper):>9}" for here, paper in (v.values for v in one.values()))
+        cells = (
+            f"{number(float(one[n][0])) + reach(float(one[n + HALF_WIDTH])):>14}{number(float(one[n][1])):>8}"
+            for n in shown
+        )
         lines.append(label.ljust(12) + "".join(cells))
-    apart = (float(abs(v.diff("source")).mean()) for v in found.values())
-    return [*lines, "apart".ljust(12) + "".join(f"{value:21.3f}" for value in apart)]
+    apart = (float(abs(found[name].diff("source")).mean()) for name in shown)
+    return [*lines, "apart".ljust(12) + "".join(f"{value:22.3f}" for value in apart)]
 
 
 def _ranking(best: xr.Dataset) -> str:
-    pairs = zip(labels(best), best.top_self_repair.values, strict=True)
-    return "  ".join(f"{label} {number(value)}" for label, value in pairs)
+    values = zip(
+        labels(best), best.top_self_repair.values, best.top_self_repair_half_width.values, strict=True
+    )
+    return "  ".join(f"{label} {number(value)}{reach(width)}" for label, value, width in values)

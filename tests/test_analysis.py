@@ -68,8 +68,11 @@ def test_by_hand():
         "top_distance": 1 / math.sqrt(2),
         "between": True,
         "top_between": True,
-        "repaired": True,
-        "top_repaired": True,
+        "repaired": False,  # two prompts say too little
+        "top_repaired": False,
+        "self_repair_half_width": math.inf,
+        "removed": 1,
+        "top_removed": 3,
         "norm_share": 0.25,
         "worst_closure": 1e-6,
         "noise_floor": 0.01,
@@ -83,8 +86,12 @@ def test_by_hand():
     [(2, 1, 0, True), (2, -1, 0, False), (-2, -1, 0, True), (-2, 1, 0, False), (2, 1, 1.5, False)],
 )
 def test_repair_has_the_sign_of_the_direct_effect_and_exceeds_the_noise(effect, repair, floor, repaired):
-    ds = hand_made([[effect]], self_repair=[[repair]]).assign(noise_floor=("layer", [floor]))
-    assert by_head(ds).top_repaired.item() is repaired
+    """Of a head whose self-repair is known: broken is what has the other sign."""
+    rows = [[effect]] * 20
+    ds = hand_made(rows, self_repair=[[repair]] * 20).assign(noise_floor=("layer", [floor]))
+    heads = by_head(ds, 1)
+    assert heads.top_repaired.item() is repaired
+    assert heads.top_broken.item() is (effect * repair < 0)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +114,17 @@ def test_standard_error_is_that_of_the_prompts_means(ds):
     np.testing.assert_allclose(heads.self_repair_se, means.std("prompt", ddof=1) / math.sqrt(8), rtol=1e-6)
 
 
-def test_standard_error_of_the_top_share_is_the_linearised_ratio(ds):
+def test_standard_error_of_the_top_share_is_the_jackknife_of_a_ratio(ds):
+    """Each prompt left out in turn: documents are few."""
     marks = top_share(ds, 0.1)
     sums = ds.self_repair.astype(float).where(marks, 0).sum("position")
     counts = marks.sum("position")
-    mean = sums.sum("prompt") / counts.sum("prompt")
-    spread = ((sums - mean * counts) ** 2).sum("prompt") * 8 / 7
+    without = (sums.sum("prompt") - sums) / (counts.sum("prompt") - counts)
+    held = counts > 0
+    moved = (without - sums.sum("prompt") / counts.sum("prompt")).where(held, 0)
+    n = held.sum("prompt")
     np.testing.assert_allclose(
-        by_head(ds, 0.1).top_self_repair_se, np.sqrt(spread) / counts.sum("prompt"), rtol=1e-6
+        by_head(ds, 0.1).top_self_repair_se, np.sqrt((1 - 1 / n) * (moved**2).sum("prompt")), rtol=1e-6
     )
 
 
@@ -257,7 +267,7 @@ def test_every_variable_is_read_once_in_whole_chunks(ds, monkeypatch):
 
 def test_layers_are_means_over_heads(ds):
     heads, layers = by_head(ds), by_layer(ds)
-    for name in ("top_self_repair", "logit_change", "norm_share", "top_repaired", "distance"):
+    for name in ("top_self_repair", "logit_change", "norm_share", "top_between", "distance"):
         np.testing.assert_allclose(layers[name], heads[name].mean("head"))
     np.testing.assert_array_equal(layers.tokens, heads.tokens.sum("head"))
     np.testing.assert_array_equal(layers.worst_closure, heads.worst_closure.max("head"))
@@ -331,7 +341,8 @@ def test_summary_shows_the_numbers(part):
     assert [int(line[1]) for line in lines] == [2, 3, 3, 2]
     for column, name in enumerate(COLUMNS.values(), start=2):
         assert [line[column] for line in lines] == [number(v) for v in layers[name].values]
-    assert [line[8] for line in lines] == [f"{v:.0%}" for v in layers.top_repaired.values]
+    assert [line[8:] for line in lines] == [["-"]] * 4
+    assert text.count("too few prompts for an interval") == 2
     assert text.count("most repaired") == 1
     best = most_repaired(part, 1)
     assert f"L{best['layer'].item()}H{best['head'].item()} {number(best.top_self_repair.item())}" in text

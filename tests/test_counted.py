@@ -1,6 +1,7 @@
 """Which tokens count: said once by the prompts, stored, and all that any statistic, summary, figure or page is over."""
 
 import json
+import re
 from dataclasses import replace
 from types import FunctionType
 
@@ -190,15 +191,13 @@ def test_a_summary_is_over_what_counts(stores, recipe):
 def test_the_printed_numbers_are_those_at_the_positions_that_are_asked(stores, recipe):
     ds = stores(recipe)
     printed = text.summary(ds)
+    lines = printed.splitlines()
     rows = {"ioi": "case", "induction": "layer", "contrastive": "ablation"}[recipe]
     for label in ds[rows].values:
-        line = next(line for line in printed.splitlines() if line.strip().startswith(f"{label} "))
-        one = ds.sel({rows: label})
-        numbers = [text.number(means(one, name).mean()) for name in COLUMNS]
-        assert (
-            line.replace("~", " ").split(str(label), 1)[1].split()[-6 - (recipe == "induction") :][:6]
-            == numbers
-        )
+        start = next(i for i, line in enumerate(lines) if line.split()[:1] == str(label).split()[:1])
+        row = " ".join(lines[start : start + 2]).replace("~", " ").split(str(label), 1)[1]
+        numbers = [text.number(means(ds.sel({rows: label}), name).mean()) for name in COLUMNS]
+        assert re.findall(r"[+-]\d\S*", row)[:6] == numbers
     assert "on the tokens that count, in logits" in printed
     assert f"{int(ds.counted.sum()):,} tokens each that count" in printed
 
@@ -235,9 +234,9 @@ def test_standard_errors_are_of_the_prompts_in_which_something_counts(stores):
     ds = stores("heads")
     values, n = ds.self_repair.values.astype(float), ds.counted.values.sum(1)
     sums = np.where(ds.counted.values, values, 0).sum(-1)
-    residual = (sums - n * (sums.sum(-1) / n.sum())[..., None])[..., n > 0]
-    some = (n > 0).sum()
-    expected = np.sqrt((residual**2).sum(-1) * some / (some - 1)) / n.sum()
+    without = ((sums.sum(-1)[..., None] - sums) / (n.sum() - n))[..., n > 0]  # each prompt left out in turn
+    moved = without - (sums.sum(-1) / n.sum())[..., None]
+    expected = np.sqrt((moved**2).sum(-1) * (1 - 1 / (n > 0).sum()))
     assert_allclose(sr.by_head(ds).self_repair_se, expected, rtol=1e-9)
 
 

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.text import Annotation, Text
 
 from selfrepair_nn import figures
@@ -103,15 +103,26 @@ def test_depth_is_of_the_model_not_of_the_store(ds):
 
 
 @pytest.mark.parametrize(("noise", "band"), [(2e-6, 0), (0.1, 1)])
-def test_figure_1_marks_what_lies_under_the_noise_floor(noise, band):
-    ds = simulate_heads(6, 4, 8, 13, seed=1, noise=noise)
+def test_figure_1_marks_what_may_be_zero(noise, band):
+    """Heads whose interval holds zero, and those under the noise floor."""
+    ds = simulate_heads(6, 4, 60, 40, seed=1, noise=noise)
     axes = figures.draw(LAYER, ds).axes[0]
     hollow = [c for c in axes.collections if isinstance(c, PathCollection) and not len(c.get_facecolor())]
     heads = by_head(ds)
-    under = int((abs(heads.top_self_repair) < heads.noise_floor).sum())
-    assert sum(len(c.get_offsets()) for c in hollow) == under
-    assert (under > 0) == (band > 0)
-    assert sum(not isinstance(c, PathCollection) for c in axes.collections) == band
+    size = abs(heads.top_self_repair)
+    near = int((size <= np.fmax(heads.top_self_repair_half_width, heads.noise_floor)).sum())
+    assert 0 < near < 24
+    assert sum(len(c.get_offsets()) for c in hollow) == near
+    assert sum(not isinstance(c, (PathCollection, LineCollection)) for c in axes.collections) == band
+
+
+def test_figure_1_has_the_intervals_of_the_layers():
+    ds = simulate_heads(6, 4, 60, 40, seed=1)
+    [bars] = [c for c in figures.draw(LAYER, ds).axes[0].collections if isinstance(c, LineCollection)]
+    layers = by_layer(ds)
+    expected = [layers.top_self_repair + sign * layers.top_self_repair_half_width for sign in (-1, 1)]
+    np.testing.assert_allclose([each[:, 1] for each in bars.get_segments()], np.transpose(expected))
+    assert "Too few prompts for an interval" in words(figures.draw(LAYER, simulate_heads(6, 4, 8, 13)))
 
 
 @pytest.mark.parametrize("store", ["ds", "part"])

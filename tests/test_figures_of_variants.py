@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
-from test_variant_analysis import KINDS, PROMPTS, SHARE, SIZES, cases_of, reinforced, side_by_side
+from test_variant_analysis import (
+    HEADS,
+    KINDS,
+    LAYERS,
+    POSITIONS,
+    PROMPTS,
+    SHARE,
+    SIZES,
+    cases_of,
+    reinforced,
+    side_by_side,
+)
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
@@ -14,11 +25,11 @@ FROZEN = ("nothing", "all but the final norm", "everything")
 NORMS = ("none", "L1.mlp_norm", "final_norm", "all")
 
 
-def variants(axis, labels, model="gpt2"):
+def variants(axis, labels, model="gpt2", sizes=SIZES):
     """Made-up stores of one clean run along an axis."""
     kinds = dict(zip(labels, ("resample", "zero", "mean", "zero"), strict=False))
     stores = {
-        label: simulate_heads(*SIZES, seed=5, ablation=kind, model=model) for label, kind in kinds.items()
+        label: simulate_heads(*sizes, seed=5, ablation=kind, model=model) for label, kind in kinds.items()
     }
     return side_by_side(stores, axis)
 
@@ -135,17 +146,21 @@ def test_freezing_shows_means_of_layers_and_the_norm_alone():
 
 @pytest.mark.parametrize("name", ["freeze_norms", "path_patching"])
 def test_changes_stand_at_their_variants_with_their_errors(name):
-    changes = sr.differences(STORES[name], SHARE)
-    effects = sr.by_variant(STORES[name], SHARE).direct_effect.values
+    axis = {"freeze_norms": "norm", "path_patching": "receiver"}[name]
+    store = variants(axis, NORMS, sizes=(LAYERS, HEADS, 40, POSITIONS))
+    changes = sr.differences(store, SHARE)
+    effects = sr.by_variant(store, SHARE).direct_effect.values
     best = np.unravel_index(np.argsort(-effects.ravel(), kind="stable")[0], effects.shape)
-    [axes] = figures.draw(name, STORES[name], share=SHARE).axes
+    [axes] = figures.draw(name, store, share=SHARE).axes
     labels = [tick.get_text() for tick in axes.get_xticklabels()]
     assert labels == ["L1\nmlp\nnorm", "final\nnorm", "all"]
     marks, _, (bars,) = axes.containers[0]
     one = changes.isel(layer=best[0], head=best[1])
     np.testing.assert_allclose(marks.get_ydata(), one.top_self_repair[1:])
     lengths = [np.ptp(segment[:, 1]) for segment in bars.get_segments()]
-    np.testing.assert_allclose(lengths, 2 * 1.96 * one.top_self_repair_se[1:])
+    np.testing.assert_allclose(lengths, 2 * one.top_self_repair_half_width[1:])
+    [few] = figures.draw(name, STORES[name], share=SHARE).axes
+    assert "Too few prompts for an interval" in words(few.figure)
 
 
 def test_many_variants_have_upright_labels():

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import selfrepair_nn as sr
 from selfrepair_nn import figures
 from selfrepair_nn.analysis import neurons as analysis
+from selfrepair_nn.analysis.recurrence import recurring
 from selfrepair_nn.errors import Incomplete, StoreError, UsageError
 from selfrepair_nn.execution import run as running
 from selfrepair_nn.store import Store
@@ -223,7 +224,7 @@ def test_consistency_counts_tokens_prompts_and_pairs(stored, hooked, name):
 
 def test_recurring_neurons_by_hand():
     named = np.array([[0, 1], [0, 2], [0, -1]])
-    found = analysis._recurring(named, np.array([4, 4, 7]), 4)
+    found = recurring(named, np.array([4, 4, 7]), 4, np.arange(8))
     assert_array_equal(found["neuron"], [0, 1, 2, 3])
     assert_allclose(found["in_tokens"], [1, 1 / 3, 1 / 3, 0])
     assert_allclose(found["in_prompts"], [1, 1 / 2, 1 / 2, 0])

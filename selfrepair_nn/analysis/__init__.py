@@ -3,9 +3,11 @@
 Only what is marked `done` counts. All means are taken in float64. A store may be larger than memory.
 """
 
+from selfrepair_nn.analysis.checks import HEADS, MEANS, among, percent, restored, throughout
 from selfrepair_nn.analysis.contrast import contrast_by_head
 from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by_head
 from selfrepair_nn.analysis.ioi import backups, name_movers
+from selfrepair_nn.analysis.layers import by_layer, most_repaired
 from selfrepair_nn.analysis.neurons import (
     erasure_neurons,
     neuron_changes,
@@ -18,28 +20,17 @@ from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, referenc
 from selfrepair_nn.analysis.reinforcement import CONFIDENCE, reinforcement_by_head, strongest_responses
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
 from selfrepair_nn.analysis.scales import scale_by_head, token_variants
-from selfrepair_nn.analysis.summaries import (
-    HEADS,
-    MEANS,
-    among,
-    by_case,
-    by_head,
-    by_layer,
-    done_share,
-    every_token,
-    most_repaired,
-    only,
-    percent,
-    throughout,
-    top_share,
-)
+from selfrepair_nn.analysis.selecting import done_share, every_token, only, top_share
+from selfrepair_nn.analysis.summaries import by_case, by_head
 from selfrepair_nn.analysis.task import does_task
+from selfrepair_nn.analysis.tokens import HALF_WIDTH
 from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
 from selfrepair_nn.variables import SHARE
 
 __all__ = [
     "CONFIDENCE",
     "FATES",
+    "HALF_WIDTH",
     "HEADS",
     "KINDS",
     "LEAST",
@@ -72,6 +63,7 @@ __all__ = [
     "percent",
     "references",
     "reinforcement_by_head",
+    "restored",
     "scale_by_head",
     "strongest_repairs",
     "strongest_responses",

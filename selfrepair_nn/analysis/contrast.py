@@ -3,9 +3,13 @@
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, check_store, require_counted
+from selfrepair_nn.analysis.checks import HEADS, of_heads, require_counted, restored
+from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.summaries import described_widths
 from selfrepair_nn.analysis.task import verdict
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, clustering, clusters
 from selfrepair_nn.blocks import counted_tokens, done_cases, together, token_counts
+from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import VARIABLES
 
@@ -23,7 +27,9 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     - size: root mean square of removed, in logits: how much the ablation takes, whatever its sign;
     - repaired: the share of what is removed that comes back, by least squares over tokens: the sum of self_repair
       times removed over the sum of removed squared, no unit; 0 is no repair, 1 is all, below 0 more is lost. NaN where
-      nothing is removed;
+      nothing is removed. It is a size, and not a test: `by_head` says which heads are repaired;
+    - x_half_width of direct_effect, removed, logit_change and repaired: half the width of the 95% interval, infinite
+      where there are too few prompts for one; clustered as in `by_head` (attributes clustered_by, clusters);
     - tokens(layer, head): how many tokens; edited_share (attribute): the share of all tokens that this is; `task`
       (attribute): as in `by_head`.
 
@@ -32,6 +38,7 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     Raises:
         UsageError: `ds` is not a store of the contrastive recipe, or of one that says which tokens count.
     """
+    ds = restored(ds)
     if "ablation" not in ds.dims or "twin" not in ds:
         raise UsageError("this store has no ablation by a twin beside another: run contrastive")
     require_counted(ds)
@@ -53,21 +60,30 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     }
     for name, (units, text) in names.items():
         found[name].attrs = {"units": units, "long_name": text}
-    return found.assign_attrs(ds.attrs | {"edited_share": float(counted_tokens(ds).mean())} | verdict(ds))
+    told = clustering(ds) | closure(ds) | {"edited_share": float(counted_tokens(ds).mean())} | verdict(ds)
+    return described_widths(found).assign_attrs(ds.attrs | told)
 
 
 def _by_head(ds: xr.Dataset) -> dict[str, np.ndarray]:
     """One ablation, over (layer, head)."""
-    check_store(ds)
+    ds = of_heads(ds)
     done = done_cases(ds)
-    totals, tokens = np.zeros((5, len(done))), token_counts(ds, done).sum(1)
-    for _, (effect, after, change) in together(ds, READ):
+    totals, tokens = np.zeros((5, *done.shape)), token_counts(ds, done)
+    for here, (effect, after, change) in together(ds, READ):
         removed = effect - after
         terms = (effect, removed, change, removed**2, (change + removed) * removed)
-        totals += [term.sum((1, 2)) for term in terms]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        effect, removed, change, square = totals[:4] / tokens
-        repaired = np.where(totals[3] > 0, totals[4] / totals[3], np.nan)
-    found = {"direct_effect": effect, "removed": removed, "logit_change": change, "size": np.sqrt(square)}
-    found |= {"repaired": repaired, "tokens": tokens}
+        totals[:, :, here] = [term.sum(2) for term in terms]
+    effect, removed, change, square, back = totals
+    ratios = {
+        "direct_effect": (effect, tokens),
+        "removed": (removed, tokens),
+        "logit_change": (change, tokens),
+    }
+    found: dict[str, np.ndarray] = {}
+    for name, (above, below) in (ratios | {"repaired": (back, square)}).items():
+        known = Tally.of_prompts(above, below, clusters(ds)).estimate
+        found |= {name: known.mean, name + HALF_WIDTH: known.half_width}
+    with np.errstate(invalid="ignore"):
+        found["size"] = np.sqrt(square.sum(1) / tokens.sum(1))
+    found["tokens"] = tokens.sum(1)
     return {name: values.reshape([ds.sizes[d] for d in HEADS]) for name, values in found.items()}

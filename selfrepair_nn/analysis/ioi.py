@@ -5,9 +5,13 @@ import re
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import MEANS, require_counted
+from selfrepair_nn.analysis.checks import MEANS, require_counted, restored
+from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.summaries import described_widths
 from selfrepair_nn.analysis.task import verdict
-from selfrepair_nn.blocks import Sums, counted_tokens, done_cases, sums, together, token_counts
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, clustering, clusters
+from selfrepair_nn.blocks import counted_tokens, done_cases, sums, together, token_counts
+from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import TOKEN, VARIABLES
 
@@ -15,12 +19,14 @@ BACKUPS = 6
 
 
 def name_movers(ds: xr.Dataset) -> xr.Dataset:
-    """What each ablation does to the logit difference of the two names, over (case), means over prompts, in logits.
+    """What each ablation does to the logit difference of the two names, over (case), means over tokens, in logits.
 
     Variables are those of MEANS, and:
 
     - kind: "single" for one head, "joint" for several, "moved" for deleted layers;
-    - logit_change_se, self_repair_se: standard errors of the means, prompts taken as independent;
+    - removed = direct_effect - ablated_direct_effect; x_half_width, of each mean: half the width of its 95% interval,
+      infinite where there are too few prompts for one; clustered as in `by_head` (attributes clustered_by, clusters);
+    - logit_change_se, self_repair_se: standard errors of these means;
     - correct: the share of these tokens on which the ablated model still prefers the indirect object, no unit.
 
     Attributes: prompts, how many; logit_difference and clean_correct, of the clean run; `task` as in `by_head`.
@@ -30,22 +36,27 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     Raises:
         UsageError: `ds` is not a store of the ioi recipe, or of one that says which tokens count, or nothing is done.
     """
-    done = _done(ds)
-    counts = token_counts(ds, done)
+    ds, done = _done(ds)
+    counts, groups = token_counts(ds, done), clusters(ds)
     labels = [str(label) for label in ds.case.values]
-    found = {}
-    for name in MEANS:
-        each = Sums(sums(ds, name, done), counts)
-        found[name] = ("case", each.mean)
+    tallies = {name: Tally.of_prompts(sums(ds, name, done), counts, groups) for name in MEANS}
+    before, after = (tallies[name] for name in ("direct_effect", "ablated_direct_effect"))
+    tallies["removed"] = Tally(before.sums - after.sums, before.counts)
+    found: dict[str, tuple] = {}
+    for name, tally in tallies.items():
+        known = tally.estimate
+        found |= {name: ("case", known.mean), name + HALF_WIDTH: ("case", known.half_width)}
         if name in ("logit_change", "self_repair"):
-            found[f"{name}_se"] = ("case", each.error(done))
+            found[f"{name}_se"] = ("case", known.error)
     clean, correct = _answers(ds, done)
     found |= {"correct": ("case", correct), "kind": ("case", np.array([_kind(x) for x in labels], object))}
     found = xr.Dataset(found, {"case": labels})
     for name in MEANS:
         found[name].attrs = {"units": "logit", "long_name": f"mean {VARIABLES[name].long_name}"}
+    found.removed.attrs = {"units": "logit", "long_name": "mean direct effect removed"}
     clean_run = {"logit_difference": clean.mean(), "clean_correct": float((clean > 0).mean())}
-    return found.assign_attrs(ds.attrs | clean_run | {"prompts": int(done[0].sum())} | verdict(ds))
+    told = clustering(ds) | closure(ds) | {"prompts": int(done[0].sum())} | verdict(ds)
+    return described_widths(found).assign_attrs(ds.attrs | clean_run | told)
 
 
 def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
@@ -55,29 +66,34 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     - direct_effect: in the clean run; joint: after the joint ablation; means over the tokens that count, in logits;
     - moved: when the layers are deleted that lie between the first name mover and the head, so that it reads what the
       name mover reads; NaN for a head that does not lie behind it;
-    - *_se: standard errors of direct_effect, and of the changes joint - direct_effect and moved - direct_effect.
+    - *_half_width: half the widths of the 95% intervals of direct_effect, and of the changes joint - direct_effect and
+      moved - direct_effect; infinite where there are too few prompts. *_se: their standard errors.
+
+    The heads are chosen by what was measured: the largest of many are likely to have been measured too large.
 
     Attributes as in `name_movers`. Errors too.
     """
-    done = _done(ds)[0]
+    ds, done = _done(ds)
     labels = [str(label) for label in ds.case.values]
     joint = max(range(len(labels)), key=lambda i: labels[i].count("+"))
     names = np.array([str(name) for name in ds.component.values])
     ablated = np.isin(names, labels[joint].split("+"))
     heads = np.flatnonzero((ds.component_kind.values == "head") & ~ablated)
-    changes = _by_prompt(ds, "component_change", done, heads)
+    changes = _tallies(ds, "component_change", done[0], heads)
     order = np.argsort(-changes[joint].mean, kind="stable")[:count]
-    heads, changes = heads[order], [Sums(each.sums[order], each.counts[order]) for each in changes]
-    [clean] = _by_prompt(ds, "component_direct_effect", done, heads)
+    heads, changes = heads[order], [Tally(each.sums[order], each.counts[order]) for each in changes]
+    [clean] = _tallies(ds, "component_direct_effect", done[0], heads)
     places = {d: ds[f"component_{d}"].values[heads] for d in ("layer", "head")}
-    moved = Sums(np.full(clean.sums.shape, np.nan), clean.counts)
+    moved = Tally(np.full(clean.sums.shape, np.nan), clean.counts)
     for index, label in enumerate(labels):
         if _kind(label) == "moved":
             here = places["layer"] == _stop(label)
             moved.sums[here] = changes[index].sums[here]
-    found = {"direct_effect": clean.mean, "direct_effect_se": clean.error(clean.counts > 0)}
-    for name, change in (("joint", changes[joint]), ("moved", moved)):
-        found |= {name: clean.mean + change.mean, f"{name}_se": change.error(change.counts > 0)}
+    found = {}
+    for name, tally in (("direct_effect", clean), ("joint", changes[joint]), ("moved", moved)):
+        known = tally.estimate
+        found[name] = known.mean if name == "direct_effect" else clean.mean + known.mean
+        found |= {f"{name}_se": known.error, name + HALF_WIDTH: known.half_width}
     found = xr.Dataset(
         {name: ("rank", values) for name, values in found.items()}, attrs=name_movers(ds).attrs
     )
@@ -85,15 +101,16 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     return found.assign_coords({name: ("rank", values) for name, values in labels.items()})
 
 
-def _done(ds: xr.Dataset) -> np.ndarray:
-    """The prompts that are done for every case: bool [case, prompt]."""
+def _done(ds: xr.Dataset) -> tuple[xr.Dataset, np.ndarray]:
+    """The store, `restored`, and the prompts that are done for every case: bool [case, prompt]."""
+    ds = restored(ds)
     if "case" not in ds.dims or "other" not in ds or "component_change" not in ds:
         raise UsageError("this store has no name movers, ablated one by one and together: run ioi")
     require_counted(ds)
     done = done_cases(ds)
     if not done.all(0).any():
         raise UsageError("this store has nothing done yet")
-    return np.broadcast_to(done.all(0), done.shape)
+    return ds, np.broadcast_to(done.all(0), done.shape)
 
 
 def _answers(ds: xr.Dataset, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,14 +122,14 @@ def _answers(ds: xr.Dataset, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return clean[counted], right / counted.sum()
 
 
-def _by_prompt(ds: xr.Dataset, name: str, done: np.ndarray, heads: np.ndarray) -> list[Sums]:
-    """What some heads write on the tokens that count, for each case or for the clean run: Sums over (head, prompt)."""
+def _tallies(ds: xr.Dataset, name: str, done: np.ndarray, heads: np.ndarray) -> list[Tally]:
+    """What some heads write on the tokens that count, for each case or for the clean run: [head, cluster]."""
     counted = (counted_tokens(ds) & done[:, None])[..., None]
     array = ds[name].transpose(..., *TOKEN, "component")
     values = array.values.reshape(-1, *array.shape[-3:])[..., heads].astype(float)
     summed = values.sum(2, where=counted).transpose(0, 2, 1)
     counts = np.tile(counted.sum((1, 2)), (len(heads), 1))
-    return [Sums(each, counts) for each in summed]
+    return [Tally.of_prompts(each, counts, clusters(ds)) for each in summed]
 
 
 def _kind(label: str) -> str:

@@ -9,9 +9,13 @@ import json
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn.analysis.checks import HEADS, of_heads, percent, share_of
 from selfrepair_nn.analysis.noise import COUNT, loudest
-from selfrepair_nn.analysis.summaries import HEADS, by_head, check_store, percent, share_of
+from selfrepair_nn.analysis.recurrence import recurring
+from selfrepair_nn.analysis.summaries import by_head, described_widths
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, batches, clusters, entry_tally
 from selfrepair_nn.blocks import BLOCK, Top, direct_effects, done_cases, entries_of, stored_rows
+from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import NEURON
 
@@ -31,7 +35,8 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
     - mlp_direct_effect, mlp_change: the whole MLP's direct effect before, and its change, in logits.
 
     Over (rank): entries, their number; anti_erasing, the share of them on which the neuron's direct effect is negative
-    and rises; mlp_positive, the share of them on which the MLP's direct effect is positive.
+    and rises; mlp_positive, the share of them on which the MLP's direct effect is positive; and half the widths of the
+    95% intervals of these shares, as in `by_head`.
 
     Memory: 8 bytes a token, and some 60 for each entry.
 
@@ -55,8 +60,11 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
     n = heads.sizes["rank"]
     counts = np.bincount(rank, minlength=n)
     found = {name: (("rank", "entry"), _padded(values, rank, n)) for name, values in (whole | logits).items()}
-    with np.errstate(invalid="ignore"):
-        found |= {s: ("rank", np.bincount(rank, marks, n) / counts) for s, marks in shares.items()}
+    for name, marks in shares.items():
+        known = entry_tally(
+            rank * ds.sizes["prompt"] + prompt, marks, (n, ds.sizes["prompt"]), clusters(ds)
+        ).estimate
+        found |= {name: ("rank", known.mean), name + HALF_WIDTH: ("rank", known.half_width)}
     found = heads.assign(found | {"entries": ("rank", counts)})
     units = dict.fromkeys(logits, "logit") | dict.fromkeys((*whole, *shares, "entries"), "1")
     return _described(found, units)
@@ -69,23 +77,30 @@ def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COU
 
     - repairs(rank, part, place): the share of the head's top tokens on which the change of the neuron at that place is
       at least that part of the head's direct effect; places are counted from 1, and neurons are placed on every token
-      anew. On a token whose direct effect is not positive nothing is repaired;
+      anew. On a token whose direct effect is not positive nothing is repaired. repairs_half_width: half the width of
+      its 95% interval, as in `who_repairs`;
     - stored_tokens(rank): how many tokens that is over. Of a finished run it is top_tokens; of an unfinished one it
       can be fewer, for what is stored is the top share of the whole run.
 
     Errors as in `erasure_neurons`, and for a share beyond the one whose neurons are stored.
     """
     heads, top, rank = _top_tokens(ds, share, count)
-    n, places = heads.sizes["rank"], min(PLACES, ds.sizes["neuron"])
-    hits, counts = np.zeros((n, len(PARTS), places)), np.zeros(n, int)
+    n, places, joined = heads.sizes["rank"], min(PLACES, ds.sizes["neuron"]), batches(clusters(ds))
+    size = int(joined.max()) + 1
+    hits, counts = np.zeros((n, size, len(PARTS), places)), np.zeros((n, size))
     for entries, change in stored_rows(ds.neuron_change, top):
         most = -np.sort(-change, axis=1)[:, None, :places]
         effect = top.effect[entries][:, None, None]
-        np.add.at(hits, rank[entries], (effect > 0) & (most >= np.array(PARTS)[:, None] * effect))
-        np.add.at(counts, rank[entries], 1)
-    with np.errstate(invalid="ignore"):
-        found = {"repairs": (("rank", "part", "place"), hits / counts[:, None, None])}
-    found |= {"stored_tokens": ("rank", counts), "part": list(PARTS), "place": np.arange(1, places + 1)}
+        at = rank[entries], joined[top.token[entries] // ds.sizes["position"]]
+        np.add.at(hits, at, (effect > 0) & (most >= np.array(PARTS)[:, None] * effect))
+        np.add.at(counts, at, 1)
+    each = np.moveaxis(hits, 1, -1).reshape(-1, size)
+    known = Tally(each, np.repeat(counts, len(PARTS) * places, axis=0)).estimate
+    dims, shape = ("rank", "part", "place"), (n, len(PARTS), places)
+    found = {"repairs": (dims, known.mean.reshape(shape))}
+    found |= {"repairs" + HALF_WIDTH: (dims, known.half_width.reshape(shape))}
+    found |= {"stored_tokens": ("rank", counts.sum(1).astype(int))}
+    found |= {"part": list(PARTS), "place": np.arange(1, places + 1)}
     return _described(heads.assign(found), {"repairs": "1", "stored_tokens": "1"})
 
 
@@ -141,7 +156,8 @@ def neuron_consistency(ds: xr.Dataset, share: float | None = None, count: int = 
 
     Over (rank): entries, the number of tokens; shared_within, shared_between: how many repairing neurons two tokens of
     the same prompt, or of different ones, have in common, on average over all pairs. shared_by_chance is what two
-    random choices of ten neurons have in common, on average.
+    random choices of ten neurons have in common, on average. in_tokens_half_width, shared_within_half_width and
+    shared_between_half_width: half the widths of their 95% intervals, as in `who_repairs`.
 
     Errors as in `erasure_neurons`.
     """
@@ -149,11 +165,11 @@ def neuron_consistency(ds: xr.Dataset, share: float | None = None, count: int = 
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
     named = np.where(entries_of(ds.top_neuron_change, top) > 0, entries_of(ds.top_neuron, top), -1)
     prompt = top.token // ds.sizes["position"]
-    each = [_recurring(named[rank == r], prompt[rank == r], neurons) for r in range(n)]
-    found = {
-        name: ("rank", [one[name] for one in each]) for name in ("entries", "shared_within", "shared_between")
-    }
-    for name in ("neuron", "in_tokens", "in_prompts"):
+    joined = batches(clusters(ds))
+    each = [recurring(named[rank == r], prompt[rank == r], neurons, joined) for r in range(n)]
+    shared = [name + end for name in ("shared_within", "shared_between") for end in ("", HALF_WIDTH)]
+    found = {name: ("rank", [one[name] for one in each]) for name in ("entries", *shared)}
+    for name in ("neuron", "in_tokens", "in_tokens" + HALF_WIDTH, "in_prompts"):
         found[name] = (("rank", "place"), np.reshape([one[name] for one in each], (n, neurons)))
     found |= {"shared_by_chance": ds.sizes["rank"] ** 2 / neurons}
     units = dict.fromkeys(("neuron", "entries", "in_tokens", "in_prompts", *SHARED), "1")
@@ -164,8 +180,8 @@ def _top_tokens(
     ds: xr.Dataset, share: float | None, count: int, by: str = "direct_effect"
 ) -> tuple[xr.Dataset, Top, np.ndarray]:
     """A few heads over (rank), the top tokens of each by a variable, and the rank that each of these belongs to."""
+    ds = of_heads(ds)
     share = share_of(ds, share)
-    check_store(ds)
     _check_neurons(ds, share if by == "direct_effect" else 0)
     heads, done = by_head(ds, share), done_cases(ds)
     cases = loudest(heads, count)
@@ -213,31 +229,6 @@ def _medians(array: xr.DataArray, top: Top) -> np.ndarray:
     return found
 
 
-def _recurring(named: np.ndarray, prompt: np.ndarray, neurons: int) -> dict[str, np.ndarray | float]:
-    """How often neurons recur among those `named` [token, rank] (-1: none), of tokens of these prompts [token]."""
-    rising = named >= 0
-    pairs, tokens = np.unique((prompt[:, None] * neurons + named)[rising], return_counts=True)
-    in_tokens, in_prompts = (np.bincount(x, minlength=neurons) for x in (named[rising], pairs % neurons))
-    of_prompts = np.unique(prompt, return_counts=True)[1]
-    order = np.argsort(-in_tokens, kind="stable")
-    within, couples = _couples(tokens), _couples(of_prompts)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return {
-            "entries": len(named),
-            "neuron": order,
-            "in_tokens": (in_tokens / np.float64(len(named)))[order],
-            "in_prompts": (in_prompts / np.float64(len(of_prompts)))[order],
-            "shared_within": within / couples,
-            "shared_between": (_couples(in_tokens) - within) / (_couples(len(named)) - couples),
-        }
-
-
-def _couples(counts: np.ndarray | int) -> np.float64:
-    """How many couples there are within groups of these sizes."""
-    counts = np.asarray(counts, float)
-    return np.sum(counts * (counts - 1) / 2)
-
-
 LONG_NAMES = {
     "prompt": "prompt",
     "position": "position",
@@ -267,4 +258,4 @@ LONG_NAMES = {
 def _described(found: xr.Dataset, units: dict[str, str]) -> xr.Dataset:
     for name, unit in units.items():
         found[name].attrs = {"units": unit, "long_name": LONG_NAMES[name]}
-    return found.set_coords(HEADS)
+    return described_widths(found).set_coords(HEADS)

@@ -3,8 +3,11 @@
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, by_head, check_store, share_of
+from selfrepair_nn.analysis.checks import HEADS, of_heads, share_of
+from selfrepair_nn.analysis.summaries import by_head, described_widths
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, clusters
 from selfrepair_nn.blocks import counted_tokens, done_cases, in_top, ratios, tokens_of
+from selfrepair_nn.confidence import Tally
 from selfrepair_nn.variables import VARIABLES
 
 COUNT = 4
@@ -13,7 +16,6 @@ FATES = {
     "under": "repaired in part",
     "over": "repaired beyond the direct effect",
 }
-STATISTICS = ("correlation", *FATES, "tokens")
 
 
 def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
@@ -27,7 +29,8 @@ def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) 
     - correlation: Pearson's, of direct effect and logit change; NaN if either never varies;
     - with r = logit_change / direct_effect, the share of tokens that are broken (r < -1: more is lost than the
       head wrote), under (-1 < r < 0: repaired in part, between the line y = -x and the x-axis) and over (r > 0:
-      the logit moves the other way). What lies on a line exactly, or has no direct effect, is none of them;
+      the logit moves the other way). What lies on a line exactly, or has no direct effect, is none of them.
+      broken_half_width, under_half_width, over_half_width: half the widths of their 95% intervals, as in `by_head`;
     - tokens: how many tokens these are over. top_x is x over the head's top share; noise_floor: of the head's layer.
 
     Memory: 16 bytes for each token of each of these heads.
@@ -35,22 +38,27 @@ def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) 
     Raises:
         UsageError: `share` is not in (0, 1], or `ds` is not a store of the heads recipe.
     """
+    ds = of_heads(ds)
     share = share_of(ds, share)
-    check_store(ds)
     heads = by_head(ds, share)
     cases = loudest(heads, count)
     names = ("direct_effect", "logit_change")
     done = done_cases(ds)[cases, :, None] & counted_tokens(ds)
     effect, change = (tokens_of(ds, name, cases) for name in names)
-    top = np.array([_top(values, share) for values in effect]).reshape(effect.shape)
+    top = np.array([_top(values, share) for values in effect], bool).reshape(effect.shape)
     dims = ("rank", "prompt", "position")
     found = {name: (dims, values) for name, values in zip(names, (effect, change), strict=True)}
     place = dict(zip(HEADS, np.unravel_index(cases, heads.tokens.shape), strict=True))
     found |= {"top": (dims, top), "noise_floor": ("rank", heads.noise_floor.values[place["layer"]])}
     found |= {d: ("rank", heads[d].values[at]) for d, at in place.items()}
     for prefix, counted in (("", done), ("top_", top)):
-        rows = [_together(x[c], y[c]) for x, y, c in zip(effect, change, counted, strict=True)]
-        found |= {prefix + name: ("rank", [row[name] for row in rows]) for name in STATISTICS}
+        rows = [_correlation(x[c], y[c]) for x, y, c in zip(effect, change, counted, strict=True)]
+        found |= {f"{prefix}correlation": ("rank", rows), f"{prefix}tokens": ("rank", counted.sum((1, 2)))}
+        for name, marks in _fates(effect, change).items():
+            sums, counts = (marks & counted).sum(2), counted.sum(2)
+            known = Tally.of_prompts(sums, counts, clusters(ds)).estimate
+            found[prefix + name] = ("rank", known.mean)
+            found[prefix + name + HALF_WIDTH] = ("rank", known.half_width)
     return _describe(xr.Dataset(found, attrs=heads.attrs))
 
 
@@ -73,17 +81,16 @@ def _top(values: np.ndarray, share: float) -> np.ndarray:
     return marks
 
 
-def _together(effect: np.ndarray, change: np.ndarray) -> dict[str, float]:
-    """What is said of two vectors [token]."""
+def _correlation(effect: np.ndarray, change: np.ndarray) -> float:
+    """Pearson's, of two vectors [token]."""
     varies = effect.size and np.ptp(effect) > 0 and np.ptp(change) > 0
+    return np.corrcoef(effect, change)[0, 1] if varies else np.nan
+
+
+def _fates(effect: np.ndarray, change: np.ndarray) -> dict[str, np.ndarray]:
+    """Which tokens are broken, under- and over-repaired: bool, of the shape of both."""
     ratio = ratios(change, effect)
-    return {
-        "correlation": np.corrcoef(effect, change)[0, 1] if varies else np.nan,
-        "broken": np.mean(ratio < -1),
-        "under": np.mean((ratio > -1) & (ratio < 0)),
-        "over": np.mean(ratio > 0),
-        "tokens": effect.size,
-    }
+    return {"broken": ratio < -1, "under": (ratio > -1) & (ratio < 0), "over": ratio > 0}
 
 
 def _describe(found: xr.Dataset) -> xr.Dataset:
@@ -94,4 +101,4 @@ def _describe(found: xr.Dataset) -> xr.Dataset:
     for name, text in meanings.items():
         found[name].attrs = {"units": "1", "long_name": text}
         found[f"top_{name}"].attrs = {"units": "1", "long_name": f"{text}, top share"}
-    return found.set_coords(HEADS)
+    return described_widths(found).set_coords(HEADS)

@@ -1,10 +1,13 @@
 """What the final norm repairs: how much, as a share of the direct effect, and by which part (section 3)."""
 
-import numpy as np
+from collections.abc import Iterator
+
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, among, by_head, check_store, share_of
-from selfrepair_nn.blocks import Sums, direct_effects, done_cases, ratio_sums, ratios, read, token_counts
+from selfrepair_nn.analysis.checks import among, of_heads, share_of
+from selfrepair_nn.analysis.summaries import by_head, described_widths
+from selfrepair_nn.analysis.tokens import Tokens
+from selfrepair_nn.blocks import ratio_sums, ratios, read
 from selfrepair_nn.variables import VARIABLES
 
 PARTS = ("norm_on_existing", "norm_on_change")
@@ -15,17 +18,16 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
 
     - norm_on_existing, norm_on_change: means of the two parts of from_norm, in logits (Appendix B);
     - norm_ratio: mean of from_norm / direct_effect as it is, not clipped, no unit (Figure 10; 0 for a token of no
-      direct effect). A few tokens of hardly any direct effect decide it: the clipped one is `norm_share`.
+      direct effect). A few tokens of hardly any direct effect decide it: the clipped one is `norm_share`;
+    - x_half_width of each, and of the means over heads, as in `by_head`.
 
     A result of this function is returned as it is. Memory and errors as in `by_head`.
     """
-    share = share_of(ds, share)
     if "norm_ratio" in ds:
         return by_head(ds, share)
-    check_store(ds)
-    heads = by_head(ds, share)
-    shape = [ds.sizes[d] for d in HEADS]
-    found = heads.assign({n: (HEADS, values.reshape(shape)) for n, values in _summed_up(ds, share).items()})
+    ds = of_heads(ds)
+    share = share_of(ds, share)
+    found = by_head(ds, share).assign(dict(_read_off(ds, share)))
     names = {n: f"mean {VARIABLES[n].long_name}" for n in PARTS} | {
         "norm_ratio": "final norm / direct effect"
     }
@@ -33,21 +35,15 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
         units = VARIABLES[name].units if name in PARTS else "1"
         found[name].attrs = {"units": units, "long_name": text}
         found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share)}"}
-    return found
+    return described_widths(found)
 
 
-def _summed_up(ds: xr.Dataset, share: float) -> dict[str, np.ndarray]:
-    """Means over (case)."""
-    done = done_cases(ds)
-    _, top = direct_effects(ds, done, share)
-    counts, top_counts = token_counts(ds, done), np.bincount(top.case, minlength=len(done))
-    found = {}
-    with np.errstate(invalid="ignore"):
-        for name in (*PARTS, "from_norm"):
-            sums, chosen = read(ds, name, done, top)
-            if name == "from_norm":
-                name, sums = "norm_ratio", ratio_sums(ds, "from_norm", "direct_effect", done)
-                chosen = ratios(chosen, top.effect)
-            found[name] = Sums(sums, counts).mean
-            found[f"top_{name}"] = np.bincount(top.case, chosen, len(done)) / top_counts
-    return found
+def _read_off(ds: xr.Dataset, share: float) -> Iterator[tuple[str, tuple]]:
+    tokens, _ = Tokens.of(ds, share)
+    for name in (*PARTS, "from_norm"):
+        sums, chosen = read(ds, name, tokens.done, tokens.top)
+        if name == "from_norm":
+            name, sums = "norm_ratio", ratio_sums(ds, "from_norm", "direct_effect", tokens.done)
+            chosen = ratios(chosen, tokens.top.effect)
+        for each, tally in tokens.both(name, sums, chosen).items():
+            yield from tokens.columns(each, tally.estimate).items()

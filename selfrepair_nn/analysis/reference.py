@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import by_head, by_layer, percent
+from selfrepair_nn.analysis.checks import percent
+from selfrepair_nn.analysis.layers import by_layer
+from selfrepair_nn.analysis.summaries import by_head
+from selfrepair_nn.analysis.tokens import HALF_WIDTH
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import SHARE
 
@@ -32,6 +35,8 @@ def compare_paper(ds: xr.Dataset, reference: str | None = None) -> xr.Dataset:
 
     Variables are those of QUANTITIES, the same for both: means over a layer's heads of the means over each head's
     top 2% of tokens by direct effect, in logits; norm_share: of clip(from_norm / direct_effect, 0, 1), no unit.
+    x_half_width(layer), of each: half the width of the 95% interval of the store's mean; nothing was published of how
+    well the paper's are known.
     `reference_layer(layer)` is the layer of the reference that each is put beside: the same layer, or the one at the
     same depth where the models have different numbers of layers.
 
@@ -55,9 +60,11 @@ def compare_paper(ds: xr.Dataset, reference: str | None = None) -> xr.Dataset:
     beside = _beside(layers, published["layers"])
     found = {}
     for quantity in QUANTITIES:
-        own = layers[quantity if quantity == "norm_share" else f"top_{quantity}"]
+        name_here = quantity if quantity == "norm_share" else f"top_{quantity}"
+        own = layers[name_here]
         values = np.stack([own.values, np.array(published[quantity])[beside]])
         found[quantity] = xr.Variable(("source", "layer"), values, own.attrs)
+        found[quantity + HALF_WIDTH] = layers[name_here + HALF_WIDTH].variable
     labels = {"source": ["store", "paper"], "layer": layers["layer"], "reference_layer": ("layer", beside)}
     sizes = {"reference_n_layers": published["layers"], "n_layers": _n_layers(layers)}
     found = xr.Dataset(found, labels, layers.attrs | sizes | {"reference": name})

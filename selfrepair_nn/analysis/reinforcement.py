@@ -1,12 +1,14 @@
 """Heads that read their own write: does it make them write more of it, or less (section 5.3, Appendix E)."""
 
-from statistics import NormalDist
-
 import numpy as np
 import xarray as xr
+from scipy.stats import t as student
 
-from selfrepair_nn.analysis.summaries import HEADS
+from selfrepair_nn.analysis.checks import HEADS, restored
+from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.tokens import clustering, clusters
 from selfrepair_nn.blocks import edited_cases, edited_of
+from selfrepair_nn.confidence import CLUSTERS, Tally
 from selfrepair_nn.errors import UsageError
 
 CONFIDENCE = 0.95
@@ -29,8 +31,9 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
     - slope: of the regression line, over prompts, of after - before on before; no unit. 0: the head does not react;
       below 0: it writes the less, the more it has written (self-repressing); above 0: the more (self-reinforcing).
       intercept: of the same line, in logits;
-    - low, high: confidence interval of the slope. It allows for a spread that varies from prompt to prompt (robust
-      errors, HC3), and all intervals of one scale hold together with this confidence (Bonferroni);
+    - low, high: confidence interval of the slope, by the jackknife over the clusters of `by_head`: it allows for a
+      spread that varies from prompt to prompt. All intervals of one scale hold together with this confidence
+      (Bonferroni). Without end where fewer than 20 clusters are done;
     - kind, over (layer, head): -1 self-repressing, 1 self-reinforcing: the interval of every scale excludes 0 on
       that side; 0 neither. tokens: how many edited positions these are over.
 
@@ -43,6 +46,7 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
         return ds
     if not 0 < confidence < 1:
         raise UsageError(f"confidence {confidence!r} is not in (0, 1): write 0.95 for 95%")
+    ds = restored(ds)
     missing = [name for name in (*NEEDED, "scale") if name not in ds.variables]
     if missing:
         raise UsageError(f"this is not a store of reinforced heads: it lacks {', '.join(missing)}")
@@ -50,10 +54,9 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
     before = np.where(done, edited_of(ds, "direct_effect"), np.nan)
     variants = [ds.isel(scale=i) for i in range(ds.sizes["scale"])]
     after = np.stack([np.where(done, edited_of(one, "ablated_direct_effect"), np.nan) for one in variants])
-    lines = [_regressions(before, each - before) for each in after]
-    slope, intercept, error = (np.array(values) for values in zip(*lines, strict=True))
-    level = 1 - (1 - confidence) / 2 / max(1, int(done.any(1).sum()))
-    reach = NormalDist().inv_cdf(level) * error
+    level = 1 - (1 - confidence) / max(1, int(done.any(1).sum()))
+    lines = [_line(before, each - before, clusters(ds), level) for each in after]
+    slope, intercept, reach = (np.array(values) for values in zip(*lines, strict=True))
     found = {"slope": slope, "intercept": intercept, "low": slope - reach, "high": slope + reach}
     per_head = ("scale", *HEADS)
     values = {name: (per_head, each.reshape(-1, *shape)) for name, each in found.items()}
@@ -65,7 +68,8 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
         "noise_floor": ds.noise_floor.variable.load(),
     }
     labels = {d: ds[d].variable for d in ("scale", *HEADS)}
-    return _describe(xr.Dataset(values, labels, ds.attrs).assign_attrs(confidence=confidence))
+    told = clustering(ds) | closure(ds) | {"confidence": confidence}
+    return _describe(xr.Dataset(values, labels, ds.attrs | told))
 
 
 def strongest_responses(ds: xr.Dataset, count: int = 5, confidence: float = CONFIDENCE) -> xr.Dataset:
@@ -82,22 +86,46 @@ def strongest_responses(ds: xr.Dataset, count: int = 5, confidence: float = CONF
     return ranked.isel(rank=order).reset_index("rank")
 
 
-def _regressions(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slope, intercept and the slope's HC3 standard error of each row's y on x [case, prompt]; NaN values are skipped.
+def _line(
+    x: np.ndarray, y: np.ndarray, cluster: np.ndarray, level: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slope, intercept and the half-width of the slope's interval, of each row's y on x [case, prompt].
 
-    NaN for a row of fewer than three values or of equal x.
+    By the jackknife, the regression without each cluster [prompt] in turn, and Student's quantile: a few prompts of
+    large x often decide the slope, and then there are few degrees of freedom. NaN values are skipped; NaN for a row of
+    fewer than three or of equal x.
     """
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = np.where(known, x, 0), np.where(known, y, 0)
+    sums = np.stack([Tally.of_prompts(v, known, cluster).sums for v in (known, x, y, x * x, x * y)])
+    total = sums.sum(-1, keepdims=True)
+    slope, others = _slope(total)[:, 0], _slope(total - sums)
+    held = (sums[0] > 0).sum(1)
+    moved = np.where(sums[0] > 0, others - slope[:, None], 0)
+    error = np.sqrt((1 - 1 / np.maximum(held, 1)) * (moved**2).sum(1))
+    freedom = np.clip(_alike(sums), 2, np.maximum(held - 1, 2)) - 1
+    reach = error * student.ppf((1 + level) / 2, freedom)
+    reach = np.where((held >= CLUSTERS) & np.isfinite(reach), reach, np.inf)
+    with np.errstate(invalid="ignore"):
+        intercept = (total[2] - slope[:, None] * total[1])[:, 0] / total[0, :, 0]
+    few = (total[0, :, 0] <= 2) | np.isnan(slope)
+    return tuple(np.where(few, np.nan, v) for v in (slope, intercept, reach))
+
+
+def _alike(sums: np.ndarray) -> np.ndarray:
+    """How many clusters would say as much of the slope if they were alike: [case]."""
+    n, x, _, xx, _ = sums
+    mean = x.sum(-1, keepdims=True) / np.maximum(n.sum(-1, keepdims=True), 1)
+    spread = xx - 2 * mean * x + n * mean**2
+    return spread.sum(-1) ** 2 / np.maximum((spread**2).sum(-1), np.finfo(float).tiny)
+
+
+def _slope(sums: np.ndarray) -> np.ndarray:
+    """The slope from the number of points and the sums of x, y, x^2 and x y: [5, …] to […]; NaN of equal x."""
+    n, x, y, xx, xy = sums
     with np.errstate(invalid="ignore", divide="ignore"):
-        n = np.isfinite(x).sum(1, keepdims=True)
-        mean_x, mean_y = (np.nansum(v, 1, keepdims=True) / n for v in (x, y))
-        across = x - mean_x
-        spread = np.nansum(across**2, 1, keepdims=True)
-        slope = np.nansum(across * (y - mean_y), 1, keepdims=True) / spread
-        residual = y - mean_y - slope * across
-        leverage = 1 / n + across**2 / spread
-        error = np.sqrt(np.nansum((across * residual / (1 - leverage)) ** 2, 1, keepdims=True)) / spread
-        known = (n > 2) & (spread > 0)
-    return tuple(np.where(known, v, np.nan)[:, 0] for v in (slope, mean_y - slope * mean_x, error))
+        spread = xx - x * x / n
+        return np.where(spread > 1e-12 * xx, (xy - x * y / n) / spread, np.nan)
 
 
 def _kind(low: np.ndarray, high: np.ndarray) -> np.ndarray:

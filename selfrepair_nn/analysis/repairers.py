@@ -5,8 +5,11 @@ import json
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.summaries import HEADS, among, by_head, check_store, percent, share_of
-from selfrepair_nn.blocks import component_sums, direct_effects, done_cases
+from selfrepair_nn.analysis.checks import HEADS, among, of_heads, percent, share_of
+from selfrepair_nn.analysis.summaries import by_head
+from selfrepair_nn.analysis.tokens import batches, clusters
+from selfrepair_nn.blocks import Top, component_sums, direct_effects, done_cases
+from selfrepair_nn.confidence import RATE, Tally, q_values
 from selfrepair_nn.errors import UsageError
 
 PAIRS = (*HEADS, "component")
@@ -18,6 +21,10 @@ def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
 
     - repair(layer, head, component): mean change of the component's direct effect, in logits; > 0 repairs, < 0
       breaks. At the ablated head itself it is the head's own change, which is not repair: `own` marks it;
+    - repair_half_width: half the width of its 95% interval, infinite where fewer than 20 clusters hold a token (where
+      there are more than 100 clusters they are joined to 100: there are very many pairs);
+    - repair_q_value: of a change that is 0, controlled for the number of pairs (false discovery rate); NaN where there
+      is no interval, and for `own`. repair_known: whether it is at most 5%;
     - repair_tokens(layer, head): how many tokens that is over. Of a finished run it is top_tokens; of an unfinished
       one with components="top" it can be fewer, for what is stored is the top share of the whole run.
 
@@ -27,30 +34,56 @@ def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     Raises:
         UsageError: the store holds no component changes, or only those of a smaller share; else as by_head.
     """
-    share = share_of(ds, share)
     if "repair" in ds:
         return by_head(ds, share)
-    check_store(ds)
+    ds = of_heads(ds)
+    share = share_of(ds, share)
     _check_components(ds, share)
     _, top = direct_effects(ds, done_cases(ds), share)
-    sums, counts = component_sums(ds, top)
-    shape = [ds.sizes[d] for d in HEADS]
-    with np.errstate(invalid="ignore"):
-        means = (sums / counts[:, None]).reshape(*shape, -1)
-    found = by_head(ds, share).assign(repair=(PAIRS, means), repair_tokens=(HEADS, counts.reshape(shape)))
+    found = by_head(ds, share).assign(_pairs(ds, top))
     found = found.assign_coords({n: c for n, c in ds.coords.items() if c.dims == ("component",)})
-    found["own"] = (PAIRS, _own(ds))
     told = f"mean change of direct effect, {among(share)}"
-    found.repair.attrs = {"units": "logit", "long_name": told}
-    found.repair_tokens.attrs = {"units": "1", "long_name": "number of tokens"}
-    found.own.attrs = {"units": "1", "long_name": "the ablated head itself"}
+    names = {
+        "repair": ("logit", told),
+        "repair_half_width": ("logit", f"half-width of the 95% interval of {told}"),
+    }
+    names |= {
+        "repair_q_value": ("1", f"false discovery rate of {told}"),
+        "own": ("1", "the ablated head itself"),
+    }
+    names |= {"repair_known": ("1", "differs from 0"), "repair_tokens": ("1", "number of tokens")}
+    for name, (units, text) in names.items():
+        found[name].attrs = {"units": units, "long_name": text}
     return found
+
+
+def _pairs(ds: xr.Dataset, top: Top) -> dict[str, tuple]:
+    """What is said of every pair of an ablated head and a component."""
+    shape, joined = [ds.sizes[d] for d in PAIRS], batches(clusters(ds))
+    repair, width, p = np.full((3, *shape), np.nan)
+    tokens = np.zeros(shape[:2], int)
+    for layer, sums, counts in component_sums(ds, top, joined):
+        known = Tally(sums.reshape(-1, sums.shape[-1]), np.repeat(counts, shape[2], axis=0)).estimate
+        for found, values in ((repair, known.mean), (width, known.half_width), (p, known.p_value)):
+            found[layer] = values.reshape(shape[1:])
+        tokens[layer] = counts.sum(1)
+    own = _own(ds)
+    q = q_values(np.where(own, np.nan, p))
+    found = {
+        "repair": repair,
+        "repair_half_width": width,
+        "repair_q_value": q,
+        "repair_known": q <= RATE,
+        "own": own,
+    }
+    return {name: (PAIRS, values) for name, values in found.items()} | {"repair_tokens": (HEADS, tokens)}
 
 
 def strongest_repairs(ds: xr.Dataset, count: int = COUNT, share: float | None = None) -> xr.Dataset:
     """The `count` largest mean changes that an ablation makes of another component, by size, over (rank).
 
-    - repair: the change, in logits, of either sign; layer, head: the ablated head;
+    - repair: the change, in logits, of either sign, with repair_half_width, repair_q_value and repair_known of
+      `who_repairs`, which do not say that these are the largest of many; layer, head: the ablated head;
     - component, component_kind, component_layer, component_head: which component changes.
 
     `ds` is a store or a result of `who_repairs`. The final norm is no component. Errors as in `who_repairs`.
@@ -59,8 +92,9 @@ def strongest_repairs(ds: xr.Dataset, count: int = COUNT, share: float | None = 
     sizes = abs(pairs.repair).where(~pairs.own, 0).fillna(0).values.ravel()
     order = np.argsort(-sizes, kind="stable")[: min(count, int((sizes > 0).sum()))]
     layer, head, component = np.unravel_index(order, pairs.repair.shape)
-    found = xr.Dataset({"repair": ("rank", pairs.repair.values[layer, head, component])}, attrs=pairs.attrs)
-    found.repair.attrs = pairs.repair.attrs
+    names = ("repair", "repair_half_width", "repair_q_value", "repair_known")
+    found = {n: ("rank", pairs[n].values[layer, head, component], pairs[n].attrs) for n in names}
+    found = xr.Dataset(found, attrs=pairs.attrs)
     labels = {d: ("rank", pairs[d].values[at]) for d, at in zip(HEADS, (layer, head), strict=True)}
     of_component = [name for name, c in pairs.coords.items() if c.dims == ("component",)]
     return found.assign_coords(labels | {n: ("rank", pairs[n].values[component]) for n in of_component})

@@ -3,10 +3,13 @@
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn.analysis.checks import HEADS, among, of_heads, restored, share_of
 from selfrepair_nn.analysis.noise import COUNT, token_noise
-from selfrepair_nn.analysis.summaries import HEADS, among, by_head, check_store, share_of
+from selfrepair_nn.analysis.summaries import by_head, described_widths
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, Tokens, clusters
 from selfrepair_nn.analysis.variants import axis_of, by_variant
-from selfrepair_nn.blocks import clean_ratios, direct_effects, done_cases, token_counts, tokens_of
+from selfrepair_nn.blocks import clean_ratios, tokens_of
+from selfrepair_nn.confidence import Tally
 
 RATIO = "S/S', clean to ablated scale of the final norm"
 LENGTH = "length of the residual stream, ablated to clean"
@@ -16,35 +19,30 @@ def scale_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """The summary of `by_head`, and over (layer, head), x over all counted tokens and top_x over the top share:
 
     - scale_ratio: mean of S/S', the final norm's clean scale divided by its ablated one (Figure 4);
-    - above_one: share of tokens where it exceeds 1: the norm amplifies what is left.
+    - above_one: share of tokens where it exceeds 1: the norm amplifies what is left;
+    - x_half_width of both, and of the means over heads, as in `by_head`.
 
     Memory and errors as in `by_head`. A store of several variants: `by_variant(ds, share, scale_by_head)`.
     """
+    ds = of_heads(ds)
     share = share_of(ds, share)
-    check_store(ds)
-    done = done_cases(ds)
-    _, top = direct_effects(ds, done, share)
-    sums, above, chosen = clean_ratios(ds, "norm_scale", "ablated_norm_scale", done, top)
-    tokens, top_tokens = token_counts(ds, done).sum(1), np.bincount(top.case, minlength=len(done))
-    with np.errstate(invalid="ignore"):
-        found = {
-            "scale_ratio": sums.sum(1) / tokens,
-            "above_one": above.sum(1) / tokens,
-            "top_scale_ratio": np.bincount(top.case, chosen, len(done)) / top_tokens,
-            "top_above_one": np.bincount(top.case, chosen > 1, len(done)) / top_tokens,
-        }
+    tokens, _ = Tokens.of(ds, share)
+    sums, above, chosen = clean_ratios(ds, "norm_scale", "ablated_norm_scale", tokens.done, tokens.top)
+    means = tokens.both("scale_ratio", sums, chosen) | tokens.both("above_one", above, chosen > 1)
     heads = by_head(ds, share)
-    heads = heads.assign({name: (HEADS, v.reshape(heads.tokens.shape)) for name, v in found.items()})
+    for name, tally in means.items():
+        heads = heads.assign(tokens.columns(name, tally.estimate))
     for name, text in {"scale_ratio": f"mean {RATIO}", "above_one": "tokens with S/S' above 1"}.items():
         heads[name].attrs = {"units": "1", "long_name": text}
         heads[f"top_{name}"].attrs = {"units": "1", "long_name": f"{text}, {among(share)}"}
-    return heads
+    return described_widths(heads)
 
 
 def token_variants(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """What `token_noise` gives, of the same heads under every variant, along the store's axis; and on each token
 
-    - scale_ratio: S/S', the final norm's clean scale divided by its ablated one;
+    - scale_ratio: S/S', the final norm's clean scale divided by its ablated one; over (axis, rank) top_above_one, the
+      share of the head's top tokens on which it exceeds 1, and top_above_one_half_width, as in `by_head`;
     - residual_ratio: length of the residual stream, ablated divided by clean; if the store holds it.
 
     Both are over (axis, rank, prompt, position), NaN where not done or not counted. Memory: for each token of
@@ -53,11 +51,13 @@ def token_variants(ds: xr.Dataset, share: float | None = None, count: int = COUN
     Raises:
         UsageError: the store has no variants; or as `token_noise` does.
     """
+    ds = restored(ds)
     axis_of(ds)
     return by_variant(ds, share, lambda one, share: _with_ratios(one, share, count))
 
 
 def _with_ratios(ds: xr.Dataset, share: float, count: int) -> xr.Dataset:
+    ds = of_heads(ds)
     found = token_noise(ds, share, count)
     at = [ds.indexes[d].get_indexer(found[d].values) for d in HEADS]
     cases = np.ravel_multi_index(at, [ds.sizes[d] for d in HEADS])
@@ -65,8 +65,13 @@ def _with_ratios(ds: xr.Dataset, share: float, count: int) -> xr.Dataset:
     scale = ds.norm_scale.transpose("prompt", "position").values
     ratio = scale / tokens_of(ds, "ablated_norm_scale", cases)
     found["scale_ratio"] = (dims, ratio, {"units": "1", "long_name": RATIO})
+    above, top = (found.scale_ratio.values > 1) & found.top.values, found.top.values
+    known = Tally.of_prompts(above.sum(2), top.sum(2), clusters(ds)).estimate
+    told = {"units": "1", "long_name": "top tokens with S/S' above 1"}
+    found["top_above_one"] = ("rank", known.mean, told)
+    found["top_above_one" + HALF_WIDTH] = ("rank", known.half_width)
     if "residual_norm" in ds:
         length = ds.residual_norm.transpose("prompt", "position").values
         ratio = tokens_of(ds, "ablated_residual_norm", cases) / length
         found["residual_ratio"] = (dims, ratio, {"units": "1", "long_name": LENGTH})
-    return found
+    return described_widths(found)

@@ -1,110 +1,52 @@
-"""What each head and each layer do on average, over all tokens and over the top share."""
+"""What each head does on average, over all tokens and over the top share, and how well that is known."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn.analysis.checks import MEANS, among, of_cases, of_heads, same_share, share_of
+from selfrepair_nn.analysis.closure import closure
 from selfrepair_nn.analysis.task import verdict
-from selfrepair_nn.blocks import (
-    Sums,
-    Top,
-    counted_tokens,
-    direct_effects,
-    done_cases,
-    largest,
-    ratios,
-    read,
-    sites,
-    token_counts,
-)
-from selfrepair_nn.components import Head, select_heads
-from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import SWEEP, VARIABLES, usual_share
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
+from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
+from selfrepair_nn.confidence import RATE, Tally, q_values
+from selfrepair_nn.variables import VARIABLES
 
-MEANS = (
-    "direct_effect",
-    "ablated_direct_effect",
-    "logit_change",
-    "self_repair",
-    "from_heads",
-    "from_mlps",
-    "from_norm",
-)
-REQUIRED = ("selected", "done", *MEANS, "closure")
-HEADS = SWEEP[:2]
 ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
-
-
-def done_share(ds: xr.Dataset) -> xr.DataArray:
-    """The share of its prompts that each head is done with, over (layer, head); NaN where it is not selected.
-
-    Raises:
-        UsageError: `ds` is not a store of the heads recipe.
-    """
-    check_store(ds)
-    return (ds.done & ds.selected).mean("prompt").where(ds.selected)
-
-
-def only(ds: xr.Dataset, layers: str | None = None, heads: str | None = None) -> xr.Dataset:
-    """The store as if no other heads had been run; `layers` and `heads` as in `select_heads` ("8:12", "9.6,10.*").
-
-    Raises:
-        UsageError: a specification is misspelt or leaves nothing, or `ds` is not a store of the heads recipe.
-    """
-    require(ds, (*REQUIRED, *HEADS))
-    wanted = select_heads(layers, heads, *(ds.attrs.get(f"n_{d}s", int(ds[d].max()) + 1) for d in HEADS))
-    named = [[Head(i, j) in wanted for j in ds["head"].values] for i in ds["layer"].values]
-    chosen = ds.selected & xr.DataArray(named, dims=HEADS)
-    if not chosen.any():
-        raise UsageError(f"the store holds no head of layers {layers!r} and heads {heads!r}: name others")
-    return ds.assign(selected=chosen)
-
-
-def every_token(ds: xr.Dataset) -> bool:
-    """Whether a store, or its summary, is of every counted token, and not of each head's top share alone."""
-    return ds.attrs.get("kept_share", 1) == 1
-
-
-def top_share(ds: xr.Dataset, share: float | None = None) -> xr.DataArray:
-    """Whether a token is among a head's tokens of highest direct effect over the whole run (section 2.2).
-
-    Boolean over (layer, head, prompt, position), one byte each: for every head exactly max(1, floor(share n))
-    of its n counted tokens, the first in the order of the store where direct effects are equal; none if n is 0.
-
-    Raises:
-        UsageError: `share` is not in (0, 1], or `ds` is not a store of the heads recipe.
-    """
-    share = share_of(ds, share)
-    check_store(ds)
-    done = done_cases(ds)
-    _, top = direct_effects(ds, done, share)
-    marks = np.zeros((len(done), ds.sizes["prompt"] * ds.sizes["position"]), bool)
-    marks[top.case, top.token] = True
-    found = xr.DataArray(marks.reshape([ds.sizes[d] for d in SWEEP]), dims=SWEEP, name="top_share")
-    labels = {d: ds[d] for d in SWEEP if d in ds.coords}
-    return found.assign_coords(labels).assign_attrs(long_name=f"{among(share)} of the head", units="1")
 
 
 def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Summaries of each head over (layer, head), NaN where nothing is done; in logits unless said.
 
-    - x and top_x, for x in MEANS: mean over all counted tokens, and over the top share (Equations 1 and 2);
-    - self_repair_se, top_self_repair_se: standard error of the mean, prompts taken as independent;
-    - distance, top_distance: (logit_change + direct_effect) / sqrt 2, from the line y = -x of Figure 2;
-    - between, top_between: whether -1 < logit_change / direct_effect < 0, Figure 2's self-repaired heads;
-    - repaired, top_repaired: whether self_repair has the sign of direct_effect and exceeds the noise floor;
+    - x and top_x, for x in MEANS: mean over all counted tokens, and over the top share (Equations 1 and 2); so also
+      removed = direct_effect - ablated_direct_effect, what the ablation takes away, and distance = (logit_change +
+      direct_effect) / sqrt 2, from the line y = -x of Figure 2;
     - norm_share: mean over the top share of clip(from_norm / direct_effect, 0, 1), no unit (Appendix A);
+    - x_half_width, of each of these: half the width of its 95% interval, infinite where there is none: where fewer
+      than 20 clusters hold a token. layer_x_half_width(layer) and overall_x_half_width: of the means over the heads of
+      a layer, and over all heads, whose errors go together since they share their tokens;
+    - self_repair_se, top_self_repair_se: standard error of the mean, NaN below two clusters;
+    - p_value, top_p_value: of a mean self-repair that is 0, two-sided, NaN where there is no interval; q_value,
+      top_q_value: the same controlled for the number of heads (Benjamini and Hochberg's false discovery rate);
+    - repaired, top_repaired: whether q_value is at most 5%, self_repair has the sign of direct_effect and exceeds the
+      noise floor; broken, top_broken: the same with the other sign. Neither is said where there is no interval;
+    - between, top_between: whether -1 < logit_change / direct_effect < 0, Figure 2's self-repaired heads: a statement
+      about these two means as they were measured, and no more;
     - tokens, top_tokens: how many tokens the means are over; worst_closure: the largest |closure|;
     - selected(layer, head), noise_floor(layer) (NaN where the run did not measure it): from the store; and of a
       run until an interval is narrow half_width, prompts_used(layer, head) and layer_half_width(layer).
 
-    Of a store of the top share alone, what is over all tokens is NaN. `share` is the paper's 2% where it is not given;
-    where the prompts say which tokens count it is then 1, all of these. The attribute counted_share is the share of
-    tokens that count, and `task` what `text` says of whether the model does the task of the prompts.
+    Clusters are documents, or prompts where there are fewer than 20 documents: attributes clustered_by, clusters and
+    documents. worst_closure and closure_limit (attributes) are the largest |closure| of all, and what the dtype allows.
+    Of a store of the top share alone, what is over all tokens is NaN. A part of a store, as ds.sel(layer=6), does too.
+    `share` is the paper's 2% where it is not given; where the prompts say which tokens count it is then 1, all of
+    these. counted_share (attribute) is the share of tokens that count, and `task` says whether the model does the task
+    of the prompts, where they are one.
 
     A result of this function is returned as it is: what takes a store also takes its summary.
-    Memory: one block of prompts, and some 60 bytes for each token of each head's top share.
+    Memory: one block of prompts, some 60 bytes for each token of each head's top share, and some 200 for each prompt
+    of each head.
 
     Raises:
         UsageError: `share` is not in (0, 1] or not the summary's, or `ds` is not a store of the heads recipe.
@@ -112,8 +54,7 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     share = share_of(ds, share)
     if "top_self_repair" in ds:
         return same_share(ds, share)
-    check_store(ds)
-    return _by_site(ds, share)
+    return summed_up(of_heads(ds), share)
 
 
 def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
@@ -124,100 +65,80 @@ def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     share = share_of(ds, share)
     if "top_self_repair" in ds:
         return same_share(ds, share)
-    if "case" not in ds.dims:
-        raise UsageError("this store has no cases, but a grid of heads: use by_head")
-    require(ds, REQUIRED)
-    check_axes(ds)
-    return _by_site(ds, share)
+    return summed_up(of_cases(ds), share)
 
 
-def _by_site(ds: xr.Dataset, share: float) -> xr.Dataset:
+def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None = None) -> xr.Dataset:
+    """`by_head` of a store that is checked; with GROUP_x_half_width of further `groups` of heads."""
     dims = sites(ds)
-    shape = [ds.sizes[d] for d in dims]
-    found = {name: (dims, values.reshape(shape)) for name, values in _summed_up(ds, share).items()}
+    found = dict(_read_off(ds, share, groups or {}))
     labels = {name: ds[name].variable for name in (*dims, "case_layer") if name in ds.coords}
     heads = xr.Dataset(found, labels, ds.attrs)
     heads = heads.assign(selected=ds.selected.variable.load(), noise_floor=_noise_floor(ds))
     heads = heads.assign({name: ds[name].variable.load() for name in ESTIMATED if name in ds})
     heads = heads.assign(_derived(heads, "") | _derived(heads, "top_"))
     sizes = {"prompts": ds.sizes["prompt"], "positions": ds.sizes["position"]}
-    sizes |= {"counted_share": float(counted_tokens(ds).mean())} | verdict(ds)
     done = float(((ds.done & ds.selected).mean("prompt").where(ds.selected)).mean())
-    return _describe(heads, share).assign_attrs(share=share, done_share=done, **sizes)
+    sizes |= {"counted_share": float(counted_tokens(ds).mean())} | verdict(ds)
+    known = clustering(ds) | closure(ds, heads.worst_closure.values.ravel())
+    return _describe(heads, share).assign_attrs(share=share, done_share=done, **sizes, **known)
 
 
-def by_layer(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
-    """Means over each layer's heads of what `by_head` gives, over (layer); `ds` is a store or its summary.
-
-    Every head with something done counts once, however many tokens it has; `heads` says how many did. The
-    means of `between` and `repaired` are shares of heads. `tokens` and `top_tokens` add up, `worst_closure`
-    is the largest, `under_noise` says whether |top_self_repair| is under the noise floor. Errors as by_head.
-    """
-    heads = by_head(ds, share)
-    some = heads.tokens > 0
-    count = some.sum("head")
-    left_out = ("selected", "noise_floor", "self_repair_se", "top_self_repair_se", *ESTIMATED)
-    values = heads.drop_vars((*left_out, "head"), errors="ignore").astype(float).where(some, 0)
-    totals = values.sum("head", skipna=False)
-    layers = totals / count.where(count > 0)
-    layers["worst_closure"] = values.worst_closure.max("head", skipna=False).where(count > 0)
-    layers["noise_floor"] = heads.noise_floor
-    layers["heads"] = count.assign_attrs(units="1", long_name="number of heads")
-    for name in ("tokens", "top_tokens"):
-        layers[name] = totals[name].astype(int)
-    for name in heads.drop_vars(left_out, errors="ignore").data_vars:
-        layers[name].attrs = heads[name].attrs
-    under = abs(layers.top_self_repair) < heads.noise_floor
-    layers["under_noise"] = under.assign_attrs(units="1", long_name="mean self-repair under the noise floor")
-    layers.attrs = dict(heads.attrs)
-    return layers
-
-
-def most_repaired(ds: xr.Dataset, count: int = 5, share: float | None = None) -> xr.Dataset:
-    """The heads of highest mean self-repair on their top share, as in `by_head` but over (rank), best first.
-
-    `layer` and `head` name them. A negative `count` asks for the most broken heads, worst first.
-    """
-    ranked = by_head(ds, share).stack(rank=HEADS)
-    ranked = ranked.isel(rank=np.flatnonzero(ranked.tokens.values))
-    order = np.argsort(-np.sign(count) * ranked.top_self_repair.values, kind="stable")[: abs(count)]
-    return ranked.isel(rank=order).reset_index("rank")
-
-
-def _summed_up(ds: xr.Dataset, share: float) -> dict[str, np.ndarray]:
-    """What `by_head` reads off the store, over (case)."""
-    done, n_positions = done_cases(ds), ds.sizes["position"]
-    sums, top = direct_effects(ds, done, share)
-    at = top.case * done.shape[1] + top.token // n_positions
-    counts, top_counts = token_counts(ds, done), np.bincount(at, minlength=done.size).reshape(done.shape)
-    found = {"tokens": counts.sum(1), "top_tokens": top_counts.sum(1)}
-    chosen = top.effect
+def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Iterator[tuple[str, tuple]]:
+    """What `by_head` reads off the store, variable by variable."""
+    tokens, sums = Tokens.of(ds, share, groups)
+    effects = chosen = tokens.top.effect
+    plane: dict[str, Tally] = {}
     for name in MEANS:
         if name != "direct_effect":
-            sums, chosen = read(ds, name, done, top)
-        top_sums = np.bincount(at, chosen, done.size).reshape(done.shape)
-        for prefix, values in (("", Sums(sums, counts)), ("top_", Sums(top_sums, top_counts))):
-            found[prefix + name] = values.mean
-            if name == "self_repair":
-                found[f"{prefix}self_repair_se"] = values.error(done)
+            sums, chosen = read(ds, name, tokens.done, tokens.top)
+        found = tokens.both(name, sums, chosen)
+        for each, tally in found.items():
+            yield from tokens.columns(each, tally.estimate).items()
+        if name in ("direct_effect", "ablated_direct_effect", "logit_change"):
+            plane |= found
+        if name == "self_repair":
+            for prefix in ("", "top_"):
+                yield from _tested(tokens, prefix, found[f"{prefix}{name}"]).items()
         if name == "from_norm":
-            found["norm_share"] = _norm_share(chosen, top, found["top_tokens"])
-    return found | {"worst_closure": largest(ds, "closure", done)}
+            yield from tokens.columns("norm_share", _norm_share(tokens, chosen, effects).estimate).items()
+    for prefix in ("", "top_"):
+        yield from _in_the_plane(tokens, prefix, plane).items()
+    for name, counts in (("tokens", tokens.counts), ("top_tokens", tokens.top_counts)):
+        yield name, (tokens.dims, counts.sum(1).reshape(tokens.shape))
+    yield "worst_closure", (tokens.dims, largest(ds, "closure", tokens.done).reshape(tokens.shape))
 
 
-def _norm_share(from_norm: np.ndarray, top: Top, tokens: np.ndarray) -> np.ndarray:
+def _tested(tokens: Tokens, prefix: str, self_repair: Tally) -> Columns:
+    known = self_repair.estimate
+    found = {"self_repair_se": known.error, "p_value": known.p_value, "q_value": q_values(known.p_value)}
+    return {prefix + name: (tokens.dims, each.reshape(tokens.shape)) for name, each in found.items()}
+
+
+def _in_the_plane(tokens: Tokens, prefix: str, of: Mapping[str, Tally]) -> Columns:
+    """What the direct effects and the logit change say together: sums over the same tokens."""
+    before, after, change = (
+        of[prefix + name] for name in ("direct_effect", "ablated_direct_effect", "logit_change")
+    )
+    removed = Tally(before.sums - after.sums, before.counts)
+    distance = Tally((change.sums + before.sums) / np.sqrt(2), before.counts)
+    return tokens.columns(f"{prefix}removed", removed.estimate) | tokens.columns(
+        f"{prefix}distance", distance.estimate
+    )
+
+
+def _norm_share(tokens: Tokens, from_norm: np.ndarray, effects: np.ndarray) -> Tally:
     """Section 3.2 and Appendix A: clipped per token; a token of no direct effect has nothing to repair."""
-    shares = ratios(from_norm, top.effect)
-    with np.errstate(invalid="ignore"):
-        return np.bincount(top.case, np.clip(shares, 0, 1), len(tokens)) / tokens
+    return tokens.top_tally(np.clip(ratios(from_norm, effects), 0, 1))
 
 
 def _derived(heads: xr.Dataset, prefix: str) -> dict[str, xr.DataArray]:
     effect, change, repair = (heads[prefix + n] for n in ("direct_effect", "logit_change", "self_repair"))
+    surely = (heads[f"{prefix}q_value"] <= RATE) & (abs(repair) > heads.noise_floor.fillna(0))
     return {
-        f"{prefix}distance": (change + effect) / np.sqrt(2),
         f"{prefix}between": (change * effect < 0) & (abs(change) < abs(effect)),
-        f"{prefix}repaired": repair * np.sign(effect) > heads.noise_floor.fillna(0),
+        f"{prefix}repaired": surely & (repair * effect > 0),
+        f"{prefix}broken": surely & (repair * effect < 0),
     }
 
 
@@ -231,9 +152,13 @@ def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
     """The summary with units and a name on each variable."""
     known = {n: (VARIABLES[n].units, f"mean {VARIABLES[n].long_name}") for n in MEANS} | {
         "self_repair_se": ("logit", "standard error of the mean self-repair"),
+        "removed": ("logit", "mean direct effect removed"),
         "distance": ("logit", "distance from y = -x"),
         "between": ("1", "between y = -x and the x-axis"),
+        "p_value": ("1", "p-value of a mean self-repair of 0"),
+        "q_value": ("1", "false discovery rate of the mean self-repair"),
         "repaired": ("1", "self-repaired"),
+        "broken": ("1", "broken"),
         "tokens": ("1", "number of tokens"),
     }
     for name, (units, text) in known.items():
@@ -241,61 +166,16 @@ def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
         heads[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share)}"}
     heads["norm_share"].attrs = {"units": "1", "long_name": "share of the direct effect repaired by the norm"}
     heads["worst_closure"].attrs = {"units": "logit", "long_name": "largest |closure|"}
-    return heads
+    return described_widths(heads)
 
 
-def percent(share: float) -> str:
-    """A share as people write it: 0.02 is "2%"."""
-    return f"{100 * share:.3g}%"
-
-
-def among(share: float) -> str:
-    """What a statistic of this share is over."""
-    return f"top {percent(share)} of tokens" if share < 1 else "tokens that count"
-
-
-def throughout(*summaries: xr.Dataset) -> str:
-    """What their statistics without a top share are over."""
-    all_count = all(heads.attrs.get("counted_share", 1) == 1 for heads in summaries)
-    return "all tokens" if all_count else "tokens that count"
-
-
-def share_of(ds: xr.Dataset, share: float | None) -> float:
-    """The share that is asked for, or `usual_share` of a store or a summary. UsageError if it is not in (0, 1]."""
-    if share is None:
-        some = "counted" in ds and not ds.counted.all()
-        return usual_share(not some and ds.attrs.get("counted_share", 1) == 1)
-    if not 0 < share <= 1:
-        raise UsageError(f"share {share!r} is not in (0, 1]: write 0.02 for the top 2% of tokens")
-    return share
-
-
-def check_store(ds: xr.Dataset) -> None:
-    """Raise UsageError unless `ds` is a store of single ablated heads, without an axis of variants."""
-    require(ds, (*REQUIRED, *HEADS))
-    check_axes(ds)
-
-
-def require(ds: xr.Dataset, names: Iterable[str]) -> None:
-    """Raise UsageError unless `ds` has these variables or dimensions."""
-    missing = [name for name in names if name not in ds.variables and name not in ds.dims]
-    if missing:
-        raise UsageError(f"this is not a store of the heads recipe: it lacks {', '.join(missing)}")
-
-
-def require_counted(ds: xr.Dataset) -> None:
-    """Raise UsageError unless the store of a task says which tokens are asked about."""
-    if "counted" not in ds:
-        raise UsageError("this store does not say which tokens count, an older version made it: run it again")
-
-
-def check_axes(ds: xr.Dataset) -> None:
-    """Raise UsageError if `ds` has an axis of variants."""
-    if axes := ", ".join(map(str, set(ds.logit_change.dims) - {"case", *SWEEP})):
-        raise UsageError(f"this store has several values of {axes}: choose one, as ds.sel({axes}=…)")
-
-
-def same_share(summary: xr.Dataset, share: float) -> xr.Dataset:
-    if summary.attrs["share"] != share:
-        raise UsageError(f"this summary is of share {summary.attrs['share']}, not {share!r}: give the store")
-    return summary
+def described_widths(found: xr.Dataset) -> xr.Dataset:
+    """With units and a name on each half-width, after those of the mean that it belongs to."""
+    for name in [str(name) for name in found.data_vars if str(name).endswith(HALF_WIDTH)]:
+        own = name.removesuffix(HALF_WIDTH)
+        of = next((each for each in (own, own.partition("_")[2]) if each in found), None)
+        if of is not None:
+            text = f"half-width of the 95% interval of {found[of].attrs['long_name']}"
+            group = "" if of == own else f", mean over heads ({own.partition('_')[0]})"
+            found[name].attrs = {"units": found[of].attrs["units"], "long_name": text + group}
+    return found

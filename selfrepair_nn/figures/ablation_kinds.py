@@ -38,7 +38,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         label = Head(int(tokens["layer"]), int(tokens["head"])).label
         row[0].set_ylabel(f"{label if len(found) == 1 else f'{name}, {label}'}: logit change (logits)")
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), *(line.format(top=among(share)) for line in READING)])
+    reading = [line.format(top=among(share)) for line in READING]
+    style.caption(figure, found, [*style.captions(found, of="top_over"), *reading])
     return figure
 
 
@@ -58,6 +59,6 @@ def _draw_panel(axes: Axes, tokens: xr.Dataset, every: np.ndarray) -> None:
         )
     axes.set_xlabel("direct effect (logits)")
     axes.set_title(str(tokens["ablation"].values), pad=18)
-    said = f"logit rises on {float(tokens.top_over):.0%} of the top tokens"
+    said = f"logit rises on {style.shown_share(tokens, 'top_over')} of the top tokens"
     place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     axes.text(0, 1.02, said, **place)

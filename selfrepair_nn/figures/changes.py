@@ -11,7 +11,7 @@ from selfrepair_nn.analysis import among, axis_of, by_variant, differences
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import style
 
-COUNT, ERRORS = 4, 1.96
+COUNT = 4
 MANY = 12  # labels that fit side by side
 
 
@@ -31,7 +31,7 @@ def draw(datasets: style.Datasets, share: float, ylabel: str, reading: str) -> F
         axes.set_ylabel(f"{ylabel}, {among(share)} (logits)")
         axes.set_title("" if len(found) == 1 else name, loc="right")
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), reading])
+    style.caption(figure, found, [*style.captions(found), reading])
     return figure
 
 
@@ -46,7 +46,7 @@ def _draw_store(axes: Axes, heads: xr.Dataset, changes: xr.Dataset) -> None:
             "color": style.colour(index),
             "linestyle": "none",
         }
-        values, error = one.top_self_repair.values[1:], ERRORS * one.top_self_repair_se.values[1:]
+        values, error = one.top_self_repair.values[1:], style.bars(one.top_self_repair_half_width.values[1:])
         values = np.where(values == 0, np.nan, values)  # what the head does not reach
         label = Head(int(one["layer"]), int(one["head"])).label
         axes.errorbar(where, values, error, elinewidth=1, label=label, **look)

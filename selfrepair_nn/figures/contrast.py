@@ -9,10 +9,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from selfrepair_nn import text
 from selfrepair_nn.analysis import SHARE, contrast_by_head, percent
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import plane, style
+from selfrepair_nn.wording import intervals, task
 
 TAKES = "contrast"
 LABELS = 6
@@ -20,7 +20,8 @@ NAMES = {"resample": "another text", "twin": "the edited text"}
 READING = (
     "Dots: attention heads. Left: means over tokens. Dashed: y = \N{MINUS SIGN}x, all that is removed is lost; "
     "shaded: a part comes back; beyond the dashed line more is lost.",
-    "Right: the share of what is removed that comes back, by least squares over tokens. Dashed: alike under both.",
+    "Right: the share of what is removed that comes back, by least squares over tokens. Dashed: alike under both. Thin "
+    "bars: 95% intervals.",
 )
 
 
@@ -49,8 +50,10 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         )
         bar.outline.set_visible(False)
     style.heading(figure, {name: heads.assign_attrs(ablation="contrastive") for name, heads in found.items()})
-    facts = [fact for heads in found.values() for fact in (_facts(heads), *text.task(heads))]
-    style.caption(figure, [*facts, *READING])
+    facts = [
+        fact for heads in found.values() for fact in (_facts(heads), *(f"{line}." for line in task(heads)))
+    ]
+    style.caption(figure, found, [*facts, f"{style.capital(_known(found))}.", *READING])
     figure.draw_without_rendering()
     for row, heads in zip(panels, found.values(), strict=True):
         for axes, ablation in zip(row, NAMES, strict=False):
@@ -64,6 +67,8 @@ def _draw_plane(axes: Axes, heads: xr.Dataset) -> None:
     x, y = heads.removed.values[known], heads.logit_change.values[known]
     plane.limits(axes, x, y)
     plane.wedge(axes)
+    widths = (heads[name].values[known] for name in ("removed_half_width", "logit_change_half_width"))
+    style.crosses(axes, x, y, *widths)
     _scatter(axes, heads, x, y)
     axes.set_xlabel("direct effect removed (logits)")
     axes.set_ylabel("logit change (logits)")
@@ -76,6 +81,7 @@ def _draw_shares(axes: Axes, heads: xr.Dataset) -> None:
     axes.plot((low, high), (low, high), "k--", dashes=(5, 3), linewidth=1.1, zorder=2)
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.7, zorder=1.5)
+    style.crosses(axes, x, y, *(heads.repaired_half_width.sel(ablation=each).values[known] for each in NAMES))
     _scatter(axes, heads, x, y)
     axes.set(xlim=(low, high), ylim=(low, high))
     axes.set_box_aspect(1)
@@ -103,6 +109,11 @@ def _facts(heads: xr.Dataset) -> str:
         f"{percent(heads.attrs['edited_share'])} of all; {heads.attrs.get('target')} target. "
         f"Removed, root mean square over tokens, mean over heads: {' and '.join(sizes)} (logits)."
     )
+
+
+def _known(found: dict[str, xr.Dataset]) -> str:
+    """What the intervals are; of several stores, said once where it is the same."""
+    return "; ".join(dict.fromkeys(intervals(heads, "logit_change") for heads in found.values()))
 
 
 def _name(axes: Axes, heads: xr.Dataset, x: xr.DataArray, y: xr.DataArray, size: xr.DataArray) -> None:

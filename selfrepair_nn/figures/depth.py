@@ -7,22 +7,22 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from selfrepair_nn.analysis import by_layer
+from selfrepair_nn.analysis import HALF_WIDTH, by_layer
 from selfrepair_nn.figures import style
 
 VISIBLE = 0.004  # the least part of an axis that the eye sees as a band
 
 
 def draw_heads(axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: float, **line: str) -> None:
-    """Variable `name` of each summary: heads as dots, hollow under the noise floor; the layers' means as a line.
+    """Variable `name` of each summary: heads as dots, hollow where it may be 0; the layers' means as a line.
 
     One summary is drawn by layer index, several by depth in percent of their models' layers.
     """
     for index, (legend, heads) in enumerate(found.items()):
         colour, marker = style.colour(index), style.marker(index)
         places = np.broadcast_to(depth(heads, len(found) == 1)[:, None], heads.tokens.shape)
-        known, quiet = (heads.tokens > 0).values, _quiet(heads[name], heads.noise_floor)
-        for chosen, face in ((known & ~quiet, colour), (quiet, "none")):
+        known, quiet = (heads.tokens > 0).values, _quiet(heads, name)
+        for chosen, face in ((known & ~quiet, colour), (known & quiet, "none")):
             if chosen.any():
                 look = {"s": 16, "marker": marker, "alpha": 0.45, "linewidth": 0.8}
                 values = heads[name].values[chosen]
@@ -33,10 +33,11 @@ def draw_heads(axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: fl
 def draw_means(
     axes: Axes, heads: xr.Dataset, name: str, share: float, index: int, alone: bool, **line: str
 ) -> None:
-    """Means over the heads of each layer, in the colour of the summary with this index."""
+    """Means over the heads of each layer with their intervals, in the colour of the summary with this index."""
     look = {"linewidth": 2, "marker": style.marker(index), "markersize": 3.5, "zorder": 3}
-    means = by_layer(heads, share)[name]
-    axes.plot(depth(heads, alone), means, color=style.colour(index), **(look | line))
+    look |= {"color": style.colour(index)} | line
+    layers = by_layer(heads, share)
+    style.line(axes, depth(heads, alone), layers[name].values, layers[name + HALF_WIDTH].values, **look)
 
 
 def draw_noise(axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
@@ -50,15 +51,10 @@ def draw_noise(axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
         axes.fill_between(depth(heads, True), -floor, floor, **look)
 
 
-def draw_intervals(axes: Axes, found: Mapping[str, xr.Dataset]) -> bool:
-    """The 95% confidence intervals of the layers' mean self-repair, where runs went on until they were narrow."""
-    known = {i: heads for i, heads in enumerate(found.values()) if "layer_half_width" in heads}
-    for index, heads in known.items():
-        means = by_layer(heads, heads.attrs["share"]).top_self_repair
-        width = heads.layer_half_width.where(np.isfinite(heads.layer_half_width))
-        look = {"linestyle": "none", "color": style.colour(index), "capsize": 2.5, "zorder": 3}
-        axes.errorbar(depth(heads, len(found) == 1), means, width, **look)
-    return bool(known)
+def told(reading: str, found: Mapping[str, xr.Dataset], name: str) -> str:
+    """`reading`, with how well a head's mean is known at {typical}."""
+    known = style.typical(found, name)
+    return reading.format(typical=f" ({known})" if known else "")
 
 
 def name_axis(axes: Axes, alone: bool) -> None:
@@ -79,6 +75,8 @@ def depth(heads: xr.Dataset, alone: bool) -> np.ndarray:
     return 100 * layer / deepest
 
 
-def _quiet(values: xr.DataArray, floor: xr.DataArray) -> np.ndarray:
-    """Where values in logits lie under the noise floor."""
-    return (abs(values) < floor).values & (values.attrs.get("units") == "logit")
+def _quiet(heads: xr.Dataset, name: str) -> np.ndarray:
+    """Where a mean in logits may be 0: its interval holds 0, or it lies under the noise floor."""
+    values = heads[name]
+    near = abs(values) <= np.fmax(heads[name + HALF_WIDTH], heads.noise_floor.fillna(0))
+    return near.transpose(*values.dims).values & (values.attrs.get("units") == "logit")

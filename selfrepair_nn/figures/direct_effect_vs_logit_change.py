@@ -9,8 +9,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from selfrepair_nn import text
-from selfrepair_nn.analysis import SHARE, among, every_token, throughout
+from selfrepair_nn import wording
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, every_token, throughout
 from selfrepair_nn.components import Head
 from selfrepair_nn.figures import plane, style
 
@@ -18,7 +18,8 @@ TAKES = "summary"
 LABELS = 8
 READING = (
     "Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head writes nothing to the logit.",
-    "Shaded, between it and the x-axis: self-repaired.",
+    "Shaded, between it and the x-axis: self-repaired on average, as these means were measured. Thin bars: 95% "
+    "intervals of both means.",
 )
 
 
@@ -38,9 +39,11 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.remove()
     for axes, (name, heads) in zip(panels, found.items(), strict=False):
         _draw_panel(axes, heads)
-        axes.set_title(text.title(heads) if len(found) == 1 else name)
+        axes.set_title(wording.title(heads) if len(found) == 1 else name)
         _colour_bar(figure, axes, heads)
-    style.caption(figure, [*style.captions(found, top=not all(map(every_token, found.values()))), *READING])
+    top = not all(map(every_token, found.values()))
+    told = style.captions(found, top, of="top_logit_change" if top else "logit_change")
+    style.caption(figure, found, [*told, *READING])
     figure.draw_without_rendering()
     for axes, heads in zip(panels, found.values(), strict=False):
         _write_names(axes, heads)
@@ -51,6 +54,7 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
     x, y, layer, _ = _points(heads)
     plane.limits(axes, x, y)
     plane.wedge(axes)
+    style.crosses(axes, x, y, *_widths(heads))
     colours = {"c": layer, "cmap": style.LAYERS, "norm": _norm(heads)}
     axes.scatter(x, y, **colours, s=26, edgecolor="white", linewidth=0.4, zorder=3)
     tokens = throughout(heads) if every_token(heads) else among(heads.attrs["share"])
@@ -64,6 +68,12 @@ def _points(heads: xr.Dataset) -> tuple[np.ndarray, ...]:
     layer, head = np.meshgrid(heads["layer"].values, heads["head"].values, indexing="ij")
     x, y = (heads[f"{kind}{name}"].values[known] for name in ("direct_effect", "logit_change"))
     return x, y, layer[known], head[known]
+
+
+def _widths(heads: xr.Dataset) -> list[np.ndarray]:
+    """Half-widths of both means of every head with something done."""
+    known, kind = (heads.tokens > 0).values, "" if every_token(heads) else "top_"
+    return [heads[f"{kind}{name}{HALF_WIDTH}"].values[known] for name in ("direct_effect", "logit_change")]
 
 
 def _norm(heads: xr.Dataset) -> Normalize:

@@ -9,7 +9,8 @@ TAKES = "summary"
 READING = (
     "Distance: (logit change + direct effect) / √2. Of a head of positive direct effect, above zero is repaired, "
     "below zero is broken.",
-    "Dots: attention heads (hollow: under the noise floor, the grey band). Lines: means of each layer.",
+    "Lines: means of each layer, with their 95% intervals. Dots: attention heads{typical}; hollow where the interval "
+    "holds zero, or under the noise floor (grey band where it is wide enough to be seen).",
 )
 
 
@@ -33,5 +34,6 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.set_ylabel("distance from y = \N{MINUS SIGN}x (logits)")
     style.heading(figure, found)
     style.legend(figure, panels[0], found)
-    style.caption(figure, [*style.captions(found), *READING])
+    reading = [depth.told(line, found, "top_distance") for line in READING]
+    style.caption(figure, found, [*style.captions(found, of="top_distance"), *reading])
     return figure

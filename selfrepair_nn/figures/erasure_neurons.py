@@ -31,7 +31,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     for axes, head, title in drawn:
         dots = _draw_head(axes, head, title, colours)
     panels.colour_bar(figure, dots, "direct effect of the whole MLP (logits)")
-    panels.explain(figure, found, READING, share)
+    panels.explain(figure, found, READING, share, "anti_erasing")
     return figure
 
 
@@ -54,8 +54,8 @@ def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, obje
     above.grid(False)
     above.spines["left"].set_visible(False)
     above.set_title(title, pad=27)
-    said = f"anti-erasure on {float(head.anti_erasing):.0%} of {entries:,} tokens"
-    said += f"\ndirect effect of the MLP above 0 on {float(head.mlp_positive):.0%}"
+    said = f"anti-erasure on {style.shown_share(head, 'anti_erasing')} of {entries:,} tokens"
+    said += f"\ndirect effect of the MLP above 0 on {style.shown_share(head, 'mlp_positive')}"
     place = {"transform": above.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     above.text(0, 1.06, said, linespacing=1.3, **place)
     return dots

@@ -5,14 +5,15 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, among, by_variant
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, by_variant
 from selfrepair_nn.figures import depth, style
 
 TAKES = "frozen"
 READING = (
-    "Left: dots are heads, lines the means of each layer; with everything frozen self-repair is zero by definition.",
+    "Left: dots are heads, lines the means of each layer with their 95% intervals; with everything frozen self-repair "
+    "is zero by definition.",
     "Right: what the final norm repairs when nothing else may react, against its part in the whole (Equation 2). "
-    "Dashed: y = x.",
+    "Dashed: y = x. Thin bars: 95% intervals.",
 )
 
 
@@ -33,7 +34,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         layers.set_title("by layer" if len(found) == 1 else f"{name}: by layer")
         plane.set_title("the final norm")
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), *READING])
+    style.caption(figure, found, [*style.captions(found), *READING])
     return figure
 
 
@@ -53,7 +54,9 @@ def _draw_layers(axes: Axes, heads: xr.Dataset) -> None:
             "zorder": 3,
         }
         most = f" (at most {float(abs(values).max()):.0e})" if label == "everything" else ""
-        axes.plot(layer + shift, values.mean("head"), label=f"frozen: {label}{most}", **look)
+        width = heads[f"layer_top_self_repair{HALF_WIDTH}"].isel(frozen=index).values
+        look["label"] = f"frozen: {label}{most}"
+        style.line(axes, layer + shift, values.mean("head").values, width, **look)
     depth.name_axis(axes, True)
     axes.legend()
 
@@ -61,6 +64,8 @@ def _draw_layers(axes: Axes, heads: xr.Dataset) -> None:
 def _draw_norm(axes: Axes, heads: xr.Dataset) -> None:
     known = (heads.tokens > 0).values
     part, alone = (heads.top_from_norm.isel(frozen=i).values[known] for i in (0, 1))
+    widths = (heads[f"top_from_norm{HALF_WIDTH}"].isel(frozen=i).values[known] for i in (0, 1))
+    style.crosses(axes, part, alone, *widths)
     layer = np.broadcast_to(heads["layer"].values[:, None], known.shape)[known]
     dots = axes.scatter(
         part, alone, c=layer, cmap=style.LAYERS, s=26, edgecolor="white", linewidth=0.4, zorder=3

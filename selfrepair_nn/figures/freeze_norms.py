@@ -8,7 +8,7 @@ from selfrepair_nn.figures import changes, style
 TAKES = "norm"
 READING = (
     "Each norm by itself keeps its clean scale; all: all of them together. Below zero: freezing it takes "
-    "self-repair away. Bars: 95% confidence, token by token against nothing frozen."
+    "self-repair away. Bars: 95% intervals, token by token against nothing frozen."
 )
 
 

@@ -34,18 +34,16 @@ def panels(figure: Figure, found: Mapping[str, xr.Dataset]) -> list[tuple[Axes, 
     return made
 
 
-def draw(axes: Axes, values: Mapping[str, np.ndarray], told: str) -> None:
-    """One histogram for each named set of values, and a line at 1.
+def draw(axes: Axes, values: Mapping[str, np.ndarray]) -> None:
+    """One histogram for each set of values under its legend, and a line at 1.
 
-    `told` makes the legend of a set from its {share} above 1 and its {median}. What lies beyond the axis counts in the
-    outermost bins.
+    What lies beyond the axis counts in the outermost bins.
     """
     together = np.concatenate(list(values.values()))
     low, high = np.percentile(together, SHOWN)
     bins = min(MOST, 10 + int(np.sqrt(len(together) / len(values))))
     edges = np.linspace(min(low, 1), max(high, 1 + 1e-6), bins + 1)
     for index, (label, one) in enumerate(values.items()):
-        said = told.format(share=np.mean(one > 1), median=np.median(one))
         axes.hist(
             np.clip(one, edges[0], edges[-1]),
             edges,
@@ -54,7 +52,7 @@ def draw(axes: Axes, values: Mapping[str, np.ndarray], told: str) -> None:
             linewidth=1.3,
             facecolor=to_rgba(style.colour(index), 0.18),
             edgecolor=style.colour(index),
-            label=f"{label}: {said}",
+            label=label,
         )
     axes.axvline(1, color="black", linewidth=1, linestyle=(0, (5, 3)))
     axes.yaxis.set_major_formatter(style.as_percent)

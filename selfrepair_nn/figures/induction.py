@@ -5,9 +5,10 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn import text
-from selfrepair_nn.analysis import KINDS, SHARE, by_kind, induction_by_head
+from selfrepair_nn import wording
+from selfrepair_nn.analysis import HALF_WIDTH, KINDS, SHARE, by_kind, induction_by_head
 from selfrepair_nn.components import Head
+from selfrepair_nn.confidence import RATE
 from selfrepair_nn.figures import plane, style
 
 TAKES = "attention"
@@ -17,7 +18,9 @@ LOOKS = dict(
 )
 READING = (
     "Scores: mean attention on the repeated half to the token before and to what followed the same token in the first.",
-    "Right: means over these tokens. Dashed: y = \N{MINUS SIGN}x, no repair; shaded: self-repaired.",
+    "Right: means over these tokens. Dashed: y = \N{MINUS SIGN}x, no repair; shaded: self-repaired "
+    "on average, as these means were measured. Thin bars: 95% intervals.",
+    "Repaired: heads whose self-repair surely is repair (false discovery rate {rate:.0%}), of those with an interval.",
 )
 
 
@@ -38,7 +41,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         row[0].set_title("scores" if len(found) == 1 else name)
         row[1].set_title("repaired?")
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found, top=False), *READING])
+    reading = [line.format(rate=RATE) for line in READING]
+    style.caption(figure, found, [*style.captions(found, False, "self_repair"), *reading])
     figure.draw_without_rendering()
     for row, heads in zip(panels, found.values(), strict=True):
         _name(row[0], heads, heads.previous_token, heads.induction)
@@ -47,7 +51,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 
 def _draw_scores(axes: Axes, heads: xr.Dataset) -> None:
-    _scatter(axes, heads, heads.previous_token, heads.induction)
+    _scatter(axes, heads, ("previous_token", "induction"))
     limit = {"color": style.MUTED, "linestyle": ":", "linewidth": 1, "zorder": 1}
     axes.axhline(heads.attrs["least"], **limit)
     axes.axvline(heads.attrs["least"], **limit)
@@ -63,7 +67,7 @@ def _draw_plane(axes: Axes, heads: xr.Dataset, share: float) -> None:
     plane.wedge(axes)
     kinds = by_kind(heads, share)
     legends = {kind: _legend(kinds.sel(kind=kind)) for kind in KINDS}
-    _scatter(axes, heads, heads.direct_effect, heads.logit_change, legends)
+    _scatter(axes, heads, ("direct_effect", "logit_change"), legends)
     axes.set_xlabel("direct effect (logits)")
     axes.set_ylabel("logit change when ablated (logits)")
     shown = axes.get_legend_handles_labels()
@@ -82,18 +86,21 @@ def _legend(kind: xr.Dataset) -> str:
     if not count:
         return f"{name}: none"
     shown = {"removed": "removed", "logit_change": "logit change", "self_repair": "self-repair"}
-    said = [(what, text.number(float(kind[variable]))) for variable, what in shown.items()]
-    lines = [
-        f"{name}: {count}",
-        *(f"{what} {value}" for what, value in said),
-        f"{float(kind.repaired):.0%} repaired",
-    ]
+    lines = [f"{name}: {count}"]
+    for variable, what in shown.items():
+        value, width = float(kind[variable]), float(kind[variable + HALF_WIDTH])
+        lines.append(f"{what} {wording.number(value)} {wording.reach(width)}")
+    tested = int(kind.tested)
+    few = f"too few {kind.attrs['clustered_by']}s for an interval"
+    lines.append(f"repaired: {round(float(kind.repaired) * tested)} of {tested}" if tested else few)
     return "\n".join(line.replace(" -", " \N{MINUS SIGN}") for line in lines)
 
 
-def _scatter(
-    axes: Axes, heads: xr.Dataset, x: xr.DataArray, y: xr.DataArray, legends: dict | None = None
-) -> None:
+def _scatter(axes: Axes, heads: xr.Dataset, names: tuple[str, str], legends: dict | None = None) -> None:
+    x, y = (heads[name] for name in names)
+    known = (heads.tokens > 0).values
+    widths = (heads[name + HALF_WIDTH].values[known] for name in names)
+    style.crosses(axes, x.values[known], y.values[known], *widths)
     for kind in reversed(KINDS):
         chosen = ((heads.kind == kind) & (heads.tokens > 0)).values
         colour, marker, size = LOOKS[kind]

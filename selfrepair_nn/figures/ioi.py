@@ -5,16 +5,17 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn import text
-from selfrepair_nn.analysis import SHARE, backups, name_movers
+from selfrepair_nn import wording
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, backups, name_movers
 from selfrepair_nn.figures import style
+from selfrepair_nn.wording import intervals
 
 TAKES = "movers"
 BAR = 0.36
 READING = (
     "Left: the direct effect that is taken away, and what the logit difference loses; if less, the others repair.",
     "Right: the heads that rise most when the name movers are ablated together. Orange: the layers from {first}'s",
-    "to their own are deleted, so that they read what {first} reads. Means on the tokens that count, standard errors.",
+    "to their own are deleted, so that they read what {first} reads. Means on the tokens that count, 95% intervals.",
 )
 LOOKS = {
     "direct_effect": ("clean", "#8A8A8A", "o"),
@@ -44,10 +45,13 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     facts = [
         f"{'' if len(found) == 1 else name + ': '}{fact}"
         for name, (movers, _) in found.items()
-        for fact in (_facts(movers), *(f"{line}." for line in text.task(movers)))
+        for fact in (_facts(movers), *(f"{line}." for line in wording.task(movers)))
     ]
     first = ", ".join(dict.fromkeys(str(movers.case.values[0]) for movers, _ in found.values()))
-    style.caption(figure, [*facts, *(line.format(first=first) for line in READING)])
+    shown = {name: movers for name, (movers, _) in found.items()}
+    told = "; ".join(dict.fromkeys(intervals(movers, "logit_change") for movers in shown.values()))
+    reading = [line.format(first=first) for line in READING]
+    style.caption(figure, shown, [*facts, f"{style.capital(told)}.", *reading])
     return figure
 
 
@@ -56,8 +60,11 @@ def _draw_movers(axes: Axes, movers: xr.Dataset) -> None:
     rows = np.arange(shown.sizes["case"])
     taken, lost = shown.direct_effect - shown.ablated_direct_effect, -shown.logit_change
     look = {"height": BAR, "error_kw": {"elinewidth": 1, "ecolor": "#333333"}, "zorder": 3}
-    axes.barh(rows - BAR / 2, taken, color="#B5B5B5", label="direct effect taken away", **look)
-    axes.barh(rows + BAR / 2, lost, xerr=shown.logit_change_se, color=style.COLOURS[0], label="lost", **look)
+    widths = (style.bars(shown[name + HALF_WIDTH].values) for name in ("removed", "logit_change"))
+    axes.barh(
+        rows - BAR / 2, taken, xerr=next(widths), color="#B5B5B5", label="direct effect taken away", **look
+    )
+    axes.barh(rows + BAR / 2, lost, xerr=next(widths), color=style.COLOURS[0], label="lost", **look)
     axes.axvline(0, color="black", linewidth=0.8, zorder=4)
     axes.set_yticks(rows, [str(label).replace("+", "\n") for label in shown.case.values])
     axes.invert_yaxis()
@@ -70,9 +77,8 @@ def _draw_backups(axes: Axes, rising: xr.Dataset) -> None:
     rows = np.arange(rising.sizes["rank"])
     for offset, (name, (label, colour, marker)) in zip((-0.2, 0, 0.2), LOOKS.items(), strict=True):
         look = {"fmt": marker, "markersize": 5, "color": colour, "elinewidth": 1, "zorder": 3}
-        axes.errorbar(
-            rising[name].values, rows + offset, xerr=rising[f"{name}_se"].values, label=label, **look
-        )
+        width = style.bars(rising[name + HALF_WIDTH].values)
+        axes.errorbar(rising[name].values, rows + offset, xerr=width, label=label, **look)
     axes.axvline(0, color="black", linewidth=0.8, zorder=1.5)
     axes.set_yticks(rows, [str(label) for label in rising.component.values])
     axes.invert_yaxis()
@@ -85,6 +91,6 @@ def _facts(movers: xr.Dataset) -> str:
     kept = movers.correct.values[movers.kind.values == "joint"]
     without = f", on {kept[0]:.0%} without the name movers" if kept.size else ""
     return (
-        f"{prompts} prompts. In the clean run the indirect object's logit is {text.number(clean)} above the subject's, "
-        f"and higher on {movers.attrs['clean_correct']:.0%}{without}."
+        f"{prompts} prompts. In the clean run the indirect object's logit is {wording.number(clean)} above the "
+        f"subject's, and higher on {movers.attrs['clean_correct']:.0%}{without}."
     )

@@ -5,7 +5,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, by_case, throughout
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, by_case, throughout
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import depth, style
 
@@ -19,7 +19,7 @@ PARTS = {
 READING = (
     "Means over {tokens}; a swap stands between its two layers. Self-repair: logit change less the change of the "
     "direct effect of the deleted or swapped layers themselves,",
-    "so what the layers above and the final norm make of it. Bars: 95% confidence. The axis is linear to 1 logit, "
+    "so what the layers above and the final norm make of it. Bars: 95% intervals. The axis is linear to 1 logit, "
     "logarithmic beyond.",
 )
 TICKS = [sign * size for sign in (-1, 1) for size in (0.5, 1, 2, 5, 10, 20, 50)]
@@ -43,7 +43,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         row[0].legend()
     reading = [line.format(tokens=throughout(*found.values())) for line in READING]
     style.heading(figure, found, f"{', '.join(found)}: layers deleted and swapped")
-    style.caption(figure, [*style.captions(found, top=False), *reading])
+    style.caption(figure, found, [*style.captions(found, top=False, of="self_repair"), *reading])
     return figure
 
 
@@ -56,7 +56,7 @@ def _of_kind(cases: xr.Dataset, kind: str) -> np.ndarray:
 
 
 def _draw_kind(axes: Axes, cases: xr.Dataset, shift: float) -> None:
-    cases = cases.assign(own=cases.ablated_direct_effect - cases.direct_effect)
+    cases = cases.assign(own=-cases.removed, own_half_width=cases.removed_half_width)
     cases = cases.where(cases.tokens > 0)
     for index, (name, label) in enumerate(PARTS.items()):
         look = {
@@ -65,9 +65,9 @@ def _draw_kind(axes: Axes, cases: xr.Dataset, shift: float) -> None:
             "markersize": 3.5,
             "linewidth": 1.6,
         }
-        error = 1.96 * cases.self_repair_se.values if name == "self_repair" else None
+        width = style.bars(cases[name + HALF_WIDTH].values)
         axes.errorbar(
-            cases.case_layer.values + shift, cases[name].values, error, label=label, elinewidth=1, **look
+            cases.case_layer.values + shift, cases[name].values, width, label=label, elinewidth=1, **look
         )
     depth.name_axis(axes, True)
     axes.set_xlim(cases.case_layer.min() - 0.5, cases.case_layer.max() + 0.5 + shift)

@@ -35,5 +35,5 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.set_xlabel("neurons, most repairing first")
         axes.set_ylabel("cumulative absolute change")
     panels.colour_bar(figure, dots, "median direct effect of the neuron (logits)")
-    panels.explain(figure, found, READING, share)
+    panels.explain(figure, found, READING, share, None)
     return figure

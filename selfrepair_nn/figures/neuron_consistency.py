@@ -5,7 +5,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, neuron_consistency
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, neuron_consistency
 from selfrepair_nn.figures import panels, style
 
 TAKES = "neurons"
@@ -13,7 +13,7 @@ PLACES = 30
 READING = (
     "For each head the {share} of tokens on which it is repaired most, and on each the ten neurons of {mlp} that",
     "repair most. Left: how often the most frequent of these neurons are among the ten. Right: how many of the ten",
-    "two tokens have in common, on average; dotted: two random choices.",
+    "two tokens have in common, on average; dotted: two random choices. Bars: 95% intervals.",
 )
 
 
@@ -33,7 +33,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             "how often a neuron recurs" if len(found) == 1 else f"{name}: how often a neuron recurs"
         )
         right.set_title("what two tokens share")
-    panels.explain(figure, found, READING, share)
+    panels.explain(figure, found, READING, share, "in_tokens")
     return figure
 
 
@@ -41,7 +41,10 @@ def _draw_frequencies(axes: Axes, heads: xr.Dataset) -> None:
     for rank in range(heads.sizes["rank"]):
         head = heads.isel(rank=rank, place=slice(PLACES))
         look = {"color": style.colour(rank), "marker": style.marker(rank), "markersize": 3, "linewidth": 1.2}
-        axes.plot(head.place, head.in_tokens, label=panels.label(head), **look)
+        width = style.bars(head.in_tokens_half_width.values)
+        axes.errorbar(
+            head.place, head.in_tokens.values, width, elinewidth=0.6, label=panels.label(head), **look
+        )
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(style.as_percent)
     axes.set_xlabel("neurons, most frequent first")
@@ -53,7 +56,15 @@ def _draw_shared(axes: Axes, heads: xr.Dataset) -> None:
     at = np.arange(heads.sizes["rank"])
     bars = {"shared_within": ("of the same prompt", -0.2), "shared_between": ("of different prompts", 0.2)}
     for index, (name, (label, shift)) in enumerate(bars.items()):
-        axes.bar(at + shift, heads[name], 0.38, color=style.colour(index), label=label)
+        look = {"color": style.colour(index), "error_kw": {"elinewidth": 1, "ecolor": "#333333"}}
+        axes.bar(
+            at + shift,
+            heads[name],
+            0.38,
+            yerr=style.bars(heads[name + HALF_WIDTH].values),
+            label=label,
+            **look,
+        )
     axes.axhline(float(heads.shared_by_chance), color="black", linestyle=":", linewidth=1)
     axes.set_xticks(at, [panels.label(heads.isel(rank=rank)) for rank in at])
     axes.grid(axis="x", visible=False)

@@ -9,7 +9,8 @@ from selfrepair_nn.figures import panels, style
 TAKES = "neurons"
 READING = (
     "On each of a head's {top}, the neurons of {mlp} are ordered by their change of direct effect.",
-    "Lines: on how many of these tokens the neuron at a place alone repairs so much of the head's direct effect.",
+    "Lines: on how many of these tokens the neuron at a place alone repairs so much of the head's direct effect; "
+    "shaded: 95% intervals.",
     "The places are those of each token: not always of the same neuron.",
 )
 
@@ -27,18 +28,22 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         colours = colormaps[style.LAYERS](
             [index / max(1, len(parts) - 1) * 0.85 for index in range(len(parts))]
         )
-        for part, colour, values in zip(parts, colours, head.repairs.values, strict=True):
+        widths = style.bars(head.repairs_half_width.values)
+        for part, colour, values, width in zip(parts, colours, head.repairs.values, widths, strict=True):
             look = {
                 "color": colour,
                 "linewidth": 1.6,
                 "label": f"{percent(part)} or more",
             }
             axes.plot(head.place, values, **look)
+            axes.fill_between(
+                head.place, values - width, values + width, color=colour, alpha=0.2, linewidth=0
+            )
         axes.set_ylim(-0.02, 1.02)
         axes.set_title(title)
         axes.yaxis.set_major_formatter(style.as_percent)
         axes.set_xlabel("place of the neuron, most repairing first")
         axes.set_ylabel("tokens")
     drawn[0][0].legend(title="of the direct effect")
-    panels.explain(figure, found, READING, share)
+    panels.explain(figure, found, READING, share, "repairs")
     return figure

@@ -1,5 +1,6 @@
 """The final norm's scale under each kind of ablation, on the loudest heads' top tokens (Figures 4, 17, 18)."""
 
+import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among, token_variants
@@ -23,10 +24,14 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     figure = style.new_figure(1, 1)
     for axes, tokens in histograms.panels(figure, found):
         top = tokens.scale_ratio.values[:, tokens.top.values]
-        values = dict(zip(tokens["ablation"].values, top, strict=True))
-        histograms.draw(axes, values, "{share:.1%} above 1")
+        legends = [_legend(tokens.isel(ablation=i)) for i in range(tokens.sizes["ablation"])]
+        histograms.draw(axes, dict(zip(legends, top, strict=True)))
         axes.set_xlabel("S/S'")
         axes.set_ylabel(f"share of the {among(share)}")
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), READING])
+    style.caption(figure, found, [*style.captions(found, of="top_above_one"), READING])
     return figure
+
+
+def _legend(tokens: xr.Dataset) -> str:
+    return f"{tokens['ablation'].values}: {style.shown_share(tokens, 'top_above_one', 1)} above 1"

@@ -12,7 +12,9 @@ from selfrepair_nn.figures import depth, style
 TAKES = "tokens"
 MINUS = "\N{MINUS SIGN}"
 READING = (
-    f"Dots: attention heads. Lines: means of each layer. The norm's repair is (S/S' {MINUS} 1) R', with R' the sum of "
+    "Lines: means of each layer, with their 95% intervals. Dots: attention heads (hollow where the interval of logits "
+    "holds zero).",
+    f"The norm's repair is (S/S' {MINUS} 1) R', with R' the sum of "
     "all direct effects after the ablation and R before it:",
     f"(S/S' {MINUS} 1) R on the existing logits and (S/S' {MINUS} 1)(R' {MINUS} R) on the change. "
     "Tokens of hardly any direct effect decide an unclipped share.",
@@ -50,7 +52,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         ratio.remove()
     style.heading(figure, found)
     style.legend(figure, whole, found)
-    style.caption(figure, [*style.captions(found), *READING])
+    style.caption(figure, found, [*style.captions(found, of="top_from_norm"), *READING])
     return figure
 
 

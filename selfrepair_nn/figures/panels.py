@@ -59,9 +59,14 @@ def colour_bar(figure: Figure, dots: PathCollection, label: str) -> None:
     figure.colorbar(dots, ax=figure.axes, **looks).outline.set_visible(False)
 
 
-def explain(figure: Figure, found: Mapping[str, xr.Dataset], reading: Sequence[str], share: float) -> None:
-    """Heading and small print; in `reading`, {share} is the top share, {top} its tokens, {mlp} the recorded MLP."""
+def explain(
+    figure: Figure, found: Mapping[str, xr.Dataset], reading: Sequence[str], share: float, of: str | None
+) -> None:
+    """Heading and small print; in `reading`, {share} is the top share, {top} its tokens, {mlp} the recorded MLP.
+
+    `of` is a mean whose interval the figure shows, or None.
+    """
     names = dict.fromkeys(str(heads.attrs.get("recorded_mlp", "the MLP")) for heads in found.values())
     facts = {"share": percent(share), "top": among(share), "mlp": " or ".join(names)}
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), *(line.format(**facts) for line in reading)])
+    style.caption(figure, found, [*style.captions(found, of=of), *(line.format(**facts) for line in reading)])

@@ -5,14 +5,14 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn import text
-from selfrepair_nn.analysis import QUANTITIES, SHARE, compare_paper, references
+from selfrepair_nn import text, wording
+from selfrepair_nn.analysis import HALF_WIDTH, QUANTITIES, SHARE, compare_paper, references
 from selfrepair_nn.figures import depth, style
 
 PUBLISHED = {"color": "black", "linestyle": "--", "marker": "s", "markersize": 3.5, "linewidth": 1.4}
 READING = (
     "Means over each layer's heads on each head's top 2% of tokens by direct effect. Published: The Pile, resample "
-    "ablation, centred unembedding."
+    "ablation, centred unembedding; without intervals."
 )
 
 
@@ -30,7 +30,7 @@ def draw(ds: xr.Dataset, *, reference: str | None = None) -> Figure:
         _draw_quantity(axes, found, quantity)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     notes = [found.attrs["differs"]] if "differs" in found.attrs else []
-    style.caption(figure, [*style.captions({"": heads}), READING, *notes])
+    style.caption(figure, {"": heads}, [*style.captions({"": heads}), READING, *notes])
     return figure
 
 
@@ -41,7 +41,8 @@ def _draw_quantity(axes: Axes, found: xr.Dataset, quantity: str) -> None:
     layers = np.arange(len(published)) * (1 if alike else 100 / (len(published) - 1))
     axes.plot(layers, published, label=f"{name}, as published", **PUBLISHED)
     look = {"color": style.colour(0), "marker": style.marker(0), "markersize": 3.5, "linewidth": 2}
-    axes.plot(depth.depth(found, alike), own, label=text.title(found), **look)
+    width, look["label"] = found[quantity + HALF_WIDTH].values, wording.title(found)
+    style.line(axes, depth.depth(found, alike), own.values, width, **look)
     depth.name_axis(axes, alike)
     axes.set_title(text.QUANTITY_NAMES[quantity])
     if own.attrs["units"] == "1":

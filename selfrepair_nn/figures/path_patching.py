@@ -8,7 +8,7 @@ from selfrepair_nn.figures import changes, style
 TAKES = "receiver"
 READING = (
     "Self-repair with only this receiver live, less that with only the final norm live: what it makes of the sender's "
-    "change by the direct path; all: nothing frozen. Bars: 95% confidence, token by token."
+    "change by the direct path; all: nothing frozen. Bars: 95% intervals, token by token."
 )
 
 

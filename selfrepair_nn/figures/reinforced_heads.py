@@ -44,7 +44,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     style.heading(figure, found)
     confidence = next(iter(found.values())).attrs["confidence"]
     style.caption(
-        figure, [*style.captions(found, top=False), *(r.format(confidence=confidence) for r in READING)]
+        figure,
+        found,
+        [*style.captions(found, top=False), *(r.format(confidence=confidence) for r in READING)],
     )
     return figure
 
@@ -59,7 +61,7 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
     places, kind = _places(heads), heads.kind.values
     for value, colour in ((-1, style.colour(0)), (0, style.MUTED), (1, style.colour(1))):
         chosen = (kind == value) & np.isfinite(heads.slope.values)
-        slope, reach = heads.slope.values[chosen], (heads.high - heads.slope).values[chosen]
+        slope, reach = heads.slope.values[chosen], style.bars((heads.high - heads.slope).values[chosen])
         look = {
             "fmt": "o",
             "markersize": 4,
@@ -87,6 +89,7 @@ def _name_heads(axes: Axes, heads: xr.Dataset) -> None:
 
 def _bars(places: np.ndarray, heads: xr.Dataset) -> np.ndarray:
     """Points (x, y) along every head's interval, so close that no label fits between two of them."""
-    along = np.linspace(heads.low.values.ravel(), heads.high.values.ravel(), 200)
+    reach, slope = np.nan_to_num(style.bars((heads.high - heads.slope).values)), heads.slope.values
+    along = np.linspace((slope - reach).ravel(), (slope + reach).ravel(), 200)
     points = np.column_stack([np.tile(places.ravel(), len(along)), along.ravel()])
     return points[np.isfinite(points).all(1)]

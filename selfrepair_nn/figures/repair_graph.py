@@ -13,6 +13,7 @@ from matplotlib.path import Path
 
 from selfrepair_nn.analysis import SHARE, among, strongest_repairs, who_repairs
 from selfrepair_nn.components import Head
+from selfrepair_nn.confidence import RATE
 from selfrepair_nn.figures import style
 
 TAKES = "components"
@@ -24,6 +25,8 @@ CLEAR = 0.045  # from the middle of a label to an arrow's end, in distances betw
 READING = (
     "Top: ablated heads. Bottom: components whose direct effect changes most, MLPs in grey; below one another, the "
     "same layer. The final norm is no component.",
+    "Dotted: not known to differ from zero (false discovery rate {rate:.0%} over all pairs). The largest of many are "
+    "likely to have been measured too large.",
     "Arrows: the {count} largest mean changes on the head's {top}; width by the square root of size.",
 )
 Slots = dict[tuple[str, str], float]  # row, label -> horizontal place
@@ -31,13 +34,15 @@ Slots = dict[tuple[str, str], float]  # row, label -> horizontal place
 
 @dataclass(frozen=True)
 class Arrow:
-    """From an ablated head to a component, with the mean change of its direct effect in logits."""
+    """From an ablated head to a component, with the mean change of its direct effect in logits, and how well known."""
 
     ablated: Head
     component: str
     layer: int
     kind: str
     repair: float
+    half_width: float
+    known: bool
 
     @property
     def colour(self) -> str:
@@ -66,14 +71,15 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.set_title("" if len(found) == 1 else name)
     style.heading(figure, found)
     count = max(len(each) for each in arrows.values())
-    reading = [line.format(count=count, top=among(share)) for line in READING]
-    style.caption(figure, [*style.captions(found), *reading])
+    reading = [line.format(count=count, top=among(share), rate=RATE) for line in READING]
+    style.caption(figure, found, [*style.captions(found), *reading])
     return figure
 
 
 def _arrows(edges: xr.Dataset) -> list[Arrow]:
     """The strongest first."""
     names = ("layer", "head", "component", "component_layer", "component_kind", "repair")
+    names += ("repair_half_width", "repair_known")
     rows = zip(*(edges[name].values.tolist() for name in names), strict=True)
     return [Arrow(Head(layer, head), *others) for layer, head, *others in rows]
 
@@ -127,6 +133,7 @@ def _draw_arrow(axes: Axes, arrow: Arrow, start: float, end: float, largest: flo
     curve = Path([(start, high), (start, 0.5), (end, 0.5), (end, low)], [Path.MOVETO, *[Path.CURVE4] * 3])
     width = THIN + (THICK - THIN) * np.sqrt(abs(arrow.repair) / largest)
     look = {"linewidth": width, "facecolor": "none", "edgecolor": arrow.colour, "alpha": 0.75, "zorder": 2}
+    look["linestyle"] = "-" if arrow.known else ":"
     axes.add_patch(FancyArrowPatch(path=curve, arrowstyle="->,head_width=1.6,head_length=3", **look))
 
 
@@ -144,8 +151,10 @@ def _explain(axes: Axes, arrows: list[Arrow]) -> None:
     """What the two colours mean, and the largest change of each."""
     words, lines = [], []
     for verb, colour in (("repairs", REPAIRS), ("breaks", BREAKS)):
-        changes = [arrow.repair for arrow in arrows if arrow.colour == colour]
+        changes = [arrow for arrow in arrows if arrow.colour == colour]
         if changes:
-            words.append(f"{verb}, up to {max(changes, key=abs):+.2g} logits".replace("-", "\N{MINUS SIGN}"))
+            most = max(changes, key=lambda arrow: abs(arrow.repair))
+            width = f" ± {most.half_width:.1g}" if np.isfinite(most.half_width) else ""
+            words.append(f"{verb}, up to {most.repair:+.2g}{width} logits".replace("-", "\N{MINUS SIGN}"))
             lines.append(Line2D([], [], color=colour, linewidth=3))
     axes.legend(lines, words, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)

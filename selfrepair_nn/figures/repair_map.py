@@ -9,16 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from selfrepair_nn.analysis import SHARE, among, who_repairs
+from selfrepair_nn.confidence import RATE
 from selfrepair_nn.figures import style
 
 TAKES = "components"
 READING = (
     "Rows: ablated heads, layer by layer. Columns: what changes its direct effect; blue repairs, red breaks, grey is "
     "the ablated head itself. A row adds up to the head's self-repair.",
+    "Pale: pairs whose change is not known to differ from zero (false discovery rate {rate:.0%} over all pairs).",
     "Colours are by square root, so that small changes are seen; the few larger than the scale have the colour of its "
     "ends.",
 )
 COLOURS = colormaps["RdBu"].with_extremes(bad="#9A9A9A")
+PALE = 0.25  # how much colour is left of what may be zero
 HALF = 0.5  # from the middle of a cell to its edge
 SHOWN = 98  # percentile of a panel's sizes at which the colours may end
 LABELS = {"head": 16, "mlp": 8}  # numbers of layers that have room on an axis
@@ -48,7 +51,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         figure.colorbar(image, ax=row, label=label, **looks).outline.set_visible(False)
         row[0].set_title("heads" if len(found) == 1 else f"{name}: heads")
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), *READING])
+    style.caption(figure, found, [*style.captions(found), *(line.format(rate=RATE) for line in READING)])
     return figure
 
 
@@ -56,15 +59,20 @@ def _draw_store(panels: np.ndarray, pairs: xr.Dataset) -> AxesImage:
     layer, head = np.nonzero((pairs.tokens > 0).values)
     rows = pairs["layer"].values[layer]
     repair = np.where(pairs.own.values, np.nan, pairs.repair.values)[layer, head]
+    clear = np.where(pairs.own.values | pairs.repair_known.values, 1, PALE)[layer, head]
     at, kind = pairs.component_layer.values, pairs.component_kind.values
     norm = pairs.top_from_norm.values[layer, head][:, None]
+    norm_clear = np.where(abs(norm) > pairs.top_from_norm_half_width.values[layer, head][:, None], 1, PALE)
     parts = []
     for name in ("head", "mlp"):
         columns = (kind == name) & (at >= rows.min())
-        parts.append((repair[:, columns], _middles(at[columns], LABELS[name]), _edges(at[columns])))
+        ends = _middles(at[columns], LABELS[name]), _edges(at[columns])
+        parts.append((repair[:, columns], clear[:, columns], *ends))
     scale = _scale([*(values for values, *_ in parts), norm])
-    for axes, (values, labels, edges) in zip(panels, [*parts, (norm, ([], []), [])], strict=True):
-        image = axes.imshow(values, cmap=COLOURS, norm=scale, aspect="auto", interpolation="nearest")
+    parts.append((norm, norm_clear, ([], []), []))
+    for axes, (values, alpha, labels, edges) in zip(panels, parts, strict=True):
+        look = {"cmap": COLOURS, "norm": scale, "aspect": "auto", "interpolation": "nearest"}
+        image = axes.imshow(values, alpha=alpha, **look)
         axes.grid(False)
         axes.xaxis.set_ticks(*labels)
         axes.yaxis.set_ticks(*_middles(rows, LABELS["head"]))

@@ -24,10 +24,10 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     figure = style.new_figure(1, 1)
     for axes, tokens in histograms.panels(figure, found):
         known = np.isfinite(tokens.direct_effect.values)
-        values = dict(zip(tokens["ablation"].values, tokens.residual_ratio.values[:, known], strict=True))
-        histograms.draw(axes, values, "median {median:.3f}")
+        ratios = zip(tokens["ablation"].values, tokens.residual_ratio.values[:, known], strict=True)
+        histograms.draw(axes, {f"{name}: median {np.median(each):.3f}": each for name, each in ratios})
         axes.set_xlabel("ablated / clean length")
         axes.set_ylabel(f"share of {throughout(*found.values())}")
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found, top=False), READING])
+    style.caption(figure, found, [*style.captions(found, top=False, of=None), READING])
     return figure

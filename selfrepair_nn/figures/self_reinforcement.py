@@ -37,7 +37,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     style.heading(figure, found)
     confidence = next(iter(found.values())).attrs["confidence"]
     style.caption(
-        figure, [*style.captions(found, top=False), *(r.format(confidence=confidence) for r in READING)]
+        figure,
+        found,
+        [*style.captions(found, top=False), *(r.format(confidence=confidence) for r in READING)],
     )
     return figure
 

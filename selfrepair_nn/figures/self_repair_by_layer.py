@@ -6,12 +6,15 @@ from selfrepair_nn.analysis import SHARE, among
 from selfrepair_nn.figures import depth, style
 
 TAKES = "summary"
-READING = "Dots: attention heads (hollow: under the noise floor, the grey band). Lines: means of each layer."
+READING = (
+    "Lines: means of each layer, with their 95% intervals. Dots: attention heads{typical}; hollow where the interval "
+    "holds zero, or under the noise floor (grey band where it is wide enough to be seen)."
+)
 
 
 @style.settings()
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
-    """Draw one store by layer index, or several by depth in percent; hollow dots lie under the noise floor.
+    """Draw one store by layer index, or several by depth in percent; hollow dots may be zero.
 
     `datasets` is a store or a summary of `by_head`, a sequence of them, or a mapping from legend to them.
     Raises UsageError as `by_head` does, and if there is nothing to draw.
@@ -22,10 +25,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     depth.name_axis(axes, len(found) == 1)
     depth.draw_heads(axes, found, "top_self_repair", share)
     depth.draw_noise(axes, found)
-    known = depth.draw_intervals(axes, found)
     axes.set_title(style.title_of(found))
     axes.set_ylabel(f"self-repair, mean on {among(share)} (logits)")
     style.legend(figure, axes, found)
-    bars = ["Bars: 95% confidence intervals of these means."] if known else []
-    style.caption(figure, [*style.captions(found), READING, *bars])
+    style.caption(figure, found, [*style.captions(found), depth.told(READING, found, "top_self_repair")])
     return figure

@@ -1,5 +1,6 @@
 """How every figure looks and is saved. Figures are objects of their own: pyplot's state is never touched."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,15 +16,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from selfrepair_nn import text
-from selfrepair_nn.analysis import by_head
-from selfrepair_nn.analysis.summaries import share_of as usual_share_of
+from selfrepair_nn import wording
+from selfrepair_nn.analysis import HALF_WIDTH, by_head, restored
+from selfrepair_nn.analysis.checks import share_of as usual_share_of
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.paths import local
+from selfrepair_nn.wording import intervals, reach, warnings
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
-MUTED, SHADE, LABEL = "#555555", "#0072B2", 7.5
+MUTED, SHADE, LOUD, LABEL = "#555555", "#0072B2", "#C00000", 7.5
+CHARACTERS = 20.5  # of small print in an inch
 LAYERS = "viridis"
 SETTINGS = {
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -65,7 +68,7 @@ def named(datasets: Datasets) -> dict[str, xr.Dataset]:
     if isinstance(datasets, xr.Dataset):
         datasets = [datasets]
     names = list(datasets) if isinstance(datasets, Mapping) else [None] * len(datasets)
-    stores = list(datasets.values()) if isinstance(datasets, Mapping) else list(datasets)
+    stores = [restored(ds) for ds in (datasets.values() if isinstance(datasets, Mapping) else datasets)]
     if not stores:
         raise UsageError("no dataset was given: a figure draws one store, or several")
     return dict(zip(_names(names, stores), stores, strict=True))
@@ -94,7 +97,7 @@ def summaries(datasets: Datasets, share: float, by: Summary = by_head) -> dict[s
     found = {name: by(ds, share) for name, ds in named(datasets).items()}
     for heads in found.values():
         if not (heads.tokens > 0).any():
-            raise UsageError(f"{text.title(heads)!r} has nothing done yet: there is nothing to draw")
+            raise UsageError(f"{wording.title(heads)!r} has nothing done yet: there is nothing to draw")
     return found
 
 
@@ -125,25 +128,78 @@ def heading(figure: Figure, found: Mapping[str, xr.Dataset], told: str | None = 
     figure.suptitle(told or title_of(found), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
 
 
-def caption(figure: Figure, lines: Sequence[str]) -> None:
-    """Small print under the figure."""
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color=MUTED, linespacing=1.4)
+def caption(figure: Figure, found: Mapping[str, xr.Dataset], lines: Sequence[str]) -> None:
+    """Small print under the figure; in red, and above all else, what `warnings` says of any of the datasets."""
+    loud = [
+        f"{name}: {told}" if len(found) > 1 else told for name, h in found.items() for told in warnings(h)
+    ]
+    wide = int(CHARACTERS * figure.get_figwidth())
+    shown = [part for line in [*loud, *lines] for part in textwrap.wrap(line, wide)]
+    look = {"fontsize": 7, "color": LOUD if loud else MUTED, "linespacing": 1.4}
+    figure.supxlabel("\n".join(shown), x=0.01, ha="left", **look)
 
 
-def captions(found: Mapping[str, xr.Dataset], top: bool = True) -> list[str]:
-    """What the numbers are over, one line per dataset; `top`: whether the figure shows top shares."""
+def captions(
+    found: Mapping[str, xr.Dataset], top: bool = True, of: str | None = "top_self_repair"
+) -> list[str]:
+    """What the numbers are over, one line per dataset, whether the model does its task, and what the intervals are.
+
+    `top`: whether the figure shows top shares; `of`: a mean that it shows, None where it shows no interval.
+    """
     facts = [
         (name, f"{fact}.")
         for name, heads in found.items()
-        for fact in (f"{text.basis(heads, top)}; {text.noise(heads)}", *text.task(heads))
+        for fact in (f"{wording.basis(heads, top)}; {wording.noise(heads)}", *wording.task(heads))
     ]
-    return [fact if len(found) == 1 else f"{name}: {fact}" for name, fact in facts]
+    known = {} if of is None else {name: f"{capital(intervals(heads, of))}." for name, heads in found.items()}
+    if len(found) == 1:
+        return [*(fact for _, fact in facts), *known.values()]
+    lines = [f"{name}: {fact}" for name, fact in facts]
+    alike = len({*known.values()}) == 1
+    return lines + ([*known.values()][:1] if alike else [f"{name}: {told}" for name, told in known.items()])
+
+
+def capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def bars(half_width: np.ndarray) -> np.ndarray:
+    """Lengths of error bars: half-widths, and none where there is no interval."""
+    return np.where(np.isfinite(half_width), half_width, np.nan)
+
+
+def typical(found: Mapping[str, xr.Dataset], name: str) -> str:
+    """The median half-width of the heads' intervals of a mean, in words; nothing where no head has one."""
+    widths = [bars(heads[name + HALF_WIDTH].values).ravel() for heads in found.values()]
+    widths = np.concatenate(widths)
+    return f"typically {reach(np.nanmedian(widths))}" if np.isfinite(widths).any() else ""
+
+
+def line(axes: Axes, x: np.ndarray, y: np.ndarray, half_width: np.ndarray, **look: object) -> None:
+    """A line through means, with their intervals where there are any."""
+    axes.plot(x, y, **look)
+    if np.isfinite(half_width).any():
+        marks = {"elinewidth": 1, "capsize": 2, "ecolor": look["color"], "zorder": look.get("zorder", 3)}
+        axes.errorbar(x, y, bars(half_width), fmt="none", **marks)
+
+
+def shown_share(one: xr.Dataset, name: str, decimals: int = 0) -> str:
+    """ "62% ± 4%" of a share, without the interval where there is none."""
+    width = float(one[name + HALF_WIDTH])
+    told = f" ± {width:.{decimals}%}" if np.isfinite(width) else ""
+    return f"{float(one[name]):.{decimals}%}{told}"
+
+
+def crosses(axes: Axes, x: np.ndarray, y: np.ndarray, x_width: np.ndarray, y_width: np.ndarray) -> None:
+    """Thin bars in both directions behind dots: the intervals of both means."""
+    look = {"linestyle": "none", "ecolor": MUTED, "elinewidth": 0.5, "alpha": 0.45, "zorder": 2.5}
+    axes.errorbar(x, y, bars(y_width), bars(x_width), **look)
 
 
 def title_of(found: Mapping[str, xr.Dataset]) -> str:
     """Model and ablation of one dataset; what several have in common."""
     if len(found) == 1:
-        return text.title(*found.values())
+        return wording.title(*found.values())
     models, ablations = ({str(heads.attrs.get(a)) for heads in found.values()} for a in ("model", "ablation"))
     parts = [models.pop() if len(models) == 1 else f"{len(models)} models"]
     return ", ".join(parts + [f"{a} ablation" for a in ablations if len(ablations) == 1])
@@ -192,7 +248,7 @@ def outlined_svg(figure: Figure) -> bytes:
 
 def _names(given: Sequence[str | None], found: Sequence[xr.Dataset]) -> list[str]:
     """The names given; else the models if they tell the datasets apart and the rest is the same; else all."""
-    models, titles = [text.model(h) for h in found], [text.title(h) for h in found]
+    models, titles = [wording.model(h) for h in found], [wording.title(h) for h in found]
     same = len({title.removeprefix(model) for title, model in zip(titles, models, strict=True)}) == 1
     told = models if same and len(set(models)) == len(models) else titles
     named = [name or default for name, default in zip(given, told, strict=True)]

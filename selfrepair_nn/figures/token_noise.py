@@ -41,7 +41,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             else:
                 axes.remove()
     style.heading(figure, found)
-    style.caption(figure, [*style.captions(found), *(line.format(top=among(share)) for line in READING)])
+    reading = [line.format(top=among(share)) for line in READING]
+    style.caption(figure, found, [*style.captions(found, of="under"), *reading])
     return figure
 
 
@@ -74,5 +75,7 @@ def _density(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _said(tokens: xr.Dataset, prefix: str, which: str) -> str:
     correlation = f"{float(tokens[f'{prefix}correlation']):.2f}".replace("-", "\N{MINUS SIGN}")
-    fates = ", ".join(f"{name} {float(tokens[prefix + name]):.0%}" for name in ("broken", "under", "over"))
+    fates = ", ".join(
+        f"{name} {style.shown_share(tokens, prefix + name)}" for name in ("broken", "under", "over")
+    )
     return f"{which}: correlation {correlation}; {fates}"

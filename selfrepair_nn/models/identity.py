@@ -93,11 +93,12 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        told = {"vocabulary": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
+        vocabulary = getattr(tokenizer, "get_vocab", dict)()
+        told = {"vocabulary": vocabulary, "class": type(tokenizer).__name__}
     else:
         told = json.loads(backend.to_str())
         told |= {"padding": None, "truncation": None}  # what earlier calls left behind
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
     return _hashed(json.dumps([told, special], sort_keys=True, default=str).encode())
 
 

@@ -1,0 +1,127 @@
+"""What a function of analysis may be given: which dataset, and which share; what a selection of it left out."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import xarray as xr
+
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.variables import SWEEP, VARIABLES, usual_share
+
+MEANS = (
+    "direct_effect",
+    "ablated_direct_effect",
+    "logit_change",
+    "self_repair",
+    "from_heads",
+    "from_mlps",
+    "from_norm",
+)
+REQUIRED = ("selected", "done", *MEANS, "closure")
+HEADS = SWEEP[:2]
+DIMS = ("case", *SWEEP)
+
+
+def restored(ds: xr.Dataset) -> xr.Dataset:
+    """A store, or a part of one, with every dimension that a selection such as ds.sel(layer=6) took, of length 1.
+
+    What is large is left as it is, to be read block by block, and what ds.where did to flags and labels is undone.
+    A dataset that lacks nothing, or is no store, is returned as it is.
+    """
+    if "done" not in ds.variables:
+        return ds
+    lost = [d for d in DIMS if d in ds.coords and not ds[d].ndim]
+    grid = "case" not in ds.coords
+    found = {}
+    for name in sorted({*map(str, ds.variables)} & {*VARIABLES}):
+        dims = VARIABLES[name].dims_in(grid, None)
+        if "position" not in dims or len(dims) <= 2:
+            array = _with(ds[name].variable, dims, lost, VARIABLES[name].kind == "bool")
+            found |= {} if array is ds[name].variable else {name: array}
+    if not found:
+        return ds
+    labels = {name: found.pop(name) for name in [*found] if name in ds.coords}
+    return ds.drop_vars(lost).assign_coords(labels).assign(found)
+
+
+def _with(array: xr.Variable, dims: tuple[str, ...], lost: list[str], flag: bool) -> xr.Variable:
+    missing = [d for d in dims if d in lost and d not in array.dims]
+    beyond = [d for d in array.dims if d in DIMS and d not in dims]
+    if beyond:
+        array = array.max(beyond)
+    if flag and array.dtype != bool:
+        array = array.copy(data=array.values == True)  # noqa: E712 - NaN is no
+    if not missing:
+        return array
+    values = array.values[(np.newaxis,) * len(missing)]
+    return xr.Variable((*missing, *array.dims), values, array.attrs, array.encoding)
+
+
+def of_heads(ds: xr.Dataset) -> xr.Dataset:
+    """`ds` as a store of single ablated heads, `restored`. Raise UsageError if it is none, or has several variants."""
+    ds = restored(ds)
+    require(ds, (*REQUIRED, *HEADS))
+    check_axes(ds)
+    return ds
+
+
+def of_cases(ds: xr.Dataset) -> xr.Dataset:
+    """`ds` as a store of cases, `restored`. Raise UsageError if it is none, or has several variants."""
+    ds = restored(ds)
+    if "case" not in ds.dims:
+        raise UsageError("this store has no cases, but a grid of heads: use by_head")
+    require(ds, REQUIRED)
+    check_axes(ds)
+    return ds
+
+
+def require(ds: xr.Dataset, names: Iterable[str]) -> None:
+    """Raise UsageError unless `ds` has these variables or dimensions."""
+    missing = [name for name in names if name not in ds.variables and name not in ds.dims]
+    if missing:
+        raise UsageError(f"this is not a store of the heads recipe: it lacks {', '.join(missing)}")
+
+
+def check_axes(ds: xr.Dataset) -> None:
+    """Raise UsageError if `ds` has an axis of variants."""
+    if axes := ", ".join(map(str, set(ds.logit_change.dims) - {"case", *SWEEP})):
+        raise UsageError(f"this store has several values of {axes}: choose one, as ds.sel({axes}=…)")
+
+
+def require_counted(ds: xr.Dataset) -> None:
+    """Raise UsageError unless the store of a task says which tokens are asked about."""
+    if "counted" not in ds:
+        raise UsageError("this store does not say which tokens count, an older version made it: run it again")
+
+
+def share_of(ds: xr.Dataset, share: float | None) -> float:
+    """The share that is asked for, or `usual_share` of a store or a summary. UsageError if it is not in (0, 1]."""
+    if share is None:
+        some = "counted" in ds and not ds.counted.all()
+        return usual_share(not some and ds.attrs.get("counted_share", 1) == 1)
+    if not 0 < share <= 1:
+        raise UsageError(f"share {share!r} is not in (0, 1]: write 0.02 for the top 2% of tokens")
+    return share
+
+
+def same_share(summary: xr.Dataset, share: float) -> xr.Dataset:
+    """The summary, if it is of this share; else UsageError."""
+    if summary.attrs["share"] != share:
+        raise UsageError(f"this summary is of share {summary.attrs['share']}, not {share!r}: give the store")
+    return summary
+
+
+def percent(share: float) -> str:
+    """A share as people write it: 0.02 is "2%"."""
+    return f"{100 * share:.3g}%"
+
+
+def among(share: float) -> str:
+    """What a statistic of this share is over."""
+    return f"top {percent(share)} of tokens" if share < 1 else "tokens that count"
+
+
+def throughout(*summaries: xr.Dataset) -> str:
+    """What their statistics without a top share are over."""
+    all_count = all(heads.attrs.get("counted_share", 1) == 1 for heads in summaries)
+    return "all tokens" if all_count else "tokens that count"

@@ -1,0 +1,144 @@
+"""What is said of a dataset in a few words: its title, what its means are over, how well they are known."""
+
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from selfrepair_nn.analysis import HALF_WIDTH, among, percent
+from selfrepair_nn.components import Head
+from selfrepair_nn.confidence import CLUSTERS, RATE
+
+
+def title(ds: xr.Dataset) -> str:
+    """Model and ablation, as far as the store tells, and what is frozen if anything is."""
+    frozen = ds.attrs.get("freeze", "none")
+    parts = [model(ds), ablation(ds), *([f"frozen: {frozen}"] if frozen != "none" else [])]
+    return ", ".join(parts)
+
+
+def ablation(ds: xr.Dataset) -> str:
+    """What was done to a site, in words."""
+    done = str(ds.attrs.get("ablation", "")).split(", ")
+    if done[0].startswith("reinforce"):
+        return f"heads reinforced by {', '.join(each.split('_')[-1] for each in done)} × their own write"
+    return f"{', '.join(done)} ablation" if "ablation" in ds.attrs else "ablation not recorded"
+
+
+def model(ds: xr.Dataset) -> str:
+    """The model's name; of a directory's path only the last part."""
+    name = str(ds.attrs.get("model", "unnamed model"))
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def basis(heads: xr.Dataset, top: bool = True) -> str:
+    """What the means of a summary are over: heads, tokens, top share, target; and how much is done."""
+    number = int((heads.tokens > 0).sum())
+    site = "case" if "case" in heads.dims else "head"
+    some = heads.attrs.get("counted_share", 1) < 1
+    parts = [f"{number} {site}{'s' * (number != 1)}", f"{span(heads.tokens)} tokens each"]
+    if some:
+        parts[-1] += f" that count ({percent(heads.attrs['counted_share'])} of all)"
+    if top and not (some and heads.attrs["share"] == 1):
+        parts.append(f"{span(heads.top_tokens)} in the top {percent(heads.attrs['share'])}")
+    parts.append(f"{heads.attrs.get('target', 'unknown')} target")
+    return ", ".join(parts + unfinished(heads))
+
+
+def each_heads(share: float, whose: str = "each head's") -> str:
+    """The tokens that means are over, in words."""
+    return f"{whose} top {percent(share)} of tokens by direct effect" if share < 1 else f"the {among(share)}"
+
+
+def task(heads: xr.Dataset) -> list[str]:
+    """Whether the model does the task of its prompts, one line; none where they are no task."""
+    return [heads.attrs["task"]] if "task" in heads.attrs else []
+
+
+def intervals(heads: xr.Dataset, name: str = "top_self_repair") -> str:
+    """What the 95% intervals of a summary take as independent, and where there are too few of these for any."""
+    kind, count = heads.attrs.get("clustered_by", "prompt"), heads.attrs.get("clusters", 0)
+    few = f"too few {kind}s for an interval"
+    widths = heads.get(f"{name}{HALF_WIDTH}")
+    if widths is None:
+        wide, of = (0 if count >= CLUSTERS else 1), 1
+    else:
+        known = (heads.tokens > 0).broadcast_like(widths).transpose(*widths.dims).values
+        wide, of = int(np.isinf(widths.values[known]).sum()), int(known.sum())
+    if wide == of:
+        return f"{few}: {CLUSTERS} must hold a token of the mean, and there are {count} in all"
+    documents = heads.attrs.get("documents", 0)
+    reason = f"; documents are few: {documents}" if kind == "prompt" and 0 < documents < CLUSTERS else ""
+    told = f"95% intervals, clustered by {kind} ({count:,}{reason})"
+    return told if not wide else f"{told}; {few} of {wide} of {of} means"
+
+
+def repaired(heads: xr.Dataset, prefix: str = "top_") -> str:
+    """How many heads are repaired, by the rule of `by_head`, and how many broken; or that this cannot be said."""
+    tested = int(heads[f"{prefix}p_value"].notnull().sum())
+    site = "cases" if "case" in heads.dims else "heads"
+    if not tested:
+        return f"repaired: too few {heads.attrs.get('clustered_by', 'prompt')}s for an interval"
+    counts = {name: int(heads[prefix + name].sum()) for name in ("repaired", "broken")}
+    neither = tested - sum(counts.values())
+    return (
+        f"repaired: {counts['repaired']} of {tested} {site}, broken: {counts['broken']}, neither for sure: {neither} "
+        f"(false discovery rate {RATE:.0%})"
+    )
+
+
+def warnings(heads: xr.Dataset) -> list[str]:
+    """What must be known before any number of a summary is used: nothing, of a sound run."""
+    worst, limit = heads.attrs.get("worst_closure", 0), heads.attrs.get("closure_limit", np.inf)
+    if worst <= limit:
+        return []
+    return [
+        f"WARNING: do not use these numbers. The parts of the self-repair miss the whole by up to {worst:.2g} logits, "
+        f"and {heads.attrs.get('dtype', 'this number format')} allows {limit:.1g}: the model was not decomposed as it "
+        "computes. Run `selfrepair check` on it."
+    ]
+
+
+def unfinished(heads: xr.Dataset) -> list[str]:
+    done = heads.attrs.get("done_share", 1)
+    enough = "half_width" in heads and "finished" in heads.attrs
+    return [] if done == 1 or enough else [f"{percent(min(done, 0.999))} of the run done"]
+
+
+def noise(heads: xr.Dataset) -> str:
+    """The noise floor of the layers, from the smallest to the largest."""
+    floors = heads.noise_floor.values[np.isfinite(heads.noise_floor.values)]
+    if not floors.size:
+        return "noise floor not measured"
+    low, high = f"{floors.min():.1g}", f"{floors.max():.1g}"
+    return f"noise floor {low if low == high else f'{low} to {high}'} logits"
+
+
+def worst_closure(heads: xr.Dataset) -> str:
+    return f"{heads.attrs['worst_closure']:.1g} logits" if "worst_closure" in heads.attrs else "unknown"
+
+
+def number(value: float) -> str:
+    """A signed number: three decimals, or one digit and the power of ten where those would show none."""
+    if np.isnan(value):
+        return "-"
+    return f"{value:+.0e}" if 0 < abs(value) < 0.0005 else f"{value:+.3f}"
+
+
+def reach(half_width: float) -> str:
+    """ "±0.021" of a half-width; nothing where there is no interval."""
+    return f"±{number(half_width).removeprefix('+')}" if np.isfinite(half_width) else ""
+
+
+def labels(heads: xr.Dataset) -> list[str]:
+    """ "L11H2" for every head of a result of `most_repaired`."""
+    places = zip(heads["layer"].values, heads["head"].values, strict=True)
+    return [Head(int(layer), int(head)).label for layer, head in places]
+
+
+def span(counts: xr.DataArray) -> str:
+    known = counts.values[counts.values > 0]
+    if not known.size:
+        return "0"
+    low, high = int(known.min()), int(known.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
