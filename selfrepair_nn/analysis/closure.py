@@ -3,8 +3,9 @@
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.blocks import done_cases, largest
+from selfrepair_nn.blocks import done_cases, largest, sites
 from selfrepair_nn.models.check import TOLERANCE
+from selfrepair_nn.variables import TOKEN
 
 
 def closure(ds: xr.Dataset, worst: np.ndarray | None = None) -> dict[str, float]:
@@ -15,11 +16,18 @@ def closure(ds: xr.Dataset, worst: np.ndarray | None = None) -> dict[str, float]
     with nothing done, has no such attributes.
     """
     if worst is None:
-        worst = largest(ds, "closure", done_cases(ds)) if "closure" in ds else np.empty(0)
+        worst = _worst(ds) if "closure" in ds else np.empty(0)
     worst = worst[~np.isnan(worst)]
     if not worst.size:
         return {}
     return {"worst_closure": float(worst.max()), "closure_limit": closure_limit(ds)}
+
+
+def _worst(ds: xr.Dataset) -> np.ndarray:
+    """The largest |closure| of each case, of every variant."""
+    axes = [d for d in ds.closure.dims if d not in (*sites(ds), *TOKEN)]
+    variants = [ds.isel({axes[0]: i}) for i in range(ds.sizes[axes[0]])] if axes else [ds]
+    return np.concatenate([largest(one, "closure", done_cases(ds)) for one in variants])
 
 
 def closure_limit(ds: xr.Dataset) -> float:

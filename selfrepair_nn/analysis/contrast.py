@@ -56,8 +56,7 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     }
     for name, (units, text) in names.items():
         found[name].attrs = {"units": units, "long_name": text}
-    sound = max((closure(one) for one in each), key=lambda told: told.get("worst_closure", 0))
-    told = clustering(ds) | sound | {"edited_share": float(_edited(ds).mean())}
+    told = clustering(ds) | closure(ds) | {"edited_share": float(_edited(ds).mean())}
     return described_widths(found).assign_attrs(ds.attrs | told)
 
 
