@@ -247,7 +247,7 @@ def rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray
 
     Read one layer and one chunk of prompts at a time; what holds no entry is not read.
     """
-    array = _in_order(array, SWEEP)
+    array = array.transpose(*(d for d in SWEEP if d in array.dims), ...)
     n_heads, n_positions = (array.sizes.get(d, 1) for d in ("head", "position"))
     step = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     layer, chunk = top.case // n_heads, top.token // n_positions // step
@@ -281,17 +281,12 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
     dims = (*sites(ds), *TOKEN)
-    array, n_prompts = _in_order(ds[name], dims), ds.sizes["prompt"]
+    array, n_prompts = ds[name].transpose(*(d for d in dims if d in ds[name].dims)), ds.sizes["prompt"]
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):
         block = _whole(array.isel(prompt=slice(start, start + step), missing_dims="ignore"), dims)
         yield start, block.reshape(-1, *block.shape[-2:])
-
-
-def _in_order(array: xr.DataArray, dims: tuple[str, ...]) -> xr.DataArray:
-    """Those of the dimensions that a selection such as ds.sel(layer=6) left, then the others."""
-    return array.transpose(*(d for d in dims if d in array.dims), ...)
 
 
 def _whole(array: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:

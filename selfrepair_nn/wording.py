@@ -63,8 +63,8 @@ def intervals(heads: xr.Dataset, name: str = "top_self_repair") -> str:
     if widths is None:
         wide, of = (0 if count >= CLUSTERS else 1), 1
     else:
-        known = (heads.tokens > 0).broadcast_like(widths).transpose(*widths.dims).values
-        wide, of = int(np.isinf(widths.values[known]).sum()), int(known.sum())
+        shown = widths.where(heads.tokens > 0) if "tokens" in heads else widths
+        wide, of = int(np.isinf(shown).sum()), int(shown.notnull().sum())
     if wide == of:
         return f"{few}: {CLUSTERS} must hold a token of the mean, and there are {count} in all"
     documents = heads.attrs.get("documents", 0)

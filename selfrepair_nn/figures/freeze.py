@@ -9,6 +9,7 @@ from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, by_variant
 from selfrepair_nn.figures import depth, style
 
 TAKES = "frozen"
+ROOM = 0.25  # above the dots, for the legend
 READING = (
     "Left: dots are heads, lines the means of each layer with their 95% intervals; with everything frozen self-repair "
     "is zero by definition.",
@@ -58,7 +59,9 @@ def _draw_layers(axes: Axes, heads: xr.Dataset) -> None:
         look["label"] = f"frozen: {label}{most}"
         style.line(axes, layer + shift, values.mean("head").values, width, **look)
     depth.name_axis(axes, True)
-    axes.legend()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + ROOM * (high - low))
+    axes.legend(loc="upper left")
 
 
 def _draw_norm(axes: Axes, heads: xr.Dataset) -> None:

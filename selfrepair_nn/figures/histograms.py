@@ -12,6 +12,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.figures import style
 
 MOST = 60  # bins
+ROOM = 1.35  # above the bars, for the legend
 SHOWN = (0.25, 99.75)  # percentiles of all variants together at which the axis ends
 
 
@@ -56,4 +57,5 @@ def draw(axes: Axes, values: Mapping[str, np.ndarray]) -> None:
         )
     axes.axvline(1, color="black", linewidth=1, linestyle=(0, (5, 3)))
     axes.yaxis.set_major_formatter(style.as_percent)
-    axes.legend(loc="best")
+    axes.set_ylim(top=ROOM * axes.get_ylim()[1])
+    axes.legend(loc="upper right")

@@ -11,11 +11,12 @@ from selfrepair_nn.figures import depth, style
 
 TAKES = "scale"
 NAMED = 3
+SHOWN = 80  # percentile of the bars' lengths for which there is room
 READING = (
     "Slope of the change of direct effect on the direct effect, one edited position of each prompt. Bars: "
     "intervals that hold for all heads of a panel together ({confidence:.0%}).",
-    "Filled: self-repressing (below zero) and self-reinforcing (above zero) heads: their intervals exclude zero at "
-    "every scale.",
+    "Hardly anything is known where a bar leaves the panel. Filled: self-repressing (below zero) and self-reinforcing "
+    "(above zero) heads: their intervals exclude zero at every scale.",
 )
 
 
@@ -38,6 +39,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             one = heads.isel(scale=i)
             _draw_panel(axes, one)
             axes.set_title(f"{float(one['scale']):g} × its own write")
+        row[0].set_ylim(*_limits(heads))
         row[0].set_ylabel("slope" if len(found) == 1 else f"{name}: slope")
         figure.draw_without_rendering()
         _name_heads(row[heads.sizes["scale"] - 1], heads)
@@ -71,6 +73,15 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
         }
         axes.errorbar(places[chosen], slope, reach, markerfacecolor=colour if value else "white", **look)
     depth.name_axis(axes, True)
+
+
+def _limits(heads: xr.Dataset) -> tuple[float, float]:
+    """Room for every slope and for most bars; hardly anything is known where a bar leaves the panel."""
+    slope, reach = heads.slope.values, style.bars((heads.high - heads.slope).values)
+    known = np.isfinite(slope)
+    usual = np.nanpercentile(reach[known], SHOWN) if np.isfinite(reach[known]).any() else 0
+    low, high = slope[known].min(initial=0) - usual, slope[known].max(initial=0) + usual
+    return low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
 
 
 def _name_heads(axes: Axes, heads: xr.Dataset) -> None:
