@@ -18,6 +18,7 @@ _PLACES = {
     "wrap": "models.load:wrap",
     "check": "models.check:check",
     "open_store": "store:open_store",
+    "verify": "integrity:verify",
     "Graph": "graph:Graph",
     "Variants": "graph:Variants",
     "Scale": "graph:Scale",

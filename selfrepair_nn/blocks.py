@@ -1,7 +1,8 @@
 """A store read once through, one block of prompts at a time: exact top shares, sums by prompt, extremes.
 
 Blocks are whole chunks as they were written, so nothing is decompressed twice. A case is one ablated head: a
-layer and a head, flattened. A token is a prompt and a position, flattened. Only what is marked `done` counts.
+layer and a head, flattened. A token is a prompt and a position, flattened. Only what is marked `done` counts, and
+nothing is averaged over holes: a blank in what is done, and a store that lost a chunk, are a StoreError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.errors import UsageError
+from selfrepair_nn.errors import StoreError, UsageError
+from selfrepair_nn.integrity import require_source
 from selfrepair_nn.variables import SWEEP, TOKEN
 
 BLOCK = 2**22  # values held at once
@@ -71,7 +73,34 @@ def sites(ds: xr.Dataset) -> tuple[str, ...]:
 
 
 def done_cases(ds: xr.Dataset) -> np.ndarray:
-    """What counts: bool [case, prompt]."""
+    """What counts: bool [case, prompt]. StoreError if the store that `ds` comes from is not whole."""
+    require_source(ds)
+    done = _counted(ds)
+    for name in ("noise_floor", "threshold"):
+        if name in ds:
+            begun = (ds.done & ds.selected).any("prompt")
+            require_known(name, (ds[name].isnull() & begun).any().item())
+    return done
+
+
+def require_known(name: str, lost: bool | np.ndarray, start: int = 0) -> None:
+    """Raise StoreError where what is done is blank; `lost` is a bool, or one for each prompt from `start` on."""
+    if np.any(lost):
+        where = "" if np.ndim(lost) == 0 else f" of prompt {start + int(np.flatnonzero(lost)[0])}"
+        raise StoreError(
+            f"{name}{where} is blank though it is marked done: the store has lost a part of it. "
+            "Run the command that made it again: it computes that anew"
+        )
+
+
+def clean_values(ds: xr.Dataset, name: str) -> np.ndarray:
+    """A variable of the clean run: [prompt, position]. StoreError if it is blank where something is done."""
+    values = ds[name].transpose(*TOKEN).values
+    require_known(name, np.isnan(values).any(-1) & _counted(ds).any(0))
+    return values
+
+
+def _counted(ds: xr.Dataset) -> np.ndarray:
     done = (ds.done & ds.selected).transpose(*sites(ds), "prompt").values
     return done.reshape(-1, done.shape[-1])
 
@@ -130,6 +159,7 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
         sums[:, here] = _done_sums(values, done[:, here])
         within, picked = top.pick(start, values)
         chosen[within] = picked
+    require_known(name, np.isnan(chosen).any())
     return sums, chosen
 
 
@@ -172,12 +202,14 @@ def clean_ratios(
     Returns the sums and the numbers above 1, both [case, prompt], and the quotients on the entries of `top`.
     """
     sums, above, chosen = np.zeros(done.shape), np.zeros(done.shape), np.empty(top.token.size)
+    before = clean_values(ds, clean)
     for start, below in _blocks(ds, ablated):
         here = slice(start, start + below.shape[1])
-        found = ratios(np.broadcast_to(ds[clean].transpose(*TOKEN)[here].values, below.shape), below)
+        found = ratios(np.broadcast_to(before[here], below.shape), below)
         sums[:, here], above[:, here] = _done_sums(found, done[:, here]), _done_sums(found > 1, done[:, here])
         within, picked = top.pick(start, found)
         chosen[within] = picked
+    require_known(ablated, np.isnan(chosen).any())
     return sums, above, chosen
 
 
@@ -242,6 +274,7 @@ def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
     found = np.empty((top.token.size, *array.transpose(*SWEEP, ...).shape[len(SWEEP) :]), array.dtype)
     for entries, values in rows(array, top):
         found[entries] = values
+    require_known(array.name, bool((found < 0).any() if found.dtype.kind == "i" else np.isnan(found).any()))
     return found
 
 
@@ -259,12 +292,16 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
     array = ds[name].transpose(*sites(ds), *TOKEN)
-    n_prompts = array.sizes["prompt"]
+    n_prompts, counted = array.sizes["prompt"], _counted(ds)
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):
         block = array.isel(prompt=slice(start, start + step)).values
-        yield start, block.reshape(-1, *block.shape[-2:])
+        block = block.reshape(-1, *block.shape[-2:])
+        if name == "direct_effect" or "kept_share" not in ds.attrs:
+            lost = np.isnan(block.sum(-1)) & counted[:, start : start + step]
+            require_known(name, lost.any(0), start)
+        yield start, block
 
 
 def _done_sums(values: np.ndarray, done: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.summaries import MEANS
+from selfrepair_nn.blocks import done_cases, require_known
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import VARIABLES
 
@@ -86,10 +87,13 @@ def _last(ds: xr.Dataset) -> xr.Dataset:
     """The last position of the prompts that are done, (case, prompt, …)."""
     if "case" not in ds.dims or "other" not in ds or "component_change" not in ds:
         raise UsageError("this store has no name movers, ablated one by one and together: run ioi")
-    done = (ds.done & ds.selected).transpose("case", "prompt").values.all(0)
+    done = done_cases(ds).all(0)
     if not done.any():
         raise UsageError("this store has nothing done yet")
-    return ds.isel(position=-1, prompt=np.flatnonzero(done)).transpose("case", "prompt", ...)
+    last = ds.isel(position=-1, prompt=np.flatnonzero(done)).transpose("case", "prompt", ...)
+    for name in (*MEANS, "logit", "component_change", "component_direct_effect"):
+        require_known(name, bool(last[name].isnull().any()))
+    return last
 
 
 def _kind(label: str) -> str:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from selfrepair_nn.analysis.noise import COUNT, loudest
 from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_share, check_store, percent
-from selfrepair_nn.blocks import BLOCK, Top, direct_effects, done_cases, entries_of, stored_rows
+from selfrepair_nn.blocks import BLOCK, Top, clean_values, direct_effects, done_cases, entries_of, stored_rows
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import NEURON
 
@@ -42,7 +42,7 @@ def erasure_neurons(ds: xr.Dataset, share: float = SHARE, count: int = COUNT) ->
     first = ds[["top_neuron", "top_neuron_change", "top_neuron_direct_effect"]].isel(rank=0)
     clean = entries_of(first.top_neuron_direct_effect, top).astype(float)
     change = entries_of(first.top_neuron_change, top).astype(float)
-    mlp = ds.mlp_direct_effect.transpose("prompt", "position").values.ravel()[top.token].astype(float)
+    mlp = clean_values(ds, "mlp_direct_effect").ravel()[top.token].astype(float)
     prompt, position = np.divmod(top.token, ds.sizes["position"])
     whole = {"prompt": prompt, "position": position, "neuron": entries_of(first.top_neuron, top)}
     logits = {

@@ -6,7 +6,7 @@ import xarray as xr
 from selfrepair_nn.analysis.noise import COUNT, token_noise
 from selfrepair_nn.analysis.summaries import HEADS, SHARE, by_head, check_store, percent
 from selfrepair_nn.analysis.variants import axis_of, by_variant
-from selfrepair_nn.blocks import clean_ratios, direct_effects, done_cases, tokens_of
+from selfrepair_nn.blocks import clean_ratios, clean_values, direct_effects, done_cases, tokens_of
 
 RATIO = "S/S', clean to ablated scale of the final norm"
 LENGTH = "length of the residual stream, ablated to clean"
@@ -66,10 +66,10 @@ def _with_ratios(ds: xr.Dataset, share: float, count: int) -> xr.Dataset:
     def on_tokens(name: str) -> np.ndarray:
         return np.where(done, tokens_of(ds, name, cases), np.nan)
 
-    scale = ds.norm_scale.transpose("prompt", "position").values
+    scale = clean_values(ds, "norm_scale")
     found["scale_ratio"] = (dims, scale / on_tokens("ablated_norm_scale"), {"units": "1", "long_name": RATIO})
     if "residual_norm" in ds:
-        length = ds.residual_norm.transpose("prompt", "position").values
+        length = clean_values(ds, "residual_norm")
         ratio = on_tokens("ablated_residual_norm") / length
         found["residual_ratio"] = (dims, ratio, {"units": "1", "long_name": LENGTH})
     return found

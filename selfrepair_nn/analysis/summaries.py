@@ -8,6 +8,7 @@ import xarray as xr
 from selfrepair_nn.blocks import Sums, Top, direct_effects, done_cases, largest, ratios, read, sites
 from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.integrity import require_source
 from selfrepair_nn.variables import SWEEP, VARIABLES
 
 SHARE = 0.02
@@ -32,6 +33,7 @@ def done_share(ds: xr.Dataset) -> xr.DataArray:
         UsageError: `ds` is not a store of the heads recipe.
     """
     check_store(ds)
+    require_source(ds)
     return (ds.done & ds.selected).mean("prompt").where(ds.selected)
 
 

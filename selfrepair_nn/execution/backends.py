@@ -72,7 +72,7 @@ class _Local:
             if plan.get("rows", 0) <= length:
                 return self._from_halves(unit)
             self._rows = max(length, plan["rows"] // 2)
-            _tell(f"out of memory: going on with {self._rows} tokens in a pass")
+            tell(f"out of memory: going on with {self._rows} tokens in a pass")
 
     def _smaller(self, plan: dict[str, Any]) -> dict[str, Any]:
         return plan if self._rows is None or "rows" not in plan else plan | {"rows": self._rows}
@@ -83,7 +83,7 @@ class _Local:
             raise SelfRepairError(
                 f"{unit.label}: out of memory with one prompt and one case: choose a smaller --length or --dtype"
             )
-        _tell(f"out of memory: {unit.label}, in two halves")
+        tell(f"out of memory: {unit.label}, in two halves")
         return unit.join(*(self._result(half) for half in halves))
 
 
@@ -104,7 +104,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     tqdm.write(f"selfrepair: {text}", file=sys.stderr)
 
 

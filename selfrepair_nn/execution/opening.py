@@ -15,19 +15,21 @@ from selfrepair_nn import provenance
 from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
+from selfrepair_nn.execution.mending import restore
+from selfrepair_nn.integrity import contents_of
 from selfrepair_nn.models.load import Model
 from selfrepair_nn.remote.secrets import hidden
-from selfrepair_nn.store import Store, explained, require_store
+from selfrepair_nn.store import Store, explained
 
 
 def open_or_create(experiment: Experiment, command: str) -> Store:
     """The run's store; StoreError if what is there is another run's, or nothing can be written."""
     path = experiment.path
     if path.exists():
-        require_store(path)
-        store = Store(path)
-        _require_same_settings(path, json.loads(store.attributes["settings"]), experiment.settings)
-        return store
+        found = contents_of(path)
+        _require_same_settings(path, json.loads(found.attributes["settings"]), experiment.settings)
+        restore(found)
+        return Store(path)
     if experiment.options.served:
         from selfrepair_nn.execution.remote import server_of
 

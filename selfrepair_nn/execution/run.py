@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from selfrepair_nn import provenance
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
-from selfrepair_nn.execution.backends import Backend, backend, loaded
+from selfrepair_nn.execution.backends import Backend, backend, loaded, tell
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, finished, learn
 from selfrepair_nn.execution.interruption import interruptible
+from selfrepair_nn.execution.mending import mend, undecided
 from selfrepair_nn.execution.opening import (
     as_stored,
     only_writer,
@@ -29,6 +30,7 @@ from selfrepair_nn.execution.preliminaries import loudest
 from selfrepair_nn.execution.preview import large, preview_of, preview_text
 from selfrepair_nn.execution.rounds import rounds
 from selfrepair_nn.execution.workers import Workers
+from selfrepair_nn.integrity import named, verify
 from selfrepair_nn.models.load import Model
 from selfrepair_nn.options import Options
 from selfrepair_nn.remote.faults import Fault
@@ -69,7 +71,13 @@ def run(
         if experiment.undecided and not experiment.path.exists():
             experiment = _decided(experiment)
         store = open_or_create(experiment, command or _call(recipe, choices))
+        damage = verify(store.path)
+        if undecided(experiment, damage):
+            experiment = _decided(experiment)
         experiment = as_stored(experiment, store)
+        if damage:
+            tell(f"computes again what is damaged in {str(store.path)!r}: {named(damage)}")
+            mend(store, experiment, damage)
         if "finished" not in store.attributes:
             _run(store, experiment, progress, lock.release)
     return open_store(experiment.path)
