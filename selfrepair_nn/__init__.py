@@ -18,6 +18,7 @@ _PLACES = {
     "wrap": "models.model:wrap",
     "check": "models.check:check",
     "open_store": "store:open_store",
+    "verify": "integrity:verify",
     "Graph": "graph:Graph",
     "Variants": "graph:Variants",
     "Scale": "graph:Scale",

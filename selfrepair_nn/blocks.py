@@ -2,7 +2,8 @@
 
 Blocks are whole chunks as they were written, so nothing is decompressed twice. A case is one ablated head: a
 layer and a head, flattened. A token is a prompt and a position, flattened. Only what is marked `done` counts, and of
-that only the tokens that are `counted`: what stands at the others is never looked at.
+that only the tokens that are `counted`: what stands at the others is never looked at. Nothing is averaged over holes: a
+blank in what counts, and a store that lost a chunk, are a StoreError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,8 @@ from itertools import groupby
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.errors import UsageError
+from selfrepair_nn.errors import StoreError, UsageError
+from selfrepair_nn.integrity import require_source
 from selfrepair_nn.variables import SWEEP, TOKEN
 
 BLOCK = 2**22  # values held at once
@@ -55,7 +57,38 @@ def counted_tokens(ds: xr.Dataset) -> np.ndarray:
 
 
 def done_cases(ds: xr.Dataset) -> np.ndarray:
-    """What counts: bool [case, prompt]; a prompt without a counted token does not."""
+    """What counts: bool [case, prompt]; a prompt without a counted token does not.
+
+    Raises:
+        StoreError: the store that `ds` comes from is not whole.
+    """
+    require_source(ds)
+    done = _done(ds)
+    for name in ("noise_floor", "threshold"):
+        if name in ds:
+            begun = (ds.done & ds.selected).any("prompt")
+            require_known(name, (ds[name].isnull() & begun).any().item())
+    return done
+
+
+def require_known(name: str, lost: bool | np.ndarray, start: int = 0) -> None:
+    """Raise StoreError where what is done is blank; `lost` is a bool, or one for each prompt from `start` on."""
+    if np.any(lost):
+        where = "" if np.ndim(lost) == 0 else f" of prompt {start + int(np.flatnonzero(lost)[0])}"
+        raise StoreError(
+            f"{name}{where} is blank though it is marked done: the store has lost a part of it. "
+            "Run the command that made it again: it computes that anew"
+        )
+
+
+def clean_values(ds: xr.Dataset, name: str) -> np.ndarray:
+    """A variable of the clean run: [prompt, position]. StoreError if it is blank where something counts."""
+    values = ds[name].transpose(*TOKEN).values
+    require_known(name, (np.isnan(values) & counted_tokens(ds)).any(-1) & _done(ds).any(0))
+    return values
+
+
+def _done(ds: xr.Dataset) -> np.ndarray:
     done = (ds.done & ds.selected).transpose(*sites(ds), "prompt").values
     return done.reshape(-1, done.shape[-1]) & counted_tokens(ds).any(1)
 
@@ -122,6 +155,7 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
         sums[:, here] = _done_sums(values, done[:, here], asked[here])
         within, picked = top.pick(start, values)
         chosen[within] = picked
+    require_known(name, np.isnan(chosen).any())
     return sums, chosen
 
 
@@ -170,14 +204,15 @@ def clean_ratios(
     Returns the sums and the numbers above 1, both [case, prompt], and the quotients on the entries of `top`.
     """
     sums, above, chosen = np.zeros(done.shape), np.zeros(done.shape), np.empty(top.token.size)
-    asked = counted_tokens(ds)
+    asked, before = counted_tokens(ds), clean_values(ds, clean)
     for start, below in _blocks(ds, ablated):
         here = slice(start, start + below.shape[1])
-        found = ratios(np.broadcast_to(ds[clean].transpose(*TOKEN)[here].values, below.shape), below)
+        found = ratios(np.broadcast_to(before[here], below.shape), below)
         sums[:, here] = _done_sums(found, done[:, here], asked[here])
         above[:, here] = _done_sums(found > 1, done[:, here], asked[here])
         within, picked = top.pick(start, found)
         chosen[within] = picked
+    require_known(ablated, np.isnan(chosen).any())
     return sums, above, chosen
 
 
@@ -264,6 +299,7 @@ def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
     found = np.empty((top.token.size, *beyond), array.dtype)
     for entries, values in rows(array, top):
         found[entries] = values
+    require_known(array.name, bool((found < 0).any() if found.dtype.kind == "i" else np.isnan(found).any()))
     return found
 
 
@@ -280,13 +316,18 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
-    dims = (*sites(ds), *TOKEN)
+    dims, done, asked = (*sites(ds), *TOKEN), _done(ds), counted_tokens(ds)
     array, n_prompts = ds[name].transpose(*(d for d in dims if d in ds[name].dims)), ds.sizes["prompt"]
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):
-        block = _whole(array.isel(prompt=slice(start, start + step), missing_dims="ignore"), dims)
-        yield start, block.reshape(-1, *block.shape[-2:])
+        here = slice(start, start + step)
+        block = _whole(array.isel(prompt=here, missing_dims="ignore"), dims)
+        block = block.reshape(-1, *block.shape[-2:])
+        if name == "direct_effect" or "kept_share" not in ds.attrs:
+            lost = np.isnan(_done_sums(block, done[:, here], asked[here]))
+            require_known(name, lost.any(0), start)
+        yield start, block
 
 
 def _whole(array: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:

@@ -194,6 +194,27 @@ def info(store: str) -> None:
 
 
 @cli.command()
+@click.argument("store")
+def verify(store: str) -> None:
+    """Read every file of STORE and list what is missing or damaged. Exit code 1 if anything is; 75 if nothing is, but
+    the run has not finished."""
+    from selfrepair_nn.integrity import contents_of
+    from selfrepair_nn.integrity import verify as damaged
+
+    found, attributes = damaged(store), contents_of(Path(store)).attributes
+    for each in found:
+        click.echo(each)
+    remedy = f"run the command that made it:\n  {attributes.get('command', 'not recorded')}"
+    if found:
+        count = f"{len(found)} file{'s' * (len(found) > 1)}"
+        raise SelfRepairError(f"{count} of {store!r} missing or damaged; to compute again, {remedy}")
+    click.echo(f"{store}: every file is as it was written")
+    if "finished" not in attributes:
+        _say(f"{store!r} is whole as far as it goes, but the run has not finished; to go on, {remedy}")
+        sys.exit(Incomplete.exit_code)
+
+
+@cli.command()
 def recipes() -> None:
     """List the recipes, one line each."""
     from selfrepair_nn.recipe import recipes as found

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
+from selfrepair_nn.contents import ABOUT, COPY, FIXED, FORMATS, NOTES, ROOT, Contents, listed, notes_of
 from selfrepair_nn.errors import StoreError
+from selfrepair_nn.files import Files, digest, read_json, seal, sealed, sync_path, sync_tree, unsealed
+from selfrepair_nn.integrity import Checks, contents_of, count, require_whole
 from selfrepair_nn.paths import local
 from selfrepair_nn.remote.secrets import hidden
 from selfrepair_nn.variables import VARIABLES, Variable
 
-FORMAT = 1
-COMPRESSOR = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
+COMPRESSORS = (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec())
+"""The checksum comes last, so that a chunk's file ends in it."""
 
 
 class Store:
@@ -30,7 +33,10 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._group = zarr.open_group(path, mode="r+")
+        contents = contents_of(path)
+        self._sealed, self._id = contents.format > 1, contents.attributes.get("id")
+        self._files = Files(path, check=Checks(contents))
+        self._group = zarr.open_group(self._files, mode="r+")
 
     @classmethod
     def create(
@@ -67,15 +73,22 @@ class Store:
                 labels = xr.Dataset(
                     coords={name: _labelled(name, values) for name, values in coordinates.items()}
                 )
-                labels.attrs = _plain(attributes)
-                labels.attrs |= {"format": FORMAT, "prompts_per_chunk": prompts_per_chunk}
-                labels.to_zarr(draft, mode="w-", consolidated=False)
+                own = {"format": FORMATS[-1], "id": uuid.uuid4().hex, "prompts_per_chunk": prompts_per_chunk}
+                labels.attrs = _plain(attributes) | own
+                encoding = {name: {"compressors": COMPRESSORS} for name in labels.variables}
+                labels.to_zarr(
+                    draft, mode="w-", consolidated=False, encoding=encoding, write_empty_chunks=True
+                )
                 group = zarr.open_group(draft, mode="r+")
                 for name, values in data.items():
                     sizes = {d: labels.sizes[d] for d in dims(VARIABLES[name])}
                     _add_array(group, name, values, sizes, prompts_per_chunk, precision)
+                group.create_group(NOTES, attributes={"description": ABOUT})
                 _consolidate(draft)
+                take_notes(draft)
+                sync_tree(draft)
                 draft.rename(path)
+                sync_path(path.parent)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return cls(path)
@@ -86,8 +99,11 @@ class Store:
 
     def annotate(self, **attributes: Any) -> None:
         """Add or replace attributes."""
-        with explained(self.path):
-            self._group.attrs.update(_plain(attributes))
+        self._describe(lambda now: now | _plain(attributes))
+
+    def reopen(self) -> None:
+        """Take back that the run has finished: something of it is to be computed again."""
+        self._describe(lambda now: {k: v for k, v in now.items() if k != "finished"})
 
     @property
     def prompts_per_chunk(self) -> int:
@@ -97,6 +113,11 @@ class Store:
     def names(self) -> set[str]:
         """Names of the arrays it holds, coordinates included."""
         return set(self._group.array_keys())
+
+    @property
+    def fixed(self) -> set[str]:
+        """Names of those that are there from the beginning, and not written block by block."""
+        return {each.name for each in contents_of(self.path).fixed}
 
     @property
     def done(self) -> np.ndarray:
@@ -109,15 +130,29 @@ class Store:
             return self._group[name][:]
         return self._group[name][tuple(block if d == "prompt" else slice(None) for d in self._dims(name))]
 
-    def write(self, name: str, values: np.ndarray) -> None:
-        """Replace a whole small array."""
+    def blank(self, name: str, block: slice) -> np.ndarray:
+        """What the part of an array along prompts holds before it is computed."""
+        array = self._group[name]
+        sizes = zip(self._dims(name), array.shape, strict=True)
+        shape = [block.stop - block.start if d == "prompt" else size for d, size in sizes]
+        return np.full(shape, array.fill_value, array.dtype)
+
+    def write(self, name: str, values: Any) -> None:
+        """Replace a whole small array; None: by what it holds before it is computed."""
         with explained(self.path):
-            self._group[name][...] = values
+            self._require_same()
+            array = self._array(name)
+            with self._files.staged() as files:
+                array[...] = array.fill_value if values is None else values
+            self._files.put(self._notes(FIXED, {}, files))
+            self._files.put(files)
 
     def write_prompts(
         self, block: slice, values: Mapping[str, np.ndarray], done: np.ndarray | None = None
     ) -> None:
         """Write every array's part for the prompts of one chunk, then mark what is `done`: in this order.
+
+        What was written is on the disk before the mark is.
 
         Args:
             values: name -> the array's part for these prompts.
@@ -125,17 +160,65 @@ class Store:
 
         Raises:
             ValueError: a value of the wrong shape; nothing is written.
-            StoreError: the disk is full, or the like; the block is then not marked done.
+            StoreError: the disk is full, or the like; the block is then not marked done. Or the store is not there
+                any more.
         """
         size = block.stop - block.start
         for name, part in values.items():
             self._require_shape(name, part.shape, size)
         with explained(self.path):
-            for name, part in values.items():
-                where = tuple(block if d == "prompt" else slice(None) for d in self._dims(name))
-                self._group[name][where] = part
-            if done is not None:
-                self._group["done"][..., block] = np.repeat(done[..., None], size, axis=-1)
+            self._require_same()
+            with self._files.staged() as files:
+                for name, part in values.items():
+                    where = tuple(block if d == "prompt" else slice(None) for d in self._dims(name))
+                    self._array(name)[where] = part
+            with self._files.staged() as mark:
+                if done is not None:
+                    self._array("done")[..., block] = np.repeat(done[..., None], size, axis=-1)
+            notes = self._notes(notes_of(block.start // self.prompts_per_chunk), files, mark)
+            self._files.put(notes | files)
+            self._require_same()
+            self._files.put(mark)
+
+    def _array(self, name: str) -> zarr.Array:
+        """An array whose chunks are written even where they are blank: what is lost is told from what is empty."""
+        return self._group[name].with_config({"write_empty_chunks": True})
+
+    def _notes(self, where: str, fresh: Mapping[str, Any], replaced: Mapping[str, Any]) -> dict[str, bytes]:
+        """Notes of the checksums of files that are about to be written; what is replaced may be read as it was, too."""
+        if not self._sealed:
+            return {}
+        noted = unsealed(self.path / where) or {}
+        noted |= {key: [seal(data.to_bytes())] for key, data in fresh.items()}
+        for key, data in replaced.items():
+            old = self.path / key
+            noted[key] = [*([seal(old.read_bytes())] if old.exists() else []), seal(data.to_bytes())]
+        return {where: sealed(noted)}
+
+    def _describe(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Change the attributes; their copy first, which holds the old ones too, so that one of both always tells."""
+        with explained(self.path):
+            root = self._require_same()
+            before, root["attributes"] = root["attributes"], change(root["attributes"])
+            if self._sealed:
+                self._files.put({COPY: sealed({"now": root["attributes"], "before": before})})
+            self._files.put({ROOT: json.dumps(root, indent=2).encode()})
+            self._group = zarr.open_group(self._files, mode="r+")
+
+    def _require_same(self) -> dict[str, Any]:
+        """What the store's own file says; StoreError if it is not the store any more that was opened."""
+        root = read_json(self.path / ROOT)
+        if root is None:
+            raise StoreError(
+                f"{str(self.path)!r} was removed or moved while this run was writing it: nothing more is written. "
+                "Put it back and run the same command to resume, or run it to begin anew"
+            )
+        if root["attributes"].get("id") != self._id:
+            raise StoreError(
+                f"{str(self.path)!r} was replaced by another store while this run was writing it: nothing more is "
+                "written. Choose another --out, or wait until the other run has ended"
+            )
+        return root
 
     def _dims(self, name: str) -> tuple[str, ...]:
         return self._group[name].metadata.dimension_names
@@ -150,33 +233,22 @@ class Store:
 
 
 def open_store(path: str | Path) -> xr.Dataset:
-    """The dataset of a run, lazily: what `xarray.open_zarr(path)` gives.
+    """The dataset of a run, lazily: what `xarray.open_zarr(path)` gives, but of a whole store only.
+
+    Its files are counted at once, by the checksums they end in; what is read later is checked as it is read, which
+    raises StoreError too.
 
     Raises:
         UsageError: an address such as s3://bucket/x.zarr.
-        StoreError: there is nothing, or something else, at `path`.
+        StoreError: there is nothing, or something else, at `path`, or a store that lost something.
     """
     path = local(path, "store")
-    require_store(path)
-    found = xr.open_zarr(path, chunks=None)
+    require_whole(path, count(path))
+    files = Files(path, read_only=True, check=Checks(contents_of(path)))
+    found = xr.open_zarr(files, chunks=None)
     ordered = found[[name for name in VARIABLES if name in found.data_vars]]
-    ordered.encoding["source"] = str(path)
+    ordered.encoding = {"source": str(path), "checked": True}
     return ordered
-
-
-def require_store(path: Path) -> None:
-    """Raise StoreError unless `path` is a store of this package."""
-    if not path.exists():
-        raise StoreError(f"there is no store at {str(path)!r}")
-    if not is_store(path):
-        raise StoreError(f"{str(path)!r} is not a store of selfrepair_nn: choose another path")
-
-
-def is_store(path: Path) -> bool:
-    try:
-        return zarr.open_group(path, mode="r").attrs.get("format") == FORMAT
-    except (FileNotFoundError, ValueError, OSError, KeyError):
-        return False
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,13 +294,28 @@ def _add_array(
         shape=tuple(sizes.values()),
         chunks=tuple(_chunk(tuple(sizes), d, size, per_chunk) for d, size in sizes.items()),
         dtype=spec.dtype(precision),
-        compressors=COMPRESSOR,
+        compressors=COMPRESSORS,
         dimension_names=tuple(sizes),
         attributes=spec.attributes,
         fill_value={"float": np.nan, "int": -1, "bool": False}[spec.kind],
+        config={"write_empty_chunks": True},
     )
-    if values is not None:
-        array[...] = values
+    if values is not None or name == "done" or "prompt" not in sizes:
+        array[...] = array.fill_value if values is None else values
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
+
+
+def take_notes(path: Path) -> None:
+    """Note what a whole store says of itself and holds from the beginning."""
+    root = read_json(path / ROOT)
+    contents = Contents(path, root["attributes"], listed(root))
+    noted: dict[str, Any] = {f"{name}/{ROOT}": digest(each) for name, each in contents.metadata.items()}
+    for each in contents.fixed:
+        noted |= {file: [seal((path / file).read_bytes())] for file in each.files()}
+    Files(path).put({FIXED: sealed(noted), COPY: sealed({"now": contents.attributes})})
 
 
 def _consolidate(path: Path) -> None:

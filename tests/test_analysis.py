@@ -14,7 +14,7 @@ from made import hand_made
 from selfrepair_nn import blocks
 from selfrepair_nn.analysis import MEANS, by_head, by_layer, done_share, most_repaired, top_share
 from selfrepair_nn.components import Head
-from selfrepair_nn.errors import UsageError
+from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.simulate import simulate_heads, unfinished
 from selfrepair_nn.text import COLUMNS, number, summary
 
@@ -193,9 +193,10 @@ def test_what_is_not_selected_does_not_count(ds):
     np.testing.assert_array_equal(heads.top_self_repair, by_head(ds, 0.1).top_self_repair.where(chosen))
 
 
-def test_a_broken_value_that_is_done_shows(ds):
+def test_a_broken_value_that_is_done_is_refused(ds):
     ds.self_repair[2, 1, 0, 0] = np.nan
-    assert np.isnan(by_head(ds).self_repair[2, 1])
+    with pytest.raises(StoreError, match="self_repair of prompt 0 is blank though it is marked done"):
+        by_head(ds)
     assert np.isnan(by_layer(ds).self_repair[2])
     assert np.isfinite(by_layer(ds).self_repair[[0, 1, 3]]).all()
 

@@ -268,7 +268,10 @@ def test_only_the_heads_of_a_run_are_marked(tmp_path):
 
 @pytest.mark.parametrize("block", [slice(0, 3), slice(3, 6), slice(6, 7)])
 def test_writing_touches_the_blocks_own_chunks_only(tmp_path, block):
-    """Not the coordinates, not the metadata, not another block's files: what is on disk cannot be harmed."""
+    """Not the coordinates, not the metadata, not another block's files: what is on disk cannot be harmed.
+
+    Of what was there already only the block's own mark changes, which has been false from the beginning.
+    """
     store = create(tmp_path / "s.zarr")
     others = [b for b in (slice(0, 3), slice(3, 6), slice(6, 7)) if b != block]
     for other in others:
@@ -276,9 +279,11 @@ def test_writing_touches_the_blocks_own_chunks_only(tmp_path, block):
     before = files(tmp_path / "s.zarr")
     store.write_prompts(block, block_values(block), all_heads())
     after = files(tmp_path / "s.zarr")
-    assert {name: after[name] for name in before} == before
+    mark = f"done/c/0/0/{block.start // PER_CHUNK}"
+    assert {name for name in before if after[name] != before[name]} == {mark}
     new = {tuple(Path(name).parts) for name in after.keys() - before.keys()}
-    assert {parts[0] for parts in new} == {*BY_PROMPT, "done"}
+    assert {parts[0] for parts in new} == {*BY_PROMPT, "checksums"}
+    new.remove(("checksums", f"{block.start // PER_CHUNK}.json"))
     for (
         variable,
         *_,
@@ -299,7 +304,7 @@ def test_a_chunk_is_a_block_of_prompts(tmp_path):
 
 
 def test_a_block_is_marked_last(tmp_path, monkeypatch):
-    """Whenever the process dies, what is marked is stored."""
+    """Whenever the process dies, what is marked is stored, and its checksums before it."""
     store, written, put = create(tmp_path / "s.zarr"), [], _local._put
 
     def noted(path, *arguments, **options):
@@ -310,7 +315,8 @@ def test_a_block_is_marked_last(tmp_path, monkeypatch):
     store.write_prompts(slice(0, 3), block_values(slice(0, 3)), all_heads())
     assert written[-1] == "done"
     assert written.count("done") == 1
-    assert set(written[:-1]) == set(BY_PROMPT)
+    assert written[0] == "checksums"
+    assert set(written[1:-1]) == set(BY_PROMPT)
 
 
 @pytest.mark.parametrize("after", [0, 100, 1500])

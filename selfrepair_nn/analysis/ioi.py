@@ -10,7 +10,15 @@ from selfrepair_nn.analysis.closure import closure
 from selfrepair_nn.analysis.summaries import described_widths
 from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, clustering, clusters
-from selfrepair_nn.blocks import counted_tokens, done_cases, sums, together, token_counts
+from selfrepair_nn.blocks import (
+    clean_values,
+    counted_tokens,
+    done_cases,
+    require_known,
+    sums,
+    together,
+    token_counts,
+)
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import TOKEN, VARIABLES
@@ -116,7 +124,7 @@ def _done(ds: xr.Dataset) -> tuple[xr.Dataset, np.ndarray]:
 def _answers(ds: xr.Dataset, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The clean logit difference on each token that counts, and the share of them on which it stays above 0: [case]."""
     counted = counted_tokens(ds) & done[0][:, None]
-    clean, right = ds.logit.transpose(*TOKEN).values.astype(float), np.zeros(len(done))
+    clean, right = clean_values(ds, "logit").astype(float), np.zeros(len(done))
     for here, (change,) in together(ds, ("logit_change",)):
         right += ((clean[here] + change > 0) & counted[here]).sum((1, 2))
     return clean[counted], right / counted.sum()
@@ -128,6 +136,7 @@ def _tallies(ds: xr.Dataset, name: str, done: np.ndarray, heads: np.ndarray) -> 
     array = ds[name].transpose(..., *TOKEN, "component")
     values = array.values.reshape(-1, *array.shape[-3:])[..., heads].astype(float)
     summed = values.sum(2, where=counted).transpose(0, 2, 1)
+    require_known(name, bool(np.isnan(summed).any()))
     counts = np.tile(counted.sum((1, 2)), (len(heads), 1))
     return [Tally.of_prompts(each, counts, clusters(ds)) for each in summed]
 

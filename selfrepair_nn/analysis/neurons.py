@@ -14,7 +14,7 @@ from selfrepair_nn.analysis.noise import COUNT, loudest
 from selfrepair_nn.analysis.recurrence import recurring
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, batches, clusters, entry_tally
-from selfrepair_nn.blocks import BLOCK, Top, direct_effects, done_cases, entries_of, stored_rows
+from selfrepair_nn.blocks import BLOCK, Top, clean_values, direct_effects, done_cases, entries_of, stored_rows
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.variables import NEURON
@@ -47,7 +47,7 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
     first = ds[["top_neuron", "top_neuron_change", "top_neuron_direct_effect"]].isel(rank=0)
     clean = entries_of(first.top_neuron_direct_effect, top).astype(float)
     change = entries_of(first.top_neuron_change, top).astype(float)
-    mlp = ds.mlp_direct_effect.transpose("prompt", "position").values.ravel()[top.token].astype(float)
+    mlp = clean_values(ds, "mlp_direct_effect").ravel()[top.token].astype(float)
     prompt, position = np.divmod(top.token, ds.sizes["position"])
     whole = {"prompt": prompt, "position": position, "neuron": entries_of(first.top_neuron, top)}
     logits = {

@@ -8,7 +8,7 @@ from selfrepair_nn.analysis.noise import COUNT, token_noise
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Tokens, clusters
 from selfrepair_nn.analysis.variants import axis_of, by_variant
-from selfrepair_nn.blocks import clean_ratios, tokens_of
+from selfrepair_nn.blocks import clean_ratios, clean_values, tokens_of
 from selfrepair_nn.confidence import Tally
 
 RATIO = "S/S', clean to ablated scale of the final norm"
@@ -62,7 +62,7 @@ def _with_ratios(ds: xr.Dataset, share: float, count: int) -> xr.Dataset:
     at = [ds.indexes[d].get_indexer(found[d].values) for d in HEADS]
     cases = np.ravel_multi_index(at, [ds.sizes[d] for d in HEADS])
     dims = ("rank", "prompt", "position")
-    scale = ds.norm_scale.transpose("prompt", "position").values
+    scale = clean_values(ds, "norm_scale")
     ratio = scale / tokens_of(ds, "ablated_norm_scale", cases)
     found["scale_ratio"] = (dims, ratio, {"units": "1", "long_name": RATIO})
     above, top = (found.scale_ratio.values > 1) & found.top.values, found.top.values
@@ -71,7 +71,7 @@ def _with_ratios(ds: xr.Dataset, share: float, count: int) -> xr.Dataset:
     found["top_above_one"] = ("rank", known.mean, told)
     found["top_above_one" + HALF_WIDTH] = ("rank", known.half_width)
     if "residual_norm" in ds:
-        length = ds.residual_norm.transpose("prompt", "position").values
+        length = clean_values(ds, "residual_norm")
         ratio = tokens_of(ds, "ablated_residual_norm", cases) / length
         found["residual_ratio"] = (dims, ratio, {"units": "1", "long_name": LENGTH})
     return described_widths(found)

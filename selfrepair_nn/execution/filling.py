@@ -69,17 +69,16 @@ def _whole_lengths(store: Store, experiment: Experiment, layout: dict[str, Any],
 
 def _ranked(store: Store, experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:
     """The thresholds; from the store, or from a clean pass over all prompts, whose direct effects it then keeps."""
-    known = store.read("threshold")[experiment.selected]
-    if not np.isnan(known).any():
-        return known
 
     def kept() -> Iterator[tuple[slice, np.ndarray]]:
-        for block, effects in direct_effects(experiment, plan, runner):
-            store.write_prompts(block, {"direct_effect": experiment.on_grid(effects)})
-            yield block, effects
+        for block in experiment.work.units:
+            yield block, store.read("direct_effect", block)[experiment.selected]
 
-    limits = top_thresholds(experiment, kept())
-    store.write("threshold", experiment.on_grid(limits))
+    missing = [block for block, effects in kept() if np.isnan(effects).any()]
+    for block, effects in direct_effects(experiment, plan, runner, missing):
+        store.write_prompts(block, {"direct_effect": experiment.on_grid(effects)})
+    if np.isnan(store.read("threshold")[experiment.selected]).any():
+        store.write("threshold", experiment.on_grid(top_thresholds(experiment, kept())))
     return store.read("threshold")[experiment.selected]
 
 

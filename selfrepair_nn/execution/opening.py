@@ -15,10 +15,12 @@ from selfrepair_nn import provenance
 from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
+from selfrepair_nn.execution.mending import restore
+from selfrepair_nn.integrity import contents_of
 from selfrepair_nn.models.check import TOLERANCE
 from selfrepair_nn.models.identity import differences, fingerprint
 from selfrepair_nn.models.model import Model
-from selfrepair_nn.store import Store, explained, require_store
+from selfrepair_nn.store import Store, explained
 
 
 def existing(experiment: Experiment) -> Store | None:
@@ -26,10 +28,10 @@ def existing(experiment: Experiment) -> Store | None:
     path = experiment.path
     if not path.exists():
         return None
-    require_store(path)
-    store = Store(path)
-    _require_same_settings(path, json.loads(store.attributes["settings"]), experiment.settings)
-    return store
+    found = contents_of(path)
+    _require_same_settings(path, json.loads(found.attributes["settings"]), experiment.settings)
+    restore(found)
+    return Store(path)
 
 
 def create(experiment: Experiment, command: str, record: dict[str, Any]) -> Store:

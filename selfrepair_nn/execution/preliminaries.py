@@ -1,6 +1,6 @@
 """What must be known of the whole run before its first unit: the heads, the noise floor, means, the top share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,14 +126,17 @@ def top_thresholds(experiment: Experiment, found: Iterable[tuple[slice, np.ndarr
 
 
 def direct_effects(
-    experiment: Experiment, plan: dict[str, Any], runner: Backend
+    experiment: Experiment, plan: dict[str, Any], runner: Backend, blocks: Sequence[slice] | None = None
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Every unit's prompts and clean direct effects [case, prompt, position], in any order. Clean passes only."""
+    """Every unit's (or some `blocks`') prompts and clean direct effects [case, prompt, position], in any order.
+
+    Clean passes only.
+    """
     from selfrepair_nn.tracing.jobs import effects_job
 
     shapes = {"direct_effect": ("case", "prompt", experiment.prompts.length - 1)}
     name = f"direct effects of {len(plan['cases'])}"
-    blocks = experiment.work.units
+    blocks = experiment.work.units if blocks is None else blocks
     units = [Unit(name, effects_job, block, plan, experiment.arrays, shapes) for block in blocks]
     for unit, found in runner(units):
         yield unit.prompts, found["direct_effect"].numpy()

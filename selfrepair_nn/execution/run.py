@@ -18,6 +18,7 @@ from selfrepair_nn.execution.backends import Backend, backend, loaded, tell, wit
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, finished, learn
 from selfrepair_nn.execution.interruption import interruptible
+from selfrepair_nn.execution.mending import mend, undecided
 from selfrepair_nn.execution.opening import (
     as_stored,
     changed_versions,
@@ -31,6 +32,7 @@ from selfrepair_nn.execution.preliminaries import loudest
 from selfrepair_nn.execution.preview import large, preview_of, preview_text
 from selfrepair_nn.execution.rounds import rounds
 from selfrepair_nn.execution.workers import Workers
+from selfrepair_nn.integrity import named, verify
 from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
@@ -81,10 +83,17 @@ def run(
                 require_same_model(store, model, record)
                 if told := changed_versions(store):
                     tell(told)
-            if store is None or "finished" not in store.attributes:
+            damage = verify(experiment.path) if store is not None else []
+            if store is None or damage or "finished" not in store.attributes:
                 _prove(model, experiment)
-                store = store or _begun(experiment, model, record, command or _call(recipe, choices))
-                _run(store, as_stored(experiment, store), model, progress, lock.release)
+                if undecided(experiment, damage) or (store is None and experiment.undecided):
+                    experiment = _decided(experiment, model)
+                store = store or create(experiment, command or _call(recipe, choices), record)
+                experiment = as_stored(experiment, store)
+                if damage:
+                    tell(f"computes again what is damaged in {str(store.path)!r}: {named(damage)}")
+                    mend(store, experiment, damage)
+                _run(store, experiment, model, progress, lock.release)
     return open_store(experiment.path)
 
 
@@ -95,12 +104,10 @@ def _prove(model: Model, experiment: Experiment) -> None:
             require(model, experiment.arrays(slice(0, 1))["tokens"])
 
 
-def _begun(experiment: Experiment, model: Model, record: dict[str, Any], command: str) -> Store:
-    """A new store, for the heads that a clean pass finds where the recipe leaves that to one."""
-    if experiment.undecided:
-        heads = loudest(experiment, model.layout, _first_runner(experiment, model))
-        experiment = experiment.of(heads)
-    return create(experiment, command, record)
+def _decided(experiment: Experiment, model: Model) -> Experiment:
+    """The experiment with the heads that a clean pass finds."""
+    heads = loudest(experiment, model.layout, _first_runner(experiment, model))
+    return experiment.of(heads)
 
 
 def _first_runner(experiment: Experiment, model: Model) -> Backend:

@@ -1,0 +1,249 @@
+"""What a kill or a power cut leaves is resumed to the same numbers, at any write, whatever is not synced."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from terminal import OFFLINE, assert_same_numbers, ids, saved, selfrepair
+from zarr.storage import _local
+
+import selfrepair_nn as sr
+from selfrepair_nn import files as disk
+from selfrepair_nn.cli import main
+
+RUNS = {
+    "heads": {},
+    "top share": {"select": "top-share", "share": 0.1, "components": "top"},
+    "until an interval": {"until_ci": 0.5, "share": 0.2},
+}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("asked")
+    prompts = str(ids(directory / "p.npy", 24))
+    return {"model": str(saved(directory / "m")), "prompts": prompts, "layers": "1", "batch_size": 8}
+
+
+class Recorder:
+    """What a run asks of the disk once its store is there: bytes written, files and directories synced, names given."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.root, self.asked, self._base = root, [], None
+        self._put, self._sync, self._replace, self._inside = _local._put, disk.sync_path, Path.replace, 0
+        patch.setattr(_local, "_put", self._writing)
+        patch.setattr(disk, "sync_path", self._syncing)
+        patch.setattr(Path, "replace", self._naming)
+
+    @property
+    def base(self) -> dict[str, bytes]:
+        """The store as it was made."""
+        return self._base
+
+    def _note(self, what: str, path: Path, *more: object) -> None:
+        if not self._inside and self.root.exists() and path.is_relative_to(self.root):
+            if self._base is None:
+                self._base = content(self.root)
+            self.asked.append((what, str(path.relative_to(self.root)), *more))
+
+    def _writing(self, path: Path, value: object, **options: object) -> int:
+        self._note("write", path, value.to_bytes())
+        self._inside += 1
+        try:
+            return self._put(path, value, **options)
+        finally:
+            self._inside -= 1
+
+    def _syncing(self, path: Path) -> None:
+        self._note("sync", path)
+        self._sync(path)
+
+    def _naming(self, path: Path, to: Path) -> Path:
+        self._note(
+            "name", path, str(Path(to).relative_to(self.root)) if self.root in Path(to).parents else ""
+        )
+        return self._replace(path, to)
+
+
+def content(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def after_a_cut(
+    recorder: Recorder, stop: int, chance: random.Random | None, lying: bool = False
+) -> dict[str, bytes]:
+    """The files after so many steps. A kill leaves all that was asked for.
+
+    A power cut (`chance`) leaves what was synced, and of the rest anything: bytes torn, or zeros, or none; a name old,
+    new or missing; a new directory or not. A `lying` disk syncs nothing.
+    """
+    found, old = dict(recorder.base), {}
+    whole, named = set(found), set(found)
+    entered = {str(parent) for name in found for parent in Path(name).parents}
+    for what, name, *more in recorder.asked[:stop]:
+        if what == "write":
+            found[name] = more[0]
+            whole.discard(name)
+            named.discard(name)
+        elif what == "name":
+            new = more[0]
+            if new in named:
+                old[new] = found[new]
+            found[new] = found.pop(name)
+            (whole.add if name in whole else whole.discard)(new)
+            named.discard(new)
+        elif not lying:
+            whole |= {name} & found.keys()
+            named |= {each for each in found if str(Path(each).parent) == name}
+            above = {str(p) for each in found for p in Path(each).parents}
+            entered |= {each for each in above if str(Path(each).parent) == name}
+    if chance is None:
+        return found
+    return _torn(found, old, whole, named, entered, chance)
+
+
+def _torn(found, old, whole, named, entered, chance):
+    left, gone = {}, {}
+    for name, data in sorted(found.items()):
+        above = [str(p) for p in Path(name).parents]
+        if any(gone.setdefault(each, each not in entered and chance.random() < 0.3) for each in above):
+            continue
+        if name not in named and chance.random() < 0.5:
+            if name in old:
+                left[name] = old[name]
+            continue
+        if name not in whole:
+            at = chance.randrange(len(data) + 1)
+            data = chance.choice([b"", data[:at], data[:at] + bytes(len(data) - at), data])
+        left[name] = data
+    return left
+
+
+def laid_out(found: dict[str, bytes], to: Path) -> Path:
+    for name, data in found.items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / name).write_bytes(data)
+    return to
+
+
+@pytest.fixture(scope="module")
+def recorded(asked, tmp_path_factory):
+    """recorded(kind): a run's store and what it asked of the disk."""
+    made = {}
+
+    def ran(kind):
+        if kind not in made:
+            root = tmp_path_factory.mktemp("recorded") / "s.zarr"
+            with pytest.MonkeyPatch.context() as patch:
+                recorder = Recorder(root, patch)
+                sr.run(out=root, **asked | RUNS[kind])
+            made[kind] = root, recorder
+        return made[kind]
+
+    return ran
+
+
+def test_the_record_is_the_run(recorded):
+    root, recorder = recorded("heads")
+    assert after_a_cut(recorder, len(recorder.asked), None) == content(root)
+    assert after_a_cut(recorder, len(recorder.asked), random.Random(0)) == content(root), (
+        "all is synced at the end"
+    )
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_path, kind):
+    root, recorder = recorded(kind)
+    for stop in range(len(recorder.asked)):
+        if recorder.asked[stop - 1][0] == "sync":
+            continue  # nothing has changed
+        store = laid_out(after_a_cut(recorder, stop, None), tmp_path / f"{stop}.zarr")
+        assert sr.verify(store) == [], f"{stop}: {recorder.asked[stop - 1]}"
+    for stop in range(0, len(recorder.asked), len(recorder.asked) // 7):
+        store = laid_out(after_a_cut(recorder, stop, None), tmp_path / f"again-{stop}.zarr")
+        assert_same_numbers(sr.run(out=store, **asked | RUNS[kind]).encoding["source"], root)
+        assert not [*store.rglob("*.partial")]
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_power_cut_leaves_a_store_that_is_whole_and_resumes(recorded, asked, tmp_path, kind):
+    root, recorder = recorded(kind)
+    chance = random.Random(1)
+    for stop in range(len(recorder.asked)):
+        store = laid_out(after_a_cut(recorder, stop, chance), tmp_path / f"{stop}.zarr")
+        assert sr.verify(store) == [], f"{stop}: {recorder.asked[stop - 1][:2]}"
+        if chance.random() < 8 / len(recorder.asked):
+            assert_same_numbers(sr.run(out=store, **asked | RUNS[kind]).encoding["source"], root)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_on_a_disk_that_does_not_sync_what_is_lost_is_found_and_mended(recorded, asked, tmp_path, kind):
+    """It also shows that the cuts above are cuts: here they do harm."""
+    root, recorder = recorded(kind)
+    chance, harmed = random.Random(2), 0
+    for i in range(8):
+        stop = chance.randrange(len(recorder.asked) // 4, len(recorder.asked))
+        store = laid_out(after_a_cut(recorder, stop, chance, lying=True), tmp_path / f"{i}.zarr")
+        harmed += bool(sr.verify(store))
+        assert_same_numbers(sr.run(out=store, **asked | RUNS[kind]).encoding["source"], root)
+        assert sr.verify(store) == []
+    assert harmed > 4
+
+
+# Killed for real
+
+
+def _counted_and_killed(arguments: list[str], store: str, number: int, counted: str) -> None:
+    """The command, killed at its so-manyth write, or at none; how many there were goes to a file."""
+    os.environ |= OFFLINE
+    seen = [0]
+
+    def hook(event: str, args: tuple) -> None:
+        writes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+        writes |= event == "open" and isinstance(args[2], int) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes and store in str(args[0]):
+            seen[0] += 1
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    sys.argv = ["selfrepair", *arguments]
+    with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
+        main()
+        Path(counted).write_text(str(seen[0]))
+
+
+def test_killed_by_the_system_at_writes_all_along_a_run(asked, tmp_path):
+    named = (f"--{name.replace('_', '-')}={value}" for name, value in asked.items())
+    command = ["run", "heads", *named]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nnsight.modeling.transformers", "selfrepair_nn.execution.run"])
+
+    def run(store: Path, number: int) -> int:
+        given = ([*command, "--out", str(store)], store.name, number, str(tmp_path / "count"))
+        child = context.Process(target=_counted_and_killed, args=given)
+        child.start()
+        child.join(120)
+        return child.exitcode
+
+    whole = tmp_path / "whole.zarr"
+    assert run(whole, 0) == 0
+    count = int((tmp_path / "count").read_text())
+    for number in range(1, count, count // 6):
+        store = tmp_path / f"killed-{number}.zarr"
+        assert run(store, number) == -signal.SIGKILL
+        if store.exists():
+            assert sr.verify(store) == []
+            assert selfrepair("info", store).code == 0
+        ended = selfrepair(*command, "--out", store)
+        assert ended.code == 0, ended.err
+        assert_same_numbers(store, whole)
+    assert not [
+        p
+        for p in tmp_path.rglob("*")
+        if p.name.endswith(".partial") or p.name.startswith(".killed") and p.is_dir()
+    ]
