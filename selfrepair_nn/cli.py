@@ -90,6 +90,7 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
         _plan(recipe, choices, calibrate=False)
         return
     signal.signal(signal.SIGTERM, _interrupt)
+    _knock(recipe, choices)
     _quiet_libraries()
     from selfrepair_nn.execution.run import run as run_recipe
     from selfrepair_nn.text import summary
@@ -111,7 +112,7 @@ def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
 
 @cli.command()
 @click.argument("stores", nargs=-1, required=True)
-@click.option("--figure", "names", multiple=True, help="Figure to draw, repeatable; default: the recipe's.")
+@click.option("--figure", "names", multiple=True, help="Figure to draw, repeatable; default: the store's own.")
 @click.option(
     "--out", default=None, help="Directory for the figures; default: the first store's name without .zarr."
 )
@@ -128,15 +129,16 @@ def plot(
 ) -> None:
     """Draw the figures of one or several STORES as PNG and SVG, and print their paths."""
     from selfrepair_nn.analysis import only
+    from selfrepair_nn.figures import beside, own, require_figures
     from selfrepair_nn.figures import plot as draw
-    from selfrepair_nn.recipe import find_recipe
     from selfrepair_nn.store import open_store
 
+    require_figures(names)
     datasets = [open_store(path) for path in stores]
-    wanted = names or find_recipe(datasets[0].attrs["recipe"]).figures
+    wanted, folder = names or own(datasets[0]), out or beside(datasets[0])
     if layers or heads:
         datasets = [only(ds, layers, heads) for ds in datasets]
-    for path in draw(datasets, out or Path(stores[0]).with_suffix(""), wanted, share=share):
+    for path in draw(datasets, folder, wanted, share=share):
         click.echo(path)
 
 
@@ -148,7 +150,7 @@ def report(store: str, out: str | None) -> None:
     from selfrepair_nn.report import report as write
     from selfrepair_nn.store import open_store
 
-    click.echo(write(open_store(store), out or Path(store).with_suffix(".html")))
+    click.echo(write(open_store(store), out))
 
 
 @cli.command("compare-paper")
@@ -159,7 +161,7 @@ def report(store: str, out: str | None) -> None:
 )
 def compare_paper(store: str, reference: str | None, out: str | None) -> None:
     """Print STORE's means of each layer beside those that the paper's authors published, and draw both."""
-    from selfrepair_nn.figures import paper_comparison, save
+    from selfrepair_nn.figures import beside, paper_comparison, save
     from selfrepair_nn.store import open_store
     from selfrepair_nn.text import comparison
 
@@ -167,7 +169,7 @@ def compare_paper(store: str, reference: str | None, out: str | None) -> None:
     click.echo(comparison(dataset, reference))
     figure = paper_comparison.draw(dataset, reference=reference)
     click.echo()
-    for path in save(figure, out or Path(store).with_suffix(""), "paper_comparison"):
+    for path in save(figure, out or beside(dataset), "paper_comparison"):
         click.echo(path)
 
 
@@ -241,7 +243,15 @@ def doctor(host: str | None, remote: bool, model: str | None, trip: bool) -> Non
         raise SelfRepairError("something is wrong: see the lines marked FAIL")
 
 
+def _knock(recipe: str, choices: dict[str, Any]) -> None:
+    """Refuse what can be refused before the libraries are imported, which takes seconds."""
+    from selfrepair_nn.door import requested
+
+    requested(recipe, Options(**choices))
+
+
 def _plan(recipe: str, choices: dict[str, Any], calibrate: bool) -> None:
+    _knock(recipe, choices)
     _quiet_libraries()
     from selfrepair_nn.execution.preview import preview, preview_text
 

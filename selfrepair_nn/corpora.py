@@ -21,6 +21,9 @@ def open_corpus(source, split: str, column: str, revision: str | None) -> tuple[
     """The documents behind a name, one after the other, and their provenance; see `prompts.load_prompts`."""
     if source is None or source == SAMPLE:
         return _text(files("selfrepair_nn") / "models" / "embedded" / "heldout.txt", "sample", SAMPLE)
+    if is_texts(source):
+        digest = sha256(json.dumps(list(source)).encode()).hexdigest()
+        return (each for each in source), {"kind": "texts", "name": "texts", "sha256": digest}
     name, path = str(source), os.path.expanduser(source)
     if os.path.isfile(path) and name.lower().endswith(".jsonl"):
         return _json_lines(path, name, column)
@@ -32,8 +35,14 @@ def open_corpus(source, split: str, column: str, revision: str | None) -> tuple[
         repository, _, configuration = name.partition(":")
         return _dataset(name, repository, configuration or None, split, column, _commit(repository, revision))
     raise UsageError(
-        f"no file {name[:80]!r}: give a text, .jsonl or .npy file, a dataset as owner/name, or {SAMPLE!r}"
+        f"no file {name[:80]!r}: give a text, .jsonl or .npy file, a dataset as owner/name, or {SAMPLE!r}; "
+        "in Python texts themselves are given as a list"
     )
+
+
+def is_texts(source) -> bool:
+    """Whether the source is a list of texts, each a document."""
+    return isinstance(source, list | tuple) and bool(source) and all(isinstance(each, str) for each in source)
 
 
 def _text(path, kind: str, name: str) -> tuple[Iterator[str], dict]:

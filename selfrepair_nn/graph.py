@@ -19,6 +19,7 @@ from selfrepair_nn.components import (
     Swap,
 )
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.values import one_of
 from selfrepair_nn.variables import RANKS, VARIABLES
 
 REPLACEMENTS = {
@@ -274,12 +275,6 @@ def freeze_set(name: str, n_layers: int, n_heads: int) -> frozenset[Freezable]:
 def writes_attention_bias(structure: dict[str, Any], value_bias: str) -> bool:
     """Whether the attention's output bias is a component: it has one, or it takes in the heads' constant part."""
     return structure["attention_bias"] or (value_bias == "output" and structure["value_bias"])
-
-
-def one_of(what: str, value: str, valid: Mapping[str, str]) -> None:
-    """Raise UsageError unless `value` is one of the names of `valid`."""
-    if value not in valid:
-        raise UsageError(f"{what} {value!r} is not known; choose one of {', '.join(valid)}")
 
 
 def _lies_in(site: Ablatable | Freezable, structure: Any) -> bool:

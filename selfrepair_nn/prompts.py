@@ -3,14 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 
 import numpy as np
 
-from selfrepair_nn.corpora import SAMPLE, open_corpus
+from selfrepair_nn.corpora import SAMPLE, is_texts, open_corpus
 from selfrepair_nn.errors import UsageError, one_line
 
 DEFAULT_LENGTH = 128
@@ -106,9 +106,10 @@ def load_prompts(
 
     Args:
         source: None or "sample" for the shipped held-out text; an integer array or a `.npy` file [prompt,
-            position]; a UTF-8 text file (a line holding only "\f" ends a document); a `.jsonl` file; a
-            directory of data files that `datasets` can load; a dataset on the Hugging Face Hub, streamed:
-            "owner/name" or "owner/name:configuration". What exists on disk comes before the Hub.
+            position]; a list of texts, each a document; `Prompts`, of which `tokens` and `length` take a part; a
+            UTF-8 text file (a line holding only "\f" ends a document); a `.jsonl` file; a directory of data files
+            that `datasets` can load; a dataset on the Hugging Face Hub, streamed: "owner/name" or
+            "owner/name:configuration". What exists on disk comes before the Hub.
         tokenizer: a `transformers` tokenizer; not needed for token ids.
         tokens: number of tokens wanted, BOS included: at most `tokens // length` rows, fewer where the
             source ends. None is everything there is, but 100,000 of a dataset.
@@ -131,7 +132,9 @@ def load_prompts(
     for name, value, least in (("tokens", tokens, 1), ("length", length, 2)):
         if value is not None:
             _check_whole(value, name, least)
-    if _is_ready(source):
+    if isinstance(source, Prompts):
+        prompts = _from_prompts(source, tokens, length, bos, vocab_size, max_length)
+    elif _is_ready(source):
         prompts = _from_ids(source, tokens, length, bos, vocab_size, max_length)
     else:
         length = min(DEFAULT_LENGTH, max_length or DEFAULT_LENGTH) if length is None else length
@@ -240,7 +243,23 @@ def _decode(tokenizer, token: int) -> str:
 def _is_ready(source) -> bool:
     if isinstance(source, (str, os.PathLike)):
         return str(source).lower().endswith(".npy")
-    return source is not None
+    return source is not None and not is_texts(source)
+
+
+def _from_prompts(source, tokens, length, bos, vocab_size, max_length) -> Prompts:
+    """Prompts that are made already: so many of them, cut to a length."""
+    kept = _from_ids(source.tokens, tokens, length, bos, vocab_size, max_length)
+    rows, width = kept.tokens.shape
+    parts = {"document": source.document[:rows]}
+    for each in fields(source):
+        array = getattr(source, each.name)
+        if isinstance(array, np.ndarray) and array.ndim == 2:
+            parts[each.name] = array[:rows, : array.shape[1] - source.length + width]
+    for name in ("twin", "other"):
+        if name in parts:
+            _check_ids(parts[name], vocab_size, name)
+    asked = {"length": width, "tokens_asked": None if tokens is None else int(tokens)}
+    return replace(source, **parts, source=source.source | asked)
 
 
 def _from_ids(source, tokens, length, bos, vocab_size, max_length) -> Prompts:
@@ -285,7 +304,8 @@ def _read_ids(source, what: str) -> tuple[str, np.ndarray]:
 def special_ids(tokenizer, bos: str, source) -> tuple[int | None, int | None]:
     """Ids that begin a row and that join two documents; None where there is none. Id 0 is a real token."""
     if tokenizer is None:
-        raise UsageError(f"{source or SAMPLE} is text: give a tokenizer with it, or a .npy file of token ids")
+        name = "prompts" if is_texts(source) else source or SAMPLE
+        raise UsageError(f"{name} is text: give a tokenizer with it, or a .npy file of token ids")
     first = None if bos == "never" else getattr(tokenizer, "bos_token_id", None)
     if first is None and bos == "always":
         raise UsageError("bos 'always': the tokenizer has no BOS token; choose auto or never")

@@ -16,9 +16,22 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn import figures, text
-from selfrepair_nn.analysis import SHARE, by_head, by_layer, most_repaired, percent
+from selfrepair_nn.analysis import (
+    SHARE,
+    by_case,
+    by_head,
+    by_layer,
+    by_variant,
+    most_repaired,
+    percent,
+    reinforcement_by_head,
+)
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.figures.needs import NEEDS
+from selfrepair_nn.figures.needs import axis as variants_axis
 from selfrepair_nn.figures.style import outlined_svg
+from selfrepair_nn.values import place
+from selfrepair_nn.variables import TOKEN
 
 RANKED = 10
 HEAD_COLUMNS = {
@@ -38,9 +51,14 @@ SHARES = {"norm share": "norm_share", "repaired": "top_repaired"}
 def render(ds: xr.Dataset, *, share: float = SHARE, store: str | None = None) -> str:
     """The report of a store as HTML; `store` is its directory's name, by default where `ds` came from.
 
+    Of single heads, each ablated in one way, it has tables of layers and heads; of cases, of several variants and of
+    heads that read their own write, one of what the store has instead.
+
     Raises:
-        UsageError: `ds` is not a store of the heads recipe, `share` is not in (0, 1], or nothing is done yet.
+        UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet.
     """
+    if not NEEDS["summary"].fits(ds):
+        return _of_others(ds, share, store)
     heads = by_head(ds, share)
     if not (heads.tokens > 0).any():
         raise UsageError(f"{text.title(heads)!r} has nothing done yet: there is nothing to report")
@@ -58,8 +76,7 @@ def render(ds: xr.Dataset, *, share: float = SHARE, store: str | None = None) ->
         "best": _head_table(best),
         "worst": _head_table(most_repaired(heads, -RANKED, share)),
         "every": _head_table(_in_order(heads)),
-        "layer": str(int(best["layer"][0])),
-        "head": str(int(best["head"][0])),
+        "place": f"layer={int(best['layer'][0])}, head={int(best['head'][0])}",
         "n_heads": str(int((heads.tokens > 0).sum())),
         "store": escape(repr(name)),
         "variables": _variables(ds),
@@ -68,9 +85,56 @@ def render(ds: xr.Dataset, *, share: float = SHARE, store: str | None = None) ->
     return PAGE.substitute(parts)
 
 
-def report(ds: xr.Dataset, path: str | Path, *, share: float = SHARE, store: str | None = None) -> Path:
-    """Write the report of a store to `path`, and return it. Arguments and errors as in `render`."""
-    path = Path(path)
+def _of_others(ds: xr.Dataset, share: float, store: str | None) -> str:
+    """The page of a store of cases, of variants, or of reinforced heads."""
+    reinforced = "edited_position" in ds.coords
+    found = reinforcement_by_head(ds) if reinforced else _summed_up(ds, share)
+    if not (found.tokens > 0).any():
+        raise UsageError(f"{text.title(found)!r} has nothing done yet: there is nothing to report")
+    name = store or Path(ds.encoding.get("source") or "results.zarr").name
+    dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
+    parts = {
+        "title": escape(text.title(found)),
+        "basis": escape(text.basis(found, top=not reinforced)),
+        "banner": "".join(f"<p class=banner>Not finished: {line}.</p>" for line in text.unfinished(found)),
+        "figures": "".join(_figure(name, figure) for name, figure in figures.drawn(ds, share=share)),
+        "summary": escape(text.summary(ds, share)),
+        "every": "" if reinforced else _site_table(found, dims),
+        "share": percent(share),
+        "place": escape(repr({d: ds[d].values.tolist()[0] for d in dims})),
+        "store": escape(repr(name)),
+        "variables": _variables(ds),
+        "provenance": _provenance(ds.attrs),
+    }
+    return PAGE_OF_OTHERS.substitute(parts)
+
+
+def _summed_up(ds: xr.Dataset, share: float) -> xr.Dataset:
+    """The summary of each case or head, in each variant where there are several."""
+    one = by_case if "case" in ds.dims else by_head
+    return one(ds, share) if variants_axis(ds) is None else by_variant(ds, share, one)
+
+
+def _site_table(found: xr.Dataset, dims: list[str]) -> str:
+    """A row for each variant of each case or head of which something is done."""
+    flat = found.assign(tokens=found.tokens.broadcast_like(found.top_self_repair)).stack(row=dims)
+    rows = []
+    for index in np.flatnonzero(flat.tokens.values):
+        one = flat.isel(row=index)
+        cells = {d: str(one[d].values) for d in dims}
+        rows.append(cells | {name: text.number(float(one[key])) for name, key in HEAD_COLUMNS.items()})
+    return _table(rows)
+
+
+def report(
+    ds: xr.Dataset, path: str | Path | None = None, *, share: float = SHARE, store: str | None = None
+) -> Path:
+    """Write the report of a store to `path`, by default beside it, and return that.
+
+    Other arguments and errors as in `render`.
+    """
+    folder = figures.beside(ds)
+    path = folder.with_name(f"{folder.name}.html") if path is None else Path(place("path", path))
     page = render(ds, share=share, store=store)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -170,7 +234,7 @@ def _nested(value: Any) -> str:
     return f"<code>{escape(shown)}</code>"
 
 
-PAGE = Template("""<!DOCTYPE html>
+HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -204,6 +268,8 @@ dt { color: #555 } dd { margin: 0; min-width: 0 }
 <h1>Self-repair: $title</h1>
 <p class="basis">$basis</p>
 $banner
+"""
+OF_HEADS = """
 <div class="facts">$facts</div>
 
 <h2>How to read this</h2>
@@ -233,12 +299,33 @@ $worst
 <details><summary>All $n_heads heads</summary>
 $every
 </details>
+"""
+OF_OTHERS = """
+<h2>How to read this</h2>
+<p>Each case is a part of the model, or several parts together, that is ablated: a head, unless its label says
+otherwise. Its <i>direct effect</i> is what it writes towards the logit of the next token, in logits, under the final
+norm's clean scale. If nothing reacted to the ablation, the logit would change by as much as the part's own direct
+effect does. What it changes beyond that is <i>self-repair</i>: positive where the rest of the model makes up for a
+loss, negative where it breaks further (Equation 1 of Rushing and Nanda, 2024). Several variants are the same parts,
+ablated or frozen in different ways. Means are over the top $share of tokens by direct effect, unless the summary or a
+figure says otherwise.</p>
 
+<h2>Summary</h2>
+<pre>$summary</pre>
+
+<h2>Figures</h2>
+$figures
+
+<details><summary>Every case</summary>
+$every
+</details>
+"""
+TAIL = """
 <h2>Open the store</h2>
 <p>The numbers open with xarray alone:</p>
 <pre>import xarray as xr
 ds = xr.open_zarr($store, consolidated=False)
-ds.self_repair.sel(layer=$layer, head=$head).mean()  # what is not computed is NaN</pre>
+ds.self_repair.sel($place).mean()  # what is not computed is NaN</pre>
 <details class="words"><summary>What it holds</summary>
 $variables
 </details>
@@ -247,4 +334,5 @@ $variables
 $provenance
 </body>
 </html>
-""")
+"""
+PAGE, PAGE_OF_OTHERS = Template(HEAD + OF_HEADS + TAIL), Template(HEAD + OF_OTHERS + TAIL)

@@ -110,12 +110,14 @@ def _of_reinforced(ds: xr.Dataset) -> str:
 
 def _of_others(ds: xr.Dataset, share: float) -> str:
     """The summary of a store of cases, or of variants."""
-    if "case" in ds.dims:
+    cases = "case" in ds.dims
+    if cases and {*ds.self_repair.dims} <= {"case", *SWEEP}:
         along, found = "case", by_case(ds, share)
         what, rows = "Means", found
     else:
-        along, found = axis_of(ds), by_variant(ds, share)
-        what, rows = "Means over all heads", found[list(COLUMNS.values())].mean(HEADS)
+        along, found = axis_of(ds), by_variant(ds, share, by_case if cases else by_head)
+        what = f"Means over all {'cases' if cases else 'heads'}"
+        rows = found[list(COLUMNS.values())].mean("case" if cases else HEADS)
     opening = textwrap.wrap(f"{title(found)}: {basis(found)}", WIDTH)
     if not (found.tokens > 0).any():
         return "\n".join([*opening, "nothing is done yet"])

@@ -1,6 +1,7 @@
 """What each head and each layer do on average, over all tokens and over the top share."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -35,7 +36,7 @@ def done_share(ds: xr.Dataset) -> xr.DataArray:
     return (ds.done & ds.selected).mean("prompt").where(ds.selected)
 
 
-def only(ds: xr.Dataset, layers: str | None = None, heads: str | None = None) -> xr.Dataset:
+def only(ds: xr.Dataset, layers: Any = None, heads: Any = None) -> xr.Dataset:
     """The store as if no other heads had been run; `layers` and `heads` as in `select_heads` ("8:12", "9.6,10.*").
 
     Raises:

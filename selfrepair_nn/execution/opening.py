@@ -1,6 +1,5 @@
 """The store of a run: made for it or found, held against other writers, never another run's."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from selfrepair_nn import provenance
 from selfrepair_nn.components import Head, Mlp, select_heads
+from selfrepair_nn.door import require_same
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.models.load import Model
@@ -26,7 +26,7 @@ def open_or_create(experiment: Experiment, command: str) -> Store:
     if path.exists():
         require_store(path)
         store = Store(path)
-        _require_same_settings(path, json.loads(store.attributes["settings"]), experiment.settings)
+        require_same(experiment.request, store.attributes, experiment.settings)
         return store
     if experiment.options.served:
         from selfrepair_nn.execution.remote import server_of
@@ -41,21 +41,6 @@ def open_or_create(experiment: Experiment, command: str) -> Store:
         precision=experiment.precision,
         attributes=_attributes(experiment, command),
     )
-
-
-def _require_same_settings(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    differing = [name for name in asked if asked[name] != stored.get(name)]
-    differing = [name for name in differing if name != "graph"] or differing
-    if differing:
-        said = "; ".join(f"{n} is {_short(stored.get(n))} there, {_short(asked[n])} here" for n in differing)
-        raise StoreError(
-            f"{str(path)!r} holds another run ({said}): choose another --out, or the same settings"
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:36] + " …"
 
 
 def require_same_weights(store: Store, model: Model) -> None:
@@ -92,6 +77,8 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         "backend": "remote" if options.served else options.backend,
         "created": provenance.now(),
         "command": hidden(command),
+        "figures": list(experiment.recipe.figures),
+        "options": experiment.request.choices,
         "settings": experiment.settings,
         "provenance": {
             "versions": provenance.versions(),
