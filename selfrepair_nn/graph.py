@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from hashlib import sha256
+from math import isfinite
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +20,7 @@ from selfrepair_nn.components import (
     Swap,
 )
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.values import one_of
+from selfrepair_nn.values import number, one_of, shown
 from selfrepair_nn.variables import RANKS, VARIABLES
 
 REPLACEMENTS = {
@@ -51,11 +52,23 @@ FREEZES = {
 RECORDS = {"sums": "heads, MLPs and norm", "full": "every component by itself"}
 
 
+def _keep_number(replacement: Any, name: str) -> None:
+    """Make a replacement's number Python's own. UsageError for what is no finite number."""
+    value = getattr(replacement, name)
+    value = value.item() if hasattr(value, "item") else value
+    if not isfinite(number(f"{name} of {type(replacement).__name__}", value)):
+        raise UsageError(f"{name} of {type(replacement).__name__} must be finite, not {value}")
+    object.__setattr__(replacement, name, value)
+
+
 @dataclass(frozen=True)
 class Scale:
     """Replacement: the site's own clean value times `factor`."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        _keep_number(self, "factor")
 
 
 @dataclass(frozen=True)
@@ -64,12 +77,19 @@ class Constant:
 
     value: float
 
+    def __post_init__(self) -> None:
+        _keep_number(self, "value")
+
 
 @dataclass(frozen=True)
 class OtherHead:
     """Replacement: what another head of the same prompt reads out at the same position."""
 
     head: Head
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, Head):
+            raise UsageError(f"head of OtherHead must be a Head, such as Head(9, 6), not {shown(self.head)}")
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,9 @@ class Reinforce:
     """
 
     scale: float
+
+    def __post_init__(self) -> None:
+        _keep_number(self, "scale")
 
 
 Replacement = str | Scale | Constant | OtherHead | Reinforce

@@ -83,8 +83,9 @@ class Request:
 
     @cached_property
     def usual(self) -> Choices:
-        """The choices where nothing is asked for."""
-        return choices(self.recipe.resolved(Options()), self.sizes)
+        """The choices where nothing is asked for, but of the same prompts: how many tokens are usual is theirs."""
+        same = Options(prompts=self.options.prompts)
+        return choices(self.recipe.resolved(same), self.sizes) | {"prompts": SAMPLE}
 
     @cached_property
     def name(self) -> str:
@@ -129,7 +130,7 @@ class Request:
 
 def _word(value: Any) -> str:
     text = "left open" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:56]} …"
+    return text if len(text) <= 60 else f"{text[:20]} … {text[-36:]}"
 
 
 def _part(name: str, value: Any) -> str:
@@ -143,12 +144,10 @@ def _part(name: str, value: Any) -> str:
     if name in ("layers", "heads"):
         ranges = re.sub(r"(\d+):(\d+)", lambda m: f"{m[1]}-{int(m[2]) - 1}", value)
         return name + ranges.replace("*", "all")
-    label, text = name.replace("_", "-"), _listed(value)
+    if name == "partners":
+        value = Path(value).stem
+    label, text = name.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"{label}{text}" if text[:1].isdigit() else f"{label}-{text}"
-
-
-def _listed(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).stem or str(value)
 
 
 def _safe(text: str) -> str:
