@@ -163,13 +163,21 @@ def with_attributes(ds, **attributes):
 def test_an_older_store_has_the_figures_of_our_recipe_of_its_name(stored):
     old = with_attributes(stored("freeze"), figures=None)
     assert figures.own(old) == ("freeze",)
-    assert figures.own(with_attributes(old, recipe="mine")) == ("freeze", "variants")
+    assert figures.own(with_attributes(old, recipe="mine")) == ("freeze",)
+    assert figures.own(with_attributes(stored("noise"), figures=None)) == ("token_noise",)
+    assert figures.own(with_attributes(stored("noise"), figures=None, recipe="x/noise.py"))[0] == "self_repair_by_layer"
 
 
 @pytest.mark.parametrize("named", ['["ioi"]', '["nope", 3]', "3", "[", "null", '{"a": 1}', '"freeze"'])
 def test_figures_that_are_none_of_ours_or_do_not_suit_give_way(stored, named):
+    """Names only are taken from a store, and only those of figures that it holds enough for."""
     ds = with_attributes(stored("freeze"), figures=named, recipe="mine")
-    assert figures.own(ds) == ("freeze", "variants")
+    assert figures.own(ds) == ("freeze",)
+
+
+def test_the_unspecific_figures_draw_our_recipes_stores_too(stored, tmp_path):
+    for name, figure in {"freeze": "variants", "contrastive": "variants", "ioi": "cases"}.items():
+        assert len(sr.plot(stored(name), tmp_path, [figure])) == 2
 
 
 def test_nothing_that_a_store_names_is_run(stored, tmp_path):
@@ -191,14 +199,14 @@ def test_nothing_that_a_store_names_is_run(stored, tmp_path):
 @pytest.mark.parametrize("name", ["heads", "freeze", "ioi", "own_doses", "self_reinforcement"])
 def test_a_figure_that_does_not_suit_is_refused_in_words(stored, name):
     ds = stored(name)
-    for figure in {*figures.FIGURES} - {*figures.suited(ds)}:
+    for figure in {*figures.FIGURES} - {*figures.suited(ds), *figures.UNSPECIFIC}:
         with pytest.raises(UsageError, match=f"figure {figure} does not suit 'tiny-neox.*: it needs ") as refused:
             figures.draw(figure, ds)
         assert f"suited are {', '.join(figures.suited(ds))}" in str(refused.value)
 
 
 def test_a_figure_that_does_not_suit_is_refused_on_the_command_line(stored, tmp_path):
-    for figure in ("freeze", "cases", "ioi"):
+    for figure in ("freeze", "cases", "ioi", "variants"):
         ended = selfrepair("plot", stored("heads").encoding["source"], "--figure", figure, "--out", tmp_path)
         assert (ended.code, len(ended.err.splitlines())) == (2, 1)
         assert f"figure {figure} does not suit" in ended.err

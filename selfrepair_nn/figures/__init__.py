@@ -79,14 +79,19 @@ _MODULES = {
         cases,
     )
 }
+UNSPECIFIC = ("variants", "cases")
 FIGURES: dict[str, Callable[..., Figure]] = {name: module.draw for name, module in _MODULES.items()}
 DESCRIPTIONS: dict[str, str] = {name: module.__doc__.splitlines()[0] for name, module in _MODULES.items()}
 
 
 def suited(datasets: Datasets) -> list[str]:
-    """The names of the figures for which each of these datasets holds enough. UsageError if there is no dataset."""
+    """The names of the figures for which each of these datasets holds enough; UNSPECIFIC ones where there is no other.
+
+    UsageError if there is no dataset.
+    """
     stores = named(datasets).values()
-    return [name for name, module in _MODULES.items() if all(map(NEEDS[module.TAKES].fits, stores))]
+    found = [name for name, module in _MODULES.items() if all(map(NEEDS[module.TAKES].fits, stores))]
+    return [name for name in found if name not in UNSPECIFIC] or found
 
 
 def require_figures(names: Iterable[str]) -> tuple[str, ...]:
