@@ -123,8 +123,8 @@ class Request:
         tried = (self.path.with_name(f"{stem}{'' if n == 1 else f'-{n}'}.zarr") for n in count(1))
         free = next(place for place in tried if not place.exists())
         return StoreError(
-            f"{str(self.path)!r} holds another run ({'; '.join(said)}): keep it, and run this one with "
-            f"--out {quote(str(free))}"
+            f"{str(self.path)!r} holds another run ({'; '.join(said)}): choose another --out, "
+            f"free is --out {quote(str(free))}"
         )
 
 

@@ -333,7 +333,7 @@ def test_a_conflict_is_told_in_words_with_a_place_that_is_free(taken, flags, sai
     before = files(Path("x.zarr"))
     ended = selfrepair("run", "heads", *taken, *flags)
     assert ended.code == 1
-    assert f"'x.zarr' holds another run ({said}): keep it, and run this one with --out " in ended.err
+    assert f"'x.zarr' holds another run ({said}): choose another --out, free is --out " in ended.err
     assert len(ended.err.splitlines()) == 1
     assert files(Path("x.zarr")) == before
     free = ended.err.rstrip().rpartition("--out ")[2]
@@ -468,5 +468,5 @@ def test_a_handed_in_model_is_named_by_what_it_computes_in(tmp_path, prompts):
 
 
 def test_a_conflict_is_an_error_of_the_store_in_python(taken):
-    with pytest.raises(StoreError, match=r"layers 1 there, 2 here\): keep it, and run this one with --out "):
+    with pytest.raises(StoreError, match=r"layers 1 there, 2 here\): choose another --out, free is --out "):
         sr.run(model=taken[1], prompts=taken[3], out="x.zarr", layers=[2], tokens=28)
