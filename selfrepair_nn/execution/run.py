@@ -5,7 +5,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
 from typing import Any
 
@@ -34,7 +34,7 @@ from selfrepair_nn.execution.workers import Workers
 from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import Options, require_known
 from selfrepair_nn.remote.faults import Fault
 from selfrepair_nn.remote.ledger import Ledger, ledger_path
 from selfrepair_nn.shown import line
@@ -67,7 +67,9 @@ def run(
         Incomplete: interrupted, or a server failed for too long; the same call resumes.
         Fault: a server refuses what another attempt would not change.
     """
-    experiment = prepare(recipe, Options(**choices))
+    require_known(choices, ("recipe", "progress", "command", "confirm"))
+    options = Options(**choices)
+    experiment = prepare(recipe, options)
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as lock:
@@ -83,7 +85,7 @@ def run(
                     tell(told)
             if store is None or "finished" not in store.attributes:
                 _prove(model, experiment)
-                store = store or _begun(experiment, model, record, command or _call(recipe, choices))
+                store = store or _begun(experiment, model, record, command or _call(recipe, options))
                 _run(store, as_stored(experiment, store), model, progress, lock.release)
     return open_store(experiment.path)
 
@@ -221,12 +223,15 @@ def _require_consent(experiment: Experiment, confirm: Callable[[str], bool] | No
         )
 
 
-def _call(recipe: str, choices: dict[str, Any]) -> str:
-    shown = [
-        f"{name}={value if isinstance(value, (str, int, float)) else '…'!r}"
-        for name, value in choices.items()
-    ]
-    return f"selfrepair_nn.run({', '.join([repr(recipe), *shown])})"
+def _call(recipe: Any, options: Options) -> str:
+    """The call that made a store, each choice in the form in which it is kept."""
+    shown = [repr(str(recipe))]
+    for each in fields(options):
+        value = getattr(options, each.name)
+        plain = isinstance(value, str | int | float | tuple | dict | None)
+        if not plain or value != each.default:
+            shown.append(f"{each.name}={value if plain else '…'!r}")
+    return f"selfrepair_nn.run({', '.join(shown)})"
 
 
 def _bar(store: Store, experiment: Experiment, progress: bool | None) -> tqdm:
