@@ -128,6 +128,7 @@ def test_the_pages_snippet_opens_the_store(stored, name, tmp_path):
     assert float(found) == pytest.approx(float(first.mean(dtype=float)), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["own_axis", "own_doses", "own_cases"])
 def test_the_page_and_the_summary_hold_the_means(stored, name, tmp_path):
     """Of a store that the package does not know, by plain numpy from the store."""
     ds = stored(name).load()
