@@ -74,6 +74,8 @@ _PLACES = {
     "plot": "figures:plot",
     "write_report": "report:report",
     "simulate_heads": "simulate:simulate_heads",
+    "SelfRepairError": "errors:SelfRepairError",
+    "UsageError": "errors:UsageError",
 }
 __all__ = sorted(_PLACES)
 

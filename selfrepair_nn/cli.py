@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -95,6 +94,7 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
         _plan(recipe, choices, calibrate=False)
         return
     signal.signal(signal.SIGTERM, _interrupt)
+    _knock(recipe, choices)
     _quiet_libraries()
     from selfrepair_nn.execution.run import run as run_recipe
     from selfrepair_nn.text import summary
@@ -116,7 +116,9 @@ def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
 
 @cli.command()
 @click.argument("stores", nargs=-1, required=True)
-@click.option("--figure", "names", multiple=True, help="Figure to draw, repeatable; default: the recipe's.")
+@click.option(
+    "--figure", "names", multiple=True, help="Figure to draw, repeatable; default: the store's own."
+)
 @click.option(
     "--out", default=None, help="Directory for the figures; default: the first store's name without .zarr."
 )
@@ -137,15 +139,16 @@ def plot(
 ) -> None:
     """Draw the figures of one or several STORES as PNG and SVG, and print their paths."""
     from selfrepair_nn.analysis import only
+    from selfrepair_nn.figures import beside, own, require_figures
     from selfrepair_nn.figures import plot as draw
-    from selfrepair_nn.recipe import find_recipe
     from selfrepair_nn.store import open_store
 
+    require_figures(names)
     datasets = [open_store(path) for path in stores]
-    wanted = names or find_recipe(datasets[0].attrs["recipe"]).figures
+    wanted, folder = names or own(datasets[0]), out or beside(datasets[0])
     if layers or heads:
         datasets = [only(ds, layers, heads) for ds in datasets]
-    for path in draw(datasets, out or Path(stores[0]).with_suffix(""), wanted, share=share):
+    for path in draw(datasets, folder, wanted, share=share):
         _print(path)
 
 
@@ -157,7 +160,7 @@ def report(store: str, out: str | None) -> None:
     from selfrepair_nn.report import report as write
     from selfrepair_nn.store import open_store
 
-    _print(write(open_store(store), out or Path(store).with_suffix(".html")))
+    _print(write(open_store(store), out))
 
 
 @cli.command("compare-paper")
@@ -168,7 +171,7 @@ def report(store: str, out: str | None) -> None:
 )
 def compare_paper(store: str, reference: str | None, out: str | None) -> None:
     """Print STORE's means of each layer beside those that the paper's authors published, and draw both."""
-    from selfrepair_nn.figures import paper_comparison, save
+    from selfrepair_nn.figures import beside, paper_comparison, save
     from selfrepair_nn.store import open_store
     from selfrepair_nn.text import comparison
 
@@ -176,7 +179,7 @@ def compare_paper(store: str, reference: str | None, out: str | None) -> None:
     _print(comparison(dataset, reference))
     figure = paper_comparison.draw(dataset, reference=reference)
     click.echo()
-    for path in save(figure, out or Path(store).with_suffix(""), "paper_comparison"):
+    for path in save(figure, out or beside(dataset), "paper_comparison"):
         _print(path)
 
 
@@ -200,15 +203,17 @@ def verify(store: str) -> None:
     the run has not finished."""
     from selfrepair_nn.integrity import contents_of
     from selfrepair_nn.integrity import verify as damaged
+    from selfrepair_nn.paths import local
 
-    found, attributes = damaged(store), contents_of(Path(store)).attributes
+    path = local(store, "store")
+    found, attributes = damaged(path), contents_of(path).attributes
     for each in found:
-        click.echo(each)
+        _print(str(each))
     remedy = f"run the command that made it:\n  {attributes.get('command', 'not recorded')}"
     if found:
         count = f"{len(found)} file{'s' * (len(found) > 1)}"
         raise SelfRepairError(f"{count} of {store!r} missing or damaged; to compute again, {remedy}")
-    click.echo(f"{store}: every file is as it was written")
+    _print(f"{store}: every file is as it was written")
     if "finished" not in attributes:
         _say(f"{store!r} is whole as far as it goes, but the run has not finished; to go on, {remedy}")
         sys.exit(Incomplete.exit_code)
@@ -230,6 +235,7 @@ def recipes() -> None:
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
 def check(model: str, dtype: str, device: str, revision: str | None) -> None:
     """Test on a short random input whether MODEL is decomposed exactly. Exit code 1 if not."""
+    _knock("heads", {"model": model, "dtype": dtype, "device": device, "revision": revision})
     _quiet_libraries()
     from selfrepair_nn.models.check import check as measure
     from selfrepair_nn.models.load import load
@@ -273,7 +279,15 @@ def doctor(host: str | None, remote: bool, model: str | None, trip: bool) -> Non
         raise SelfRepairError("something is wrong: see the lines marked FAIL")
 
 
+def _knock(recipe: str, choices: dict[str, Any]) -> None:
+    """Refuse what can be refused before the libraries are imported, which takes seconds."""
+    from selfrepair_nn.door import requested
+
+    requested(recipe, Options(**choices))
+
+
 def _plan(recipe: str, choices: dict[str, Any], calibrate: bool) -> None:
+    _knock(recipe, choices)
     _quiet_libraries()
     from selfrepair_nn.execution.preview import preview, preview_text
 

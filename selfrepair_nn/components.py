@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
+from selfrepair_nn import values
 from selfrepair_nn.errors import UsageError
 
 KINDS = ("embedding", "position_embedding", "head", "attention_bias", "mlp")
@@ -158,15 +160,18 @@ def components(
     return found
 
 
-def select_heads(layers: str | None, heads: str | None, n_layers: int, n_heads: int) -> tuple[Head, ...]:
+def select_heads(layers: Any, heads: Any, n_layers: int, n_heads: int) -> tuple[Head, ...]:
     """The heads that two specifications leave, in order of layer and head.
 
-    `layers` is a list of numbers and half-open ranges ("8:12", "0,5,-1"); `heads` a list of
-    "layer.head", "layer.*" or "L9H6". Both None means every head.
+    `layers` is a list of numbers and half-open ranges ("8:12", "0,5,-1"), a number, a range, or several of these;
+    `heads` a list of "layer.head", "layer.*" or "L9H6", a Head, a pair (layer, head), or several. Both None means
+    every head.
 
     Raises:
         UsageError: a specification is misspelt, names a place the model does not have, or leaves nothing.
     """
+    layers = layers if layers is None else values.layers("layers", layers)
+    heads = heads if heads is None else values.heads("heads", heads)
     in_layers = set(_layers(layers, n_layers)) if layers is not None else set(range(n_layers))
     wanted = _heads(heads, n_layers, n_heads) if heads is not None else None
     offered = [Head(layer, head) for layer in sorted(in_layers) for head in range(n_heads)]

@@ -1,5 +1,6 @@
 """Where text comes from: the shipped sample, a file or a dataset, as an iterator over documents and its provenance."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,10 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 def open_corpus(source, split: str, column: str, revision: str | None) -> tuple[Iterator[str], dict]:
     """The documents behind a name, one after the other, and their provenance; see `prompts.load_prompts`."""
     source = SAMPLE if source is None else source
+    if is_texts(source):
+        require_plain("a list of texts", split, column, revision)
+        digest = sha256(json.dumps(list(source)).encode()).hexdigest()
+        return (each for each in source), {"kind": "texts", "name": "texts", "sha256": digest}
     name, path = str(source), os.path.expanduser(source)
     if source == SAMPLE:
         require_plain(name, split, column, revision)
@@ -40,8 +45,13 @@ def open_corpus(source, split: str, column: str, revision: str | None) -> tuple[
         return _dataset(name, repository, configuration or None, split, column, _commit(repository, revision))
     raise UsageError(
         f"no file {name[:80]!r}: give a file of text, of records (.jsonl, .json, .csv, .tsv, .parquet) or of token "
-        f"ids (.npy), a dataset as owner/name, or {SAMPLE!r}"
+        f"ids (.npy), a dataset as owner/name, or {SAMPLE!r}; in Python texts themselves are given as a list"
     )
+
+
+def is_texts(source) -> bool:
+    """Whether the source is a list of texts, each a document."""
+    return isinstance(source, list | tuple) and bool(source) and all(isinstance(each, str) for each in source)
 
 
 def require_plain(name: str, split: str, column: str, revision: str | None) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from hashlib import sha256
+from math import isfinite
 from types import FunctionType
 from typing import Any
 
@@ -19,6 +20,7 @@ from selfrepair_nn.components import (
     Swap,
 )
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.values import number, one_of, shown
 from selfrepair_nn.variables import RANKS, VARIABLES
 
 REPLACEMENTS = {
@@ -50,11 +52,23 @@ FREEZES = {
 RECORDS = {"sums": "heads, MLPs and norm", "full": "every component by itself"}
 
 
+def _keep_number(replacement: Any, name: str) -> None:
+    """Make a replacement's number Python's own. UsageError for what is no finite number."""
+    value = getattr(replacement, name)
+    value = value.item() if hasattr(value, "item") else value
+    if not isfinite(number(f"{name} of {type(replacement).__name__}", value)):
+        raise UsageError(f"{name} of {type(replacement).__name__} must be finite, not {value}")
+    object.__setattr__(replacement, name, value)
+
+
 @dataclass(frozen=True)
 class Scale:
     """Replacement: the site's own clean value times `factor`."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        _keep_number(self, "factor")
 
 
 @dataclass(frozen=True)
@@ -63,12 +77,19 @@ class Constant:
 
     value: float
 
+    def __post_init__(self) -> None:
+        _keep_number(self, "value")
+
 
 @dataclass(frozen=True)
 class OtherHead:
     """Replacement: what another head of the same prompt reads out at the same position."""
 
     head: Head
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, Head):
+            raise UsageError(f"head of OtherHead must be a Head, such as Head(9, 6), not {shown(self.head)}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,9 @@ class Reinforce:
     """
 
     scale: float
+
+    def __post_init__(self) -> None:
+        _keep_number(self, "scale")
 
 
 Replacement = str | Scale | Constant | OtherHead | Reinforce
@@ -274,12 +298,6 @@ def freeze_set(name: str, n_layers: int, n_heads: int) -> frozenset[Freezable]:
 def writes_attention_bias(structure: dict[str, Any], value_bias: str) -> bool:
     """Whether the attention's output bias is a component: it has one, or it takes in the heads' constant part."""
     return structure["attention_bias"] or (value_bias == "output" and structure["value_bias"])
-
-
-def one_of(what: str, value: str, valid: Mapping[str, str]) -> None:
-    """Raise UsageError unless `value` is one of the names of `valid`."""
-    if value not in valid:
-        raise UsageError(f"{what} {value!r} is not known; choose one of {', '.join(valid)}")
 
 
 def _lies_in(site: Ablatable | Freezable, structure: Any) -> bool:

@@ -1,22 +1,21 @@
 """Every choice a run offers: its name, default and meaning, written once for Python and the command line alike."""
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
+from selfrepair_nn import values
 from selfrepair_nn.corpora import COLUMN, SPLIT
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.graph import FREEZES, REPLACEMENTS, TARGETS, VALUE_BIASES, one_of
+from selfrepair_nn.graph import FREEZES, REPLACEMENTS, TARGETS, VALUE_BIASES
 from selfrepair_nn.paths import local
 
 SELECTS = {
     "all": "every token",
     "top-share": "each head's top share of tokens: other prompts, and what comes after, are left out",
 }
-COUNTS = (
-    "tokens", "length", "mean_prompts", "batch_size", "rows", "workers", "threads", "in_flight", "patience"
-)  # fmt: skip
 CI_OF = {"heads": "each head's mean", "layers": "each layer's mean over its heads"}
 COMPONENTS = {
     "none": "only the sums over heads and MLPs",
@@ -28,84 +27,123 @@ BACKENDS = {
     "simulated": "the model in this process, behind the serialisation a server needs",
 }
 
+Kind = Callable[[str, Any], Any]
+"""How what a caller writes becomes what is kept: see `values`."""
+
 
 def option(
-    default: Any, help: str, choices: dict[str, str] | tuple[str, ...] | None = None, alone: str | None = None
+    default: Any,
+    help: str,
+    kind: Kind | None = None,
+    choices: Iterable[str] | None = None,
+    alone: str | None = None,
+    decides: bool = True,
 ) -> Any:
-    """One choice; `alone` is what its flag means on the command line when no value follows it."""
-    return field(
-        default=default,
-        metadata={"help": help, "choices": tuple(choices) if choices else None, "alone": alone},
-    )
+    """One choice: a value of some `kind`, or one of some `choices`.
+
+    `alone` is what its flag means on the command line when no value follows it; `decides` says whether numbers depend
+    on it, so that with another value it is another run.
+    """
+    known = {"help": help, "kind": kind, "choices": tuple(choices) if choices else None}
+    return field(default=default, metadata=known | {"alone": alone, "decides": decides})
 
 
-@dataclass(frozen=True)
+def _seed(name: str, value: Any) -> int:
+    return values.whole(name, value, 0)
+
+
+def _share(name: str, value: Any) -> float:
+    found = values.number(name, value)
+    if not 0 < found <= 1:
+        raise UsageError(f"{name} must lie above 0 and at most at 1, not {values.shown(value)}")
+    return found
+
+
+def _width(name: str, value: Any) -> float:
+    found = values.number(name, value)
+    if not 0 < found < float("inf"):
+        raise UsageError(f"{name} must be a number of logits above 0, not {values.shown(value)}")
+    return found
+
+
+def _out(name: str, value: Any) -> str:
+    found = values.place(name, value)
+    local(found, name)
+    return found
+
+
+def _address(name: str, value: Any) -> str:
+    require_address(values.text(name, value))
+    return value
+
+
+@dataclass(frozen=True, init=False)
 class Options:
-    """The choices of one run. Raises UsageError for a value that cannot be."""
+    """The choices of one run, each in the one form in which it is kept, whatever spelling it came in.
+
+    None stands for the default of any of them. Raises UsageError for a name that is no option, and for a value that
+    cannot be.
+    """
 
     # fmt: off
-    model: Any = option("tiny-neox", "Embedded name, directory, GGUF file or hub name.")
-    prompts: Any = option("sample", "Dataset name, file of text or of records (.jsonl, .json, .csv, .tsv, .parquet), .npy of token ids, or 'sample' (ships with the package).")
-    out: Any = option("outputs", "Store to write (NAME.zarr), or the directory to put it in.")
-    tokens: int | None = option(None, "Total number of tokens to use; default: 16384 of the sample, 100000 of a dataset, all of a file.")
-    length: int | None = option(None, "Tokens in a prompt; default: 128, or the model's context if that is shorter.")
-    bos: str = option("auto", "Begin each prompt with the BOS token: auto (if there is one), always or never.", ("auto", "always", "never"))
-    partners: Any = option(None, ".npy of partners: entry i is the prompt whose z replaces prompt i's.")
-    layers: str | None = option(None, "Layers to ablate in: 8:12 or 0,5,-1; default: all.")
-    heads: str | None = option(None, "Heads to ablate: 9.6,10.*; default: all.")
-    ablation: str = option("resample", "What replaces a head's z.", REPLACEMENTS)
-    target: str = option("centred", "Unembedding direction of the target.", TARGETS)
-    value_bias: str = option("output", "Where a head's constant part is counted.", VALUE_BIASES)
-    freeze: str = option("none", "What keeps its clean value.", FREEZES)
-    components: str = option("none", "Store every component's change too; alone: all.", COMPONENTS, "all")
-    share: float | None = option(None, "Share of tokens that 'top' and 'top-share' mean, by direct effect; default: 0.02, or 1 where the prompts say which tokens count.")
-    select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", SELECTS)
-    until_ci: float | None = option(None, "Stop where the mean self-repair on the top share is known to +- this many logits.")
-    ci_of: str = option("heads", "What --until-ci asks to be known.", CI_OF)
-    param: Any = option((), "Parameter of the recipe, NAME=VALUE; repeatable.")
-    dtype: str = option("float32", "What the model computes in.", ("float32", "float64", "bfloat16", "float16"))
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
-    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
-    split: str = option(SPLIT, "Split of the dataset.")
-    column: str = option(COLUMN, "Column of the dataset, or of the records, that holds the text.")
-    prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.")
-    seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.")
-    mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.")
-    batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.")
-    rows: int | None = option(None, "Tokens in one forward pass: ablated heads ride together until it is full; default: what fits.")
-    workers: int = option(1, "Processes that share the work, each with its own model.")
-    threads: int | None = option(None, "Threads of each process; default: torch's own, with --workers as many as pay.")
-    shard: str | None = option(None, "Do only part I of N, as I/N: jobs of a cluster fill one store together.")
-    backend: str = option("local", "Where the model runs.", BACKENDS)
-    check: bool = option(True, "Prove at load that the model is decomposed exactly.")
-    remote: bool = option(False, "Run on an NDIF server: no weights are needed here.")
-    host: str | None = option(None, "Address of your own NDIF server, such as http://127.0.0.1:8001; implies remote.")
-    in_flight: int = option(2, "Jobs on the server at a time.")
-    patience: int = option(1800, "Seconds to wait for a server that is silent before a job or the server is given up.")
-    yes: bool = option(False, "Start a large remote run without asking.")
+    model: Any = option("tiny-neox", "Embedded name, directory, GGUF file or hub name.", values.source)
+    prompts: Any = option("sample", "Dataset name, file of text or of records (.jsonl, .json, .csv, .tsv, .parquet), .npy of token ids, or 'sample' (ships with the package).", values.prompts)
+    out: Any = option("outputs", "Store to write (NAME.zarr), or the directory to put it in.", _out, decides=False)
+    tokens: int | None = option(None, "Total number of tokens to use; default: 16384 of the sample, 100000 of a dataset, all of a file.", values.whole)
+    length: int | None = option(None, "Tokens in a prompt; default: 128, or the model's context if that is shorter.", values.whole)
+    bos: str = option("auto", "Begin each prompt with the BOS token: auto (if there is one), always or never.", choices=("auto", "always", "never"))
+    partners: Any = option(None, ".npy of partners: entry i is the prompt whose z replaces prompt i's.", values.partners)
+    layers: str | None = option(None, "Layers to ablate in: 8:12 or 0,5,-1; default: all.", values.layers)
+    heads: str | None = option(None, "Heads to ablate: 9.6,10.*; default: all.", values.heads)
+    ablation: str = option("resample", "What replaces a head's z.", choices=REPLACEMENTS)
+    target: str = option("centred", "Unembedding direction of the target.", choices=TARGETS)
+    value_bias: str = option("output", "Where a head's constant part is counted.", choices=VALUE_BIASES)
+    freeze: str = option("none", "What keeps its clean value.", choices=FREEZES)
+    components: str = option("none", "Store every component's change too; alone: all.", choices=COMPONENTS, alone="all")
+    share: float | None = option(None, "Share of tokens that 'top' and 'top-share' mean, by direct effect; default: 0.02, or 1 where the prompts say which tokens count.", _share)
+    select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", choices=SELECTS)
+    until_ci: float | None = option(None, "Stop where the mean self-repair on the top share is known to +- this many logits.", _width)
+    ci_of: str = option("heads", "What --until-ci asks to be known.", choices=CI_OF)
+    param: Any = option((), "Parameter of the recipe, NAME=VALUE; repeatable.", values.parameters)
+    dtype: str = option("float32", "What the model computes in.", values.named, ("float32", "float64", "bfloat16", "float16"))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 …", values.named, decides=False)
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.", values.text)
+    split: str = option(SPLIT, "Split of the dataset.", values.text)
+    column: str = option(COLUMN, "Column of the dataset, or of the records, that holds the text.", values.text)
+    prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.", values.text)
+    seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.", _seed)
+    mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.", values.whole)
+    batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.", values.whole, decides=False)
+    rows: int | None = option(None, "Tokens in one forward pass: ablated heads ride together until it is full; default: what fits.", values.whole, decides=False)
+    workers: int = option(1, "Processes that share the work, each with its own model.", values.whole, decides=False)
+    threads: int | None = option(None, "Threads of each process; default: torch's own, with --workers as many as pay.", values.whole, decides=False)
+    shard: str | None = option(None, "Do only part I of N, as I/N: jobs of a cluster fill one store together.", values.part, decides=False)
+    backend: str = option("local", "Where the model runs.", choices=BACKENDS, decides=False)
+    check: bool = option(True, "Prove at load that the model is decomposed exactly.", values.switch, decides=False)
+    remote: bool = option(False, "Run on an NDIF server: no weights are needed here.", values.switch)
+    host: str | None = option(None, "Address of your own NDIF server, such as http://127.0.0.1:8001; implies remote.", _address, decides=False)
+    in_flight: int = option(2, "Jobs on the server at a time.", values.whole, decides=False)
+    patience: int = option(1800, "Seconds to wait for a server that is silent before a job or the server is given up.", values.whole, decides=False)
+    yes: bool = option(False, "Start a large remote run without asking.", values.switch, decides=False)
     # fmt: on
 
-    def __post_init__(self) -> None:
+    def __init__(self, *unnamed: Any, **given: Any) -> None:
+        if unnamed:
+            raise UsageError(
+                f"options are given by name, not as {values.shown(unnamed[0])}: write for example model=…"
+            )
+        require_known(given)
         for each in fields(self):
-            if each.metadata["choices"] and getattr(self, each.name) is not each.default:
-                one_of(each.name, getattr(self, each.name), dict.fromkeys(each.metadata["choices"], ""))
-        if self.until_ci is not None and not 0 < self.until_ci < float("inf"):
-            raise UsageError(f"until_ci must be a number of logits above 0, not {self.until_ci!r}")
+            object.__setattr__(self, each.name, _kept(each, given.get(each.name)))
+        self._require_fitting()
+
+    def _require_fitting(self) -> None:
         if self.until_ci is None and self.ci_of != type(self).ci_of:
             raise UsageError(f"ci_of {self.ci_of} says what until_ci must know: give --until-ci too")
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")
-        local(self.out, "out")
         if self.revision is not None and not isinstance(self.model, str | os.PathLike):
             raise UsageError(
                 f"revision {self.revision!r} is for models of the hub: leave it out with a loaded one"
             )
-        if self.host is not None:
-            require_address(self.host)
         self._require_one_kind_of_sharing()
         if self.served and self.backend != "local":
             raise UsageError(
@@ -128,13 +166,11 @@ class Options:
 
     @property
     def part(self) -> tuple[int, int] | None:
-        """(I, N) of a shard, I from 1 to N. Raises UsageError if `shard` is misspelt."""
+        """(I, N) of a shard, I from 1 to N."""
         if self.shard is None:
             return None
         first, _, last = self.shard.partition("/")
-        if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
-            return int(first), int(last)
-        raise UsageError(f"shard {self.shard!r} is not one of N: write 1/8 to 8/8")
+        return int(first), int(last)
 
     @property
     def selects(self) -> str:
@@ -147,12 +183,32 @@ class Options:
         return self.remote or self.host is not None
 
 
+def require_known(names: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raise UsageError, with what is nearest and all there are, for a name that is neither an option nor one of others."""
+    valid = [*(each.name for each in fields(Options)), *others]
+    for name in names:
+        if name not in valid:
+            raise UsageError(
+                f"there is no option {name!r}{values.nearest(name, valid)}; there are {', '.join(valid)}"
+            )
+
+
+def _kept(each: Any, value: Any) -> Any:
+    """What is kept of an option that a caller gave; None, which stands for the default, and the default as they are."""
+    if value is None or value is each.default:
+        return each.default
+    kind, choices = each.metadata["kind"], each.metadata["choices"]
+    found = kind(each.name, value) if kind else value
+    return values.one_of(each.name, found, choices) if choices else found
+
+
 def require_address(host: str) -> None:
     """Raises UsageError for a server's address that cannot be one, or that holds a secret."""
     try:
         parts = urlsplit(host)
         fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
+        fits = fits and parts.hostname.encode("idna")
+    except ValueError:  # UnicodeError is one: a label that is empty, or longer than names may be
         fits, parts = False, urlsplit("")
     if parts.username or parts.password:
         raise UsageError("the host's address must not hold a name or a password: keys come from NDIF_API_KEY")

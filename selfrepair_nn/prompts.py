@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from selfrepair_nn.corpora import COLUMN, SAMPLE, SPLIT, open_corpus, require_plain, require_text
+from selfrepair_nn.corpora import COLUMN, SAMPLE, SPLIT, is_texts, open_corpus, require_plain, require_text
 from selfrepair_nn.errors import UsageError, one_line
 
 DEFAULT_LENGTH = 128
@@ -126,11 +126,12 @@ def load_prompts(
     rows, each beginning with BOS where `bos` says so, and the unfinished last row is dropped.
 
     Args:
-        source: None or "sample" for the shipped held-out text; Prompts, used as they are; an integer array or a
-            `.npy` file [prompt, position]; a UTF-8 text file (a line holding only "\f" ends a document); a file of
-            records (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`); a directory of data files that `datasets` can
-            load; a dataset on the Hugging Face Hub, streamed: "owner/name" or "owner/name:configuration".
-            A file may be gzipped (`.gz`). What exists on disk comes before the Hub.
+        source: None or "sample" for the shipped held-out text; an integer array or a `.npy` file [prompt, position]; a
+            list of texts, each a document; `Prompts`, of which `tokens` and `length` take a part; a UTF-8 text file (a
+            line holding only "\f" ends a document); a file of records (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`);
+            a directory of data files that `datasets` can load; a dataset on the Hugging Face Hub, streamed:
+            "owner/name" or "owner/name:configuration". A file may be gzipped (`.gz`). What exists on disk comes before
+            the Hub.
         tokenizer: a `transformers` tokenizer; not needed for token ids.
         tokens: number of tokens wanted, BOS included: at most `tokens // length` rows, fewer where the
             source ends. None is everything there is, but 100,000 of a dataset.
@@ -266,15 +267,15 @@ def _decode(tokenizer, token: int) -> str:
 def _is_ready(source) -> bool:
     if isinstance(source, (str, os.PathLike)):
         return str(source).lower().endswith(".npy")
-    return source is not None
+    return source is not None and not is_texts(source)
 
 
 def _named(source) -> str:
     return str(source) if isinstance(source, (str, os.PathLike)) else "tokens"
 
 
-def _from_ids(source, tokens, length, bos, vocab_size, max_length) -> Prompts:
-    name, ids = _read_ids(source, "tokens")
+def _from_ids(source, tokens, length, bos, vocab_size, max_length, what: str = "tokens") -> Prompts:
+    name, ids = _read_ids(source, what)
     if bos == "always":
         raise UsageError(f"bos 'always': the token ids of {name} are used as they are; put BOS in them")
     _check_rows(ids, name)
@@ -294,19 +295,24 @@ def _from_ids(source, tokens, length, bos, vocab_size, max_length) -> Prompts:
 
 
 def _from_prompts(prompts: Prompts, tokens, length, bos, vocab_size, max_length) -> Prompts:
+    """Prompts that are made already: so many of them, cut to a length, and what they say of these tokens."""
     name = prompts.source.get("name", "prompts")
-    if bos == "always":
-        raise UsageError(f"bos 'always': the token ids of {name} are used as they are; put BOS in them")
-    if length not in (None, prompts.length):
+    kept = _from_ids(prompts.tokens, tokens, length, bos, vocab_size, max_length, name)
+    less = prompts.length - kept.length
+    whole = {part: getattr(prompts, part) for part in PARTS if getattr(prompts, part) is not None}
+    cut = {
+        part: of[: kept.n, : of.shape[1] - less] if of.ndim == 2 else of[: kept.n]
+        for part, of in whole.items()
+    }
+    if "counted" in cut and not cut["counted"].any():
         raise UsageError(
-            f"length {length}: the rows of {name} have {prompts.length} tokens; leave length out"
+            f"of {name} {kept.n} rows of {kept.length} tokens hold none that counts: take more, or longer ones"
         )
-    _check_length(prompts.length, tokens, max_length)
-    found = prompts if tokens is None else prompts.take(tokens // prompts.length)
-    for ids in (found.tokens, found.twin, found.other):
-        if ids is not None:
-            _check_ids(ids, vocab_size, name)
-    return found
+    for part in ("twin", "other"):
+        if part in cut:
+            _check_ids(cut[part], vocab_size, name)
+    asked = {name: kept.source[name] for name in ("length", "tokens_asked")}
+    return replace(prompts, **cut, source=prompts.source | asked)
 
 
 def _read_ids(source, what: str) -> tuple[str, np.ndarray]:
@@ -331,7 +337,8 @@ def _read_ids(source, what: str) -> tuple[str, np.ndarray]:
 def special_ids(tokenizer, bos: str, source) -> tuple[int | None, int | None]:
     """Ids that begin a row and that join two documents; None where there is none. Id 0 is a real token."""
     if tokenizer is None:
-        raise UsageError(f"{source or SAMPLE} is text: give a tokenizer with it, or a .npy file of token ids")
+        name = "prompts" if is_texts(source) else source or SAMPLE
+        raise UsageError(f"{name} is text: give a tokenizer with it, or a .npy file of token ids")
     first = None if bos == "never" else getattr(tokenizer, "bos_token_id", None)
     if first is None and bos == "always":
         raise UsageError("bos 'always': the tokenizer has no BOS token; choose auto or never")

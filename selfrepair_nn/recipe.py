@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts
+from selfrepair_nn.values import nearest, place, shown
 
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
@@ -51,7 +53,7 @@ class Recipe:
                 kind than its default.
         """
         usual = {each.name: each.default for each in fields(Options)}
-        if unknown := ", ".join(self.defaults.keys() - usual):
+        if unknown := ", ".join(sorted(map(str, self.defaults.keys() - usual))):
             raise UsageError(
                 f"recipe {str(self.path)!r}: DEFAULTS names {unknown}, which is no option of a run"
             )
@@ -63,8 +65,10 @@ class Recipe:
         found = {}
         for name, value in pairs:
             if name not in self.parameters:
-                valid = ", ".join(self.parameters) or "none"
-                raise UsageError(f"recipe {self.name!r} has no parameter {name!r}; it has: {valid}")
+                valid, near = ", ".join(self.parameters) or "none", nearest(name, self.parameters)
+                raise UsageError(
+                    f"recipe {self.name!r} has no parameter {shown(name)}{near}; it has: {valid}"
+                )
             found[name] = _like(name, value, self.parameters[name])
         return found
 
@@ -146,10 +150,10 @@ def _watched(options: Options) -> tuple[Options, set[str]]:
 def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise UsageError(f"parameter {text!r}: write NAME=VALUE")
+        raise UsageError(f"parameter {shown(text)}: write NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return name, value
 
 
@@ -158,8 +162,8 @@ def _like(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple):
         value = tuple(value) if isinstance(value, tuple | list) else (value,)
     kinds = (int, float) if isinstance(default, float) else () if default is None else type(default)
-    if kinds and not isinstance(value, kinds):
-        raise UsageError(f"parameter {name}: {value!r} is not like its default, {default!r}")
+    if kinds and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
+        raise UsageError(f"parameter {name}: {shown(value)} is not like its default, {default!r}")
     return value
 
 
@@ -170,16 +174,18 @@ def recipe_paths() -> dict[str, Path]:
     }
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: Any) -> Recipe:
     """A recipe by name, or from a path ending in .py.
 
     Raises:
         UsageError: no such recipe; a file that cannot be read as one.
     """
-    path = Path(name) if name.endswith(".py") else recipe_paths().get(name)
+    name = place("recipe", name)
+    path = Path(name).expanduser() if name.endswith(".py") else recipe_paths().get(name)
     if path is None or not path.is_file():
         raise UsageError(
-            f"no recipe {name!r}; there are {', '.join(recipe_paths())}, or give the path of your own .py"
+            f"no recipe {shown(name)}{nearest(name, recipe_paths())}; there are {', '.join(recipe_paths())}, "
+            "or give the path of your own .py"
         )
     return _load(path)
 
@@ -190,16 +196,39 @@ def recipes() -> list[Recipe]:
 
 
 def _load(path: Path) -> Recipe:
+    try:
+        return _loaded(path, path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"recipe {str(path)!r} cannot be read: {one_line(error)}") from error
+
+
+@lru_cache(maxsize=64)
+def _loaded(path: Path, content: bytes) -> Recipe:
+    """The recipe in a file of this content: it is executed once, however often it is asked for."""
     spec = importlib.util.spec_from_file_location(f"selfrepair_nn_recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(content, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         raise UsageError(f"recipe {str(path)!r} does not load: {one_line(error)}") from error
     if not callable(getattr(module, "graph", None)):
         raise UsageError(f"recipe {str(path)!r} defines no function {SIGNATURE}")
     summary = (module.__doc__ or "").strip().split("\n")[0]
-    parameters = dict(getattr(module, "PARAMETERS", {}))
-    defaults, figures = dict(getattr(module, "DEFAULTS", {})), tuple(getattr(module, "FIGURES", ()))
+    parameters, defaults = (_mapping(module, path, name) for name in ("PARAMETERS", "DEFAULTS"))
     prompts = getattr(module, "prompts", None)
-    return Recipe(path, summary, module.graph, prompts, parameters, defaults, figures)
+    return Recipe(path, summary, module.graph, prompts, parameters, defaults, _figures(module, path))
+
+
+def _mapping(module: Any, path: Path, name: str) -> dict[str, Any]:
+    found = getattr(module, name, {})
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise UsageError(f"recipe {str(path)!r}: {name} is a dict of names and values, not {shown(found)}")
+    return dict(found)
+
+
+def _figures(module: Any, path: Path) -> tuple[str, ...]:
+    found = getattr(module, "FIGURES", ())
+    found = (found,) if isinstance(found, str) else found
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+        raise UsageError(f"recipe {str(path)!r}: FIGURES is a tuple of names, not {shown(found)}")
+    return tuple(found)

@@ -15,11 +15,23 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from selfrepair_nn import figures, wording
-from selfrepair_nn.analysis import by_head, by_layer, most_repaired, restored
+from selfrepair_nn import figures, text, wording
+from selfrepair_nn.analysis import (
+    by_case,
+    by_head,
+    by_layer,
+    by_variant,
+    most_repaired,
+    reinforcement_by_head,
+    restored,
+)
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import style
+from selfrepair_nn.figures.needs import NEEDS
+from selfrepair_nn.figures.needs import axis as variants_axis
+from selfrepair_nn.paths import local
+from selfrepair_nn.variables import TOKEN
 
 RANKED = 10
 HEAD_COLUMNS = {
@@ -36,26 +48,25 @@ HEAD_COLUMNS = {
 def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = None) -> str:
     """The report of a store as HTML; `store` is its directory's name, by default where `ds` came from.
 
+    Of single heads, each ablated in one way, it has tables of layers and heads; of cases, of several variants and of
+    heads that read their own write, one of what the store has instead.
+
     Raises:
-        UsageError: `ds` is not a store of the heads recipe, `share` is not in (0, 1], or nothing is done yet.
+        UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet.
     """
     ds = restored(ds)
+    if not NEEDS["summary"].fits(ds):
+        return _of_others(ds, share, store)
     heads = by_head(ds, share)
     share = heads.attrs["share"]
     if not (heads.tokens > 0).any():
         raise UsageError(f"{wording.title(heads)!r} has nothing done yet: there is nothing to report")
     layers = by_layer(heads, share)
     best = most_repaired(heads, RANKED, share)
-    name = store or Path(ds.encoding.get("source") or "results.zarr").name
-    parts = {
-        "title": escape(wording.title(heads)),
+    parts = _common(ds, heads, share, store) | {
         "basis": escape(wording.basis(heads)),
-        "banner": _banners(heads),
         "facts": _facts(heads, layers),
-        "figures": "".join(_figure(name, figure) for name, figure in figures.drawn(ds, share=share)),
-        "task": "".join(f"<p class=note>{escape(line)}.</p>" for line in wording.task(heads)),
         "over": escape(wording.each_heads(share)),
-        "counted": ".where(ds.counted)" if "counted" in ds else "",
         "layers": _layer_table(layers),
         "intervals": escape(style.capital(wording.intervals(heads))),
         "rate": f"{RATE:.0%}",
@@ -63,19 +74,62 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
         "best": _head_table(best),
         "worst": _head_table(most_repaired(heads, -RANKED, share)),
         "every": _head_table(_in_order(heads)),
-        "layer": str(int(best["layer"][0])),
-        "head": str(int(best["head"][0])),
+        "place": f"layer={int(best['layer'][0])}, head={int(best['head'][0])}",
         "n_heads": str(int((heads.tokens > 0).sum())),
-        "store": escape(repr(name)),
-        "variables": _variables(ds),
-        "provenance": _provenance(ds.attrs),
     }
     return PAGE.substitute(parts)
 
 
-def report(ds: xr.Dataset, path: str | Path, *, share: float | None = None, store: str | None = None) -> Path:
-    """Write the report of a store to `path`, and return it. Arguments and errors as in `render`."""
-    path = Path(path)
+def _of_others(ds: xr.Dataset, share: float | None, store: str | None) -> str:
+    """The page of a store of cases, of variants, or of reinforced heads."""
+    reinforced = "edited_position" in ds.coords
+    found = reinforcement_by_head(ds) if reinforced else _summed_up(ds, share)
+    if not (found.tokens > 0).any():
+        raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to report")
+    dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
+    parts = _common(ds, found, share, store) | {
+        "basis": escape(wording.basis(found, top=not reinforced)),
+        "summary": escape(text.summary(ds, share)),
+        "every": "" if reinforced else _site_table(found, dims),
+        "over": "one position of each prompt"
+        if reinforced
+        else wording.each_heads(found.attrs["share"], "the"),
+        "rate": f"{RATE:.0%}",
+        "place": escape(repr({d: ds[d].values.tolist()[0] for d in dims})),
+    }
+    return PAGE_OF_OTHERS.substitute(parts)
+
+
+def _common(ds: xr.Dataset, found: xr.Dataset, share: float | None, store: str | None) -> dict[str, str]:
+    """What every page holds, of a store and what is found in it."""
+    drawn = figures.drawn(ds, share=share)
+    return {
+        "title": escape(wording.title(found)),
+        "task": "".join(f"<p class=note>{escape(line)}.</p>" for line in wording.task(found)),
+        "banner": _banners(found),
+        "figures": "".join(_figure(name, figure) for name, figure in drawn),
+        "counted": ".where(ds.counted)" if "counted" in ds else "",
+        "store": escape(repr(store or Path(ds.encoding.get("source") or "results.zarr").name)),
+        "variables": _variables(ds),
+        "provenance": _provenance(ds.attrs),
+    }
+
+
+def _summed_up(ds: xr.Dataset, share: float | None) -> xr.Dataset:
+    """The summary of each case or head, in each variant where there are several."""
+    one = by_case if "case" in ds.dims else by_head
+    return one(ds, share) if variants_axis(ds) is None else by_variant(ds, share, one)
+
+
+def report(
+    ds: xr.Dataset, path: str | Path | None = None, *, share: float | None = None, store: str | None = None
+) -> Path:
+    """Write the report of a store to `path`, by default beside it, and return that.
+
+    Other arguments and errors as in `render`.
+    """
+    folder = figures.beside(ds)
+    path = local(folder.with_name(f"{folder.name}.html") if path is None else path)
     page = render(ds, share=share, store=store)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -141,15 +195,23 @@ def _numbers(one: xr.Dataset) -> dict[str, str]:
 
 
 def _head_table(heads: xr.Dataset) -> str:
-    rows = []
-    for index, label in enumerate(wording.labels(heads)):
-        one = heads.isel(rank=index)
-        q = float(one.top_q_value)
-        cells = {"head": label} | _numbers(one) | {"tokens": f"{int(one.top_tokens):,}"}
-        cells["q"] = "-" if np.isnan(q) else f"{q:.2g}"
-        cells["repaired"] = "yes" if one.top_repaired else "broken" if one.top_broken else "-"
-        rows.append(cells)
-    return _table(rows)
+    labels = wording.labels(heads)
+    return _table([{"head": label} | _cells(heads.isel(rank=i)) for i, label in enumerate(labels)])
+
+
+def _site_table(found: xr.Dataset, dims: list[str]) -> str:
+    """A row for each variant of each case or head of which something is done."""
+    flat = found.assign(tokens=found.tokens.broadcast_like(found.top_self_repair)).stack(row=dims)
+    each = (flat.isel(row=index) for index in np.flatnonzero(flat.tokens.values))
+    return _table([{d: str(one[d].values) for d in dims} | _cells(one) for one in each])
+
+
+def _cells(one: xr.Dataset) -> dict[str, str]:
+    """The cells of a head or a case."""
+    q = float(one.top_q_value)
+    cells = _numbers(one) | {"tokens": f"{int(one.top_tokens):,}"}
+    cells["q"] = "-" if np.isnan(q) else f"{q:.2g}"
+    return cells | {"repaired": "yes" if one.top_repaired else "broken" if one.top_broken else "-"}
 
 
 def _in_order(heads: xr.Dataset) -> xr.Dataset:
@@ -201,7 +263,7 @@ def _nested(value: Any) -> str:
     return f"<code>{escape(shown)}</code>"
 
 
-PAGE = Template("""<!DOCTYPE html>
+HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -237,6 +299,8 @@ dt { color: #555 } dd { margin: 0; min-width: 0 }
 <p class="basis">$basis</p>
 $task
 $banner
+"""
+OF_HEADS = """
 <div class="facts">$facts</div>
 
 <h2>How to read this</h2>
@@ -270,12 +334,34 @@ $worst
 <details><summary>All $n_heads heads</summary>
 $every
 </details>
+"""
+OF_OTHERS = """
+<h2>How to read this</h2>
+<p>Each case is a part of the model, or several parts together, that is ablated: a head, unless its label says
+otherwise. Its <i>direct effect</i> is what it writes towards the logit of the next token, in logits, under the final
+norm's clean scale. If nothing reacted to the ablation, the logit would change by as much as the part's own direct
+effect does. What it changes beyond that is <i>self-repair</i>: positive where the rest of the model makes up for a
+loss, negative where it breaks further (Equation 1 of Rushing and Nanda, 2024). Several variants are the same parts,
+ablated or frozen in different ways. Means are over $over, unless the summary or a figure says
+otherwise. Repaired (broken): heads or cases whose mean self-repair surely has the sign of their direct effect (the
+other sign) and exceeds the noise floor, at a false discovery rate of $rate.</p>
 
+<h2>Summary</h2>
+<pre>$summary</pre>
+
+<h2>Figures</h2>
+$figures
+
+<details><summary>Every case</summary>
+$every
+</details>
+"""
+TAIL = """
 <h2>Open the store</h2>
 <p>The numbers open with xarray alone:</p>
 <pre>import xarray as xr
 ds = xr.open_zarr($store, consolidated=False)
-ds.self_repair.sel(layer=$layer, head=$head)$counted.mean()  # what is not computed is NaN</pre>
+ds.self_repair.sel($place)$counted.mean()  # what is not computed is NaN</pre>
 <details class="words"><summary>What it holds</summary>
 $variables
 </details>
@@ -284,4 +370,5 @@ $variables
 $provenance
 </body>
 </html>
-""")
+"""
+PAGE, PAGE_OF_OTHERS = Template(HEAD + OF_HEADS + TAIL), Template(HEAD + OF_OTHERS + TAIL)

@@ -8,7 +8,6 @@ import xarray as xr
 
 from selfrepair_nn.analysis import (
     HALF_WIDTH,
-    HEADS,
     SHARE,
     axis_of,
     by_case,
@@ -155,20 +154,22 @@ def _responses(found: xr.Dataset, kind: str, count: int) -> list[str]:
 
 def _of_others(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str]]:
     """The summary of a store of cases, or of variants."""
-    along, by = ("case", by_case) if "case" in ds.dims else (axis_of(ds), by_variant)
-    found = by(ds, share)
+    cases = "case" in ds.dims
+    single = cases and {*ds.self_repair.dims} <= {"case", *SWEEP}
+    along = "case" if single else axis_of(ds)
+    found = by_case(ds, share) if single else by_variant(ds, share, by_case if cases else by_head)
     opening = _opening(found)
     if not (found.tokens > 0).any():
         return found, [*opening, "nothing is done yet"]
-    what = "Means" if along == "case" else "Means over all heads"
+    what = "Means" if single else f"Means over all {'cases' if cases else 'heads'}"
     names = [str(label) for label in found[along].values]
     width = min(max(map(len, [along, *names])), LABEL)
     table = [along.ljust(width) + _header()]
     for i, label in enumerate(names):
-        cells = _cells(*_of_one(found.isel({along: i}), along == "case"))
+        cells = _cells(*_of_one(found.isel({along: i}), single))
         table += [label.ljust(width) + cells] if len(label) <= width else [label, " " * width + cells]
     means = f"{what} on {each_heads(found.attrs['share'], 'the')}, in logits:"
-    closing = _closing(found) if along == "case" else _closing_of_variants(found)
+    closing = _closing(found) if single else _closing_of_variants(found)
     return found, [*opening, "", means, *table, "", *closing]
 
 
@@ -181,12 +182,13 @@ def _of_one(one: xr.Dataset, case: bool) -> tuple[xr.Dataset, float, str]:
         return one, float(one.top_self_repair_half_width), said
     width = float(one.overall_top_self_repair_half_width)
     tested = int(one.top_p_value.notnull().sum())
-    return one[[*COLUMNS.values()]].mean(HEADS), width, _count(int(one.top_repaired.sum()), tested)
+    return one[[*COLUMNS.values()]].mean(), width, _count(int(one.top_repaired.sum()), tested)
 
 
 def _closing_of_variants(found: xr.Dataset) -> list[str]:
     """As `_closing`; the rows say how many are repaired."""
-    told = [intervals(found), f"repaired: false discovery rate {RATE:.0%} over the heads of each row"]
+    site = "cases" if "case" in found.dims else "heads"
+    told = [intervals(found), f"repaired: false discovery rate {RATE:.0%} over the {site} of each row"]
     told.append(f"{noise(found)}, worst |closure| {worst_closure(found)}")
     return [line for each in told for line in textwrap.wrap(each, WIDTH)]
 

@@ -197,8 +197,6 @@ def test_a_broken_value_that_is_done_is_refused(ds):
     ds.self_repair[2, 1, 0, 0] = np.nan
     with pytest.raises(StoreError, match="self_repair of prompt 0 is blank though it is marked done"):
         by_head(ds)
-    assert np.isnan(by_layer(ds).self_repair[2])
-    assert np.isfinite(by_layer(ds).self_repair[[0, 1, 3]]).all()
 
 
 @settings(max_examples=20, deadline=None)
@@ -235,7 +233,7 @@ def test_lazily_opened_equals_in_memory(part, tmp_path, monkeypatch):
 
 
 def test_no_variable_is_held_whole(tmp_path, monkeypatch):
-    big = simulate_heads(3, 4, 600, 100)
+    big = simulate_heads(3, 4, 600, 200)
     layout = {
         n: {"chunks": [20 if d == "prompt" else big.sizes[d] for d in big[n].dims]} for n in big.data_vars
     }

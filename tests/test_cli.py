@@ -312,7 +312,7 @@ def test_plan_says_what_run_then_does(tmp_path, model, prompts):
     choices = ["heads", "--model", model, "--prompts", prompts, "--layers", "1:", "--batch-size", 4]
     planned = selfrepair("plan", *choices, "--out", tmp_path).out.splitlines()
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in planned)
-    assert lines["store"] == str(tmp_path / "heads-m.zarr")
+    assert lines["store"] == str(tmp_path / "heads-m-p-layers1,2.zarr")
     assert "3 layers x 5 heads" in lines["model"]
     assert lines["prompts"].startswith("6 of 7 tokens from ")
     assert lines["ablated"] == "10, resample ablation"

@@ -147,7 +147,7 @@ def test_prompts_are_a_choice_of_a_run(wrapped, tmp_path):
     model = wrapped("llama-gqa")
     given = chosen(model)
     for bad, said in (
-        ({"length": 5}, "length 5"),
+        ({"length": LENGTH + 1}, f"length {LENGTH + 1} is beyond the rows of mine"),
         ({"bos": "always"}, "bos 'always'"),
         ({"tokens": 4}, "tokens 4"),
     ):

@@ -515,7 +515,7 @@ def test_no_secret_of_the_environment_is_stored(tmp_path, monkeypatch, model):
     written = [p for p in (tmp_path / "o").rglob("*") if p.is_file()]
     assert len(written) > 2 * len(SWEPT)
     assert not [p for p in written if b"marker" in p.read_bytes()]
-    found = bare(tmp_path / "o" / f"heads-{model.name}.zarr")
+    found = bare(tmp_path / "o" / f"heads-{model.name}-p.zarr")
     assert "marker" not in repr(found.attrs)
     assert not [
         n for n, v in found.variables.items() if v.dtype.kind == "T" and "marker" in repr(v.values.tolist())

@@ -1,5 +1,7 @@
 """Parts of a store: some of its heads, what is done of them, their top share of tokens."""
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -20,7 +22,7 @@ def done_share(ds: xr.Dataset) -> xr.DataArray:
     return (ds.done & ds.selected).mean("prompt").where(ds.selected)
 
 
-def only(ds: xr.Dataset, layers: str | None = None, heads: str | None = None) -> xr.Dataset:
+def only(ds: xr.Dataset, layers: Any = None, heads: Any = None) -> xr.Dataset:
     """The store as if no other heads had been run; `layers` and `heads` as in `select_heads` ("8:12", "9.6,10.*").
 
     Raises:

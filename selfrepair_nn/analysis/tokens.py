@@ -45,14 +45,13 @@ class Tokens:
     ) -> tuple["Tokens", np.ndarray]:
         """The tokens of a store, and the sums [case, prompt] of the direct effects, which this reads.
 
-        Of a grid of heads each layer's and all heads are summed up too, and further `groups`. Errors as
-        `direct_effects`.
+        All cases are summed up too, of a grid of heads each layer's, and further `groups`. Errors as `direct_effects`.
         """
         done, dims = done_cases(ds), sites(ds)
         sums, top = direct_effects(ds, done, share)
         at = top.case * done.shape[1] + top.token // ds.sizes["position"]
         shape = tuple(ds.sizes[d] for d in dims)
-        every = _of_heads(shape, done.any(1)) | dict(groups or {}) if len(dims) > 1 else {}
+        every = _usual(shape, done.any(1)) | dict(groups or {})
         return cls(dims, shape, done, token_counts(ds, done), top, at, clusters(ds), every), sums
 
     @property
@@ -118,9 +117,9 @@ def clustering(ds: xr.Dataset) -> dict[str, str | int]:
     return {"clustered_by": kind, "clusters": int(count), "documents": int(documents)}
 
 
-def _of_heads(shape: tuple[int, ...], known: np.ndarray) -> dict[str, Groups]:
+def _usual(shape: tuple[int, ...], known: np.ndarray) -> dict[str, Groups]:
+    overall = {"overall": Groups((), np.where(known, 0, -1), 1)}
+    if len(shape) == 1:
+        return overall
     layer = np.repeat(np.arange(shape[0]), shape[1])
-    return {
-        "layer": Groups(("layer",), np.where(known, layer, -1), shape[0]),
-        "overall": Groups((), np.where(known, 0, -1), 1),
-    }
+    return {"layer": Groups(("layer",), np.where(known, layer, -1), shape[0])} | overall

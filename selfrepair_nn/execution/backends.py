@@ -12,8 +12,9 @@ from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.units import Unit
 from selfrepair_nn.models.load import load_described, structure_only
 from selfrepair_nn.models.model import Model
-from selfrepair_nn.options import BACKENDS, one_of
+from selfrepair_nn.options import BACKENDS
 from selfrepair_nn.shown import shown
+from selfrepair_nn.values import one_of
 
 Backend = Callable[[Iterable[Unit]], Iterator[tuple[Unit, dict[str, Any]]]]
 

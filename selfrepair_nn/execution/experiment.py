@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.components import Head
+from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.execution.packing import ROWS
 from selfrepair_nn.execution.plan import Work, default_block
 from selfrepair_nn.graph import Graph, Reinforce, Variants
 from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
+from selfrepair_nn.naming import Request, Sizes
 from selfrepair_nn.options import Options
-from selfrepair_nn.paths import local
 from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
-from selfrepair_nn.recipe import Recipe, find_recipe
+from selfrepair_nn.recipe import Recipe
 from selfrepair_nn.variables import (
     CLEAN,
     COMPONENT,
@@ -40,7 +41,7 @@ class Experiment:
     `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads.
     """
 
-    recipe: Recipe
+    request: Request
     options: Options
     description: Description
     tokenizer: Any
@@ -49,6 +50,10 @@ class Experiment:
     partners: np.ndarray | None
     asked: tuple[Graph, ...]
     work: Work
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.request.recipe
 
     @property
     def graph(self) -> Graph:
@@ -83,10 +88,7 @@ class Experiment:
     @property
     def dtype(self) -> str:
         """What the model computes in; only a server knows what it does."""
-        if self.options.served:
-            return AS_SERVED
-        given = self.options.model
-        return given.dtype if isinstance(given, Model) else self.options.dtype
+        return self.request.dtype
 
     @property
     def precision(self) -> str:
@@ -96,9 +98,7 @@ class Experiment:
     @property
     def path(self) -> Path:
         """Where the store is, or will be."""
-        out = local(self.options.out, "out")
-        name = Path(self.description.source.name).name.removesuffix(".gguf")
-        return out if out.suffix == ".zarr" else out / f"{self.recipe.name}-{name}.zarr"
+        return self.request.path
 
     @property
     def ablation(self) -> str:
@@ -299,17 +299,19 @@ def prepare(recipe: str, options: Options) -> Experiment:
     Raises:
         UsageError, SelfRepairError: as the rooms that read models, prompts and specifications say.
     """
-    found = find_recipe(recipe)
-    options = found.resolved(options)
+    found, options = requested(recipe, options)
     options = replace(options, model=accepted(options.model))
-    if isinstance(options.model, Model):
-        description, tokenizer = options.model.description, options.model.tokenizer
-    else:
-        description = describe(options.model, options.revision)
-        tokenizer = load_tokenizer(description.source)
+    given = options.model if isinstance(options.model, Model) else None
+    description = given.description if given else describe(options.model, options.revision)
     structure = description.structure
+    sizes = Sizes(structure.n_layers, structure.n_heads, structure.max_length)
+    dtype = AS_SERVED if options.served else given.dtype if given else options.dtype
+    request = Request(found, options, description.source.name, sizes, dtype)
+    drawn = found.graph(structure, options)
+    require_same_graphs(request, drawn)
+    tokenizer = given.tokenizer if given else load_tokenizer(description.source)
     prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)
-    axis, graphs = _variants(found.graph(structure, options), prompts)
+    axis, graphs = _variants(drawn, prompts)
     if graphs[next(iter(graphs))].neurons is not None and options.components == "all":
         raise UsageError("neurons are kept for the top share of tokens: choose components 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
@@ -320,7 +322,9 @@ def prepare(recipe: str, options: Options) -> Experiment:
     if lent is not None:
         lent = np.argsort(order)[lent[order]]
     asked = tuple(work.graphs)
-    return Experiment(found, options, description, tokenizer, prompts.taken(order), order, lent, asked, work)
+    return Experiment(
+        request, options, description, tokenizer, prompts.taken(order), order, lent, asked, work
+    )
 
 
 def _order(options: Options, n: int) -> np.ndarray:

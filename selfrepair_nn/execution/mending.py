@@ -61,6 +61,9 @@ def undecided(experiment: Experiment, damage: Sequence[Damage]) -> bool:
 
 def mend(store: Store, experiment: Experiment, damage: Sequence[Damage]) -> None:
     """Mark what is damaged as not done, and write again what is known beforehand: the rest is then computed as ever."""
+    if not damage:
+        return
+    tell(f"computes again what is damaged in {str(store.path)!r}: {named(damage)}")
     store.reopen()
     for block in sorted({each.block for each in damage if each.block is not None}):
         prompts = experiment.work.units[block]

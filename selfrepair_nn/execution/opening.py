@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from selfrepair_nn import provenance
 from selfrepair_nn.components import Head, Mlp, select_heads
+from selfrepair_nn.door import require_same
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.mending import restore
@@ -29,7 +30,7 @@ def existing(experiment: Experiment) -> Store | None:
     if not path.exists():
         return None
     found = contents_of(path)
-    _require_same_settings(path, json.loads(found.attributes["settings"]), experiment.settings)
+    require_same(experiment.request, found.attributes, experiment.settings)
     restore(found)
     return Store(path)
 
@@ -50,21 +51,6 @@ def create(experiment: Experiment, command: str, record: dict[str, Any]) -> Stor
         attributes=_attributes(experiment, command)
         | {"identity": record, "fingerprint": fingerprint(record)},
     )
-
-
-def _require_same_settings(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    differing = [name for name in asked if asked[name] != stored.get(name)]
-    differing = [name for name in differing if name != "graph"] or differing
-    if differing:
-        said = "; ".join(f"{n} is {_short(stored.get(n))} there, {_short(asked[n])} here" for n in differing)
-        raise StoreError(
-            f"{str(path)!r} holds another run ({said}): choose another --out, or the same settings"
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:36] + " …"
 
 
 def require_same_model(store: Store, model: Model, record: dict[str, Any]) -> None:
@@ -115,6 +101,8 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         "backend": "remote" if options.served else options.backend,
         "created": provenance.now(),
         "command": command,
+        "figures": list(experiment.recipe.figures),
+        "options": experiment.request.choices,
         "settings": experiment.settings,
         "provenance": {
             "versions": provenance.versions(),

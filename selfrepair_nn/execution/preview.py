@@ -3,7 +3,7 @@
 from typing import Any
 
 from selfrepair_nn.execution.experiment import Experiment, prepare
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import Options, require_known
 
 LARGE = {"flops": 1e17, "units": 1000, "store_bytes": 10 * 2**30}
 """Beyond any of these a remote run is large: about ten minutes of one accelerator, a thousand jobs, 10 GiB."""
@@ -19,6 +19,7 @@ def preview(recipe: str = "heads", *, calibrate: bool = False, **choices: Any) -
 
     Takes what `run` takes and raises what it raises, and writes nothing.
     """
+    require_known(choices, ("recipe", "calibrate"))
     experiment = prepare(recipe, Options(**choices))
     if not calibrate:
         return preview_of(experiment)

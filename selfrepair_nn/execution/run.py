@@ -5,7 +5,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
 from typing import Any
 
@@ -32,11 +32,11 @@ from selfrepair_nn.execution.preliminaries import loudest
 from selfrepair_nn.execution.preview import large, preview_of, preview_text
 from selfrepair_nn.execution.rounds import rounds
 from selfrepair_nn.execution.workers import Workers
-from selfrepair_nn.integrity import named, verify
+from selfrepair_nn.integrity import verify
 from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import Options, require_known
 from selfrepair_nn.remote.faults import Fault
 from selfrepair_nn.remote.ledger import Ledger, ledger_path
 from selfrepair_nn.shown import line
@@ -69,7 +69,9 @@ def run(
         Incomplete: interrupted, or a server failed for too long; the same call resumes.
         Fault: a server refuses what another attempt would not change.
     """
-    experiment = prepare(recipe, Options(**choices))
+    require_known(choices, ("recipe", "progress", "command", "confirm"))
+    options = Options(**choices)
+    experiment = prepare(recipe, options)
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as lock:
@@ -77,24 +79,28 @@ def run(
         with with_enough_memory("loading the model"):
             model = loaded(experiment)
         with evaluating(model):
-            with with_enough_memory("looking at the model"):
-                record = identity(model)
-            if store is not None:
-                require_same_model(store, model, record)
-                if told := changed_versions(store):
-                    tell(told)
+            record = _looked_at(model, store)
             damage = verify(experiment.path) if store is not None else []
             if store is None or damage or "finished" not in store.attributes:
                 _prove(model, experiment)
                 if undecided(experiment, damage) or (store is None and experiment.undecided):
                     experiment = _decided(experiment, model)
-                store = store or create(experiment, command or _call(recipe, choices), record)
+                store = store or create(experiment, command or _call(recipe, options), record)
                 experiment = as_stored(experiment, store)
-                if damage:
-                    tell(f"computes again what is damaged in {str(store.path)!r}: {named(damage)}")
-                    mend(store, experiment, damage)
+                mend(store, experiment, damage)
                 _run(store, experiment, model, progress, lock.release)
     return open_store(experiment.path)
+
+
+def _looked_at(model: Model, store: Store | None) -> dict[str, Any]:
+    """The record of the model as it is now. Raises StoreError if the store's is another one's."""
+    with with_enough_memory("looking at the model"):
+        record = identity(model)
+    if store is not None:
+        require_same_model(store, model, record)
+        if told := changed_versions(store):
+            tell(told)
+    return record
 
 
 def _prove(model: Model, experiment: Experiment) -> None:
@@ -228,12 +234,15 @@ def _require_consent(experiment: Experiment, confirm: Callable[[str], bool] | No
         )
 
 
-def _call(recipe: str, choices: dict[str, Any]) -> str:
-    shown = [
-        f"{name}={value if isinstance(value, (str, int, float)) else '…'!r}"
-        for name, value in choices.items()
-    ]
-    return f"selfrepair_nn.run({', '.join([repr(recipe), *shown])})"
+def _call(recipe: Any, options: Options) -> str:
+    """The call that made a store, each choice in the form in which it is kept."""
+    shown = [repr(str(recipe))]
+    for each in fields(options):
+        value = getattr(options, each.name)
+        plain = isinstance(value, str | int | float | tuple | dict | None)
+        if not plain or value != each.default:
+            shown.append(f"{each.name}={value if plain else '…'!r}")
+    return f"selfrepair_nn.run({', '.join(shown)})"
 
 
 def _bar(store: Store, experiment: Experiment, progress: bool | None) -> tqdm:

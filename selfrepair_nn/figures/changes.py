@@ -51,13 +51,13 @@ def _draw_store(axes: Axes, heads: xr.Dataset, changes: xr.Dataset) -> None:
         label = Head(int(one["layer"]), int(one["head"])).label
         axes.errorbar(where, values, error, elinewidth=1, label=label, **look)
     axes.axhline(0, color="black", linewidth=0.8)
-    _name_variants(axes, labels)
+    name_variants(axes, labels)
     axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.grid(axis="x", visible=False)
     axes.legend(ncols=COUNT, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
 
-def _name_variants(axes: Axes, labels: list[str]) -> None:
+def name_variants(axes: Axes, labels: list[str]) -> None:
     """Labels side by side, a word a line; where they are many, upright."""
     many = len(labels) > MANY
     shown = labels if many else [label.replace(".", " ").replace(" ", "\n") for label in labels]

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from selfrepair_nn.analysis import SHARE, throughout, token_variants
 from selfrepair_nn.figures import histograms, style
 
-TAKES = "ablation"
+TAKES = "lengths"
 READING = (
     "Length of the residual stream before the final norm, ablated divided by clean. Below 1 (dashed) the ablation "
     "shortens it. What lies beyond the axis counts in its outermost bins."

@@ -1,0 +1,230 @@
+"""What a caller may write for one value, and the one form in which it is kept: every spelling ends here.
+
+Each function takes the name of what is given and the value, and raises UsageError in one line for what it cannot be.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
+from operator import index
+from reprlib import Repr
+from typing import Any
+
+import numpy as np
+
+from selfrepair_nn.errors import UsageError
+
+MOST = 2**63 - 1
+"""Whole numbers beyond it fit no array."""
+
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 60, 30, 60
+
+
+def shown(value: Any) -> str:
+    """A value in an error: one short line, whatever it is."""
+    try:
+        return " ".join(_SHORT.repr(value).split())[:120]
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """ "; did you mean …?" where one of the valid names is nearly this one, else nothing."""
+    found = get_close_matches(str(name), list(valid), n=2)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def one_of(what: str, value: Any, valid: Collection[str]) -> str:
+    """One of the names of `valid`, as it is written there."""
+    if not isinstance(value, str) or value not in valid:
+        raise UsageError(f"{what} {shown(value)} is not known; choose one of {', '.join(valid)}")
+    return value
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """An integer from `least` on: Python's, NumPy's, a tensor of one, or a float without a fraction."""
+    found = _integer(value)
+    if found is None or not least <= found <= MOST:
+        asked = f"of at least {least}" if least else "(0 or more)"
+        raise UsageError(f"{name} must be a whole number {asked}, not {shown(value)}")
+    return found
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return index(value)
+    except TypeError:
+        return int(value) if isinstance(value, float | np.floating) and value.is_integer() else None
+
+
+def number(name: str, value: Any) -> float:
+    """A real number: Python's, NumPy's, or a tensor of one. Neither True nor NaN is one."""
+    if isinstance(value, str | bytes | bool | np.bool_) or not hasattr(value, "__float__"):
+        raise UsageError(f"{name} must be a number, not {shown(value)}")
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise UsageError(f"{name} must be a number, not {shown(value)}") from None
+    if found != found:
+        raise UsageError(f"{name} must be a number, not nan")
+    return found
+
+
+def switch(name: str, value: Any) -> bool:
+    """True or False, and nothing that merely counts as one of them."""
+    if not isinstance(value, bool | np.bool_):
+        raise UsageError(f"{name} must be True or False, not {shown(value)}")
+    return bool(value)
+
+
+def text(name: str, value: Any) -> str:
+    """A string that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{name} must be a text that is not empty, not {shown(value)}")
+    return value
+
+
+def place(name: str, value: Any) -> str:
+    """A path, as text: a string, or a `Path`."""
+    found = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(found, str) or not found.strip() or "\0" in found:
+        raise UsageError(f"{name} must be a path, not {shown(value)}")
+    return found
+
+
+def source(name: str, value: Any) -> Any:
+    """A place or a name as text; any other object as it is, for who loads it to judge."""
+    return place(name, value) if isinstance(value, str | os.PathLike) else value
+
+
+def named(name: str, value: Any) -> str:
+    """A torch or NumPy type, or a device, as its name: torch.float64 is "float64"."""
+    found = getattr(value, "__name__", None) if isinstance(value, type) else None
+    return text(name, found or (value if isinstance(value, str) else str(value).removeprefix("torch.")))
+
+
+def part(name: str, value: Any) -> str:
+    """ "3/8" or (3, 8): one of so many."""
+    pair = value.split("/") if isinstance(value, str) else value
+    if isinstance(pair, list | tuple) and len(pair) == 2:
+        first, last = (_integer(int(v)) if str(v).isdecimal() and len(str(v)) < 9 else None for v in pair)
+        if first and last and first <= last:
+            return f"{first}/{last}"
+    raise UsageError(f"{name} {shown(value)} is not one of N: write 1/8 to 8/8")
+
+
+def layers(name: str, value: Any) -> str:
+    """Layers as "8:12" or "0,5,-1": from such a text, a number, a range, a slice, or several of these."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, slice) and value.step in (None, 1):
+        return ":".join(
+            "" if end is None else str(whole(name, end, -MOST)) for end in (value.start, value.stop)
+        )
+    if (one := _integer(value)) is not None:
+        return str(one)
+    if (several := _several(value)) is None:
+        raise UsageError(
+            f"{name} {shown(value)} is not understood: write for example 8:12, [0, 5, -1] or range(8, 12)"
+        )
+    return ",".join(layers(name, each) for each in several)
+
+
+def heads(name: str, value: Any) -> str:
+    """Heads as "9.6,10.*": from such a text, a Head, a pair (layer, head), or several of these."""
+    one = _head(value) if isinstance(value, str | tuple) or hasattr(value, "head") else None
+    found = [one] if one is not None else [_head(each) for each in _several(value) or [None]]
+    if isinstance(value, list) and not value:
+        return ""
+    if None in found:
+        raise UsageError(
+            f"{name} {shown(value)} is not understood: write a head as 9.6, L9H6, (9, 6) or Head(9, 6), and several as "
+            "a list of these"
+        )
+    return ",".join(found)
+
+
+def _head(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    pair = (
+        [value.layer, value.head] if hasattr(value, "head") and hasattr(value, "layer") else _several(value)
+    )
+    if pair is None or len(pair) != 2 or None in (numbers := [_integer(each) for each in pair]):
+        return None
+    return f"{numbers[0]}.{numbers[1]}"
+
+
+def prompts(name: str, value: Any) -> Any:
+    """A path or a dataset's name as text, texts as a tuple, rows of token ids as an array; `Prompts` as they are."""
+    if isinstance(value, str | os.PathLike):
+        return place(name, value)
+    if hasattr(value, "tokens") and hasattr(value, "document"):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    return ids(name, value, "a path, a dataset's name, a list of texts, rows of token ids, or Prompts")
+
+
+def partners(name: str, value: Any) -> Any:
+    """A path as text, or the entries as an array."""
+    if isinstance(value, str | os.PathLike):
+        return place(name, value)
+    return ids(name, value, "a path, or the index of a prompt for each prompt")
+
+
+def ids(name: str, value: Any, wanted: str) -> np.ndarray:
+    """Whole numbers in a list, rows of them, an array or a tensor, as an array."""
+    value = value.detach().cpu() if hasattr(value, "detach") else value
+    if isinstance(value, list | tuple):
+        _require_one_length(name, value)
+    if hasattr(value, "__len__") and not len(value):
+        raise UsageError(f"{name} is empty: give {wanted}")
+    try:
+        found = np.asarray(value)
+    except Exception:
+        found = np.empty(0, object)
+    if (found.dtype.kind in "OSUV" and found.dtype != getattr(value, "dtype", None)) or not found.ndim:
+        raise UsageError(f"{name} {shown(value)} is not understood: give {wanted}")
+    return found
+
+
+def _require_one_length(name: str, rows: list[Any] | tuple[Any, ...]) -> None:
+    lengths = [len(row) if hasattr(row, "__len__") and not isinstance(row, str) else -1 for row in rows]
+    if odd := [i for i, length in enumerate(lengths) if length != lengths[0] and length >= 0 <= lengths[0]]:
+        raise UsageError(
+            f"{name} has rows of {lengths[0]} and of {lengths[odd[0]]} tokens (prompts 0 and {odd[0]}): all have one "
+            f"length, there is no padding; cut them, [row[:{min(lengths)}] for row in prompts], or give texts"
+        )
+
+
+def parameters(name: str, value: Any) -> Any:
+    """A recipe's parameters: a mapping, or "NAME=VALUE" once or several times as a tuple."""
+    if isinstance(value, Mapping):
+        return {text(f"a name of {name}", key): _plain(each) for key, each in value.items()}
+    found = [value] if isinstance(value, str) else _several(value)
+    if found is None or not all(isinstance(each, str) for each in found):
+        raise UsageError(f"{name} {shown(value)} is not understood: write NAME=VALUE, or {{'NAME': value}}")
+    return tuple(found)
+
+
+def _plain(value: Any) -> Any:
+    """Of NumPy's or torch's numbers, Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _several(value: Any) -> list[Any] | None:
+    """What a list, a range, a set or an array holds, in order; None for what is no such thing."""
+    if isinstance(value, Mapping | str | bytes):
+        return None
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    try:
+        return list(value)
+    except TypeError:
+        return None
