@@ -92,7 +92,7 @@ def _how_well_known(heads: xr.Dataset) -> str:
 def _of_reinforced(ds: xr.Dataset) -> str:
     """The heads that are self-repressing and self-reinforcing, the strongest first, at most ten of each."""
     found = reinforcement_by_head(ds)
-    opening = textwrap.wrap(f"{title(found)}: {basis(found, top=False)}", WIDTH)
+    opening = _opening(found, top=False)
     if not (found.tokens > 0).any():
         return "\n".join([*opening, "nothing is done yet"])
     scales = ", ".join(f"{scale:g}" for scale in found["scale"].values)
@@ -196,9 +196,9 @@ def each_heads(share: float, whose: str = "each head's") -> str:
     return f"{whose} top {percent(share)} of tokens by direct effect" if share < 1 else f"the {among(share)}"
 
 
-def _opening(found: xr.Dataset) -> list[str]:
+def _opening(found: xr.Dataset, top: bool = True) -> list[str]:
     """Whose numbers these are and what they are over; and whether the model does the task, if it is one."""
-    lines = [f"{title(found)}: {basis(found)}", *task(found)]
+    lines = [f"{title(found)}: {basis(found, top)}", *task(found)]
     return [part for line in lines for part in textwrap.wrap(line, WIDTH)]
 
 

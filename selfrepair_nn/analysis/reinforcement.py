@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.summaries import HEADS
+from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.blocks import edited_cases, edited_of
 from selfrepair_nn.errors import UsageError
 
@@ -65,7 +66,7 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
         "noise_floor": ds.noise_floor.variable.load(),
     }
     labels = {d: ds[d].variable for d in ("scale", *HEADS)}
-    return _describe(xr.Dataset(values, labels, ds.attrs).assign_attrs(confidence=confidence))
+    return _describe(xr.Dataset(values, labels, ds.attrs).assign_attrs(confidence=confidence, **verdict(ds)))
 
 
 def strongest_responses(ds: xr.Dataset, count: int = 5, confidence: float = CONFIDENCE) -> xr.Dataset:
