@@ -11,6 +11,7 @@ import xarray as xr
 from selfrepair_nn.contents import FIXED, Contents, Damage, Marks, attempted, notes_of
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import SEAL, flaw, misplaced, unsealed
+from selfrepair_nn.paths import local
 from selfrepair_nn.unchecked import unreadable
 
 SHOWN = 3
@@ -28,9 +29,10 @@ def verify(path: str | Path) -> list[Damage]:
     blanks where it says that something is done.
 
     Raises:
+        UsageError: an address such as s3://bucket/x.zarr.
         StoreError: there is nothing, or something else, at `path`.
     """
-    return inspected(contents_of(Path(path)), _read)
+    return inspected(contents_of(local(path, "store")), _read)
 
 
 def count(path: Path) -> list[Damage]:

@@ -98,9 +98,9 @@ def _of_heads(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str
     return heads, [*opening, *rows, *closing, *textwrap.wrap(_how_well_known(heads), WIDTH)]
 
 
-def _opening(found: xr.Dataset) -> list[str]:
+def _opening(found: xr.Dataset, top: bool = True) -> list[str]:
     """Whose numbers these are and what they are over; and whether the model does the task, if it is one."""
-    lines = [f"{title(found)}: {basis(found)}", *task(found)]
+    lines = [f"{title(found)}: {basis(found, top)}", *task(found)]
     return [part for line in lines for part in textwrap.wrap(line, WIDTH)]
 
 
@@ -128,7 +128,7 @@ def _how_well_known(heads: xr.Dataset) -> str:
 def _of_reinforced(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
     """The heads that are self-repressing and self-reinforcing, the strongest first, at most ten of each."""
     found = reinforcement_by_head(ds)
-    opening = textwrap.wrap(f"{title(found)}: {basis(found, top=False)}", WIDTH)
+    opening = _opening(found, top=False)
     if not (found.tokens > 0).any():
         return found, [*opening, "nothing is done yet"]
     scales = ", ".join(f"{scale:g}" for scale in found["scale"].values)

@@ -509,7 +509,17 @@ def of_task(logits, counted, criterion, **attributes):
 
 @pytest.mark.parametrize(
     ("right", "of", "does"),
-    [(33, 64, 0), (41, 64, 1), (40, 64, 0), (20, 64, 0), (5, 5, -1), (6, 6, 1), (0, 3, -1)],
+    [
+        (33, 64, 0),
+        (41, 64, 1),
+        (40, 64, 0),
+        (20, 64, 0),
+        (4, 8, 0),
+        (7, 8, -1),
+        (5, 5, -1),
+        (6, 6, 1),
+        (0, 3, 0),
+    ],
 )
 def test_a_binomial_interval_says_whether_the_task_is_done(right, of, does):
     """Clopper and Pearson's, from the quantiles of the beta distribution."""
@@ -528,10 +538,10 @@ def test_a_binomial_interval_says_whether_the_task_is_done(right, of, does):
 
 
 def test_repeated_tokens_are_seen_against_the_first_time():
-    better, worse = [1, 1, 1, 2, 0.5, -9], [5, 5, 5, 4, 5.5, 9]
+    better, worse = [1, 1, 1, 2, 1.5, -9], [5, 5, 5, 4, 5.5, 9]
     counted = [[False] * 3 + [True] * 2 + [False]] * 10
     found = sr.does_task(of_task([better] * 8 + [worse] * 2, counted, {"says": "x", "back": 3}))
-    assert int(found.right) == 8
+    assert (int(found.right), int(found.asked), found.attrs["unit"]) == (16 + 2, 20, "tokens")
 
 
 def test_of_a_raw_target_the_mean_logit_is_taken_off():
@@ -543,15 +553,12 @@ def test_of_a_raw_target_the_mean_logit_is_taken_off():
 @pytest.mark.parametrize("recipe", OWN)
 def test_a_task_tells_whether_it_is_done(stores, recipe):
     ds = stores(recipe)
-    found, prompts = sr.does_task(ds), ds.sizes["prompt"]
     logit, counted = ds.logit.values.astype(float), ds.counted.values
     if recipe == "induction":
         logit = logit - np.pad(logit, ((0, 0), (5, 0)))[:, : logit.shape[1]]
-    right = sum(row[mask].mean() > 0 for row, mask in zip(logit, counted, strict=True) if mask.any())
-    asked_prompts = int(counted.any(1).sum())
-    assert (int(found.right), int(found.asked)) == (right, asked_prompts)
-    assert prompts >= asked_prompts
-    said = f"in {right} of {asked_prompts} prompts (chance: {asked_prompts / 2:g})"
+    right, asked = int((logit[counted] > 0).sum()), int(counted.sum())
+    unit = "prompts" if recipe == "ioi" else "tokens"
+    said = f"in {right} of {asked} {unit} (chance: {asked / 2:g})"
     assert said in " ".join(text.summary(ds).split())
     [figure] = [name for name in figures.suited(ds) if name in ("ioi", "induction", "contrast")]
     assert said in figures.draw(figure, ds).get_supxlabel()

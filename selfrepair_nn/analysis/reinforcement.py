@@ -6,6 +6,7 @@ from scipy.stats import t as student
 
 from selfrepair_nn.analysis.checks import HEADS, restored
 from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import clustering, clusters
 from selfrepair_nn.blocks import edited_cases, edited_of
 from selfrepair_nn.confidence import CLUSTERS, Tally
@@ -68,7 +69,7 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
         "noise_floor": ds.noise_floor.variable.load(),
     }
     labels = {d: ds[d].variable for d in ("scale", *HEADS)}
-    told = clustering(ds) | closure(ds) | {"confidence": confidence}
+    told = clustering(ds) | closure(ds) | verdict(ds) | {"confidence": confidence}
     return _describe(xr.Dataset(values, labels, ds.attrs | told))
 
 
