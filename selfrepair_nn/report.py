@@ -20,6 +20,7 @@ from selfrepair_nn.analysis import by_head, by_layer, most_repaired
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures.style import outlined_svg
 from selfrepair_nn.paths import local
+from selfrepair_nn.shown import line
 
 RANKED = 10
 HEAD_COLUMNS = {
@@ -42,16 +43,17 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
     Raises:
         UsageError: `ds` is not a store of the heads recipe, `share` is not in (0, 1], or nothing is done yet.
     """
+    attributes, ds = ds.attrs, text.legible(ds)
     heads = by_head(ds, share)
     share = heads.attrs["share"]
     if not (heads.tokens > 0).any():
         raise UsageError(f"{text.title(heads)!r} has nothing done yet: there is nothing to report")
     layers = by_layer(heads, share)
     best = most_repaired(heads, RANKED, share)
-    name = store or Path(ds.encoding.get("source") or "results.zarr").name
+    name = line(store or Path(ds.encoding.get("source") or "results.zarr").name)
     parts = {
-        "title": escape(text.title(heads)),
-        "basis": escape(text.basis(heads)),
+        "title": _safe(text.title(heads)),
+        "basis": _safe(text.basis(heads)),
         "banner": "".join(f"<p class=banner>Not finished: {line}.</p>" for line in text.unfinished(heads)),
         "facts": _facts(heads, layers),
         "figures": "".join(_figure(name, figure) for name, figure in figures.drawn(ds, share=share)),
@@ -65,9 +67,9 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
         "layer": str(int(best["layer"][0])),
         "head": str(int(best["head"][0])),
         "n_heads": str(int((heads.tokens > 0).sum())),
-        "store": escape(repr(name)),
+        "store": _safe(repr(name)),
         "variables": _variables(ds),
-        "provenance": _provenance(ds.attrs),
+        "provenance": _provenance(attributes),
     }
     return PAGE.substitute(parts)
 
@@ -81,6 +83,11 @@ def report(ds: xr.Dataset, path: str | Path, *, share: float | None = None, stor
     return path
 
 
+def _safe(words: str) -> str:
+    """Words for the page, whoever wrote them."""
+    return escape(line(words))
+
+
 def _facts(heads: xr.Dataset, layers: xr.Dataset) -> str:
     """The few numbers to look at first."""
     repaired = heads.top_repaired.values[(heads.tokens > 0).values]
@@ -92,13 +99,13 @@ def _facts(heads: xr.Dataset, layers: xr.Dataset) -> str:
         "noise floor": text.noise(heads).removeprefix("noise floor "),
         "worst |closure|": text.worst_closure(heads),
     }
-    pairs = ((escape(name), escape(value)) for name, value in cards.items())
+    pairs = ((_safe(name), _safe(value)) for name, value in cards.items())
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in pairs)
 
 
 def _figure(name: str, figure: Figure) -> str:
     image = base64.b64encode(outlined_svg(figure)).decode()
-    about = escape(figures.DESCRIPTIONS[name])
+    about = _safe(figures.DESCRIPTIONS[name])
     source = f'src="data:image/svg+xml;base64,{image}" alt="{about}"'
     return f"<figure><img {source}><figcaption>{about}</figcaption></figure>"
 
@@ -133,8 +140,8 @@ def _in_order(heads: xr.Dataset) -> xr.Dataset:
 def _table(rows: list[dict[str, str]]) -> str:
     if not rows:
         return "<p>none</p>"
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row.values()) for row in rows)
+    head = "".join(f"<th>{_safe(name)}</th>" for name in rows[0])
+    cells = ("".join(f"<td>{_safe(cell)}</td>" for cell in row.values()) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
@@ -168,10 +175,10 @@ def _decoded(value: Any) -> Any:
 
 def _nested(value: Any) -> str:
     if isinstance(value, Mapping):
-        pairs = (f"<dt>{escape(str(name))}</dt><dd>{_nested(inner)}</dd>" for name, inner in value.items())
+        pairs = (f"<dt>{_safe(str(name))}</dt><dd>{_nested(inner)}</dd>" for name, inner in value.items())
         return f"<dl>{''.join(pairs)}</dl>"
     shown = json.dumps(value) if isinstance(value, list) else str(value)
-    return f"<code>{escape(shown)}</code>"
+    return f"<code>{_safe(shown)}</code>"
 
 
 PAGE = Template("""<!DOCTYPE html>

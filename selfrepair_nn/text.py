@@ -23,6 +23,7 @@ from selfrepair_nn.analysis import (
     strongest_responses,
 )
 from selfrepair_nn.components import Head
+from selfrepair_nn.shown import line
 from selfrepair_nn.variables import SWEEP
 
 WIDTH = 100
@@ -54,6 +55,7 @@ def summary(ds: xr.Dataset, share: float | None = None) -> str:
     several variants one line per variant, means over all heads; of one of reinforced heads those that respond to their
     own write. Errors as in `by_head`.
     """
+    ds = legible(ds)
     if "edited_position" in ds.coords:
         return _of_reinforced(ds)
     if "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
@@ -137,6 +139,7 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
 
     The last line of each table is the mean over layers of the absolute difference. Errors as in `compare_paper`.
     """
+    ds = legible(ds)
     heads = by_head(ds, SHARE)
     found = compare_paper(heads, reference)
     found = found.isel(layer=np.flatnonzero(found.direct_effect.sel(source="store").notnull()))
@@ -154,6 +157,25 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
     for shown in (names[:4], names[4:]):
         lines += ["", *_beside(found[shown], same)]
     return "\n".join(lines)
+
+
+def legible(ds: xr.Dataset) -> xr.Dataset:
+    """The same numbers, with every attribute and label of an axis fit to be printed or drawn: others may have made it.
+
+    Attributes are cut to a line's width, those in JSON excepted. The texts of single tokens are left as they are.
+    """
+    attributes = {
+        name: _legible(value) if isinstance(value, str) else value for name, value in ds.attrs.items()
+    }
+    labels = {name: c for name, c in ds.coords.items() if c.dtype.kind in "OTU" and c.ndim < 2}
+    filtered = {
+        n: (c.dims, np.vectorize(line, [object])(c.values), c.attrs) for n, c in labels.items() if c.size
+    }
+    return ds.assign_coords(filtered).assign_attrs(attributes)
+
+
+def _legible(value: str) -> str:
+    return line(value, None if value.startswith(("{", "[")) else WIDTH)
 
 
 def title(ds: xr.Dataset) -> str:

@@ -38,7 +38,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.remove()
     for axes, (name, heads) in zip(panels, found.items(), strict=False):
         _draw_panel(axes, heads)
-        axes.set_title(text.title(heads) if len(found) == 1 else name)
+        axes.set_title(style.wrapped(text.title(heads)) if len(found) == 1 else name)
         _colour_bar(figure, axes, heads)
     style.caption(figure, [*style.captions(found, top=not all(map(every_token, found.values()))), *READING])
     figure.draw_without_rendering()

@@ -23,7 +23,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     depth.draw_heads(axes, found, "top_self_repair", share)
     depth.draw_noise(axes, found)
     known = depth.draw_intervals(axes, found)
-    axes.set_title(style.title_of(found))
+    axes.set_title(style.wrapped(style.title_of(found)))
     axes.set_ylabel(f"self-repair, mean on {among(share)} (logits)")
     style.legend(figure, axes, found)
     bars = ["Bars: 95% confidence intervals of these means."] if known else []

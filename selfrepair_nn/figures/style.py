@@ -1,5 +1,6 @@
 """How every figure looks and is saved. Figures are objects of their own: pyplot's state is never touched."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,11 +21,15 @@ from selfrepair_nn.analysis import by_head
 from selfrepair_nn.analysis.summaries import share_of as usual_share_of
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.paths import local
+from selfrepair_nn.shown import line
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
 MUTED, SHADE, LABEL = "#555555", "#0072B2", 7.5
 LAYERS = "viridis"
+TITLE = 60
+"""Characters that fit over a panel."""
+
 SETTINGS = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9,
@@ -68,6 +73,7 @@ def named(datasets: Datasets) -> dict[str, xr.Dataset]:
     stores = list(datasets.values()) if isinstance(datasets, Mapping) else list(datasets)
     if not stores:
         raise UsageError("no dataset was given: a figure draws one store, or several")
+    stores = [text.legible(ds) for ds in stores]
     return dict(zip(_names(names, stores), stores, strict=True))
 
 
@@ -149,10 +155,16 @@ def title_of(found: Mapping[str, xr.Dataset]) -> str:
     return ", ".join(parts + [f"{a} ablation" for a in ablations if len(ablations) == 1])
 
 
+def wrapped(title: str, width: int = TITLE) -> str:
+    """A title over one panel, on as many lines as it needs."""
+    return "\n".join(textwrap.wrap(title, width))
+
+
 def legend(figure: Figure, axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
     """Which dataset has which colour, beside the figure, if there are several; `axes` shows them all."""
     if len(found) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, [wrapped(each, TITLE // 2) for each in labels], loc="outside right upper")
 
 
 def label_points(axes: Axes, places: np.ndarray, labels: Sequence[str], others: np.ndarray) -> None:
@@ -195,7 +207,7 @@ def _names(given: Sequence[str | None], found: Sequence[xr.Dataset]) -> list[str
     models, titles = [text.model(h) for h in found], [text.title(h) for h in found]
     same = len({title.removeprefix(model) for title, model in zip(titles, models, strict=True)}) == 1
     told = models if same and len(set(models)) == len(models) else titles
-    named = [name or default for name, default in zip(given, told, strict=True)]
+    named = [line(name or default, TITLE) for name, default in zip(given, told, strict=True)]
     earlier = [named[:i].count(name) for i, name in enumerate(named)]
     return [f"{name} ({n + 1})" if n else name for name, n in zip(named, earlier, strict=True)]
 
