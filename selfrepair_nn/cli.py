@@ -300,7 +300,7 @@ def _confirm(plan: str) -> bool:
 
 
 def _described(dataset: Any) -> str:
-    shown = (
+    fields = (
         "title",
         "command",
         "created",
@@ -312,13 +312,14 @@ def _described(dataset: Any) -> str:
         "freeze",
         "fingerprint",
     )
-    lines = [f"{name:<12}{dataset.attrs[name]}" for name in shown if name in dataset.attrs]
-    lines.append(f"{'dimensions':<12}" + ", ".join(f"{name} {size}" for name, size in dataset.sizes.items()))
+    lines = [f"{name:<12}{line(dataset.attrs[name])}" for name in fields if name in dataset.attrs]
+    sizes = ", ".join(f"{name} {size}" for name, size in dataset.sizes.items())
+    lines.append(f"{'dimensions':<12}{line(sizes)}")
     provenance = json.loads(dataset.attrs.get("provenance", "{}"))
-    versions = ", ".join(f"{name} {v}" for name, v in provenance.get("versions", {}).items())
+    versions = line(", ".join(f"{name} {v}" for name, v in provenance.get("versions", {}).items()))
     lines += [f"{'made with':<12}{versions}", "", "variables"]
     lines += [
-        f"  {name:<24}{variable.attrs.get('units', ''):<7}{variable.attrs.get('description', '')}"
+        f"  {line(name):<24}{line(variable.attrs.get('units', '')):<7}{line(variable.attrs.get('description', ''))}"
         for name, variable in dataset.data_vars.items()
     ]
     return "\n".join(lines)

@@ -31,6 +31,7 @@ from selfrepair_nn.figures import style
 from selfrepair_nn.figures.needs import NEEDS
 from selfrepair_nn.figures.needs import axis as variants_axis
 from selfrepair_nn.paths import local
+from selfrepair_nn.shown import line
 from selfrepair_nn.variables import TOKEN
 
 RANKED = 10
@@ -64,11 +65,11 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
     layers = by_layer(heads, share)
     best = most_repaired(heads, RANKED, share)
     parts = _common(ds, heads, share, store) | {
-        "basis": escape(wording.basis(heads)),
+        "basis": _safe(wording.basis(heads)),
         "facts": _facts(heads, layers),
-        "over": escape(wording.each_heads(share)),
+        "over": _safe(wording.each_heads(share)),
         "layers": _layer_table(layers),
-        "intervals": escape(style.capital(wording.intervals(heads))),
+        "intervals": _safe(style.capital(wording.intervals(heads))),
         "rate": f"{RATE:.0%}",
         "clusters": str(CLUSTERS),
         "best": _head_table(best),
@@ -88,14 +89,14 @@ def _of_others(ds: xr.Dataset, share: float | None, store: str | None) -> str:
         raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to report")
     dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
     parts = _common(ds, found, share, store) | {
-        "basis": escape(wording.basis(found, top=not reinforced)),
+        "basis": _safe(wording.basis(found, top=not reinforced)),
         "summary": escape(text.summary(ds, share)),
         "every": "" if reinforced else _site_table(found, dims),
         "over": "one position of each prompt"
         if reinforced
         else wording.each_heads(found.attrs["share"], "the"),
         "rate": f"{RATE:.0%}",
-        "place": escape(repr({d: ds[d].values.tolist()[0] for d in dims})),
+        "place": _safe(repr({d: ds[d].values.tolist()[0] for d in dims})),
     }
     return PAGE_OF_OTHERS.substitute(parts)
 
@@ -104,12 +105,12 @@ def _common(ds: xr.Dataset, found: xr.Dataset, share: float | None, store: str |
     """What every page holds, of a store and what is found in it."""
     drawn = figures.drawn(ds, share=share)
     return {
-        "title": escape(wording.title(found)),
-        "task": "".join(f"<p class=note>{escape(line)}.</p>" for line in wording.task(found)),
+        "title": _safe(wording.title(found)),
+        "task": "".join(f"<p class=note>{_safe(told)}.</p>" for told in wording.task(found)),
         "banner": _banners(found),
         "figures": "".join(_figure(name, figure) for name, figure in drawn),
         "counted": ".where(ds.counted)" if "counted" in ds else "",
-        "store": escape(repr(store or Path(ds.encoding.get("source") or "results.zarr").name)),
+        "store": _safe(repr(store or Path(ds.encoding.get("source") or "results.zarr").name)),
         "variables": _variables(ds),
         "provenance": _provenance(ds.attrs),
     }
@@ -138,10 +139,15 @@ def report(
 
 def _banners(heads: xr.Dataset) -> str:
     """What must be known before anything is read."""
-    loud = [f"<p class='banner loud'>{escape(told)}</p>" for told in wording.warnings(heads)]
+    loud = [f"<p class='banner loud'>{_safe(told)}</p>" for told in wording.warnings(heads)]
     return "".join(
-        [*loud, *(f"<p class=banner>Not finished: {line}.</p>" for line in wording.unfinished(heads))]
+        [*loud, *(f"<p class=banner>Not finished: {told}.</p>" for told in wording.unfinished(heads))]
     )
+
+
+def _safe(words: str) -> str:
+    """Words for the page, whoever wrote them."""
+    return escape(line(words))
 
 
 def _facts(heads: xr.Dataset, layers: xr.Dataset) -> str:
@@ -157,13 +163,13 @@ def _facts(heads: xr.Dataset, layers: xr.Dataset) -> str:
         "noise floor": wording.noise(heads).removeprefix("noise floor "),
         "worst |closure|": wording.worst_closure(heads),
     }
-    pairs = ((escape(name), escape(value)) for name, value in cards.items())
+    pairs = ((_safe(name), _safe(value)) for name, value in cards.items())
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in pairs)
 
 
 def _figure(name: str, figure: Figure) -> str:
     image = base64.b64encode(style.outlined_svg(figure)).decode()
-    about = escape(figures.DESCRIPTIONS[name])
+    about = _safe(figures.DESCRIPTIONS[name])
     source = f'src="data:image/svg+xml;base64,{image}" alt="{about}"'
     return f"<figure><img {source}><figcaption>{about}</figcaption></figure>"
 
@@ -222,8 +228,8 @@ def _in_order(heads: xr.Dataset) -> xr.Dataset:
 def _table(rows: list[dict[str, str]]) -> str:
     if not rows:
         return "<p>none</p>"
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row.values()) for row in rows)
+    head = "".join(f"<th>{_safe(name)}</th>" for name in rows[0])
+    cells = ("".join(f"<td>{_safe(cell)}</td>" for cell in row.values()) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
@@ -257,10 +263,10 @@ def _decoded(value: Any) -> Any:
 
 def _nested(value: Any) -> str:
     if isinstance(value, Mapping):
-        pairs = (f"<dt>{escape(str(name))}</dt><dd>{_nested(inner)}</dd>" for name, inner in value.items())
+        pairs = (f"<dt>{_safe(str(name))}</dt><dd>{_nested(inner)}</dd>" for name, inner in value.items())
         return f"<dl>{''.join(pairs)}</dl>"
     shown = json.dumps(value) if isinstance(value, list) else str(value)
-    return f"<code>{escape(shown)}</code>"
+    return f"<code>{_safe(shown)}</code>"
 
 
 HEAD = """<!DOCTYPE html>

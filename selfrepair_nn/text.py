@@ -23,10 +23,12 @@ from selfrepair_nn.analysis import (
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.variables import SWEEP
 from selfrepair_nn.wording import (
+    WIDTH,
     basis,
     each_heads,
     intervals,
     labels,
+    legible,
     noise,
     number,
     reach,
@@ -38,7 +40,7 @@ from selfrepair_nn.wording import (
     worst_closure,
 )
 
-WIDTH, LABEL, RANKED = 100, 14, 4
+LABEL, RANKED = 14, 4
 COLUMNS = {
     "direct effect": "top_direct_effect",
     "logit change": "top_logit_change",
@@ -67,7 +69,7 @@ def summary(ds: xr.Dataset, share: float | None = None) -> str:
     worst closure. Of a store of cases one line per case; of one of several variants one line per variant, means over
     all heads; of one of reinforced heads those that respond to their own write. Errors as in `by_head`.
     """
-    ds = restored(ds)
+    ds = legible(restored(ds))
     if "edited_position" in ds.coords:
         found, lines = _of_reinforced(ds)
     elif "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
@@ -198,6 +200,7 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
 
     The last line of each table is the mean over layers of the absolute difference. Errors as in `compare_paper`.
     """
+    ds = legible(ds)
     heads = by_head(ds, SHARE)
     found = compare_paper(heads, reference)
     found = found.isel(layer=np.flatnonzero(found.direct_effect.sel(source="store").notnull()))

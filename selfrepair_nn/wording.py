@@ -8,6 +8,29 @@ import xarray as xr
 from selfrepair_nn.analysis import HALF_WIDTH, among, percent
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import CLUSTERS, RATE
+from selfrepair_nn.shown import line
+
+WIDTH = 100
+"""Columns of what is printed."""
+
+
+def legible(ds: xr.Dataset) -> xr.Dataset:
+    """The same numbers, with every attribute and label of an axis fit to be printed or drawn: others may have made it.
+
+    Attributes are cut to a line's width, those in JSON excepted. The texts of single tokens are left as they are.
+    """
+    attributes = {
+        name: _legible(value) if isinstance(value, str) else value for name, value in ds.attrs.items()
+    }
+    labels = {name: c for name, c in ds.coords.items() if c.dtype.kind in "OTU" and c.ndim < 2}
+    filtered = {
+        n: (c.dims, np.vectorize(line, [object])(c.values), c.attrs) for n, c in labels.items() if c.size
+    }
+    return ds.assign_coords(filtered).assign_attrs(attributes)
+
+
+def _legible(value: str) -> str:
+    return line(value, None if value.startswith(("{", "[")) else WIDTH)
 
 
 def title(ds: xr.Dataset) -> str:

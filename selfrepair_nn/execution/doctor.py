@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from selfrepair_nn import provenance
 from selfrepair_nn.errors import Incomplete, SelfRepairError
 from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.secrets import hub_token, ndif_key
-from selfrepair_nn.remote.settings import PROXIES, hub_fault, ndif_fault, proxy_faults
+from selfrepair_nn.remote.secrets import PROXIES, hub_token, ndif_key
+from selfrepair_nn.remote.settings import hub_fault, ndif_fault, proxy_faults
 
 SETTINGS = (
     "NDIF_HOST",

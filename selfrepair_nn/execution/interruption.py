@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+POSIX = hasattr(signal, "pthread_sigmask")
+
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
@@ -32,3 +34,27 @@ def interruptible() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM wait until its end: for what must not stop half-way, such as the start of a process.
+
+    Processes that are started within never see a Ctrl-C, which a terminal sends to all: it is for this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    waits = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in waits}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if POSIX else None
+    try:
+        yield
+    finally:
+        if POSIX:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in received[:1]:
+        signal.raise_signal(number)

@@ -20,6 +20,7 @@ from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
 from selfrepair_nn.execution.backends import backend, loaded
 from selfrepair_nn.execution.experiment import Experiment, prepare
 from selfrepair_nn.execution.filling import Filling, Known
+from selfrepair_nn.execution.interruption import undisturbed
 from selfrepair_nn.execution.opening import as_stored, require_same_model
 from selfrepair_nn.execution.packing import fitting_threads
 from selfrepair_nn.models.identity import identity
@@ -27,7 +28,6 @@ from selfrepair_nn.store import Store
 
 DEATHS = 3
 """How often processes may die, with nothing done in between, before that is not put down to chance."""
-POSIX = hasattr(signal, "pthread_sigmask")
 
 
 class Workers:
@@ -107,17 +107,14 @@ def _clean_start() -> Iterator[None]:
     """Start processes that do not run the user's script again: it may lack a main guard, and do what it does twice.
 
     A new process is told what `__main__` is here and imports it; nothing that is sent to a worker is defined there.
-    And it takes over which signals are blocked: Ctrl-C, which goes to all, is for the process that was started by hand.
     """
     script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if POSIX else None
-    try:
-        yield
-    finally:
-        if POSIX:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        sys.modules["__main__"] = script
+    with undisturbed():
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
 
 
 _mine: dict[str, Any] = {}

@@ -39,7 +39,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.remove()
     for axes, (name, heads) in zip(panels, found.items(), strict=False):
         _draw_panel(axes, heads)
-        axes.set_title(wording.title(heads) if len(found) == 1 else name)
+        axes.set_title(style.wrapped(wording.title(heads)) if len(found) == 1 else name)
         _colour_bar(figure, axes, heads)
     top = not all(map(every_token, found.values()))
     told = style.captions(found, top, of="top_logit_change" if top else "logit_change")

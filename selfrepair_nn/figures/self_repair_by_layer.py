@@ -25,7 +25,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     depth.name_axis(axes, len(found) == 1)
     depth.draw_heads(axes, found, "top_self_repair", share)
     depth.draw_noise(axes, found)
-    axes.set_title(style.title_of(found))
+    axes.set_title(style.wrapped(style.title_of(found)))
     axes.set_ylabel(f"self-repair, mean on {among(share)} (logits)")
     style.legend(figure, axes, found)
     style.caption(figure, found, [*style.captions(found), depth.told(READING, found, "top_self_repair")])

@@ -21,6 +21,7 @@ from selfrepair_nn.analysis import HALF_WIDTH, by_head, restored
 from selfrepair_nn.analysis.checks import share_of as usual_share_of
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.paths import local
+from selfrepair_nn.shown import line
 from selfrepair_nn.wording import intervals, reach, warnings
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
@@ -28,6 +29,9 @@ MARKERS = "osD^vPX"
 MUTED, SHADE, LOUD, LABEL = "#555555", "#0072B2", "#C00000", 7.5
 CHARACTERS = 20.5  # of small print in an inch
 LAYERS = "viridis"
+TITLE = 60
+"""Characters that fit over a panel."""
+
 SETTINGS = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9,
@@ -71,6 +75,7 @@ def named(datasets: Datasets) -> dict[str, xr.Dataset]:
     stores = [restored(ds) for ds in (datasets.values() if isinstance(datasets, Mapping) else datasets)]
     if not stores:
         raise UsageError("no dataset was given: a figure draws one store, or several")
+    stores = [wording.legible(ds) for ds in stores]
     return dict(zip(_names(names, stores), stores, strict=True))
 
 
@@ -205,10 +210,16 @@ def title_of(found: Mapping[str, xr.Dataset]) -> str:
     return ", ".join(parts + [f"{a} ablation" for a in ablations if len(ablations) == 1])
 
 
+def wrapped(title: str, width: int = TITLE) -> str:
+    """A title over one panel, on as many lines as it needs."""
+    return "\n".join(textwrap.wrap(title, width))
+
+
 def legend(figure: Figure, axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
     """Which dataset has which colour, beside the figure, if there are several; `axes` shows them all."""
     if len(found) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, [wrapped(each, TITLE // 2) for each in labels], loc="outside right upper")
 
 
 def label_points(axes: Axes, places: np.ndarray, labels: Sequence[str], others: np.ndarray) -> None:
@@ -251,7 +262,7 @@ def _names(given: Sequence[str | None], found: Sequence[xr.Dataset]) -> list[str
     models, titles = [wording.model(h) for h in found], [wording.title(h) for h in found]
     same = len({title.removeprefix(model) for title, model in zip(titles, models, strict=True)}) == 1
     told = models if same and len(set(models)) == len(models) else titles
-    named = [name or default for name, default in zip(given, told, strict=True)]
+    named = [line(name or default, TITLE) for name, default in zip(given, told, strict=True)]
     earlier = [named[:i].count(name) for i, name in enumerate(named)]
     return [f"{name} ({n + 1})" if n else name for name, n in zip(named, earlier, strict=True)]
 

@@ -16,6 +16,7 @@ from selfrepair_nn.remote.ledger import (
     Record,
     ledger_path,
 )
+from selfrepair_nn.shown import line
 
 MEANINGS = {
     SENDING: "sent, not acknowledged",
@@ -38,12 +39,12 @@ def history(store: Path, run: str) -> str:
 
 
 def _line(record: Record) -> str:
-    why = "; ".join(f"{count} x {KINDS[kind].meaning}" for kind, count in record.failures.items())
+    meanings = {kind: KINDS[kind].meaning if kind in KINDS else kind for kind in record.failures}
+    why = "; ".join(f"{count} x {meanings[kind]}" for kind, count in record.failures.items())
     said = f" ({brief(record.text)})" if record.text else ""
     job = f"job {record.job}" if record.open else ""
-    return "  ".join(
-        part for part in (record.part, MEANINGS.get(record.event, record.event), job, f"{why}{said}") if part
-    )
+    parts = (record.part, MEANINGS.get(record.event, record.event), job, f"{why}{said}")
+    return "  ".join(line(part) for part in parts if part)
 
 
 def _total(ledger: Ledger) -> str:
@@ -52,6 +53,7 @@ def _total(ledger: Ledger) -> str:
     sent, back = (sum(r.bytes_sent for r in records), sum(r.bytes_returned for r in records))
     counted = ", ".join(f"{count} {state}" for state, count in states.most_common())
     jobs = sum(record.jobs for record in records)
+    counted = line(counted)
     return (
         f"{jobs} jobs sent for {len(records)} parts: {counted}\n{_size(sent)} sent, {_size(back)} came back"
     )

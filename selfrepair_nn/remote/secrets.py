@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 from html import escape
 from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies
 
 NDIF_VARIABLE, HUB_VARIABLES = "NDIF_API_KEY", ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+ADDRESSES = (*PROXIES, *map(str.lower, PROXIES), "HF_ENDPOINT", "NDIF_HOST")
+"""Variables whose addresses may hold a password."""
+
 SHORTEST = 4
 """A shorter "key" would blot out ordinary text, and is none."""
 
@@ -65,11 +68,7 @@ def _known() -> Iterator[str]:
     if nnsight := sys.modules.get("nnsight.schema.config"):
         yield nnsight.CONFIG.API.APIKEY or ""
     yield _logged_in() or ""
-    for address in (
-        *getproxies().values(),
-        os.environ.get("HF_ENDPOINT", ""),
-        os.environ.get("NDIF_HOST", ""),
-    ):
+    for address in filter(None, map(os.environ.get, ADDRESSES)):
         yield from (password := _password(address), unquote(password))
 
 

@@ -8,7 +8,6 @@ from urllib.request import getproxies
 from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.remote.secrets import HUB_VARIABLES, NDIF_VARIABLE, hub_token, ndif_key
 
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 ADDRESS = "write for example http://127.0.0.1:3128, or unset it"
 
 
