@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, fields
+from math import log10
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ SELECTS = {
 COUNTS = (
     "tokens", "length", "mean_prompts", "batch_size", "rows", "workers", "threads", "in_flight", "patience"
 )  # fmt: skip
+LARGEST = 10**12
+MOST = {"workers": 1024, "threads": 1024}
 CI_OF = {"heads": "each head's mean", "layers": "each layer's mean over its heads"}
 COMPONENTS = {
     "none": "only the sums over heads and MLPs",
@@ -97,6 +100,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+            require_sane(name, value, MOST.get(name, LARGEST))
+        require_sane("seed", self.seed, 2**63 - 1)
         if not 0 < self.share <= 1:
             raise UsageError(f"share must lie above 0 and at most at 1, not {self.share!r}")
         local(self.out, "out")
@@ -132,7 +137,8 @@ class Options:
         if self.shard is None:
             return None
         first, _, last = self.shard.partition("/")
-        if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        fits = all(each.isdecimal() and len(each) < 10 for each in (first, last))
+        if fits and 1 <= int(first) <= int(last):
             return int(first), int(last)
         raise UsageError(f"shard {self.shard!r} is not one of N: write 1/8 to 8/8")
 
@@ -145,6 +151,14 @@ class Options:
     def served(self) -> bool:
         """Whether the model runs on an NDIF server."""
         return self.remote or self.host is not None
+
+
+def require_sane(name: str, value: Any, most: int) -> None:
+    """UsageError for a whole number that no run can mean: it would be computed until memory or patience ends."""
+    if isinstance(value, int) and abs(value) > most:
+        digits = round(value.bit_length() * log10(2))
+        size = f"{value:,}" if digits < 30 else f"a number of about {digits} digits"
+        raise UsageError(f"{name} must be at most {most:,}, not {size}")
 
 
 def require_address(host: str) -> None:
