@@ -16,7 +16,7 @@ import click
 from selfrepair_nn import __version__
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import Options
-from selfrepair_nn.shown import line, shown
+from selfrepair_nn.shown import line, message, shown
 
 _FORMAT = warnings.formatwarning
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -27,7 +27,7 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.message = shown(error.message)
+        error.message = message(error.message)
         error.show()
         sys.exit(error.exit_code)
     except Incomplete as error:
@@ -44,7 +44,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        _say(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+        _say(message(f"error: {error.filename or 'the system'}: {error.strerror or error}"))
         sys.exit(1)
 
 

@@ -3,7 +3,8 @@
 What others wrote may be part of a message: it is filtered here, where every message is made.
 """
 
-from selfrepair_nn.shown import line, shown
+from selfrepair_nn.shown import line
+from selfrepair_nn.shown import message as filtered
 
 
 class SelfRepairError(Exception):
@@ -12,7 +13,7 @@ class SelfRepairError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shown(message))
+        super().__init__(filtered(message))
 
 
 class UsageError(SelfRepairError):

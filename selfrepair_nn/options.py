@@ -49,7 +49,11 @@ def option(
 
 
 def _seed(name: str, value: Any) -> int:
-    return values.whole(name, value, 0)
+    return values.whole(name, value, 0, 2**63 - 1)
+
+
+def _processes(name: str, value: Any) -> int:
+    return values.whole(name, value, most=1024)
 
 
 def _share(name: str, value: Any) -> float:
@@ -115,8 +119,8 @@ class Options:
     mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.", values.whole)
     batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.", values.whole, decides=False)
     rows: int | None = option(None, "Tokens in one forward pass: ablated heads ride together until it is full; default: what fits.", values.whole, decides=False)
-    workers: int = option(1, "Processes that share the work, each with its own model.", values.whole, decides=False)
-    threads: int | None = option(None, "Threads of each process; default: torch's own, with --workers as many as pay.", values.whole, decides=False)
+    workers: int = option(1, "Processes that share the work, each with its own model.", _processes, decides=False)
+    threads: int | None = option(None, "Threads of each process; default: torch's own, with --workers as many as pay.", _processes, decides=False)
     shard: str | None = option(None, "Do only part I of N, as I/N: jobs of a cluster fill one store together.", values.part, decides=False)
     backend: str = option("local", "Where the model runs.", choices=BACKENDS, decides=False)
     check: bool = option(True, "Prove at load that the model is decomposed exactly.", values.switch, decides=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts
-from selfrepair_nn.values import nearest, place, shown
+from selfrepair_nn.values import nearest, place, require_sane, shown
 
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
 """Where an installed wheel and a checkout keep the recipes."""
 
+LARGEST_PARAMETER = 10**9
 SIGNATURE = "graph(structure, options)"
 OF_PROMPTS = ("prompts", "tokens", "length", "bos", "split", "column", "prompts_revision")
 PROMPTS = "prompts(structure, tokenizer, options)"
@@ -161,10 +163,25 @@ def _like(name: str, value: Any, default: Any) -> Any:
     """A value of the kind that the default is; one number or word alone is a list of one."""
     if isinstance(default, tuple):
         value = tuple(value) if isinstance(value, tuple | list) else (value,)
+    for number in value if isinstance(value, tuple) else (value,):
+        require_sane(f"parameter {name}", number, LARGEST_PARAMETER)
+        if isinstance(number, float) and not isfinite(number):
+            raise UsageError(f"parameter {name}: {number!r} is not finite")
     kinds = (int, float) if isinstance(default, float) else () if default is None else type(default)
-    if kinds and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
+    like = (
+        isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool) if kinds else True
+    )
+    if not like or not _alike(value, default):
         raise UsageError(f"parameter {name}: {shown(value)} is not like its default, {default!r}")
     return value
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a list's entries are numbers where the default's are, or words where those are."""
+    if not isinstance(default, tuple) or not default:
+        return True
+    kinds = (int, float) if isinstance(default[0], int | float) else type(default[0])
+    return all(isinstance(each, kinds) for each in value)
 
 
 def recipe_paths() -> dict[str, Path]:

@@ -4,7 +4,11 @@ Names, attributes, ledgers, servers' and hubs' messages may hold escape sequence
 writing, or keys. A character that is not printable is written as Python would write it.
 """
 
+import re
+
 from selfrepair_nn.remote.secrets import hidden
+
+_ENDLESS = re.compile(r"(\S{100})\S{300,}")
 
 
 def shown(text: object) -> str:
@@ -16,6 +20,11 @@ def line(text: object, longest: int | None = None) -> str:
     """One line: as `shown`, line ends escaped too; cut to `longest` characters, if that is given."""
     found = _escaped(hidden(str(text)))
     return found if longest is None or len(found) <= longest else f"{found[: longest - 2]} …"
+
+
+def message(text: object) -> str:
+    """As `shown`; a word that nobody reads to its end, such as a number of 5,000 digits, is cut."""
+    return _ENDLESS.sub(lambda word: f"{word[1]} … ({len(word[0])} characters)", shown(text))
 
 
 def _escaped(text: str) -> str:

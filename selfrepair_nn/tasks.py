@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.options import require_sane
 from selfrepair_nn.prompts import Prompts, shuffled, special_ids
 
 NAMES = (
@@ -26,6 +27,8 @@ TEMPLATES = (
 """Of as many words and signs each, and of words that are one token in most vocabularies: equally long."""
 
 FEWEST_NAMES = 4
+MOST = 100_000
+"""Prompts of a task: with more, the means are known far better than anything else."""
 
 
 class Sentence(NamedTuple):
@@ -58,6 +61,7 @@ def ioi_prompts(tokenizer: Any, count: int = 64, seed: int = 0, bos: str = "auto
     """
     if not isinstance(count, int) or count < 4 or count % 4:
         raise UsageError(f"{count!r} prompts: give a multiple of 4, for each pair of names makes four")
+    require_sane("count", count, MOST)
     first, _ = special_ids(tokenizer, bos, "the task")
     names = _names(tokenizer)
     sentences = _sentences(count, list(names), np.random.PCG64(seed))
@@ -127,8 +131,9 @@ def repeated_prompts(
     drawn_from = np.array([i for i in range(known) if i not in special], np.int64)
     if not 3 <= period <= drawn_from.size:
         raise UsageError(f"period {period!r}: give 3 to {drawn_from.size}, the tokens that can be drawn")
-    if count < 1:
+    if not isinstance(count, int) or count < 1:
         raise UsageError(f"{count!r} prompts: give 1 or more")
+    require_sane("count", count, MOST)
     bits = np.random.PCG64(seed)
     halves = np.array([drawn_from[shuffled(bits, drawn_from.size)[:period]] for _ in range(count)])
     begins = np.full((count, 0 if first is None else 1), first or 0)

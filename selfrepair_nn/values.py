@@ -6,6 +6,7 @@ Each function takes the name of what is given and the value, and raises UsageErr
 import os
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from math import log10
 from operator import index
 from reprlib import Repr
 from typing import Any
@@ -14,8 +15,8 @@ import numpy as np
 
 from selfrepair_nn.errors import UsageError
 
-MOST = 2**63 - 1
-"""Whole numbers beyond it fit no array."""
+MOST = 10**12
+"""No run can mean more of anything."""
 
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 60, 30, 60
@@ -42,13 +43,22 @@ def one_of(what: str, value: Any, valid: Collection[str]) -> str:
     return value
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """An integer from `least` on: Python's, NumPy's, a tensor of one, or a float without a fraction."""
+def whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
+    """An integer from `least` to `most`: Python's, NumPy's, a tensor of one, or a float without a fraction."""
     found = _integer(value)
-    if found is None or not least <= found <= MOST:
+    if found is None or found < least:
         asked = f"of at least {least}" if least else "(0 or more)"
         raise UsageError(f"{name} must be a whole number {asked}, not {shown(value)}")
+    require_sane(name, found, most)
     return found
+
+
+def require_sane(name: str, value: Any, most: int) -> None:
+    """UsageError for a whole number that no run can mean: it would be computed until memory or patience ends."""
+    if isinstance(value, int) and abs(value) > most:
+        digits = round(value.bit_length() * log10(2))
+        size = f"{value:,}" if digits < 30 else f"a number of about {digits} digits"
+        raise UsageError(f"{name} must be at most {most:,}, not {size}")
 
 
 def _integer(value: Any) -> int | None:

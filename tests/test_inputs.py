@@ -324,3 +324,57 @@ def test_choices_of_prompts_that_a_recipe_reads(nowhere, tmp_path_factory):
         "    return sr.text_prompts(structure, tokenizer, replace(options, length=16))\n"
     )
     assert selfrepair("plan", mine, "--tokens", 512, "--bos", "never").code == 0
+
+
+# Numbers that nobody means
+
+ENDLESS = "9" * 5000
+
+
+@pytest.mark.parametrize("number", [10**12 + 1, 10**30, "9" * 4000, ENDLESS])
+@pytest.mark.parametrize(
+    "flag",
+    ["tokens", "length", "batch-size", "rows", "workers", "threads", "mean-prompts", "seed", "in-flight"],
+)
+def test_a_number_that_no_run_can_mean(nowhere, flag, number):
+    ended = selfrepair("plan", "heads", f"--{flag}", number if flag != "seed" else f"{number}{'0' * 9}")
+    assert (ended.code, ended.out) == (2, "")
+    assert flag.replace("-", "_") in ended.err.replace("-", "_")
+    assert "Traceback" not in ended.err
+    assert len(ended.err) < 600
+
+
+@pytest.mark.parametrize(
+    ("recipe", "param", "said"),
+    [
+        ("ioi", "count=100000000000", "parameter count must be at most 1,000,000,000, not 100,000,000,000"),
+        ("ioi", "count=400000000", "count must be at most 100,000, not 400,000,000"),
+        ("induction", "count=400000000", "count must be at most 100,000, not 400,000,000"),
+        ("induction", "period=100000000000", "parameter period must be at most"),
+        ("induction", f"count={'9' * 4000}", "not a number of about 4000 digits"),
+        ("induction", f"count={ENDLESS}", "is not like its default"),
+        ("neurons", "count=-100000000000", "parameter count must be at most"),
+        ("self_reinforcement", "scales=(1, 1e999)", "parameter scales: inf is not finite"),
+        ("self_reinforcement", "scales=100000000000", "parameter scales must be at most"),
+        ("self_reinforcement", "scales={[]:1}", "is not like its default"),
+        ("ioi", "count=" + "[" * 5000, "is not like its default"),
+    ],
+)
+def test_a_parameter_that_no_run_can_mean(nowhere, recipe, param, said):
+    ended = selfrepair("plan", recipe, "--param", param)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert said in ended.err
+    assert len(ended.err) < 600
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--shard", f"1/{ENDLESS}"], ["--layers", ENDLESS], ["--heads", f"0.{ENDLESS}"], ["--model", ENDLESS]]
+    + [["--prompts", f"./{ENDLESS}"], ["--host", f"http://a:{ENDLESS}"], ["--out", ENDLESS]],
+    ids=lambda flags: flags[0],
+)
+def test_no_message_is_endless(nowhere, monkeypatch, flags):
+    ended = selfrepair("run", "heads", "--tokens", 64, "--length", 32, *flags)
+    assert ended.code in (1, 2)
+    assert "Traceback" not in ended.err
+    assert len(ended.err) < 900

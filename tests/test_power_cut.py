@@ -245,5 +245,5 @@ def test_killed_by_the_system_at_writes_all_along_a_run(asked, tmp_path):
     assert not [
         p
         for p in tmp_path.rglob("*")
-        if p.name.endswith(".partial") or p.name.startswith(".killed") and p.is_dir()
+        if p.name.endswith(".partial") or (p.name.startswith(".killed") and p.is_dir())
     ]

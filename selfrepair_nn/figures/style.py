@@ -21,7 +21,7 @@ from selfrepair_nn.analysis import HALF_WIDTH, by_head, restored
 from selfrepair_nn.analysis.checks import share_of as usual_share_of
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.paths import local
-from selfrepair_nn.shown import line
+from selfrepair_nn.shown import line as one_line
 from selfrepair_nn.wording import intervals, reach, warnings
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
@@ -262,7 +262,7 @@ def _names(given: Sequence[str | None], found: Sequence[xr.Dataset]) -> list[str
     models, titles = [wording.model(h) for h in found], [wording.title(h) for h in found]
     same = len({title.removeprefix(model) for title, model in zip(titles, models, strict=True)}) == 1
     told = models if same and len(set(models)) == len(models) else titles
-    named = [line(name or default, TITLE) for name, default in zip(given, told, strict=True)]
+    named = [one_line(name or default, TITLE) for name, default in zip(given, told, strict=True)]
     earlier = [named[:i].count(name) for i, name in enumerate(named)]
     return [f"{name} ({n + 1})" if n else name for name, n in zip(named, earlier, strict=True)]
 

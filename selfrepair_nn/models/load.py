@@ -18,6 +18,7 @@ from selfrepair_nn.models.model import (
     no_tokenizer,
     wrap,
 )
+from selfrepair_nn.models.tokenizer import load_tokenizer
 from selfrepair_nn.remote.settings import require_hub
 
 EMBEDDED = {
@@ -83,20 +84,6 @@ def describe(name: str, revision: str | None = None) -> Description:
         with torch.device("meta"):
             structure = structure_of(AutoModelForCausalLM.from_config(config))
     return Description(source, config, structure, getattr(config, "_commit_hash", None))
-
-
-def load_tokenizer(source: Source) -> Any:
-    """The model's tokenizer, or None where the model comes without one (then only token ids can be prompts)."""
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(source.location, **source.arguments)
-    except (OSError, ValueError, TypeError, KeyError, ImportError):
-        return None
-    if not found.vocab_size:
-        return None
-    found.name_or_path = source.name
-    return found
 
 
 def load(
