@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from hashlib import file_digest, sha256
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,14 @@ def _dataset(name, path, configuration, split, column, revision) -> tuple[Iterat
     except ImportError as error:
         raise SelfRepairError(f"{name} is a dataset: pip install datasets, or give a text file") from error
     try:
-        rows = datasets.load_dataset(path, configuration, split=split, revision=revision, streaming=True)
+        rows = datasets.load_dataset(
+            path,
+            configuration,
+            split=split,
+            revision=revision,
+            streaming=True,
+            **_no_code(datasets.load_dataset),
+        )
     except Exception as error:
         kind = UsageError if isinstance(error, (FileNotFoundError, ValueError)) else SelfRepairError
         raise kind(
@@ -132,6 +140,11 @@ def _dataset(name, path, configuration, split, column, revision) -> tuple[Iterat
     origin = {"kind": "dataset", "name": name, "split": split, "column": column, "revision": revision}
     numbered = ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
     return _column(numbered, name, column), origin
+
+
+def _no_code(load) -> dict[str, bool]:
+    """That a dataset's own code is not run, for the versions of `datasets` that still can or ask."""
+    return {"trust_remote_code": False} if "trust_remote_code" in signature(load).parameters else {}
 
 
 def _commit(repository: str, revision: str | None) -> str | None:

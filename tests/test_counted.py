@@ -115,7 +115,7 @@ def test_prompts_that_differ_in_what_counts_are_other_prompts():
 def test_two_runs_that_differ_in_what_counts_are_two(wrapped, tmp_path):
     model = wrapped("llama-gqa")
     run("heads", model, tmp_path / "s.zarr")
-    with pytest.raises(sr.errors.StoreError, match="another run \\(prompts is"):
+    with pytest.raises(sr.errors.StoreError, match="another run \\(prompts "):
         run("heads", model, tmp_path / "s.zarr", prompts=chosen(model, counted=mask(seed=2)))
 
 

@@ -18,7 +18,7 @@ from selfrepair_nn.models.model import (
     no_tokenizer,
     wrap,
 )
-from selfrepair_nn.models.tokenizer import load_tokenizer
+from selfrepair_nn.models.tokenizer import SAFE, load_tokenizer
 from selfrepair_nn.remote.settings import require_hub
 
 EMBEDDED = {
@@ -27,6 +27,7 @@ EMBEDDED = {
 }
 RECOMPUTED = re.compile(r"\.(masked_bias|inv_freq|rotary_emb\.(cos|sin)_cached)$")
 """Buffers that older checkpoints hold and that every model makes anew: attention masks, rotary frequencies."""
+NO_CODE = "nothing that comes with a model is ever run"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -79,10 +80,15 @@ def describe(name: str, revision: str | None = None) -> Description:
 
     source = find(name, revision)
     with _explained(source):
-        config = AutoConfig.from_pretrained(source.location, **source.arguments)
+        config = AutoConfig.from_pretrained(source.location, **SAFE, **source.arguments)
         architecture_of(config)
+        if "/" in str(config._attn_implementation):
+            raise SelfRepairError(
+                f"the configuration of {source.name!r} asks for code of the hub (attn_implementation "
+                f"{config._attn_implementation!r}), and {NO_CODE}: take that entry out"
+            )
         with torch.device("meta"):
-            structure = structure_of(AutoModelForCausalLM.from_config(config))
+            structure = structure_of(AutoModelForCausalLM.from_config(config, **SAFE))
     return Description(source, config, structure, getattr(config, "_commit_hash", None))
 
 
@@ -144,6 +150,7 @@ def structure_only(description: Description, tokenizer: Any) -> Model:
             revision=source.revision,
             task="text-generation",
             tokenizer=tokenizer or no_tokenizer(),
+            **SAFE,
         )
     return Model(description, nn, tokenizer, AS_SERVED, "server")
 
@@ -173,7 +180,7 @@ def _module(description: Description, dtype: str, device: str) -> Any:
     source = description.source
     with _explained(source):
         module, found = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=getattr(torch, dtype), output_loading_info=True, **source.arguments
+            source.location, dtype=getattr(torch, dtype), output_loading_info=True, **SAFE, **source.arguments
         )
     if missing := sorted(found["missing_keys"]):
         raise SelfRepairError(
@@ -216,6 +223,11 @@ def _explained(source: Source) -> Iterator[None]:
             f"loading {source.name!r} needs a package that is missing: {one_line(error)}"
         ) from error
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise SelfRepairError(
+                f"model {source.name!r} needs code that comes with it, and {NO_CODE}: give a model of a family that "
+                "transformers has itself"
+            ) from error
         if source.gguf_file or Path(source.location).is_dir():
             raise SelfRepairError(f"model {source.name!r} could not be loaded: {one_line(error)}") from error
         raise UsageError(

@@ -12,6 +12,9 @@ FILES = (
 )
 """What a directory holds of a tokenizer."""
 
+SAFE = {"trust_remote_code": False}
+"""Told to every loader: left to itself it asks whoever is at the terminal, and a yes runs the model's code."""
+
 REMEDY = "put the model's own files there, or remove them and give .npy token ids"
 
 
