@@ -39,7 +39,7 @@ def _found(source: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.arguments)
+        return AutoTokenizer.from_pretrained(source.location, **SAFE, **source.arguments)
     except ImportError as error:
         if _files(source):
             raise SelfRepairError(
