@@ -75,12 +75,11 @@ def sites(ds: xr.Dataset) -> tuple[str, ...]:
 def done_cases(ds: xr.Dataset) -> np.ndarray:
     """What counts: bool [case, prompt]. StoreError if the store that `ds` comes from is not whole."""
     require_source(ds)
-    done = _counted(ds)
+    done = (ds.done & ds.selected).load()
     for name in ("noise_floor", "threshold"):
         if name in ds:
-            begun = (ds.done & ds.selected).any("prompt")
-            require_known(name, (ds[name].isnull() & begun).any().item())
-    return done
+            require_known(name, (ds[name].isnull() & done.any("prompt")).any().item())
+    return _flat(ds, done)
 
 
 def require_known(name: str, lost: bool | np.ndarray, start: int = 0) -> None:
@@ -96,13 +95,13 @@ def require_known(name: str, lost: bool | np.ndarray, start: int = 0) -> None:
 def clean_values(ds: xr.Dataset, name: str) -> np.ndarray:
     """A variable of the clean run: [prompt, position]. StoreError if it is blank where something is done."""
     values = ds[name].transpose(*TOKEN).values
-    require_known(name, np.isnan(values).any(-1) & _counted(ds).any(0))
+    require_known(name, np.isnan(values).any(-1) & _flat(ds, ds.done & ds.selected).any(0))
     return values
 
 
-def _counted(ds: xr.Dataset) -> np.ndarray:
-    done = (ds.done & ds.selected).transpose(*sites(ds), "prompt").values
-    return done.reshape(-1, done.shape[-1])
+def _flat(ds: xr.Dataset, done: xr.DataArray) -> np.ndarray:
+    values = done.transpose(*sites(ds), "prompt").values
+    return values.reshape(-1, values.shape[-1])
 
 
 def direct_effects(
@@ -121,8 +120,8 @@ def direct_effects(
     """
     require_kept(ds, share)
     if "threshold" not in ds or by != "direct_effect":
-        return _ranked(ds, done, share, by)
-    sums, top = _ranked(ds, np.repeat(done.any(1)[:, None], done.shape[1], 1), share, by)
+        return _ranked(ds, done, done, share, by)
+    sums, top = _ranked(ds, done, np.repeat(done.any(1)[:, None], done.shape[1], 1), share, by)
     return np.where(done, sums, 0), top.of(done[top.case, top.token // ds.sizes["position"]])
 
 
@@ -136,16 +135,19 @@ def require_kept(ds: xr.Dataset, share: float = 1) -> None:
         )
 
 
-def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str) -> tuple[np.ndarray, Top]:
+def _ranked(
+    ds: xr.Dataset, done: np.ndarray, known: np.ndarray, share: float, by: str
+) -> tuple[np.ndarray, Top]:
+    """Sums and top shares of what is `known`, be it done or not: bool [case, prompt]."""
     n_positions = ds.sizes["position"]
-    wanted = _wanted(done.sum(1) * n_positions, share)
-    sums = np.zeros(done.shape)
-    best = [NOTHING] * len(done)
-    for start, values in _blocks(ds, by):
+    wanted = _wanted(known.sum(1) * n_positions, share)
+    sums = np.zeros(known.shape)
+    best = [NOTHING] * len(known)
+    for start, values in _known_blocks(ds, by, done):
         here = slice(start, start + values.shape[1])
-        sums[:, here] = _done_sums(values, done[:, here])
-        for case in np.flatnonzero(done[:, here].any(1)):
-            counted = np.flatnonzero(np.repeat(done[case, here], n_positions))
+        sums[:, here] = _done_sums(values, known[:, here])
+        for case in np.flatnonzero(known[:, here].any(1)):
+            counted = np.flatnonzero(np.repeat(known[case, here], n_positions))
             fresh = values[case].ravel()[counted].astype(float)
             best[case] = _best(best[case], fresh, counted + start * n_positions, wanted[case])
     return sums, _gather(best)
@@ -154,7 +156,7 @@ def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str) -> tuple[np
 def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndarray, np.ndarray]:
     """The sums [case, prompt] of a variable, and its values on the entries of `top`, in float64."""
     sums, chosen = np.zeros(done.shape), np.empty(top.token.size)
-    for start, values in _blocks(ds, name):
+    for start, values in _known_blocks(ds, name, done):
         here = slice(start, start + values.shape[1])
         sums[:, here] = _done_sums(values, done[:, here])
         within, picked = top.pick(start, values)
@@ -166,7 +168,7 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
 def sums(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
     """The sums [case, prompt] of a variable."""
     found = np.zeros(done.shape)
-    for start, values in _blocks(ds, name):
+    for start, values in _known_blocks(ds, name, done):
         here = slice(start, start + values.shape[1])
         found[:, here] = _done_sums(values, done[:, here])
     return found
@@ -175,7 +177,9 @@ def sums(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 def ratio_sums(ds: xr.Dataset, name: str, other: str, done: np.ndarray) -> np.ndarray:
     """The sums [case, prompt] of one variable divided by another on each token; a division by 0 counts as 0."""
     sums = np.zeros(done.shape)
-    for (start, above), (_, below) in zip(_blocks(ds, name), _blocks(ds, other), strict=True):
+    for (start, above), (_, below) in zip(
+        _known_blocks(ds, name, done), _known_blocks(ds, other, done), strict=True
+    ):
         here = slice(start, start + above.shape[1])
         sums[:, here] = _done_sums(ratios(above, below), done[:, here])
     return sums
@@ -189,7 +193,8 @@ def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def together(ds: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[slice, list[np.ndarray]]]:
     """Several variables side by side, a block of prompts at a time: [case, prompt, position] each, in float64."""
     require_kept(ds)
-    for blocks in zip(*(_blocks(ds, name) for name in names), strict=True):
+    done = _flat(ds, ds.done & ds.selected)
+    for blocks in zip(*(_known_blocks(ds, name, done) for name in names), strict=True):
         start, first = blocks[0]
         yield slice(start, start + first.shape[1]), [values.astype(float) for _, values in blocks]
 
@@ -203,7 +208,7 @@ def clean_ratios(
     """
     sums, above, chosen = np.zeros(done.shape), np.zeros(done.shape), np.empty(top.token.size)
     before = clean_values(ds, clean)
-    for start, below in _blocks(ds, ablated):
+    for start, below in _known_blocks(ds, ablated, done):
         here = slice(start, start + below.shape[1])
         found = ratios(np.broadcast_to(before[here], below.shape), below)
         sums[:, here], above[:, here] = _done_sums(found, done[:, here]), _done_sums(found > 1, done[:, here])
@@ -216,14 +221,17 @@ def clean_ratios(
 def tokens_of(ds: xr.Dataset, name: str, cases: np.ndarray) -> np.ndarray:
     """Every value [case, prompt, position] of a few cases, in float64. UsageError if not every one is kept."""
     require_kept(ds)
-    return np.concatenate([values[cases].astype(float) for _, values in _blocks(ds, name)], axis=1)
+    done = _flat(ds, ds.done & ds.selected)
+    return np.concatenate(
+        [values[cases].astype(float) for _, values in _known_blocks(ds, name, done)], axis=1
+    )
 
 
 def edited_of(ds: xr.Dataset, name: str) -> np.ndarray:
     """A variable at each prompt's edited position: [case, prompt], in float64."""
     where = ds.edited_position.values
     parts = []
-    for start, values in _blocks(ds, name):
+    for start, values in _known_blocks(ds, name, _flat(ds, ds.done & ds.selected)):
         here = where[start : start + values.shape[1]]
         parts.append(np.take_along_axis(values, here[None, :, None], 2)[..., 0].astype(float))
     return np.concatenate(parts, axis=1)
@@ -281,7 +289,7 @@ def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
 def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
     """The largest absolute value of a variable, over (case); NaN where nothing is done."""
     found = np.zeros(len(done))
-    for start, values in _blocks(ds, name):
+    for start, values in _known_blocks(ds, name, done):
         by_prompt = np.fmax.reduce(np.abs(values), -1)  # NaN where a top share alone is kept
         found = np.fmax(
             found, np.fmax.reduce(np.where(done[:, start : start + values.shape[1]], by_prompt, 0), 1)
@@ -289,19 +297,25 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
     return np.where(done.any(1), found, np.nan)
 
 
+def _known_blocks(ds: xr.Dataset, name: str, done: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """What `_blocks` gives; StoreError where it is blank though it is `done`, bool [case, prompt]."""
+    full = name == "direct_effect" or "kept_share" not in ds.attrs
+    for start, values in _blocks(ds, name):
+        if full:
+            lost = np.isnan(values.sum(-1)) & done[:, start : start + values.shape[1]]
+            require_known(name, lost.any(0), start)
+        yield start, values
+
+
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
     array = ds[name].transpose(*sites(ds), *TOKEN)
-    n_prompts, counted = array.sizes["prompt"], _counted(ds)
+    n_prompts = array.sizes["prompt"]
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):
         block = array.isel(prompt=slice(start, start + step)).values
-        block = block.reshape(-1, *block.shape[-2:])
-        if name == "direct_effect" or "kept_share" not in ds.attrs:
-            lost = np.isnan(block.sum(-1)) & counted[:, start : start + step]
-            require_known(name, lost.any(0), start)
-        yield start, block
+        yield start, block.reshape(-1, *block.shape[-2:])
 
 
 def _done_sums(values: np.ndarray, done: np.ndarray) -> np.ndarray:

@@ -187,8 +187,6 @@ def test_a_broken_value_that_is_done_is_refused(ds):
     ds.self_repair[2, 1, 0, 0] = np.nan
     with pytest.raises(StoreError, match="self_repair of prompt 0 is blank though it is marked done"):
         by_head(ds)
-    assert np.isnan(by_layer(ds).self_repair[2])
-    assert np.isfinite(by_layer(ds).self_repair[[0, 1, 3]]).all()
 
 
 @settings(max_examples=20, deadline=None)

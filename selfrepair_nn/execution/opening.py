@@ -1,6 +1,7 @@
 """The store of a run: made for it or found, held against other writers, never another run's."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,7 +16,8 @@ from selfrepair_nn import provenance
 from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.mending import restore
+from selfrepair_nn.execution.mending import require_mendable, restore
+from selfrepair_nn.files import sweep_partial
 from selfrepair_nn.integrity import contents_of
 from selfrepair_nn.models.load import Model
 from selfrepair_nn.remote.secrets import hidden
@@ -27,8 +29,11 @@ def open_or_create(experiment: Experiment, command: str) -> Store:
     path = experiment.path
     if path.exists():
         found = contents_of(path)
+        require_mendable(found)
         _require_same_settings(path, json.loads(found.attributes["settings"]), experiment.settings)
         restore(found)
+        if experiment.options.part is None:
+            sweep_partial(path)
         return Store(path)
     if experiment.options.served:
         from selfrepair_nn.execution.remote import server_of
@@ -123,24 +128,56 @@ def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
     return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
 
 
+class Hold:
+    """The locks that a run holds. One whose file was removed, with the directory that it lay in, holds off nobody."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: list[tuple[FileLock, os.stat_result]] = []
+
+    def add(self, lock: FileLock) -> None:
+        """Know of a lock that was just acquired."""
+        self._held.append((lock, os.stat(lock.lock_file)))
+
+    def share(self) -> None:
+        """Let other parts of the run begin: they write only what is their own."""
+        self._held.pop(0)[0].release()
+
+    def require(self) -> None:
+        """Raise StoreError if another run may have begun at the store's path."""
+        for lock, known in self._held:
+            try:
+                same = os.path.samestat(known, os.stat(lock.lock_file))
+            except OSError:
+                same = False
+            if not same:
+                raise StoreError(
+                    f"{lock.lock_file!r} was removed while this run was writing {str(self._path)!r}: another run may "
+                    "have begun there, so nothing more is written. If none has, the same command resumes this one"
+                )
+
+
 @contextmanager
-def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[FileLock]:
+def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[Hold]:
     """Hold the store's lock: two runs never write one store.
 
     A part of a run waits for that lock; it can release it once it writes only what is its own, and holds one of its
     own all along, by which others know of it.
     """
+    hold = Hold(path)
     with ExitStack() as held:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_name(f".{path.name}.lock"))
             held.enter_context(_acquired(lock, path, wait=part is not None))
+            hold.add(lock)
             if part:
-                own = path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock")
-                held.enter_context(_acquired(FileLock(own), path))
+                own = FileLock(path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock"))
+                held.enter_context(_acquired(own, path))
+                hold.add(own)
             else:
                 _require_no_part(path)
-        yield lock
+        yield hold
 
 
 def _require_no_part(path: Path) -> None:

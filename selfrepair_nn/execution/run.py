@@ -20,6 +20,7 @@ from selfrepair_nn.execution.filling import Filling, finished, learn
 from selfrepair_nn.execution.interruption import interruptible
 from selfrepair_nn.execution.mending import mend, undecided
 from selfrepair_nn.execution.opening import (
+    Hold,
     as_stored,
     only_writer,
     open_or_create,
@@ -67,9 +68,10 @@ def run(
     experiment = prepare(recipe, Options(**choices))
     if experiment.options.served:
         _require_consent(experiment, confirm)
-    with only_writer(experiment.path, experiment.options.part) as lock:
+    with only_writer(experiment.path, experiment.options.part) as hold:
         if experiment.undecided and not experiment.path.exists():
             experiment = _decided(experiment)
+        hold.require()
         store = open_or_create(experiment, command or _call(recipe, choices))
         damage = verify(store.path)
         if undecided(experiment, damage):
@@ -79,7 +81,7 @@ def run(
             tell(f"computes again what is damaged in {str(store.path)!r}: {named(damage)}")
             mend(store, experiment, damage)
         if "finished" not in store.attributes:
-            _run(store, experiment, progress, lock.release)
+            _run(store, experiment, progress, hold)
     return open_store(experiment.path)
 
 
@@ -103,11 +105,12 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
     return departing(o, model, Ledger(ledger_path(experiment.path), run))
 
 
-def _run(store: Store, experiment: Experiment, progress: bool | None, share: Callable[[], None]) -> None:
+def _run(store: Store, experiment: Experiment, progress: bool | None, hold: Hold) -> None:
     try:
         with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
-            for _ in _fill(store, experiment, bar, share):
+            for _ in _fill(store, experiment, bar, hold.share):
                 stop_if_asked()
+                hold.require()
     except KeyboardInterrupt:
         raise Incomplete(f"interrupted: {_kept(store, experiment)}; the same command resumes") from None
     except (Incomplete, Fault) as error:
@@ -115,7 +118,7 @@ def _run(store: Store, experiment: Experiment, progress: bool | None, share: Cal
             raise
         raise Incomplete(f"{error}\n{_kept(store, experiment)}; the same command resumes") from None
     if experiment.options.until_ci is not None or all(finished(store, experiment)):
-        Store(store.path).annotate(finished=provenance.now(), **_traffic(store, experiment))
+        store.annotate(finished=provenance.now(), **_traffic(store, experiment))
 
 
 def _fill(store: Store, experiment: Experiment, bar: tqdm, share: Callable[[], None]) -> Iterator[slice]:
