@@ -1,4 +1,4 @@
-"""Which files a store consists of, what its attributes and arrays say, and what of that has been harmed."""
+"""Which files a store consists of, as far as its description can still be read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,21 +11,24 @@ from typing import Any
 import numpy as np
 import zarr
 
-from selfrepair_nn.files import digest, read_json, unsealed
+from selfrepair_nn.description import (
+    COPY,
+    FIXED,
+    FORMATS,
+    LOST,
+    NOTES,
+    NOTES_GROUP,
+    ROOT,
+    attributes_of,
+    harm,
+    listed,
+    mistyped,
+    right,
+    same,
+    understood,
+)
+from selfrepair_nn.files import read_json, unsealed
 from selfrepair_nn.variables import COORDINATES, VARIABLES
-
-FORMATS = (1, 2)
-"""1: chunks that hold nothing but blanks are left out, and nothing is checksummed."""
-
-NOTES = "checksums"
-ABOUT = "Checksums of the files of each block of prompts, and a copy of the attributes, as they were written."
-FIXED, COPY = f"{NOTES}/fixed.json", f"{NOTES}/attributes.json"
-ROOT = "zarr.json"
-
-
-NOTES_GROUP = {"attributes": {"description": ABOUT}, "zarr_format": 3, "node_type": "group"}
-INLINE = {"kind": "inline", "must_understand": False}
-"""How zarr says that a group's own file repeats what is said of its members."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,16 @@ class Contents:
     @classmethod
     def of(cls, path: Path) -> "Contents | None":
         """What is at `path`; None if that is no store of this package, or one that cannot be told any more."""
-        root, copy = _described(read_json(path / ROOT)), unsealed(path / COPY)
-        attributes = _attributes(root, copy)
+        root, copy = understood(read_json(path / ROOT)), unsealed(path / COPY)
+        attributes = attributes_of(root, copy)
         if attributes is None or attributes.get("format") not in FORMATS:
             return None
         found = cls(path, attributes, {})
         found._read_arrays(root)
-        if root is None or not _same(root["attributes"], copy):
-            found.damage.insert(0, Damage(ROOT, _harm(root, attributes)))
+        if root is None or not same(root["attributes"], copy):
+            found.damage.insert(0, Damage(ROOT, harm(root, attributes)))
+        elif wrong := mistyped(attributes):
+            found.damage.insert(0, Damage(ROOT, f"wrong about {', '.join(wrong)}", LOST))
         if found.format > 1 and copy is None:
             found.damage.append(Damage(COPY, "missing or damaged"))
         if found.format > 1 and read_json(path / NOTES / ROOT) != NOTES_GROUP:
@@ -97,18 +102,18 @@ class Contents:
 
     def _read_arrays(self, root: dict[str, Any] | None) -> None:
         repeated = listed(root)
-        noted = unsealed(self.path / FIXED) or {}
+        noted = self.noted() or {}
         names = {name.partition("/")[0] for name in noted if name.endswith(f"/{ROOT}")} | repeated.keys()
         names = names or {each.parent.name for each in self.path.glob(f"*/{ROOT}")} - {NOTES}
         for name in sorted(names):
             own, known = read_json(self.path / name / ROOT), noted.get(f"{name}/{ROOT}")
-            right = [each for each in (repeated.get(name), own) if _right(each, known)]
-            if right:
-                self.metadata[name] = right[0]
-            if not right or own != right[0]:
+            whole = [each for each in (repeated.get(name), own) if right(each, known)]
+            if whole:
+                self.metadata[name] = whole[0]
+            if not whole or own != whole[0]:
                 what = "missing" if not (self.path / name / ROOT).exists() else "damaged"
                 self.damage.append(Damage(f"{name}/{ROOT}", what, name))
-            if right and root is not None and repeated.get(name) != right[0]:
+            if whole and root is not None and repeated.get(name) != whole[0]:
                 self.damage.insert(0, Damage(ROOT, f"wrong about {name}"))
 
     @cached_property
@@ -141,6 +146,11 @@ class Contents:
     def blocks(self) -> int:
         done = self.chunks["done"]
         return done.counts[done.along]
+
+    def noted(self, block: int | None = None) -> dict[str, Any] | None:
+        """The checksums of a block's files, or of what is there from the beginning; None if they cannot be read."""
+        file = FIXED if block is None else notes_of(block)
+        return unsealed(self.path / file, self.attributes.get("id", ""))
 
     def mark(self, block: int) -> str:
         """The file that says what of a block is done."""
@@ -187,54 +197,3 @@ def attempted(contents: Contents, name: str, part: Any = ...) -> np.ndarray | No
 def notes_of(block: int) -> str:
     """The file that holds a block's checksums."""
     return f"{NOTES}/{block}.json"
-
-
-def described(attributes: dict[str, Any], members: dict[str, Any]) -> dict[str, Any]:
-    """What a store's own file says."""
-    inner = {"consolidated_metadata": INLINE | {"metadata": members}}
-    return {"attributes": attributes, "zarr_format": 3} | inner | {"node_type": "group"}
-
-
-def _described(root: Any) -> dict[str, Any] | None:
-    """A store's own file, if that is what it is."""
-    try:
-        attributes, members = root["attributes"], root["consolidated_metadata"]["metadata"]
-        right = root == described(attributes, members) and isinstance(attributes, dict)
-        return root if right and isinstance(members, dict) and _of_notes(members) else None
-    except (TypeError, KeyError):
-        return None
-
-
-def _of_notes(members: dict[str, Any]) -> bool:
-    inner = {"consolidated_metadata": INLINE | {"metadata": {}}}
-    return members.get(NOTES, NOTES_GROUP) in (NOTES_GROUP, NOTES_GROUP | inner)
-
-
-def listed(root: dict[str, Any] | None) -> dict[str, Any]:
-    """The arrays' metadata as the group's own file repeats them."""
-    members = root["consolidated_metadata"]["metadata"] if root else {}
-    return {name: each for name, each in members.items() if name != NOTES}
-
-
-def _attributes(root: dict[str, Any] | None, copy: Any) -> dict[str, Any] | None:
-    if root is not None and (copy is None or _same(root["attributes"], copy)):
-        return root["attributes"]
-    return copy and copy["now"]
-
-
-def _same(attributes: dict[str, Any], copy: Any) -> bool:
-    """Whether attributes are those that were written: others may have been added since."""
-    return copy is None or any(each and each.items() <= attributes.items() for each in copy.values())
-
-
-def _harm(root: dict[str, Any] | None, attributes: dict[str, Any]) -> str:
-    if root is None:
-        return "missing or cut"
-    wrong = [name for name, value in attributes.items() if root["attributes"].get(name) != value]
-    return f"wrong about {', '.join(wrong)}"
-
-
-def _right(metadata: Any, known: int | None) -> bool:
-    if known is not None:
-        return digest(metadata) == known
-    return isinstance(metadata, dict) and metadata.get("node_type") == "array" and "chunk_grid" in metadata

@@ -4,12 +4,13 @@ Each chunk ends in the CRC-32C of its bytes, which zarr's codec puts there; besi
 checksums belongs to which file, so that a chunk of another place or time is told from its own.
 """
 
+import errno
 import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ PARTIAL = ".partial"
 
 TOGETHER = 16
 """How many files are synced at a time."""
+
+FIRST = "zarr.json"
+"""The file that makes a directory a store."""
 
 SEAL = 4
 """Bytes of the checksum that ends a chunk."""
@@ -64,18 +68,36 @@ class Files(LocalStore):
         finally:
             self._staged = None
 
+    def take_back(self, keys: Iterable[str]) -> None:
+        """Remove files again, and the directories that then are empty: the store that they were written for is gone."""
+        for key in keys:
+            (self.root / key).unlink(missing_ok=True)
+        for directory in sorted({*_above(self.root, keys), self.root}, reverse=True):
+            with suppress(OSError):
+                directory.rmdir()
+
     def put(self, files: Mapping[str, Any]) -> None:
         """Write buffers or bytes by key: each file is whole or not there at all, and all are on the disk at the end.
 
         All are written, then synced, then named, then their directories synced: a disk has its slow moment only twice.
+
+        Raises:
+            OSError: the disk is full, or the like, or the store was removed meanwhile; nothing half written stays.
         """
-        above = _above(self.root, files)
-        created = {path for path in above if not path.exists()}
+        created = {path for path in _above(self.root, files) if not path.exists()}
         drafts = {key: f"{key}.{uuid.uuid4().hex}{PARTIAL}" for key in files}
-        sync(self._draft({drafts[key]: value for key, value in files.items()}))
-        _sync_all(self.root / draft for draft in drafts.values())
-        for key, draft in drafts.items():
-            (self.root / draft).replace(self.root / key)
+        there = (self.root / FIRST).exists()
+        try:
+            sync(self._draft({drafts[key]: value for key, value in files.items()}))
+            _sync_all(self.root / draft for draft in drafts.values())
+            if there and not (self.root / FIRST).exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
+            for key, draft in drafts.items():
+                (self.root / draft).replace(self.root / key)
+        finally:
+            for draft in drafts.values():
+                with suppress(OSError):
+                    (self.root / draft).unlink()
         _sync_all({(self.root / key).parent for key in files} | {path.parent for path in created})
 
     async def _draft(self, files: Mapping[str, Any]) -> None:
@@ -120,15 +142,15 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def sealed(noted: Any) -> bytes:
-    """Notes as a file's bytes, with their own checksum."""
-    return json.dumps({"crc32c": digest(noted), "noted": noted}).encode()
+def sealed(noted: Any, store: str = "") -> bytes:
+    """Notes as a file's bytes, with their own checksum, that of a store's id in it."""
+    return json.dumps({"crc32c": digest([store, noted]), "noted": noted}).encode()
 
 
-def unsealed(path: Path) -> Any:
-    """The notes of a file; None if it is lost or damaged."""
+def unsealed(path: Path, store: str = "") -> Any:
+    """The notes of a file; None if it is lost or damaged, or another store's."""
     found = read_json(path)
-    whole = isinstance(found, dict) and found.get("crc32c") == digest(found.get("noted"))
+    whole = isinstance(found, dict) and found.get("crc32c") == digest([store, found.get("noted")])
     return found["noted"] if whole else None
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.contents import FIXED, Contents, Damage, Marks, attempted, notes_of
+from selfrepair_nn.contents import Contents, Damage, Marks, attempted, notes_of
+from selfrepair_nn.description import FIXED
 from selfrepair_nn.errors import StoreError
-from selfrepair_nn.files import SEAL, flaw, misplaced, unsealed
+from selfrepair_nn.files import SEAL, flaw, misplaced
 from selfrepair_nn.paths import local
 from selfrepair_nn.unchecked import unreadable
 
@@ -19,7 +20,7 @@ SHOWN = 3
 
 Look = Callable[[Path, Any], str | None]
 Required = tuple[str, int | None, str, Any]
-"""Array, block, file, and the checksums that it may end in; None if those are not known."""
+"""Array, block, file, and the checksums that it may end in, None if not known; or no array, and notes themselves."""
 
 
 def verify(path: str | Path) -> list[Damage]:
@@ -93,7 +94,11 @@ def inspected(contents: Contents, look: Look) -> list[Damage]:
     if contents.format == 1:
         return found + [*unreadable(contents, deep=look is _read), *_undone(contents)]
     for array, block, file, noted in _required(contents):
-        if what := (_read if block is None else look)(contents.path / file, noted):
+        path, near = contents.path / file, _read if block is None else look
+        what = near(path, noted) if array else _lost(path, noted)
+        if what and array:  # it may have been written since its notes were read
+            what = near(path, _accepted(contents.noted(block), file))
+        if what:
             found.append(Damage(file, what, array, block))
     lost = {each.file for each in found}
     return found + [each for each in _undone(contents) if each.file not in lost]
@@ -105,36 +110,38 @@ class Checks:
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
         self._expected = {
-            file: (FIXED if block is None else notes_of(block), noted)
-            for _, block, file, noted in (_required(contents) if contents.format > 1 else ())
+            file: (block, noted)
+            for array, block, file, noted in (_required(contents) if contents.format > 1 else ())
+            if array
         }
 
     def __call__(self, key: str, data: bytes | None) -> None:
         if self._contents.format == 1 or (data is None and key not in self._expected):
             return
-        where, noted = self._expected.get(key, ("", None))
+        where, noted = self._expected.get(key, (None, None))
         found = flaw(data, noted)
         if found and noted is not None:  # it may have been written since
-            found = flaw(data, _accepted(unsealed(self._contents.path / where), key))
+            found = flaw(data, _accepted(self._contents.noted(where), key))
         if found:
             require_whole(self._contents.path, [Damage(key, found)])
 
 
 def _required(contents: Contents) -> Iterator[Required]:
     """All that there must be."""
-    noted = unsealed(contents.path / FIXED)
-    yield "", None, FIXED, None
+    noted = contents.noted()
+    yield "", None, FIXED, noted
     for each in contents.fixed:
         for file in each.files():
             yield each.name, None, file, _accepted(noted, file)
     ranked, marks = _ranked(contents), Marks(contents)
     early = {"direct_effect"} if "threshold" in contents.metadata else set()
     for block in range(contents.blocks):
-        mark, own = contents.mark(block), unsealed(contents.path / notes_of(block))
+        mark = contents.mark(block)
         marked = marks.block(block) if (contents.path / mark).exists() else None
+        own = contents.noted(block)  # after the mark, which is written after its notes
         begun = marked is not None and marked.any()
         if begun or ranked:
-            yield "", block, notes_of(block), None
+            yield "", block, notes_of(block), own
         yield "done", block, mark, (own or {}).get(mark)
         for name, file in contents.block_files(block):
             known = begun or (ranked and name == "direct_effect")
@@ -177,8 +184,6 @@ def _finished_whole(attributes: dict[str, Any]) -> bool:
 
 def _glance(path: Path, noted: Iterable[int] | None) -> str | None:
     """What is wrong with a file, by its last bytes."""
-    if path.suffix == ".json":
-        return _notes(path)
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -190,13 +195,12 @@ def _glance(path: Path, noted: Iterable[int] | None) -> str | None:
 
 def _read(path: Path, noted: Iterable[int] | None) -> str | None:
     """What is wrong with a file, by all of its bytes."""
-    if path.suffix == ".json":
-        return _notes(path)
     try:
         return flaw(path.read_bytes(), noted)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return "missing"
 
 
-def _notes(path: Path) -> str | None:
-    return None if unsealed(path) is not None else "damaged" if path.exists() else "missing"
+def _lost(path: Path, noted: Any) -> str | None:
+    """What is wrong with notes."""
+    return None if noted is not None else "damaged" if path.exists() else "missing"

@@ -5,7 +5,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -16,7 +16,8 @@ import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from selfrepair_nn.contents import ABOUT, COPY, FIXED, FORMATS, NOTES, ROOT, Contents, listed, notes_of
+from selfrepair_nn.contents import Contents, notes_of
+from selfrepair_nn.description import ABOUT, COPY, FIXED, FORMATS, NOTES, ROOT, listed
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import Files, digest, read_json, seal, sealed, sync_path, sync_tree, unsealed
 from selfrepair_nn.integrity import Checks, contents_of, count, require_whole
@@ -89,6 +90,7 @@ class Store:
                 sync_tree(draft)
                 draft.rename(path)
                 sync_path(path.parent)
+                sync_path(path.parent.parent)  # which may be new, too
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return cls(path)
@@ -144,8 +146,8 @@ class Store:
             array = self._array(name)
             with self._files.staged() as files:
                 array[...] = array.fill_value if values is None else values
-            self._files.put(self._notes(FIXED, {}, files))
-            self._files.put(files)
+            self._put(self._notes(FIXED, {}, files))
+            self._put(files)
 
     def write_prompts(
         self, block: slice, values: Mapping[str, np.ndarray], done: np.ndarray | None = None
@@ -176,9 +178,8 @@ class Store:
                 if done is not None:
                     self._array("done")[..., block] = np.repeat(done[..., None], size, axis=-1)
             notes = self._notes(notes_of(block.start // self.prompts_per_chunk), files, mark)
-            self._files.put(notes | files)
-            self._require_same()
-            self._files.put(mark)
+            self._put(notes | files)
+            self._put(mark)
 
     def _array(self, name: str) -> zarr.Array:
         """An array whose chunks are written even where they are blank: what is lost is told from what is empty."""
@@ -188,12 +189,12 @@ class Store:
         """Notes of the checksums of files that are about to be written; what is replaced may be read as it was, too."""
         if not self._sealed:
             return {}
-        noted = unsealed(self.path / where) or {}
+        noted = unsealed(self.path / where, self._id) or {}
         noted |= {key: [seal(data.to_bytes())] for key, data in fresh.items()}
         for key, data in replaced.items():
             old = self.path / key
             noted[key] = [*([seal(old.read_bytes())] if old.exists() else []), seal(data.to_bytes())]
-        return {where: sealed(noted)}
+        return {where: sealed(noted, self._id)}
 
     def _describe(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Change the attributes; their copy first, which holds the old ones too, so that one of both always tells."""
@@ -201,22 +202,36 @@ class Store:
             root = self._require_same()
             before, root["attributes"] = root["attributes"], change(root["attributes"])
             if self._sealed:
-                self._files.put({COPY: sealed({"now": root["attributes"], "before": before})})
-            self._files.put({ROOT: json.dumps(root, indent=2).encode()})
+                self._put({COPY: sealed({"now": root["attributes"], "before": before})})
+            self._put({ROOT: json.dumps(root, indent=2).encode()})
             self._group = zarr.open_group(self._files, mode="r+")
+
+    def _put(self, files: Mapping[str, Any]) -> None:
+        """Write files; StoreError if the store is not there any more, and then they do not block its path."""
+        try:
+            self._files.put(files)
+        except OSError:
+            self._require_there(files)
+            raise
+        self._require_there(files)
+
+    def _require_there(self, written: Iterable[str]) -> None:
+        if not (self.path / ROOT).exists():
+            self._files.take_back(written)
+        self._require_same()
 
     def _require_same(self) -> dict[str, Any]:
         """What the store's own file says; StoreError if it is not the store any more that was opened."""
         root = read_json(self.path / ROOT)
-        if root is None:
+        if not isinstance(root, dict):
             raise StoreError(
                 f"{str(self.path)!r} was removed or moved while this run was writing it: nothing more is written. "
-                "Put it back and run the same command to resume, or run it to begin anew"
+                "Put it back and run the same command to resume, or run that to begin anew"
             )
         if root["attributes"].get("id") != self._id:
             raise StoreError(
                 f"{str(self.path)!r} was replaced by another store while this run was writing it: nothing more is "
-                "written. Choose another --out, or wait until the other run has ended"
+                "written. Choose another --out for this run"
             )
         return root
 
@@ -315,7 +330,9 @@ def take_notes(path: Path) -> None:
     noted: dict[str, Any] = {f"{name}/{ROOT}": digest(each) for name, each in contents.metadata.items()}
     for each in contents.fixed:
         noted |= {file: [seal((path / file).read_bytes())] for file in each.files()}
-    Files(path).put({FIXED: sealed(noted), COPY: sealed({"now": contents.attributes})})
+    Files(path).put(
+        {FIXED: sealed(noted, contents.attributes["id"]), COPY: sealed({"now": contents.attributes})}
+    )
 
 
 def _consolidate(path: Path) -> None:

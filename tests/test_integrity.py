@@ -476,3 +476,19 @@ def test_damage_of_the_old_format_is_found_and_mended_as_far_as_it_can_be_told(r
     sr.run(out=old, **asked)
     assert_same_numbers(old, ran())
     assert verify(old) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("settings", 5), ("settings", "{"), ("prompts_per_chunk", "x"), ("kept_share", "all"), ("n_heads", [5])],
+)
+def test_attributes_of_the_old_format_that_are_of_a_wrong_type_are_named(ran, command, tmp_path, name, value):
+    """Nothing else holds them: the remedy is another one."""
+    old = old_format(ran(), tmp_path / "s.zarr")
+    attribute(old, name, value)
+    assert [str(each) for each in verify(old)] == [f"zarr.json is wrong about {name}"]
+    for ended in (selfrepair("info", old), selfrepair("report", old), selfrepair(*command, "--out", old)):
+        assert ended.code == 1
+        assert len(ended.err.splitlines()) == 1
+        assert f"wrong about {name}" in ended.err
+    assert "remove the store" in ended.err

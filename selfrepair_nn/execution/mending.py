@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from selfrepair_nn.contents import COPY, FIXED, NOTES, NOTES_GROUP, ROOT, Contents, Damage, described
+from selfrepair_nn.contents import Contents, Damage
+from selfrepair_nn.description import COPY, FIXED, NOTES, NOTES_GROUP, ROOT, described
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.backends import tell
 from selfrepair_nn.execution.experiment import Experiment
@@ -18,20 +19,19 @@ DECIDING = ("layer", "head", "case", "selected")
 """What says which heads a clean pass found when the store was begun."""
 
 
-def restore(contents: Contents) -> None:
-    """Put right what a store says of itself, from what it says twice.
-
-    Raises:
-        StoreError: something is lost in both places, or cannot be written.
-    """
-    files = {}
+def require_mendable(contents: Contents) -> None:
+    """Raise StoreError if something that a store says of itself is lost in both of its places."""
     for each in contents.damage:
         if each.array and each.array not in contents.metadata:
             raise StoreError(
-                f"{str(contents.path / each.file)!r} is {each.what}, and with it what the array is: remove the "
-                "store and run the command again"
+                f"{str(contents.path / each.file)!r} is {each.what}, and nothing else says what was there: remove "
+                "the store and run the command again"
             )
-        files[each.file] = _description(contents, each)
+
+
+def restore(contents: Contents) -> None:
+    """Put right what a store says of itself, from what it says twice."""
+    files = {each.file: _description(contents, each) for each in contents.damage}
     if files:
         tell(f"puts right what {str(contents.path)!r} says of itself: {named(contents.damage)}")
     with explained(contents.path):

@@ -1,6 +1,7 @@
 """The store of a run: made for it or found, held against other writers, never another run's."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,7 +17,8 @@ from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.door import require_same
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.mending import restore
+from selfrepair_nn.execution.mending import require_mendable, restore
+from selfrepair_nn.files import sweep_partial
 from selfrepair_nn.integrity import contents_of
 from selfrepair_nn.models.check import TOLERANCE
 from selfrepair_nn.models.identity import differences, fingerprint
@@ -30,8 +32,11 @@ def existing(experiment: Experiment) -> Store | None:
     if not path.exists():
         return None
     found = contents_of(path)
+    require_mendable(found)
     require_same(experiment.request, found.attributes, experiment.settings)
     restore(found)
+    if experiment.options.part is None:
+        sweep_partial(path)
     return Store(path)
 
 
@@ -132,24 +137,56 @@ def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
     return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
 
 
+class Hold:
+    """The locks that a run holds. One whose file was removed, with the directory that it lay in, holds off nobody."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: list[tuple[FileLock, os.stat_result]] = []
+
+    def add(self, lock: FileLock) -> None:
+        """Know of a lock that was just acquired."""
+        self._held.append((lock, os.stat(lock.lock_file)))
+
+    def share(self) -> None:
+        """Let other parts of the run begin: they write only what is their own."""
+        self._held.pop(0)[0].release()
+
+    def require(self) -> None:
+        """Raise StoreError if another run may have begun at the store's path."""
+        for lock, known in self._held:
+            try:
+                same = os.path.samestat(known, os.stat(lock.lock_file))
+            except OSError:
+                same = False
+            if not same:
+                raise StoreError(
+                    f"{lock.lock_file!r} was removed while this run was writing {str(self._path)!r}: another run may "
+                    "have begun there, so nothing more is written. If none has, the same command resumes this one"
+                )
+
+
 @contextmanager
-def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[FileLock]:
+def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[Hold]:
     """Hold the store's lock: two runs never write one store.
 
     A part of a run waits for that lock; it can release it once it writes only what is its own, and holds one of its
     own all along, by which others know of it.
     """
+    hold = Hold(path)
     with ExitStack() as held:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_name(f".{path.name}.lock"))
             held.enter_context(_acquired(lock, path, wait=part is not None))
+            hold.add(lock)
             if part:
-                own = path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock")
-                held.enter_context(_acquired(FileLock(own), path))
+                own = FileLock(path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock"))
+                held.enter_context(_acquired(own, path))
+                hold.add(own)
             else:
                 _require_no_part(path)
-        yield lock
+        yield hold
 
 
 def _require_no_part(path: Path) -> None:

@@ -20,6 +20,7 @@ from selfrepair_nn.execution.filling import Filling, finished, learn
 from selfrepair_nn.execution.interruption import interruptible
 from selfrepair_nn.execution.mending import mend, undecided
 from selfrepair_nn.execution.opening import (
+    Hold,
     as_stored,
     changed_versions,
     create,
@@ -74,7 +75,7 @@ def run(
     experiment = prepare(recipe, options)
     if experiment.options.served:
         _require_consent(experiment, confirm)
-    with only_writer(experiment.path, experiment.options.part) as lock:
+    with only_writer(experiment.path, experiment.options.part) as hold:
         store = existing(experiment)
         with with_enough_memory("loading the model"):
             model = loaded(experiment)
@@ -85,10 +86,11 @@ def run(
                 _prove(model, experiment)
                 if undecided(experiment, damage) or (store is None and experiment.undecided):
                     experiment = _decided(experiment, model)
+                hold.require()
                 store = store or create(experiment, command or _call(recipe, options), record)
                 experiment = as_stored(experiment, store)
                 mend(store, experiment, damage)
-                _run(store, experiment, model, progress, lock.release)
+                _run(store, experiment, model, progress, hold)
     return open_store(experiment.path)
 
 
@@ -127,13 +129,12 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
     return departing(o, model, Ledger(ledger_path(experiment.path), run))
 
 
-def _run(
-    store: Store, experiment: Experiment, model: Model, progress: bool | None, share: Callable[[], None]
-) -> None:
+def _run(store: Store, experiment: Experiment, model: Model, progress: bool | None, hold: Hold) -> None:
     try:
         with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
-            for _ in _fill(store, experiment, model, bar, share):
+            for _ in _fill(store, experiment, model, bar, hold.share):
                 stop_if_asked()
+                hold.require()
     except KeyboardInterrupt:
         raise Incomplete(f"interrupted: {_kept(store, experiment)}; the same command resumes") from None
     except (Incomplete, Fault) as error:
@@ -141,7 +142,7 @@ def _run(
             raise
         raise Incomplete(f"{error}\n{_kept(store, experiment)}; the same command resumes") from None
     if experiment.options.until_ci is not None or all(finished(store, experiment)):
-        Store(store.path).annotate(finished=provenance.now(), **_traffic(store, experiment))
+        store.annotate(finished=provenance.now(), **_traffic(store, experiment))
 
 
 def _fill(
