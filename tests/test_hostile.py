@@ -68,16 +68,16 @@ def assert_clean(text, several=True):
     assert not any(each.startswith("selfrepair: error: forged") for each in text.splitlines())
 
 
-@pytest.mark.parametrize("command", ["info", "report", "plot", "jobs"])
+@pytest.mark.parametrize("command", ["info", "report", "plot", "jobs", "compare-paper"])
 def test_commands_on_a_store_of_somebody_else(store, tmp_path, command):
     ledger = Ledger(ledger_path(store), "r")
     ledger.write("sending", HOSTILE, job=HOSTILE, bytes=1)
     ledger.write("failed", HOSTILE, job=HOSTILE, kind=HOSTILE, text=HOSTILE)
-    ended = selfrepair(command, store)
+    ended = selfrepair(command, store, *(["--reference", "gpt2-small"] if command == "compare-paper" else []))
     assert ended.code == 0, ended.err
     assert_clean(ended.out)
     assert_clean(ended.err)
-    assert "\\x1b[31m" in ended.out or command in ("report", "plot")
+    assert "\\x1b[31m" in ended.out or command in ("report", "plot")  # which print paths only
     for page in tmp_path.glob("*.html"):
         assert_clean(page.read_text(encoding="utf-8"))
         assert "<script" not in page.read_text(encoding="utf-8")
