@@ -17,17 +17,18 @@ from test_tasks import Words
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures, report, text
-from selfrepair_nn.analysis import MEANS
+from selfrepair_nn.analysis import HALF_WIDTH, MEANS
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.figures.needs import NEEDS
 from selfrepair_nn.recipe import find_recipe, recipe_paths
 from selfrepair_nn.variables import SWEEP, VARIABLES
 
-LENGTH, PROMPTS = 8, 6
+LENGTH, PROMPTS = 8, 26  # enough that means have intervals
 COLUMNS = ["direct_effect", "logit_change", "self_repair", "from_heads", "from_mlps", "from_norm"]
 OWN = ("ioi", "induction", "contrastive")
 CHOICES = {
-    "ioi": {"param": {"count": 12, "movers": 2}},
-    "induction": {"param": {"count": 6, "period": 5}},
+    "ioi": {"param": {"count": 24, "movers": 2}},
+    "induction": {"param": {"count": 24, "period": 5}},
     "contrastive": {"param": {"old": "5", "new": "9"}},
     "neurons": {"param": {"count": 2}},
     "freeze_norms": {"param": {"count": 2}},
@@ -266,8 +267,8 @@ def test_a_store_that_does_not_say_counts_every_token(stores):
 # ---------------------------------------------------------------- what does not count is never looked at
 
 ANALYSES = [name for name, place in sr._PLACES.items() if place.startswith("analysis:") and name != "only"]
-SOLE = {"attention": ("logit", "mean_logit")}
-"""Whether repeated tokens are known is seen against the first time: of that the clean logit is read."""
+SOLE = {"attention": ("token", "logit", "mean_logit")}
+"""Whether tokens are repeated, and known, is seen against the first time: of that the clean logit is read."""
 
 
 def spoilt(ds, fill):
@@ -323,8 +324,8 @@ def pixels(ds, name):
 
 @pytest.fixture(scope="module")
 def simulated():
-    ds = sr.simulate_heads(4, 3, 6, 9, seed=2, components=True)
-    return ds.assign_coords(counted=(("prompt", "position"), mask(6, 9)))
+    ds = sr.simulate_heads(4, 3, 30, 9, seed=2, components=True)
+    return ds.assign_coords(counted=(("prompt", "position"), mask(30, 9)))
 
 
 @pytest.fixture(scope="module", params=["simulated", *recipe_paths()])
@@ -340,12 +341,20 @@ def test_no_statistic_looks_at_what_does_not_count(any_store, fill):
             xr.testing.assert_identical(value, other[name])
         else:
             assert value == other[name], name
+    known = [np.isfinite(v).any() for ds in one.values() if isinstance(ds, xr.Dataset) for v in widths(ds)]
+    assert known
+    assert all(known)
+
+
+def widths(ds):
+    return [values for name, values in ds.items() if str(name).endswith(HALF_WIDTH)]
 
 
 @pytest.mark.parametrize("fill", [np.nan, 1e9])
 def test_no_figure_shows_what_does_not_count(any_store, fill):
     simulated = any_store.attrs["backend"] == "simulated"
     names = figures.suited(any_store) if simulated else find_recipe(any_store.attrs["recipe"]).figures
+    names = [*names, *(name for name in figures.UNSPECIFIC if NEEDS[name].fits(any_store))]
     other = spoilt(any_store, fill)
     for name in names:
         assert_array_equal(pixels(any_store, name), pixels(other, name), err_msg=name)
@@ -353,7 +362,7 @@ def test_no_figure_shows_what_does_not_count(any_store, fill):
 
 def test_every_function_and_every_figure_is_tried(stores, simulated):
     drawn = {*figures.suited(simulated)}.union(*(recipe.figures for recipe in sr.list_recipes()))
-    assert drawn == {*figures.FIGURES}
+    assert drawn | {*figures.UNSPECIFIC} == {*figures.FIGURES}
     every = [simulated, *map(stores, recipe_paths())]
     missing = [n for n in ANALYSES if all(isinstance(outcome(getattr(sr, n), ds), str) for ds in every)]
     assert missing == ["compare_paper"]
