@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.options import require_sane
 from selfrepair_nn.prompts import Prompts, shuffled, special_ids
+from selfrepair_nn.values import require_sane
 
 NAMES = (
     *("Mary", "John", "Alice", "Henry", "Emma", "Jane", "David", "Anne", "Thomas", "Edward", "Elizabeth"),

@@ -18,8 +18,8 @@ from terminal import selfrepair
 import selfrepair_nn as sr
 from selfrepair_nn.cli import _quiet_libraries
 from selfrepair_nn.errors import SelfRepairError, one_line
+from selfrepair_nn.execution.backends import tell
 from selfrepair_nn.execution.doctor import Finding
-from selfrepair_nn.execution.remote import say
 from selfrepair_nn.remote.faults import Fault
 from selfrepair_nn.remote.ledger import Ledger, ledger_path
 from selfrepair_nn.shown import line, shown
@@ -138,7 +138,7 @@ def test_words_of_servers_and_hubs(capsys):
     assert_clean(Fault("code", f"Traceback\n{HOSTILE.partition(chr(13))[0]}").text)
     assert_clean(str(SelfRepairError(HOSTILE)).replace("\\r\nselfrepair", ""))
     assert_clean(one_line(ValueError(HOSTILE)), several=False)
-    say(HOSTILE.partition("\r")[0])
+    tell(HOSTILE.partition("\r")[0])
     assert_clean(capsys.readouterr().err)
 
 
