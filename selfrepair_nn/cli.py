@@ -199,8 +199,10 @@ def info(store: str) -> None:
 @cli.command()
 @click.argument("store")
 def verify(store: str) -> None:
-    """Read every file of STORE and list what is missing or damaged. Exit code 1 if anything is; 75 if nothing is, but
-    the run has not finished."""
+    """Read every file of STORE and list what is missing or damaged.
+
+    Exit code 1 if anything is, 75 if nothing is but the run has not finished.
+    """
     from selfrepair_nn.integrity import contents_of
     from selfrepair_nn.integrity import verify as damaged
     from selfrepair_nn.paths import local
