@@ -5,10 +5,11 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ from selfrepair_nn.variables import VARIABLES, Variable
 COMPRESSORS = (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec())
 """The checksum comes last, so that a chunk's file ends in it."""
 
+REMOVAL = 5
+"""Seconds that the removal of a directory may take, once a file in it is gone."""
+
 
 class Store:
     """A run's directory. `open_store` gives its dataset; this class creates it, fills it and knows what is missing."""
@@ -36,6 +40,7 @@ class Store:
         self.path = path
         contents = contents_of(path)
         self._sealed, self._id = contents.format > 1, contents.attributes.get("id")
+        self._written: set[str] = set()
         self._files = Files(path, check=Checks(contents))
         self._group = zarr.open_group(self._files, mode="r+")
 
@@ -207,25 +212,26 @@ class Store:
             self._group = zarr.open_group(self._files, mode="r+")
 
     def _put(self, files: Mapping[str, Any]) -> None:
-        """Write files; StoreError if the store is not there any more, and then they do not block its path."""
+        self._written |= files.keys()
         try:
             self._files.put(files)
-        except OSError:
-            self._require_there(files)
+        except FileNotFoundError:
+            self._removed()
+            self._require_same()
             raise
-        self._require_there(files)
-
-    def _require_there(self, written: Iterable[str]) -> None:
-        if not (self.path / ROOT).exists():
-            self._files.take_back(written)
         self._require_same()
 
     def _require_same(self) -> dict[str, Any]:
-        """What the store's own file says; StoreError if it is not the store any more that was opened."""
+        """What the store's own file says; StoreError if it is not the store any more that was opened.
+
+        What was written into a store while it was removed is taken back: it would block the path.
+        """
         root = read_json(self.path / ROOT)
         if not isinstance(root, dict):
+            if self._removed():
+                self._files.take_back(self._written)
             raise StoreError(
-                f"{str(self.path)!r} was removed or moved while this run was writing it: nothing more is written. "
+                f"{str(self.path)!r} was removed, moved or damaged while this run was writing it: nothing more is written. "
                 "Put it back and run the same command to resume, or run that to begin anew"
             )
         if root["attributes"].get("id") != self._id:
@@ -234,6 +240,13 @@ class Store:
                 "written. Choose another --out for this run"
             )
         return root
+
+    def _removed(self) -> bool:
+        """Whether all of the store goes, and not a file alone; whoever is at it may end first."""
+        end = monotonic() + REMOVAL
+        while any((self.path / name / ROOT).exists() for name in ("", "done")) and monotonic() < end:
+            sleep(0.02)
+        return monotonic() < end
 
     def _dims(self, name: str) -> tuple[str, ...]:
         return self._group[name].metadata.dimension_names

@@ -3,10 +3,11 @@
 import shutil
 
 import pytest
-from damaged import copied
+from damaged import copied, emptied
 from terminal import Process, assert_same_numbers, done, ids, saved, selfrepair
 
 import selfrepair_nn as sr
+from selfrepair_nn import store as store_room
 from selfrepair_nn.errors import Incomplete, StoreError
 from selfrepair_nn.files import Files
 from selfrepair_nn.store import Store
@@ -73,7 +74,7 @@ def test_a_removed_store_stops_its_run_and_leaves_nothing(asked, before_block, t
     path = tmp_path / "s.zarr"
     before_block(2, lambda: shutil.rmtree(path))
     with pytest.raises(
-        StoreError, match=r"s\.zarr' was removed or moved .* nothing more is written"
+        StoreError, match=r"s\.zarr' was removed, moved or damaged .* nothing more is written"
     ) as caught:
         sr.run(out=path, **asked())
     assert "\n" not in str(caught.value)
@@ -98,7 +99,7 @@ def test_a_store_that_is_removed_in_the_middle_of_a_write_leaves_nothing(asked, 
                     shutil.rmtree(each)
 
     monkeypatch.setattr(Files, "put", putting)
-    with pytest.raises(StoreError, match="was removed or moved"):
+    with pytest.raises(StoreError, match="was removed, moved or damaged"):
         sr.run(out=path, **asked())
     monkeypatch.undo()
     shutil.rmtree(path, ignore_errors=leave == "all at once")
@@ -106,11 +107,27 @@ def test_a_store_that_is_removed_in_the_middle_of_a_write_leaves_nothing(asked, 
     sr.run(out=path, **asked())
 
 
+@pytest.mark.parametrize("harm", [lambda file: file.unlink(), emptied], ids=["lost", "empty"])
+def test_a_run_never_takes_back_what_is_only_damaged(
+    asked, before_block, tmp_path, undisturbed, monkeypatch, harm
+):
+    """The store's own file alone was harmed: what was computed stays, and the same command goes on."""
+    monkeypatch.setattr(store_room, "REMOVAL", 0.1)
+    path = tmp_path / "s.zarr"
+    before_block(3, lambda: harm(path / "zarr.json"))
+    with pytest.raises(StoreError, match="was removed, moved or damaged"):
+        sr.run(out=path, **asked())
+    assert [str(each) for each in sr.verify(path)] == ["zarr.json is missing or cut"]
+    assert len([*path.glob("self_repair/c/0/0/*/0")]) == 3
+    sr.run(out=path, **asked())
+    assert_same_numbers(path, undisturbed())
+
+
 def test_a_moved_store_stops_its_run_and_resumes_where_it_is(asked, before_block, tmp_path, undisturbed):
     path, moved = tmp_path / "s.zarr", tmp_path / "elsewhere" / "t.zarr"
     moved.parent.mkdir()
     before_block(3, lambda: path.rename(moved))
-    with pytest.raises(StoreError, match="was removed or moved"):
+    with pytest.raises(StoreError, match="was removed, moved or damaged"):
         sr.run(out=path, **asked())
     assert not path.exists()
     assert done(moved) == 3 * PER_BLOCK
@@ -223,7 +240,7 @@ def test_two_runs_one_after_the_other_in_a_directory_that_was_deleted(asked, tmp
     ended = first.wait()
     assert ended.code == 1
     assert len(ended.err.strip().splitlines()) == 1
-    assert "was removed or moved" in ended.err or "was replaced" in ended.err
+    assert "was removed, moved or damaged" in ended.err or "was replaced" in ended.err
     assert second.code == 0, second.err
     assert_same_numbers(runs / "s.zarr", undisturbed(1))
     assert sr.verify(runs / "s.zarr") == []
@@ -241,6 +258,6 @@ def test_workers_stop_with_the_store(model, asked, tmp_path):
     moved = path.rename(tmp_path / "t.zarr")
     ended = child.wait(120)
     assert ended.code == 1, ended.err
-    assert "was removed or moved" in ended.err
+    assert "was removed, moved or damaged" in ended.err
     assert not path.exists()
     assert sr.verify(moved) == []
