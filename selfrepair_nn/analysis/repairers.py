@@ -24,7 +24,7 @@ def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     - repair_half_width: half the width of its 95% interval, infinite where fewer than 20 clusters hold a token (where
       there are more than 100 clusters they are joined to 100: there are very many pairs);
     - repair_q_value: of a change that is 0, controlled for the number of pairs (false discovery rate); NaN where there
-      is no interval, and for `own`. repair_known: whether it is at most 5%;
+      is no interval, for `own`, and for what comes before the head. repair_known: whether it is at most 5%;
     - repair_tokens(layer, head): how many tokens that is over. Of a finished run it is top_tokens; of an unfinished
       one with components="top" it can be fewer, for what is stored is the top share of the whole run.
 
@@ -68,7 +68,8 @@ def _pairs(ds: xr.Dataset, top: Top) -> dict[str, tuple]:
             found[layer] = values.reshape(shape[1:])
         tokens[layer] = counts.sum(1)
     own = _own(ds)
-    q = q_values(np.where(own, np.nan, p))
+    unreached = (repair == 0) & (width == 0)  # what comes before the ablated head
+    q = q_values(np.where(own | unreached, np.nan, p))
     found = {
         "repair": repair,
         "repair_half_width": width,

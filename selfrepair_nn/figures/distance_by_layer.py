@@ -10,7 +10,7 @@ READING = (
     "Distance: (logit change + direct effect) / √2. Of a head of positive direct effect, above zero is repaired, "
     "below zero is broken.",
     "Lines: means of each layer, with their 95% intervals. Dots: attention heads{typical}; hollow where the interval "
-    "holds zero, or under the noise floor (grey band where it is wide enough to be seen).",
+    "holds zero or there is none, or under the noise floor (grey band where it is wide enough to be seen).",
 )
 
 

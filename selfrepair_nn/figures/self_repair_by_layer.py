@@ -8,7 +8,7 @@ from selfrepair_nn.figures import depth, style
 TAKES = "summary"
 READING = (
     "Lines: means of each layer, with their 95% intervals. Dots: attention heads{typical}; hollow where the interval "
-    "holds zero, or under the noise floor (grey band where it is wide enough to be seen)."
+    "holds zero or there is none, or under the noise floor (grey band where it is wide enough to be seen)."
 )
 
 

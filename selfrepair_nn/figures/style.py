@@ -28,6 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 MUTED, SHADE, LOUD, LABEL = "#555555", "#0072B2", "#C00000", 7.5
 CHARACTERS = 20.5  # of small print in an inch
+LINES, LINE = 4, 0.14  # small print for which there is room, and inches of a line
 LAYERS = "viridis"
 TITLE = 60
 """Characters that fit over a panel."""
@@ -140,6 +141,7 @@ def caption(figure: Figure, found: Mapping[str, xr.Dataset], lines: Sequence[str
     ]
     wide = int(CHARACTERS * figure.get_figwidth())
     shown = [part for line in [*loud, *lines] for part in textwrap.wrap(line, wide)]
+    figure.set_figheight(figure.get_figheight() + LINE * max(0, len(shown) - LINES))
     look = {"fontsize": 7, "color": LOUD if loud else MUTED, "linespacing": 1.4}
     figure.supxlabel("\n".join(shown), x=0.01, ha="left", **look)
 
