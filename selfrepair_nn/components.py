@@ -116,6 +116,9 @@ class FinalNorm(_Site):
         return "final_norm"
 
 
+_ENDLESS = re.compile(r"\d{19}")
+"""A number that Python may refuse to read."""
+
 Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
 Freezable = Head | Attention | Mlp | Norm | FinalNorm
 
@@ -127,7 +130,7 @@ def site(label: str) -> Head | Attention | Mlp:
         UsageError: it is none of these.
     """
     match = re.fullmatch(r"L(\d+)(?:H(\d+)|\.(attention|mlp))", str(label))
-    if not match:
+    if not match or _ENDLESS.search(str(label)):
         raise UsageError(f"{label!r} names no place: write L9H6, L9.attention or L9.mlp")
     layer, head, part = match.groups()
     if head:
@@ -224,6 +227,8 @@ def _parts(spec: str, what: str) -> list[str]:
     parts = [p.strip() for p in spec.split(",") if p.strip()]
     if not parts:
         raise UsageError(f"{what} is empty: leave it out to take all of them")
+    if _ENDLESS.search(spec):
+        raise UsageError(f"{what} {spec!r} goes beyond any model")
     return parts
 
 

@@ -332,10 +332,6 @@ def _add_array(
         array[...] = array.fill_value if values is None else values
 
 
-def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in attributes.items()}
-
-
 def take_notes(path: Path) -> None:
     """Note what a whole store says of itself and holds from the beginning."""
     root = read_json(path / ROOT)

@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 import xarray as xr
-import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from terminal import selfrepair
@@ -23,7 +22,8 @@ from selfrepair_nn.execution.doctor import Finding
 from selfrepair_nn.remote.faults import Fault
 from selfrepair_nn.remote.ledger import Ledger, ledger_path
 from selfrepair_nn.shown import line, shown
-from selfrepair_nn.store import Store
+from selfrepair_nn.store import Store, take_notes
+from selfrepair_nn.wording import legible
 
 TOKEN = "hf_Pl4ntedPlantedPlanted"
 HOSTILE = (
@@ -51,13 +51,18 @@ def store(honest, tmp_path):
     path = tmp_path / "s.zarr"
     shutil.copytree(honest, path)
     evil = HOSTILE.replace("\ud800", "")  # no file of metadata can hold half a pair; a ledger's escapes can
-    group = zarr.open_group(path, mode="r+")
-    group.attrs.update(dict.fromkeys((*ATTRIBUTES, "model", "ablation", evil), evil))
-    group.attrs["provenance"] = json.dumps({"versions": {evil: evil}, evil: [evil, {evil: evil}]})
-    group.attrs["run"] = "r"
-    for _, array in group.arrays():
-        array.attrs["description"] = array.attrs["units"] = array.attrs["long_name"] = evil
-    zarr.consolidate_metadata(path)
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"] |= dict.fromkeys((*ATTRIBUTES, "model", "ablation", evil), evil)
+    root["attributes"] |= {
+        "provenance": json.dumps({"versions": {evil: evil}, evil: [evil, {evil: evil}]}),
+        "run": "r",
+    }
+    for name, array in root["consolidated_metadata"]["metadata"].items():
+        if array["node_type"] == "array":
+            array["attributes"] |= {"description": evil, "units": evil, "long_name": evil}
+            (path / name / "zarr.json").write_text(json.dumps(array))
+    (path / "zarr.json").write_text(json.dumps(root))
+    take_notes(path)
     return path
 
 
@@ -114,7 +119,9 @@ def test_labels_of_variants_of_somebody_else(tmp_path):
 def test_an_honest_store_reads_as_before(honest):
     ds = sr.open_store(honest)
     assert "\\x" not in sr.summary(ds)
-    assert sr.text.legible(ds).identical(ds.load()) or ds.attrs == sr.text.legible(ds).attrs
+    same = legible(ds)
+    xr.testing.assert_equal(same, ds)
+    assert {k for k in ds.attrs if same.attrs[k] != ds.attrs[k]} <= {"command"}  # which is long, and cut
 
 
 def test_names_of_files_and_models_of_somebody_else(tmp_path):

@@ -369,7 +369,13 @@ def test_a_parameter_that_no_run_can_mean(nowhere, recipe, param, said):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--shard", f"1/{ENDLESS}"], ["--layers", ENDLESS], ["--heads", f"0.{ENDLESS}"], ["--model", ENDLESS]]
+    [
+        ["--shard", f"1/{ENDLESS}"],
+        ["--layers", ENDLESS],
+        ["--layers", f"0:{ENDLESS}"],
+        ["--heads", f"0.{ENDLESS}"],
+        ["--model", ENDLESS],
+    ]
     + [["--prompts", f"./{ENDLESS}"], ["--host", f"http://a:{ENDLESS}"], ["--out", ENDLESS]],
     ids=lambda flags: flags[0],
 )
