@@ -231,8 +231,8 @@ class Store:
             if self._removed():
                 self._files.take_back(self._written)
             raise StoreError(
-                f"{str(self.path)!r} was removed, moved or damaged while this run was writing it: nothing more is written. "
-                "Put it back and run the same command to resume, or run that to begin anew"
+                f"{str(self.path)!r} was removed, moved or damaged while this run was writing it: nothing more is "
+                "written. Put it back and run the same command to resume, or run that to begin anew"
             )
         if root["attributes"].get("id") != self._id:
             raise StoreError(
