@@ -6,6 +6,16 @@ DERIVED = ("self_repair", "from_norm", "norm_on_existing", "norm_on_change", "cl
 """What `complete` adds."""
 
 
+TOLERANCE = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+"""How far from exact a model of a number format may be decomposed: a share of the logits' standard deviation.
+
+In float64 too, for some models compute their norms in float32 whatever they are asked.
+"""
+
+CLOSURE = TOLERANCE | {"float64": 1e-8}
+"""The largest |closure| that rounding explains, as such a share: both sides of it are computed from the same pass."""
+
+
 def complete(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Add self_repair, its parts and its closure to what a job measured, in float64.
 

@@ -4,15 +4,15 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.blocks import counted_tokens, done_cases, largest, sites
-from selfrepair_nn.models.check import TOLERANCE
+from selfrepair_nn.equations import CLOSURE
 from selfrepair_nn.variables import TOKEN
 
 
 def closure(ds: xr.Dataset, worst: np.ndarray | None = None) -> dict[str, float]:
     """Attributes of a summary of a store: `worst_closure`, and `closure_limit`, which no sound run exceeds; in logits.
 
-    The limit is what the proof of a model allows its dtype: a share of the standard deviation of the clean run's
-    logits that count. `worst` is the largest |closure| of each case where that is known already. A store without a
+    The limit is a share of the standard deviation of the clean run's logits that count, by dtype
+    (`equations.CLOSURE`). `worst` is the largest |closure| of each case where that is known already. A store without a
     closure, or with nothing done, has no such attributes.
     """
     if worst is None:
@@ -33,7 +33,7 @@ def _worst(ds: xr.Dataset) -> np.ndarray:
 def closure_limit(ds: xr.Dataset) -> float:
     """The largest |closure| that the store's dtype allows, in logits."""
     dtype = str(ds.attrs.get("dtype", ds.closure.dtype))
-    return TOLERANCE.get(dtype, TOLERANCE["float32"]) * _spread(ds)
+    return CLOSURE.get(dtype, CLOSURE["float32"]) * _spread(ds)
 
 
 def _spread(ds: xr.Dataset) -> float:

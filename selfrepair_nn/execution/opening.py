@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 from selfrepair_nn import provenance
 from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.door import require_same
+from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.mending import require_mendable, restore
 from selfrepair_nn.files import sweep_partial
 from selfrepair_nn.integrity import contents_of
-from selfrepair_nn.models.check import TOLERANCE
 from selfrepair_nn.models.identity import differences, fingerprint
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.store import Store, explained

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.components import Head, Mlp, Neuron
+from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.execution.backends import Backend, only
 from selfrepair_nn.execution.experiment import Experiment
 from selfrepair_nn.execution.units import Unit, ablation_shapes
 from selfrepair_nn.graph import Graph, sweep
-from selfrepair_nn.models.check import TOLERANCE
 
 TRIED = 4
 """Prompts on which it is tried whether passes depend on their length."""

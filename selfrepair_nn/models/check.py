@@ -7,14 +7,12 @@ forward passes, behind everything that follows the unembedding.
 from dataclasses import dataclass
 
 from selfrepair_nn.components import Head
+from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.errors import UnsupportedModel
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.models.identity import wrapping
 from selfrepair_nn.models.model import evaluating
 from selfrepair_nn.models.plain import LOGITS, drawn_tokens, own_logits, whole_passes
-
-TOLERANCE = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
-"""Largest accepted error as a share of the logits' standard deviation."""
 
 ROWS = 1024
 
