@@ -90,6 +90,7 @@ class Store:
                     sizes = {d: labels.sizes[d] for d in dims(VARIABLES[name])}
                     _add_array(group, name, values, sizes, prompts_per_chunk, precision)
                 group.create_group(NOTES, attributes={"description": ABOUT})
+                _mark_nothing(draft)
                 _consolidate(draft)
                 take_notes(draft)
                 sync_tree(draft)
@@ -328,8 +329,19 @@ def _add_array(
         fill_value={"float": np.nan, "int": -1, "bool": False}[spec.kind],
         config={"write_empty_chunks": True},
     )
-    if values is not None or name == "done" or "prompt" not in sizes:
+    if values is not None or "prompt" not in sizes:
         array[...] = array.fill_value if values is None else values
+
+
+def _mark_nothing(path: Path) -> None:
+    """The marks of all blocks, so that a lost one is told from one that is not set; there may be many."""
+    files = Files(path)
+    done = zarr.open_group(files, mode="r+")["done"].with_config({"write_empty_chunks": True})
+    with files.staged() as marks:
+        done[...] = False
+    for key, mark in marks.items():
+        (path / key).parent.mkdir(parents=True, exist_ok=True)
+        (path / key).write_bytes(mark.to_bytes())
 
 
 def take_notes(path: Path) -> None:
