@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that end a run: by hand, by a scheduler, by a terminal that was closed."""
 POSIX = hasattr(signal, "pthread_sigmask")
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Within, SIGINT and SIGTERM raise KeyboardInterrupt; the function given raises it again if it was swallowed.
+    """Within, what ends a run raises KeyboardInterrupt; the function given raises it again if it was swallowed.
 
     Python drops what is raised inside finalisers and weak references' callbacks, so that a Ctrl-C can go unheard.
     """
@@ -28,7 +30,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield check
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in ENDING}
     try:
         yield check
     finally:
@@ -38,7 +40,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM wait until its end: for what must not stop half-way, such as the start of a process.
+    """Within, SIGINT, SIGTERM and SIGHUP wait until its end: for what must not stop half-way, such as the start of a process.
 
     Processes that are started within never see a Ctrl-C, which a terminal sends to all: it is for this one.
     """
@@ -46,8 +48,7 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    waits = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in waits}
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ENDING}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if POSIX else None
     try:
         yield

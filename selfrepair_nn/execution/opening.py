@@ -174,6 +174,9 @@ def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[Hold]:
     own all along, by which others know of it.
     """
     hold = Hold(path)
+    if path.exists() and not os.access(path.parent, os.W_OK):
+        yield hold  # nobody writes there: a finished store answers all the same, for what is missing there is no room
+        return
     with ExitStack() as held:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
