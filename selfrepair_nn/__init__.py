@@ -89,8 +89,12 @@ def __getattr__(name: str) -> Any:
     """Public names load their room when they are first used: importing the package stays fast."""
     if name not in _PLACES:
         raise AttributeError(f"selfrepair_nn has no {name!r}; it offers {', '.join(__all__)}")
+    from selfrepair_nn.face import guarded
+
     room, _, found = _PLACES[name].partition(":")
-    return getattr(import_module(f"selfrepair_nn.{room}"), found)
+    made = getattr(import_module(f"selfrepair_nn.{room}"), found)
+    globals()[name] = made if isinstance(made, type) else guarded(made)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -46,6 +46,22 @@ def main() -> None:
     except OSError as error:
         _say(message(f"error: {error.filename or 'the system'}: {error.strerror or error}"))
         sys.exit(1)
+    except Exception:
+        _say(f"unexpected, please report it with what is in {_report()}")
+        sys.exit(1)
+
+
+def _report() -> str:
+    """A new file that says what happened, for whoever mends it. Keys in it are hidden."""
+    import tempfile
+    import traceback
+
+    told = f"selfrepair {__version__}\n{_command_line()}\n\n{traceback.format_exc()}"
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="selfrepair-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+    ) as file:
+        file.write(shown(told))
+    return file.name
 
 
 @click.group(context_settings=HELP)

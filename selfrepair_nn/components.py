@@ -1,7 +1,7 @@
 """Names of the places in a model: what can be ablated, frozen or recorded, and how a user writes it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from selfrepair_nn import values
@@ -10,10 +10,16 @@ from selfrepair_nn.errors import UsageError
 KINDS = ("embedding", "position_embedding", "head", "attention_bias", "mlp")
 
 
-class _Site:
-    """A place in the model; each kind says how it is written."""
+class _Site(metaclass=values.Declared):
+    """A place in the model; each kind says how it is written. UsageError for a number that is no index."""
 
     label: str
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.type is int:
+                name = f"{each.name} of {type(self).__name__}"
+                object.__setattr__(self, each.name, values.whole(name, getattr(self, each.name), 0))
 
     def __str__(self) -> str:
         return self.label
@@ -97,9 +103,10 @@ class Norm(_Site):
     before: str
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.before not in ("attention", "mlp"):
             raise UsageError(
-                f"norm before {self.before!r} is not known; choose one of attention, mlp, or FinalNorm()"
+                f"norm before {values.shown(self.before)} is not known; choose one of attention, mlp, or FinalNorm()"
             )
 
     @property
@@ -116,8 +123,8 @@ class FinalNorm(_Site):
         return "final_norm"
 
 
-_ENDLESS = re.compile(r"\d{19}")
-"""A number that Python may refuse to read."""
+_ENDLESS = re.compile(r"\d{10}")
+"""A number of more digits than layers, heads or neurons have."""
 
 Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
 Freezable = Head | Attention | Mlp | Norm | FinalNorm
@@ -131,7 +138,7 @@ def site(label: str) -> Head | Attention | Mlp:
     """
     match = re.fullmatch(r"L(\d+)(?:H(\d+)|\.(attention|mlp))", str(label))
     if not match or _ENDLESS.search(str(label)):
-        raise UsageError(f"{label!r} names no place: write L9H6, L9.attention or L9.mlp")
+        raise UsageError(f"{values.shown(label)} names no place: write L9H6, L9.attention or L9.mlp")
     layer, head, part = match.groups()
     if head:
         return Head(int(layer), int(head))
@@ -188,7 +195,8 @@ def _layers(spec: str, n_layers: int) -> list[int]:
     found: list[int] = []
     for part in _parts(spec, "layers"):
         if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?", part):
-            raise UsageError(f"layers {part!r} is not a number or a range: write for example 8:12 or 0,5,-1")
+            wrong = values.shown(part)
+            raise UsageError(f"layers {wrong} is not a number or a range: write for example 8:12 or 0,5,-1")
         start, colon, stop = part.partition(":")
         if colon:
             first = _bound(start, 0, n_layers, spec)
@@ -215,7 +223,7 @@ def _heads(spec: str, n_layers: int, n_heads: int) -> set[Head]:
         match = re.fullmatch(r"L?(\d+)[.H](\d+|\*)", part)
         if not match:
             raise UsageError(
-                f"head {part!r} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6"
+                f"head {values.shown(part)} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6"
             )
         layer = _index(int(match[1]), n_layers, "layer", part)
         named = range(n_heads) if match[2] == "*" else [_index(int(match[2]), n_heads, "head", part)]

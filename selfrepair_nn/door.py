@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from selfrepair_nn.errors import StoreError
 from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.models.load import find
 from selfrepair_nn.models.model import AS_SERVED
@@ -69,15 +70,22 @@ def _drawn(request: Request) -> Graph | Variants | None:
     """What a recipe of ours does, where that asks no more of the model than its sizes; else None."""
     if request.recipe.path not in recipe_paths().values():
         return None
+    sizes = SimpleNamespace(**asdict(request.sizes))
     try:
-        return request.recipe.build(SimpleNamespace(**asdict(request.sizes)), request.options)
+        found = request.recipe.build(sizes, request.options)
     except AttributeError:
         return None
+    request.recipe.require_taken(sizes, request.options, found)
+    return found
 
 
 def require_same(request: Request, attributes: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """StoreError, in words, if a store with these attributes has other settings than these, so far as known."""
-    stored = json.loads(attributes["settings"])
+    try:
+        stored = dict(json.loads(attributes["settings"]))
+    except (KeyError, TypeError, ValueError):
+        path = str(request.path)
+        raise StoreError(f"{path!r} does not say how it was made: choose another --out") from None
     differing = [name for name in settings if settings[name] != stored.get(name)]
     if differing:
         chosen = request.differences(attributes) if "options" in attributes else []

@@ -8,7 +8,10 @@ from selfrepair_nn.shown import message as filtered
 
 
 class SelfRepairError(Exception):
-    """Something failed that is not the caller's spelling: a model, a store, a disk. Exit code 1."""
+    """Something failed that is not the caller's spelling: a model, a store, a disk. Exit code 1.
+
+    What a caller gave, however long, leaves room in the message for what is said of it.
+    """
 
     exit_code = 1
 

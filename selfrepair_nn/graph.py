@@ -20,7 +20,7 @@ from selfrepair_nn.components import (
     Swap,
 )
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.values import number, one_of, shown
+from selfrepair_nn.values import Declared, number, one_of, shown, switch, text, whole
 from selfrepair_nn.variables import RANKS, VARIABLES
 
 REPLACEMENTS = {
@@ -62,7 +62,7 @@ def _keep_number(replacement: Any, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(metaclass=Declared):
     """Replacement: the site's own clean value times `factor`."""
 
     factor: float
@@ -72,7 +72,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(metaclass=Declared):
     """Replacement: `value` in every entry."""
 
     value: float
@@ -82,7 +82,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class OtherHead:
+class OtherHead(metaclass=Declared):
     """Replacement: what another head of the same prompt reads out at the same position."""
 
     head: Head
@@ -93,7 +93,7 @@ class OtherHead:
 
 
 @dataclass(frozen=True)
-class Reinforce:
+class Reinforce(metaclass=Declared):
     """Not a replacement: `scale` times the head's own write is added to the stream that its layer reads.
 
     It is added at one position of each prompt, the store's `edited_position`.
@@ -109,7 +109,7 @@ Replacement = str | Scale | Constant | OtherHead | Reinforce
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(metaclass=Declared):
     """One experiment, or a sweep of them: each entry of `ablate` is one ablated run, its sites replaced together.
 
     `loudest`, if given, keeps of the swept heads the so many that have the largest mean direct effect over the run's
@@ -143,6 +143,9 @@ class Graph:
     then: Callable[[tuple[Head, ...]], Iterable[tuple[Ablatable, ...]]] | None = None
 
     def __post_init__(self) -> None:
+        for name, kept in (("ablate", _cases), ("freeze", frozenset), ("attention", tuple)):
+            object.__setattr__(self, name, kept(getattr(self, name)))
+        switch("residual_norm", self.residual_norm)
         _require_replacement(self.replacement)
         one_of("target", self.target, TARGETS | {"difference": ""})
         one_of("value_bias", self.value_bias, VALUE_BIASES)
@@ -156,6 +159,10 @@ class Graph:
             )
         _require_freezable(self.freeze)
         _require_recordable(self)
+        if self.neurons is not None:
+            object.__setattr__(self, "neurons", whole("neurons", self.neurons, 0))
+        if self.then is not None and not callable(self.then):
+            raise UsageError(f"then is a function of the loudest heads, not {shown(self.then)}")
         if self.then is not None and self.loudest is None:
             raise UsageError("then is a function of the loudest heads: say how many, loudest=…")
 
@@ -252,13 +259,14 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Variants:
+class Variants(metaclass=Declared):
     """Graphs that ablate the same sites in different ways, side by side along one labelled axis of the store."""
 
     axis: str
     graphs: Mapping[Any, Graph]
 
     def __post_init__(self) -> None:
+        text("axis", self.axis)
         first = next(iter(self.graphs.values()), None)
         if first is None:
             raise UsageError(f"variants along {self.axis!r} need at least one graph")
@@ -278,6 +286,10 @@ class Variants:
             ):
                 if getattr(graph, name) != getattr(first, name):
                     raise UsageError(f"variants along {self.axis!r} must share {name}: {label!r} does not")
+
+
+def _cases(ablate: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(case) if isinstance(case, list) else case for case in ablate)
 
 
 def sweep(sites: Iterable[Ablatable]) -> tuple[tuple[Ablatable, ...], ...]:
@@ -313,7 +325,7 @@ def _require_replacement(replacement: Replacement) -> None:
         one_of("ablation", replacement, REPLACEMENTS | {"twin": ""})
     elif not isinstance(replacement, Replacement):
         raise UsageError(
-            f"ablation {replacement!r} is not known; choose one of {', '.join(REPLACEMENTS)}, twin, or a Scale, "
+            f"ablation {shown(replacement)} is not known; choose one of {', '.join(REPLACEMENTS)}, twin, or a Scale, "
             "Constant, OtherHead or Reinforce with its number"
         )
 
@@ -358,7 +370,7 @@ def _require_recordable(graph: Graph) -> None:
         swapped = (site.layer, site.layer + 1) if isinstance(site, Swap) else ()
         if swapped and graph.record == "full":
             raise UsageError(f'{site.label}: components are not followed into swapped layers; record "sums"')
-        if graph.neurons in swapped or site == Mlp(graph.neurons):
+        if graph.neurons in swapped or (isinstance(site, Mlp) and site.layer == graph.neurons):
             raise UsageError(
                 f"{site.label} leaves layer {graph.neurons} no neurons to record: choose another layer's"
             )

@@ -56,6 +56,10 @@ def _processes(name: str, value: Any) -> int:
     return values.whole(name, value, most=1024)
 
 
+def _seconds(name: str, value: Any) -> int:
+    return values.whole(name, value, 1, 10**8)
+
+
 def _share(name: str, value: Any) -> float:
     found = values.number(name, value)
     if not 0 < found <= 1:
@@ -126,8 +130,8 @@ class Options:
     check: bool = option(True, "Prove at load that the model is decomposed exactly.", values.switch, decides=False)
     remote: bool = option(False, "Run on an NDIF server: no weights are needed here.", values.switch)
     host: str | None = option(None, "Address of your own NDIF server, such as http://127.0.0.1:8001; implies remote.", _address, decides=False)
-    in_flight: int = option(2, "Jobs on the server at a time.", values.whole, decides=False)
-    patience: int = option(1800, "Seconds to wait for a server that is silent before a job or the server is given up.", values.whole, decides=False)
+    in_flight: int = option(2, "Jobs on the server at a time.", _processes, decides=False)
+    patience: int = option(1800, "Seconds to wait for a server that is silent before a job or the server is given up.", _seconds, decides=False)
     yes: bool = option(False, "Start a large remote run without asking.", values.switch, decides=False)
     # fmt: on
 
@@ -149,6 +153,7 @@ class Options:
                 f"revision {self.revision!r} is for models of the hub: leave it out with a loaded one"
             )
         self._require_one_kind_of_sharing()
+        self._require_right_place()
         if self.served and self.backend != "local":
             raise UsageError(
                 f"backend {self.backend!r} is in this process: leave it out, or --remote and --host"
@@ -157,6 +162,15 @@ class Options:
             raise UsageError(
                 f"dtype {self.dtype!r} cannot be chosen here: the server decides what it computes in"
             )
+
+    def _require_right_place(self) -> None:
+        """What only a server, or only this machine, can take notice of."""
+        usual = {each.name: each.default for each in fields(self)}
+        for name in ("device", "threads") if self.served else ("in_flight", "patience", "yes"):
+            if getattr(self, name) != usual[name]:
+                where = "on this machine" if self.served else "on a server, by --host or --remote"
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{name} is for a model {where}: leave {flag} out")
 
     def _require_one_kind_of_sharing(self) -> None:
         if self.part and self.until_ci is not None:

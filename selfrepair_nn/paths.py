@@ -6,6 +6,9 @@ from pathlib import Path
 
 from selfrepair_nn.errors import UsageError
 
+LONGEST, MOST = 255, 1000
+"""Bytes of a name, and names in a path, that file systems take."""
+
 _ADDRESS = re.compile(r"[A-Za-z][\w+.:-]+:/")
 """A scheme of two letters or more; `pathlib` leaves one of the two slashes. One letter is a drive."""
 
@@ -26,6 +29,17 @@ def local(path: str | os.PathLike[str], what: str = "path") -> Path:
         raise UsageError(
             f"{what} {given!r} is an address: stores and files lie on this machine's disks, give a path"
         )
-    if "\0" in given:
-        raise UsageError(f"{what} {given!r} is no path: it holds a zero byte")
+    require_possible(given, what)
     return found
+
+
+def require_possible(name: str, what: str) -> None:
+    """UsageError for what no file can be called."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} {name!r} is no path: it holds half of a surrogate pair") from None
+    if "\0" in name:
+        raise UsageError(f"{what} {name!r} is no path: it holds a zero byte")
+    if max(map(len, parts)) > LONGEST or len(parts) > MOST:
+        raise UsageError(f"{what} {name[:60]!r} … is no path: its name is too long")

@@ -1,7 +1,7 @@
 """Text to rows of token ids: where prompts come from, how they are packed, which prompt lends to which."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +12,8 @@ import numpy as np
 
 from selfrepair_nn.corpora import COLUMN, SAMPLE, SPLIT, is_texts, open_corpus, require_plain, require_text
 from selfrepair_nn.errors import UsageError, one_line
+from selfrepair_nn.values import Declared, shown
+from selfrepair_nn.values import ids as as_ids
 
 DEFAULT_LENGTH = 128
 DEFAULT_TOKENS = 100_000
@@ -25,7 +27,7 @@ _AT_ONCE = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
+class Prompts(metaclass=Declared):
     """Rows of token ids and where they came from.
 
     Attributes:
@@ -50,6 +52,11 @@ class Prompts:
     counted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "document", "twin", "other"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
+        if not isinstance(self.source, Mapping):
+            raise UsageError(f"source is a dict of where the prompts come from, not {shown(self.source)}")
         _check_rows(self.tokens, self.source.get("name", "tokens"))
         if self.document.shape != (self.n,):
             raise UsageError(
@@ -424,6 +431,13 @@ def _too_short(name: str, stream: np.ndarray, length: int, bos: int | None) -> U
 
 
 # Checks
+
+
+def _whole_numbers(name: str, given) -> np.ndarray:
+    found = as_ids(name, given, "whole numbers in an array or in lists of one length")
+    if found.dtype.kind not in "iu":
+        raise UsageError(f"{name} holds {found.dtype}: give integers, for example int64")
+    return found
 
 
 def _check_whole(value, name: str, least: int) -> None:

@@ -2,7 +2,7 @@
 
 import ast
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -23,6 +23,7 @@ FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
 LARGEST_PARAMETER = 10**9
 SIGNATURE = "graph(structure, options)"
 OF_PROMPTS = ("prompts", "tokens", "length", "bos", "split", "column", "prompts_revision")
+OF_GRAPHS = ("layers", "heads", "ablation", "target", "value_bias", "freeze", "components")
 PROMPTS = "prompts(structure, tokenizer, options)"
 
 
@@ -91,14 +92,17 @@ class Recipe:
         return found
 
     def _require_read(self, options: Options, read: set[str]) -> None:
+        for name in self._unread(options, read, OF_PROMPTS):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"recipe {self.name!r} makes prompts of its own and takes no {flag}: leave it out"
+            )
+
+    def _unread(self, options: Options, read: set[str], names: Iterable[str]) -> list[str]:
+        """Which of these choices were made, and not looked at."""
         usual = {each.name: each.default for each in fields(Options)} | self.defaults
-        for name in OF_PROMPTS:
-            value = getattr(options, name)
-            if name not in read and (type(value) is not type(usual[name]) or value != usual[name]):
-                flag = f"--{name.replace('_', '-')}"
-                raise UsageError(
-                    f"recipe {self.name!r} makes prompts of its own and takes no {flag}: leave it out"
-                )
+        chosen = {name: getattr(options, name) for name in names if name not in read}
+        return [n for n, v in chosen.items() if type(v) is not type(usual[n]) or v != usual[n]]
 
     def graph(self, structure: Any, options: Any) -> Graph | Variants:
         """What the recipe does with a model of this structure, given these options.
@@ -114,6 +118,18 @@ class Recipe:
         for graph in found.graphs.values() if isinstance(found, Variants) else [found]:
             self._require_fit(graph, structure)
         return found
+
+    def require_taken(self, structure: Any, options: Any, drawn: Graph | Variants) -> None:
+        """UsageError for a choice that was made for what a recipe of ours has drawn, and that it does not look at."""
+        if self.path not in recipe_paths().values():
+            return
+        watched, read = _watched(options)
+        self.build(structure, watched)
+        graph = next(iter(drawn.graphs.values())) if isinstance(drawn, Variants) else drawn
+        wide = graph.record == "full" or graph.neurons is not None
+        for name in self._unread(options, read, [n for n in OF_GRAPHS if n != "components" or not wide]):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"recipe {self.name!r} decides by itself and takes no {flag}: leave it out")
 
     def _called(self, function: Callable, called: str, *arguments: Any) -> Any:
         try:

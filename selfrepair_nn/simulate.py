@@ -59,6 +59,7 @@ def simulate_heads(
     """
     arguments = locals().copy()
     one_of("ablation", ablation, REPLACEMENTS)
+    one_of("dtype", dtype, ("float32", "float64"))
     sizes = {"layer": n_layers, "head": n_heads, "prompt": n_prompts, "position": n_positions}
     _check(sizes, ablation)
     rng = np.random.default_rng(seed)

@@ -20,6 +20,7 @@ from selfrepair_nn.analysis import (
     restored,
     strongest_responses,
 )
+from selfrepair_nn.analysis.summaries import require
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.variables import SWEEP
 from selfrepair_nn.wording import (
@@ -69,6 +70,8 @@ def summary(ds: xr.Dataset, share: float | None = None) -> str:
     worst closure. Of a store of cases one line per case; of one of several variants one line per variant, means over
     all heads; of one of reinforced heads those that respond to their own write. Errors as in `by_head`.
     """
+    if "edited_position" not in ds.coords:
+        require(ds, ("self_repair",))
     ds = legible(restored(ds))
     if "edited_position" in ds.coords:
         found, lines = _of_reinforced(ds)

@@ -6,6 +6,7 @@ Each function takes the name of what is given and the value, and raises UsageErr
 import os
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from inspect import Signature, signature
 from math import log10
 from operator import index
 from reprlib import Repr
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from selfrepair_nn.errors import UsageError
+from selfrepair_nn.errors import UsageError, one_line
+from selfrepair_nn.paths import require_possible
 
 MOST = 10**12
 """No run can mean more of anything."""
@@ -47,8 +49,8 @@ def whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
     """An integer from `least` to `most`: Python's, NumPy's, a tensor of one, or a float without a fraction."""
     found = _integer(value)
     if found is None or found < least:
-        asked = f"of at least {least}" if least else "(0 or more)"
-        raise UsageError(f"{name} must be a whole number {asked}, not {shown(value)}")
+        asked = {0: " (0 or more)", -MOST: ""}.get(least, f" of at least {least}")
+        raise UsageError(f"{name} must be a whole number{asked}, not {shown(value)}")
     require_sane(name, found, most)
     return found
 
@@ -71,16 +73,13 @@ def _integer(value: Any) -> int | None:
 
 
 def number(name: str, value: Any) -> float:
-    """A real number: Python's, NumPy's, or a tensor of one. Neither True nor NaN is one."""
+    """A real number: Python's, NumPy's, or a tensor of one. True is none."""
     if isinstance(value, str | bytes | bool | np.bool_) or not hasattr(value, "__float__"):
         raise UsageError(f"{name} must be a number, not {shown(value)}")
     try:
-        found = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise UsageError(f"{name} must be a number, not {shown(value)}") from None
-    if found != found:
-        raise UsageError(f"{name} must be a number, not nan")
-    return found
 
 
 def switch(name: str, value: Any) -> bool:
@@ -100,8 +99,9 @@ def text(name: str, value: Any) -> str:
 def place(name: str, value: Any) -> str:
     """A path, as text: a string, or a `Path`."""
     found = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(found, str) or not found.strip() or "\0" in found:
+    if not isinstance(found, str) or not found.strip():
         raise UsageError(f"{name} must be a path, not {shown(value)}")
+    require_possible(found, name)
     return found
 
 
@@ -134,19 +134,19 @@ def layers(name: str, value: Any) -> str:
         return ":".join(
             "" if end is None else str(whole(name, end, -MOST)) for end in (value.start, value.stop)
         )
-    if (one := _integer(value)) is not None:
-        return str(one)
-    if (several := _several(value)) is None:
+    if _integer(value) is not None:
+        return str(whole(name, value, -MOST))
+    if (found := several(value)) is None:
         raise UsageError(
             f"{name} {shown(value)} is not understood: write for example 8:12, [0, 5, -1] or range(8, 12)"
         )
-    return ",".join(layers(name, each) for each in several)
+    return ",".join(layers(name, each) for each in found)
 
 
 def heads(name: str, value: Any) -> str:
     """Heads as "9.6,10.*": from such a text, a Head, a pair (layer, head), or several of these."""
     one = _head(value) if isinstance(value, str | tuple) or hasattr(value, "head") else None
-    found = [one] if one is not None else [_head(each) for each in _several(value) or [None]]
+    found = [one] if one is not None else [_head(each) for each in several(value) or [None]]
     if isinstance(value, list) and not value:
         return ""
     if None in found:
@@ -160,10 +160,10 @@ def heads(name: str, value: Any) -> str:
 def _head(value: Any) -> str | None:
     if isinstance(value, str):
         return value
-    pair = (
-        [value.layer, value.head] if hasattr(value, "head") and hasattr(value, "layer") else _several(value)
-    )
+    pair = [value.layer, value.head] if hasattr(value, "head") and hasattr(value, "layer") else several(value)
     if pair is None or len(pair) != 2 or None in (numbers := [_integer(each) for each in pair]):
+        return None
+    if max(map(abs, numbers)) > MOST:
         return None
     return f"{numbers[0]}.{numbers[1]}"
 
@@ -191,7 +191,7 @@ def ids(name: str, value: Any, wanted: str) -> np.ndarray:
     value = value.detach().cpu() if hasattr(value, "detach") else value
     if isinstance(value, list | tuple):
         _require_one_length(name, value)
-    if hasattr(value, "__len__") and not len(value):
+    if getattr(value, "ndim", 1) and hasattr(value, "__len__") and not len(value):
         raise UsageError(f"{name} is empty: give {wanted}")
     try:
         found = np.asarray(value)
@@ -215,7 +215,7 @@ def parameters(name: str, value: Any) -> Any:
     """A recipe's parameters: a mapping, or "NAME=VALUE" once or several times as a tuple."""
     if isinstance(value, Mapping):
         return {text(f"a name of {name}", key): _plain(each) for key, each in value.items()}
-    found = [value] if isinstance(value, str) else _several(value)
+    found = [value] if isinstance(value, str) else several(value)
     if found is None or not all(isinstance(each, str) for each in found):
         raise UsageError(f"{name} {shown(value)} is not understood: write NAME=VALUE, or {{'NAME': value}}")
     return tuple(found)
@@ -226,7 +226,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _several(value: Any) -> list[Any] | None:
+def several(value: Any) -> list[Any] | None:
     """What a list, a range, a set or an array holds, in order; None for what is no such thing."""
     if isinstance(value, Mapping | str | bytes):
         return None
@@ -238,3 +238,18 @@ def _several(value: Any) -> list[Any] | None:
         return list(value)
     except TypeError:
         return None
+
+
+class Declared(type):
+    """A class whose instances say something (a place, a graph, prompts): what they cannot say is a UsageError."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UsageError(f"{cls.__name__}{cls.__signature__}: {one_line(error)}") from error
+
+    @property
+    def __signature__(cls) -> Signature:
+        made = signature(cls.__init__)
+        return made.replace(parameters=[*made.parameters.values()][1:], return_annotation=Signature.empty)

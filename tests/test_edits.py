@@ -739,7 +739,7 @@ def test_reinforcement_in_a_store(stored, name):
 def test_twins_and_differences_in_a_store(stored, name):
     """Prompts of the recipe's own, with another token to compare with; attention by its distance."""
     ids = prompts(name)["tokens"].numpy()
-    dataset = stored(TWINS.replace("GIVEN", str(ids.tolist())), name)
+    dataset = stored(TWINS.replace("GIVEN", str(ids.tolist())), name, prompts=None)
     assert_array_equal(dataset.other, np.roll(ids, 3, 0)[:, 1:])
     assert dataset.attrs["target"] == "difference"
     assert dataset.attention.dims == ("layer", "head", "prompt", "position", "distance")

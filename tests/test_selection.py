@@ -408,7 +408,7 @@ def test_a_run_that_is_interrupted_ends_with_the_same_numbers(asked, tmp_path, m
 def test_other_settings_are_another_run(asked, tmp_path):
     choices = asked | {"out": tmp_path / "s.zarr", "prompts": asked["prompts"][:24], "layers": "1"}
     sr.run(select="top-share", **choices)
-    with pytest.raises(sr.errors.StoreError, match=r'select is "top-share" there, null here'):
+    with pytest.raises(sr.errors.StoreError, match=r"select top-share there, left open here"):
         sr.run(**choices)
     with pytest.raises(sr.errors.StoreError, match=r"share is 0\.04 there, 0\.1 here"):
         sr.run(select="top-share", **choices | {"share": 0.1})

@@ -133,6 +133,19 @@ class Experiment:
         }
 
     @property
+    def idle(self) -> list[str]:
+        """The options that were chosen and change nothing here."""
+        o, kinds = self.options, {graph.ablation for graph in self.work.graphs}
+        draws = "resample" in kinds and o.partners is None
+        random = draws or self.reinforces or o.until_ci is not None or self.recipe.make_prompts is not None
+        chosen = {
+            "seed": o.seed != 0 and not random,
+            "mean_prompts": o.mean_prompts != type(o).mean_prompts and "mean" not in kinds,
+            "share": o.share is not None and not (self.shared or self.ranked),
+        }
+        return [name for name, without in chosen.items() if without]
+
+    @property
     def reinforces(self) -> bool:
         return any(isinstance(graph.replacement, Reinforce) for graph in self.work.graphs)
 
@@ -308,6 +321,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
     dtype = AS_SERVED if options.served else given.dtype if given else options.dtype
     request = Request(found, options, description.source.name, sizes, dtype)
     drawn = found.graph(structure, options)
+    found.require_taken(structure, options, drawn)
     require_same_graphs(request, drawn)
     tokenizer = given.tokenizer if given else load_tokenizer(description.source)
     prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)

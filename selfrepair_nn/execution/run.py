@@ -73,6 +73,8 @@ def run(
     require_known(choices, ("recipe", "progress", "command", "confirm"))
     options = Options(**choices)
     experiment = prepare(recipe, options)
+    if experiment.idle:
+        tell(f"{' and '.join(experiment.idle)}: chosen, but nothing in this run depends on it")
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as hold:

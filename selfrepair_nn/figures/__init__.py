@@ -46,7 +46,7 @@ from selfrepair_nn.figures.needs import NEEDS
 from selfrepair_nn.figures.style import Datasets, named, save, share_of, summaries
 from selfrepair_nn.paths import local
 from selfrepair_nn.recipe import find_recipe, recipe_paths
-from selfrepair_nn.values import nearest, shown
+from selfrepair_nn.values import nearest, several, shown
 
 __all__ = [
     "DESCRIPTIONS",
@@ -120,9 +120,10 @@ def suited(datasets: Datasets) -> list[str]:
 
 def require_figures(names: Iterable[str]) -> tuple[str, ...]:
     """These names, as a tuple. UsageError unless each is a figure's."""
-    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
+    found = several(names)
+    found = (names,) if found is None else tuple(found)
     for name in found:
-        if name not in FIGURES:
+        if not isinstance(name, str) or name not in FIGURES:
             raise UsageError(
                 f"no figure {shown(name)}{nearest(name, FIGURES)}; there are {', '.join(FIGURES)}"
             )

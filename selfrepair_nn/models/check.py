@@ -11,7 +11,7 @@ from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.errors import UnsupportedModel
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.models.identity import wrapping
-from selfrepair_nn.models.model import evaluating
+from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.models.plain import LOGITS, drawn_tokens, own_logits, whole_passes
 
 ROWS = 1024
@@ -43,12 +43,27 @@ def check(model, tokens=None) -> list[Finding]:
 
     - a pass gives the logits that the model returns
     - replacing a head by itself changes nothing
+
+    `model` is a loaded one, a module, or a name or directory, which is loaded for it.
+
+    Raises:
+        UsageError: no model of that name, or nothing that is one.
     """
+    model = _loaded(model)
     with evaluating(model):
         logits, errors = _on_random_tokens(model)
         errors |= _on_whole_prompts(model, drawn_tokens(model) if tokens is None else tokens)
     spread, limit = _spread(logits), TOLERANCE[model.dtype]
     return [Finding(name, _worst(error) / spread, limit) for name, error in errors.items()]
+
+
+def _loaded(model):
+    if isinstance(model, Model):
+        return model
+    from selfrepair_nn.models.load import accepted, load
+
+    given = accepted(model)
+    return load(given, check=False) if isinstance(given, str) else given
 
 
 def _on_random_tokens(model):

@@ -19,6 +19,7 @@ from selfrepair_nn.models.model import (
     wrap,
 )
 from selfrepair_nn.models.tokenizer import SAFE, load_tokenizer
+from selfrepair_nn.paths import require_possible
 from selfrepair_nn.remote.settings import require_hub
 
 EMBEDDED = {
@@ -50,6 +51,7 @@ def find(name: str, revision: str | None = None) -> Source:
 
 def _here(name: str) -> Source | None:
     """A model that needs no hub; None where only that can know the name."""
+    require_possible(name, "model")
     if name in EMBEDDED:
         return Source(name, str(files("selfrepair_nn") / "models" / "embedded" / name))
     path = Path(name).expanduser()
@@ -205,9 +207,9 @@ def _device(name: str, dtype: str) -> str:
     if name.startswith("mps") and dtype == "float64":
         raise UsageError("a Mac's GPU has no float64: choose --dtype float32, or --device cpu")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used here ({error.args[0]}); try cpu") from error
+        torch.ones(1, device=name).sum().item()
+    except Exception as error:  # as many kinds as there are devices
+        raise UsageError(f"device {name!r} cannot be used here ({one_line(error)}); try cpu") from error
     return name
 
 

@@ -21,6 +21,11 @@ SENDING, SENT, FETCHED, TAKEN, FAILED, SPLIT, GIVEN_UP = (
 )  # fmt: skip
 
 
+NEEDED = {"time": str, "event": str, "part": str}
+OF_EVENTS = {SENDING: {"bytes": int, "job": str}, FETCHED: {"bytes": int}, FAILED: {"kind": str, "text": str}}
+"""What every line holds, and what those of some events do."""
+
+
 @dataclass
 class Record:
     """What is known of one part: its last event and job, when that was sent, and how its jobs failed."""
@@ -106,7 +111,19 @@ def _read(line: str) -> dict[str, Any] | None:
         found = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and {"time", "event", "part"} <= found.keys() else None
+    return found if isinstance(found, dict) and _fits(found) else None
+
+
+def _fits(line: dict[str, Any]) -> bool:
+    """Whether a line says what lines say: what somebody edited or a disk damaged is no line."""
+    needed = NEEDED | OF_EVENTS.get(str(line.get("event")), {})
+    if not all(isinstance(line.get(name), kind) for name, kind in needed.items()):
+        return False
+    try:
+        datetime.fromisoformat(line["time"]).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return False
+    return isinstance(line.get("job", ""), str)
 
 
 def _whole(file: Any) -> bool:
