@@ -1,6 +1,17 @@
 """`python -m selfrepair_nn` and the `selfrepair` command."""
 
-from selfrepair_nn.cli import main
+import sys
+
+
+def main() -> None:
+    """The command; an interrupt while it is still loading is a line, too."""
+    try:
+        from selfrepair_nn.cli import main as command
+    except KeyboardInterrupt:
+        sys.stderr.write("selfrepair: interrupted\n")
+        sys.exit(130)
+    command()
+
 
 if __name__ == "__main__":
     main()

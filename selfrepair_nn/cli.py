@@ -14,16 +14,21 @@ from typing import Any, get_args
 import click
 
 from selfrepair_nn import __version__
+from selfrepair_nn.ending import ENDING
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import Options
 from selfrepair_nn.shown import line, message, shown
 
+INTERRUPTED = 130
 _FORMAT = warnings.formatwarning
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def main() -> None:
-    """The `selfrepair` command: a result goes to stdout, all else to stderr; exit codes 0, 1, 2 and 75 (resumable)."""
+    """The `selfrepair` command: a result goes to stdout, all else to stderr.
+
+    Exit codes: 0 done, 1 failed, 2 not a valid request, 75 interrupted but resumable, 130 interrupted.
+    """
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -39,8 +44,9 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _say(f"interrupted; to go on:\n  {_command_line()}")
-        sys.exit(Incomplete.exit_code)
+        resumable = sys.argv[1:2] == ["run"]
+        _say(f"interrupted; to go on:\n  {_command_line()}" if resumable else "interrupted")
+        sys.exit(Incomplete.exit_code if resumable else INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -109,7 +115,8 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
     if dry_run:
         _plan(recipe, choices, calibrate=False)
         return
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in ENDING:
+        signal.signal(number, _interrupt)
     _knock(recipe, choices)
     _quiet_libraries()
     from selfrepair_nn.execution.run import run as run_recipe

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that end a run: by hand, by a scheduler, by a terminal that was closed."""
+from selfrepair_nn.ending import ENDING
+
 POSIX = hasattr(signal, "pthread_sigmask")
 
 
@@ -40,7 +40,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within, SIGINT, SIGTERM and SIGHUP wait until its end: for what must not stop half-way, such as the start of a process.
+    """Within, what ends a run waits until its end: for what must not stop half-way, such as the start of a process.
 
     Processes that are started within never see a Ctrl-C, which a terminal sends to all: it is for this one.
     """
