@@ -20,7 +20,7 @@ from selfrepair_nn.analysis import (
     restored,
     strongest_responses,
 )
-from selfrepair_nn.analysis.summaries import require
+from selfrepair_nn.analysis.checks import require
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.variables import SWEEP
 from selfrepair_nn.wording import (
