@@ -16,6 +16,7 @@ import selfrepair_nn as sr
 from selfrepair_nn import figures
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.recipe import find_recipe, recipe_paths
+from selfrepair_nn.store import Store
 
 SMALL = {"tokens": 256, "length": 32}
 LATE = {"layers": "5:7"}
@@ -189,11 +190,14 @@ def test_nothing_that_a_store_names_is_run(stored, tmp_path):
     evil, marker = tmp_path / "x.zarr" / "evil.py", tmp_path / "marker"
     shutil.copytree(stored("own_cases").encoding["source"], tmp_path / "x.zarr")
     evil.write_text(f"open({str(marker)!r}, 'w')\nFIGURES = ('cases',)\ndef graph(s, o): pass\n")
-    described = json.loads((tmp_path / "x.zarr" / "zarr.json").read_text())
-    described["attributes"]["recipe"] = str(evil)
-    for named in (None, "[]", f'["{evil}"]'):
-        described["attributes"] |= {"figures": named} if named else {}
-        (tmp_path / "x.zarr" / "zarr.json").write_text(json.dumps(described))
+    store = Store(tmp_path / "x.zarr")
+    for named in ("[]", f'["{evil}"]', None):
+        without = {} if named is None else {"figures": named}
+        store._describe(
+            lambda now, more=without: (
+                {k: v for k, v in now.items() if k != "figures"} | {"recipe": str(evil)} | more
+            )
+        )
         for command in (
             ["plot", "--out", tmp_path / "f"],
             ["report", "--out", tmp_path / "p.html"],
