@@ -343,7 +343,8 @@ def test_no_statistic_looks_at_what_does_not_count(any_store, fill):
             assert value == other[name], name
     with_intervals = [ds for ds in one.values() if isinstance(ds, xr.Dataset) and intervals(ds)]
     assert with_intervals
-    assert all(any(np.isfinite(values).any() for values in intervals(ds)) for ds in with_intervals)
+    if "edited_position" not in any_store.coords:  # slopes of so few prompts are not judged
+        assert all(any(np.isfinite(values).any() for values in intervals(ds)) for ds in with_intervals)
 
 
 def intervals(ds):
