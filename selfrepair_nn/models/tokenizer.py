@@ -6,9 +6,10 @@ from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, one_line
 
+SETTINGS = "tokenizer_config.json"
 FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "tekken.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("sentencepiece.bpe.model", "tekken.json", SETTINGS, "special_tokens_map.json"),
 )
 """What a directory holds of a tokenizer."""
 
@@ -54,8 +55,21 @@ def _found(source: Any) -> Any:
 
 
 def _may_have(source: Any) -> bool:
-    """A directory without any of the files would be given the tokenizer of its family, without its words."""
-    return bool(source.gguf_file or _files(source) or not Path(source.location).is_dir())
+    """A directory without any of the files would be given the tokenizer of its family, without its words.
+
+    One that holds settings only, which name code of its own, has none here: nothing that comes with a model is run.
+    """
+    files = _files(source)
+    if [file.name for file in files] == [SETTINGS] and _names_code(files[0]):
+        return False
+    return bool(source.gguf_file or files or not Path(source.location).is_dir())
+
+
+def _names_code(settings: Path) -> bool:
+    try:
+        return "auto_map" in json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _files(source: Any) -> list[Path]:
