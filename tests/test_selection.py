@@ -410,7 +410,7 @@ def test_other_settings_are_another_run(asked, tmp_path):
     sr.run(select="top-share", **choices)
     with pytest.raises(sr.errors.StoreError, match=r"select top-share there, left open here"):
         sr.run(**choices)
-    with pytest.raises(sr.errors.StoreError, match=r"share is 0\.04 there, 0\.1 here"):
+    with pytest.raises(sr.errors.StoreError, match=r"share 0\.04 there, 0\.1 here"):
         sr.run(select="top-share", **choices | {"share": 0.1})
 
 
