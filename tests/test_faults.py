@@ -45,8 +45,8 @@ def ndif(tmp_path_factory):
     whole, broken = find("tiny-neox").location, tmp_path_factory.mktemp("models") / "broken"
     shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("*.safetensors"))
     models = {MODEL: whole, IMPATIENT: whole, "local/late": whole, "local/broken": broken}
-    special = {IMPATIENT: {"execution_timeout_seconds": 1.0}}
-    with Ndif(models, deploy=[MODEL, IMPATIENT], special=special) as server:
+    special, slow = {IMPATIENT: {"execution_timeout_seconds": 3.0}}, {IMPATIENT: 1 / 300}
+    with Ndif(models, deploy=[MODEL, IMPATIENT], special=special, slow=slow) as server:
         yield server
 
 

@@ -89,6 +89,7 @@ class Ndif:
         deploy: models to have running from the start (default: all); the others are deployed when asked for.
         special: what differs for single models, {name: {field of NDIF's DeploymentConfig: value}}, for example
             {"local/tiny-neox": {"dtype": "bfloat16", "execution_timeout_seconds": 2.0, "replicas": 2}}.
+        slow: seconds that each sequence of a pass takes at least, by model: what exceeds a limit on any machine.
         settings: further NDIF_… variables of the server's environment.
 
     Attributes:
@@ -106,6 +107,7 @@ class Ndif:
         time_limit: float | None = None,
         deploy: list[str] | None = None,
         special: Mapping[str, dict] | None = None,
+        slow: Mapping[str, float] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
         if mode not in MODES:
@@ -117,6 +119,7 @@ class Ndif:
             models={name: Path(directory).resolve() for name, directory in models.items()},
             deploy=list(models) if deploy is None else deploy,
             special=dict(special or {}),
+            slow=dict(slow or {}),
             settings=actor | limit | dict(settings or {}),
         )
         self.key, self.trusted_key = str(uuid.uuid4()), str(uuid.uuid4())

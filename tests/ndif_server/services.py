@@ -26,6 +26,7 @@ class Place:
     models: dict[str, Path]
     deploy: list[str]
     special: dict[str, dict]
+    slow: dict[str, float]
     settings: dict[str, str]
     hub_token: str = field(default_factory=lambda: str(uuid.uuid4()))
     directory: Path = Path()
@@ -80,6 +81,7 @@ def environment(place: Place) -> dict[str, str]:
         "NDIF_CONTROLLER_IMPORT_PATH": "ndif_cpu.CPUControllerActor",
         "NDIF_DEPLOYMENTS": "|".join(model_key(name) for name in place.deploy),
         "NDIF_SPECIAL": json.dumps({model_key(name): fields for name, fields in place.special.items()}),
+        "NDIF_SLOW": json.dumps({model_key(name): seconds for name, seconds in place.slow.items()}),
         "NDIF_DEFAULT_PADDING_BIAS": "0",
         "NDIF_SANDBOX_POOL_SIZE": "1",
         "NDIF_AUTOSCALING_MAX_REPLICAS": "1",

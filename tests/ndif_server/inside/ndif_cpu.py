@@ -8,6 +8,7 @@ controller assigns is a number that Ray counts, never a device.
 import gc
 import json
 import os
+import time
 from functools import partial, partialmethod
 
 import ray
@@ -29,7 +30,10 @@ host.Pool.acquire = partialmethod(host.Pool.acquire, timeout=PATIENCE)
 
 
 class CPUDeployment(BaseModelDeployment):
-    """One model in host memory."""
+    """One model in host memory.
+
+    NDIF_SLOW holds, as JSON, how long some take at least: {model key: seconds for each sequence of a pass}.
+    """
 
     def __init__(self, *args, gpu_mem_bytes_by_id=None, **kwargs):
         super().__init__(*args, gpu_mem_bytes_by_id=None, **kwargs)
@@ -38,6 +42,9 @@ class CPUDeployment(BaseModelDeployment):
         options = {"dispatch": True, "dtype": self.dtype_name, "device": "cpu", **self.kwargs}
         model = HuggingFaceModel.from_model_key(self.model_key, **options)
         model._module.requires_grad_(False)
+        if seconds := json.loads(os.environ["NDIF_SLOW"]).get(self.model_key):
+            embedding = model._module.get_input_embeddings()
+            embedding.register_forward_pre_hook(lambda _, inputs: time.sleep(seconds * len(inputs[0])))
         return model
 
     async def to_cache(self):
