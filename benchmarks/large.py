@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from selfrepair_nn.execution.plan import default_block
+from selfrepair_nn.layout.plan import default_block
 from selfrepair_nn.simulate import simulate_heads
 from selfrepair_nn.store import Store
 

@@ -14,8 +14,8 @@ import xarray as xr
 
 import selfrepair_nn as sr
 from selfrepair_nn.confidence import Tally
-from selfrepair_nn.execution.plan import default_block
-from selfrepair_nn.execution.rounds import schedule
+from selfrepair_nn.layout.plan import default_block
+from selfrepair_nn.running.rounds import schedule
 
 GOALS = (None, 0.1, 0.05, 0.03)
 """Half-widths in logits; None: the widest that the whole run itself reaches."""

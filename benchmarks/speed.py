@@ -14,10 +14,10 @@ import torch
 import selfrepair_nn as sr
 from benchmarks.baselines import naive, suffix
 from benchmarks.parts import Parts
+from selfrepair_nn.backends.local import backend
 from selfrepair_nn.equations import complete
-from selfrepair_nn.execution.backends import backend
-from selfrepair_nn.execution.experiment import prepare
-from selfrepair_nn.execution.sweep import Sweep, plans
+from selfrepair_nn.layout.experiment import prepare
+from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.options import Options
 
 LENGTH = 64

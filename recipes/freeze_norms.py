@@ -7,13 +7,13 @@ PARAMETERS = {"count": 4}
 
 
 def graph(structure, options):
-    """Of the last third of the layers the loudest heads, or those chosen, with each later norm frozen."""
+    """Of the last third of the layers the strongest heads, or those chosen, with each later norm frozen."""
     chosen = options.layers or options.heads
     layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
     heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
     plain = sr.Graph(
         ablate=sr.sweep(heads),
-        loudest=None if chosen else options.param["count"],
+        strongest=None if chosen else options.param["count"],
         replacement=options.ablation,
         target=options.target,
         value_bias=options.value_bias,

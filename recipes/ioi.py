@@ -25,7 +25,7 @@ def graph(structure, options):
 
     return sr.Graph(
         ablate=sr.sweep(heads),
-        loudest=options.param["movers"],
+        strongest=options.param["movers"],
         then=then,
         replacement=options.ablation,
         record="full",

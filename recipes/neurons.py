@@ -14,7 +14,7 @@ def graph(structure, options):
     heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
     return sr.Graph(
         ablate=sr.sweep(heads),
-        loudest=None if options.heads else options.param["count"],
+        strongest=None if options.heads else options.param["count"],
         replacement=options.ablation,
         neurons=last,
         target=options.target,

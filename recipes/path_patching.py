@@ -7,7 +7,7 @@ PARAMETERS = {"count": 4, "receivers": ()}
 
 
 def graph(structure, options):
-    """Senders: the loudest heads of the last third, or those chosen. Receivers: all later parts, or those named.
+    """Senders: the strongest heads of the last third, or those chosen. Receivers: all later parts, or those named.
 
     A receiver reads the sender's change; all else, the other receivers too, keeps its clean value.
     """
@@ -16,7 +16,7 @@ def graph(structure, options):
     senders = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
     plain = sr.Graph(
         ablate=sr.sweep(senders),
-        loudest=None if chosen else options.param["count"],
+        strongest=None if chosen else options.param["count"],
         replacement=options.ablation,
         target=options.target,
         value_bias=options.value_bias,

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _PLACES = {
-    "run": "execution.run:run",
-    "preview": "execution.preview:preview",
+    "run": "running.run:run",
+    "preview": "estimating.preview:preview",
     "load": "models.load:load",
     "wrap": "models.model:wrap",
     "check": "models.check:check",

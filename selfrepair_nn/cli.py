@@ -119,7 +119,7 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
         signal.signal(number, _interrupt)
     _knock(recipe, choices)
     _quiet_libraries()
-    from selfrepair_nn.execution.run import run as run_recipe
+    from selfrepair_nn.running.run import run as run_recipe
     from selfrepair_nn.text import summary
 
     confirm = _confirm if sys.stdin.isatty() else None
@@ -277,8 +277,8 @@ def check(model: str, dtype: str, device: str, revision: str | None) -> None:
 @click.argument("store")
 def jobs(store: str) -> None:
     """Print what was sent to a server for STORE: what is there, what failed and why, bytes each way."""
+    from selfrepair_nn.backends.ndif.history import history
     from selfrepair_nn.paths import local
-    from selfrepair_nn.remote.history import history
     from selfrepair_nn.store import open_store
 
     run = open_store(store).attrs.get("run", "")
@@ -293,7 +293,7 @@ def jobs(store: str) -> None:
 def doctor(host: str | None, remote: bool, model: str | None, trip: bool) -> None:
     """Look at versions, settings and a server, and say what is wrong. Exit code 1 if something is."""
     _quiet_libraries()
-    from selfrepair_nn.execution.doctor import doctor as look
+    from selfrepair_nn.backends.ndif.doctor import doctor as look
 
     wrong = 0
     for each in look(host, remote=remote, model=model, trip=trip):
@@ -314,7 +314,7 @@ def _knock(recipe: str, choices: dict[str, Any]) -> None:
 def _plan(recipe: str, choices: dict[str, Any], calibrate: bool) -> None:
     _knock(recipe, choices)
     _quiet_libraries()
-    from selfrepair_nn.execution.preview import preview, preview_text
+    from selfrepair_nn.estimating.preview import preview, preview_text
 
     _print(preview_text(preview(recipe, calibrate=calibrate, **choices)))
 

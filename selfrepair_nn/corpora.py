@@ -12,7 +12,7 @@ from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.records import DAMAGED, opened, reader
-from selfrepair_nn.remote.settings import require_hub
+from selfrepair_nn.settings import require_hub
 
 SAMPLE, SPLIT, COLUMN = "sample", "train", "text"
 

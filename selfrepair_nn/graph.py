@@ -112,15 +112,15 @@ Replacement = str | Scale | Constant | OtherHead | Reinforce
 class Graph(metaclass=Declared):
     """One experiment, or a sweep of them: each entry of `ablate` is one ablated run, its sites replaced together.
 
-    `loudest`, if given, keeps of the swept heads the so many that have the largest mean direct effect over the run's
+    `strongest`, if given, keeps of the swept heads the so many that have the largest mean direct effect over the run's
     prompts: a clean pass finds them before anything is ablated. `then`, if given too, is a function of these heads, the
-    loudest first, that gives further cases.
+    strongest first, that gives further cases.
     `freeze` holds the sites that keep their clean value; a site that a run ablates is never frozen in that run.
     `neurons` is the layer whose MLP is recorded neuron by neuron; `residual_norm` records the length of the residual
     stream; `attention` lists distances: the attention each head pays to the token so far back is recorded.
 
         Graph(ablate=sweep(heads))                        every head by itself, resample ablated
-        Graph(ablate=sweep(heads), loudest=4)             only the four that write most of the targets
+        Graph(ablate=sweep(heads), strongest=4)             only the four that write most of the targets
         Graph(ablate=((Head(9, 6), Head(9, 9)),))         two heads at once
         Graph(ablate=sweep((Layers(3, 4),)), replacement="zero")    layer 3 deleted
         graph.frozen("downstream", n_layers, n_heads)     nothing but the final norm may react
@@ -139,7 +139,7 @@ class Graph(metaclass=Declared):
     neurons: int | None = None
     residual_norm: bool = False
     attention: tuple[int, ...] = ()
-    loudest: int | None = None
+    strongest: int | None = None
     then: Callable[[tuple[Head, ...]], Iterable[tuple[Ablatable, ...]]] | None = None
 
     def __post_init__(self) -> None:
@@ -153,18 +153,18 @@ class Graph(metaclass=Declared):
         for case in self.ablate:
             _require_sites(case)
             _require_possible(case, self.replacement)
-        if self.loudest is not None and not (self.heads_only and self.loudest >= 1):
+        if self.strongest is not None and not (self.heads_only and self.strongest >= 1):
             raise UsageError(
-                f"loudest={self.loudest!r}: it is a number of heads, of those that are swept one by one"
+                f"strongest={self.strongest!r}: it is a number of heads, of those that are swept one by one"
             )
         _require_freezable(self.freeze)
         _require_recordable(self)
         if self.neurons is not None:
             object.__setattr__(self, "neurons", whole("neurons", self.neurons, 0))
         if self.then is not None and not callable(self.then):
-            raise UsageError(f"then is a function of the loudest heads, not {shown(self.then)}")
-        if self.then is not None and self.loudest is None:
-            raise UsageError("then is a function of the loudest heads: say how many, loudest=…")
+            raise UsageError(f"then is a function of the strongest heads, not {shown(self.then)}")
+        if self.then is not None and self.strongest is None:
+            raise UsageError("then is a function of the strongest heads: say how many, strongest=…")
 
     @property
     def ablation(self) -> str:
@@ -193,14 +193,14 @@ class Graph(metaclass=Declared):
     @property
     def undecided(self) -> bool:
         """Whether a clean pass has yet to find the heads that are ablated."""
-        return self.loudest is not None and (self.then is not None or self.loudest < len(self.ablate))
+        return self.strongest is not None and (self.then is not None or self.strongest < len(self.ablate))
 
     def of(self, heads: Sequence[Head]) -> "Graph":
-        """The graph left with these of its heads, the loudest first, and what follows from them."""
+        """The graph left with these of its heads, the strongest first, and what follows from them."""
         cases = tuple(case for case in self.ablate if case[0] in heads)
         if self.then is not None:
             cases = sweep(heads) + tuple(self.then(tuple(heads)))
-        return replace(self, ablate=cases, loudest=None, then=None)
+        return replace(self, ablate=cases, strongest=None, then=None)
 
     def beyond(self, structure: Any) -> str | None:
         """The label of a site that a model of this structure does not have, or None."""
@@ -275,7 +275,7 @@ class Variants(metaclass=Declared):
         for label, graph in self.graphs.items():
             for name in (
                 "ablate",
-                "loudest",
+                "strongest",
                 "then",
                 "record",
                 "neurons",

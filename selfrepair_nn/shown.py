@@ -6,7 +6,7 @@ writing, or keys. A character that is not printable is written as Python would w
 
 import re
 
-from selfrepair_nn.remote.secrets import hidden
+from selfrepair_nn.secrets import hidden
 
 _ENDLESS = re.compile(r"(\S{100})\S{300,}")
 

@@ -23,7 +23,7 @@ from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import Files, digest, read_json, seal, sealed, sync_path, sync_tree, unsealed
 from selfrepair_nn.integrity import Checks, contents_of, count, require_whole
 from selfrepair_nn.paths import local
-from selfrepair_nn.remote.secrets import hidden
+from selfrepair_nn.secrets import hidden
 from selfrepair_nn.variables import VARIABLES, Variable
 
 COMPRESSORS = (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec())

@@ -22,8 +22,8 @@ SECONDS = 300
 
 IMPORTED = (
     "nnsight.modeling.transformers",
-    "selfrepair_nn.execution.remote",
-    "selfrepair_nn.execution.run",
+    "selfrepair_nn.backends.ndif.served",
+    "selfrepair_nn.running.run",
     "selfrepair_nn.text",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.gpt_neox.modeling_gpt_neox",

@@ -33,7 +33,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
         "nnsight.modeling.transformers",
-        "selfrepair_nn.execution.run",
+        "selfrepair_nn.running.run",
         "transformers.models.auto.tokenization_auto",
         "transformers.models.gpt2.modeling_gpt2",
     ]

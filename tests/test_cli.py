@@ -107,7 +107,7 @@ def test_run_without_flags_is_run_with_the_defaults_of_python(monkeypatch):
         given.update(choices, recipe=recipe)
         raise UsageError("enough")
 
-    import selfrepair_nn.execution.run as room
+    import selfrepair_nn.running.run as room
 
     monkeypatch.setattr(room, "run", noted)
     assert selfrepair("run", "heads").code == 2
@@ -274,7 +274,7 @@ def test_exit_codes(tmp_path, ran, model, prompts, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("selfrepair_nn.execution.filling.noise_floor", interrupted)
+    monkeypatch.setattr("selfrepair_nn.running.filling.noise_floor", interrupted)
     assert selfrepair(*command, "--out", tmp_path).code == 75
 
 

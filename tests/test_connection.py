@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from selfrepair_nn.backends.ndif.faults import Fault
+from selfrepair_nn.backends.ndif.server import Answer, Server
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.server import Answer, Server
 
 ENVIRONMENT = {"packages": {}}
 BROKEN = (0, "")

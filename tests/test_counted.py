@@ -430,8 +430,8 @@ def test_an_estimate_is_the_mean_over_what_counts(asked, whole, tmp_path, share)
 
 def test_what_is_packed_crosses_a_server_and_is_halved(asked, whole, tmp_path):
     """The same trace body behind a server's serialisation; a unit that is split is joined again."""
-    from selfrepair_nn.execution.experiment import prepare
-    from selfrepair_nn.execution.sweep import Sweep, plans
+    from selfrepair_nn.layout.experiment import prepare
+    from selfrepair_nn.layout.sweep import Sweep, plans
     from selfrepair_nn.options import Options
 
     choices = asked | {"components": "top", "share": 0.2, "layers": "1"}
@@ -461,11 +461,11 @@ def test_the_loudest_heads_are_those_on_what_counts(stores, wrapped, tmp_path):
     """At single positions they are others than over all."""
     model, effects = wrapped("neox-sequential", exact=True), stores("heads").direct_effect.values
 
-    def loudest(means):
+    def strongest(means):
         return {(1 + i // 3, i % 3) for i in np.argsort(-means.ravel())[:2].tolist()}
 
-    at = [loudest(effects[1:, :, :, p].mean(2)) for p in range(LENGTH - 1)]
-    where = next(p for p, found in enumerate(at) if found != loudest(effects[1:].mean((2, 3))))
+    at = [strongest(effects[1:, :, :, p].mean(2)) for p in range(LENGTH - 1)]
+    where = next(p for p, found in enumerate(at) if found != strongest(effects[1:].mean((2, 3))))
     counted = np.tile(np.arange(LENGTH - 1) == where, (PROMPTS, 1))
     choices = {"prompts": chosen(model, counted=counted), "layers": "1:", "param": {"count": 2}}
     ds = sr.run("neurons", model=model, out=tmp_path / "n.zarr", progress=False, **choices)

@@ -19,13 +19,13 @@ from far import Far
 from ndif_server import Ndif, missing
 from terminal import assert_same_numbers, resume_command
 
-from selfrepair_nn.execution.backends import only
-from selfrepair_nn.execution.flight import Flight
-from selfrepair_nn.execution.remote import ServedModel, greeting
+from selfrepair_nn.backends.local import only
+from selfrepair_nn.backends.ndif.faults import Fault
+from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
+from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
+from selfrepair_nn.backends.ndif.served import ServedModel, first_unit
+from selfrepair_nn.backends.ndif.server import Server
 from selfrepair_nn.models.load import describe, find, structure_only
-from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.ledger import Ledger, ledger_path, lines
-from selfrepair_nn.remote.server import Server
 
 REQUIRED = os.environ.get("SELFREPAIR_REQUIRE_SERVER") == "1"
 pytestmark = [
@@ -197,9 +197,9 @@ def test_a_server_that_builds_the_model_otherwise(ndif, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
     served = ServedModel(Server(ndif.url, 60), structure_only(describe(str(tmp_path)), None))
     served.key = served.key.replace(str(tmp_path), MODEL)
-    flight = Flight(served, Ledger(tmp_path / "x.jsonl", "run"), 1, 60)
+    flight = JobsInFlight(served, Ledger(tmp_path / "x.jsonl", "run"), 1, 60)
     with pytest.raises(Fault, match="other modules") as error:
-        only(flight, greeting(served.model.layout))
+        only(flight, first_unit(served.model.layout))
     print(f"architecture mismatch: {error.value}")
     assert "has no module at" in error.value.text
 

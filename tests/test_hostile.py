@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from terminal import selfrepair
 
 import selfrepair_nn as sr
+from selfrepair_nn.backends.local import tell
+from selfrepair_nn.backends.ndif.doctor import Finding
+from selfrepair_nn.backends.ndif.faults import Fault
+from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
 from selfrepair_nn.cli import _quiet_libraries
 from selfrepair_nn.errors import SelfRepairError, one_line
-from selfrepair_nn.execution.backends import tell
-from selfrepair_nn.execution.doctor import Finding
-from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.ledger import Ledger, ledger_path
 from selfrepair_nn.shown import line, shown
 from selfrepair_nn.store import Store, take_notes
 from selfrepair_nn.wording import legible
@@ -151,7 +151,7 @@ def test_words_of_servers_and_hubs(capsys):
 
 def test_what_doctor_is_told(monkeypatch):
     found = [Finding(HOSTILE, HOSTILE, False), Finding("models", HOSTILE)]
-    monkeypatch.setattr("selfrepair_nn.execution.doctor.doctor", lambda *a, **k: found)
+    monkeypatch.setattr("selfrepair_nn.backends.ndif.doctor.doctor", lambda *a, **k: found)
     ended = selfrepair("doctor")
     assert ended.out.count("\n") == 2
     assert_clean(ended.out)

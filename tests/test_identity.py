@@ -42,7 +42,7 @@ def run(tmp_path):
 
 def interrupted(run, model, monkeypatch):
     """The run, stopped after its first block."""
-    from selfrepair_nn.execution.filling import Filling
+    from selfrepair_nn.running.filling import Filling
 
     write = Filling._write
 

@@ -245,7 +245,7 @@ def nowhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["run", "plan", "plot", "report", "info", "jobs", "compare-paper"])
 def test_an_address_is_no_store(nowhere, monkeypatch, command, address):
     monkeypatch.setattr(
-        "selfrepair_nn.execution.experiment.describe", lambda *a: pytest.fail("looked at the model first")
+        "selfrepair_nn.layout.experiment.describe", lambda *a: pytest.fail("looked at the model first")
     )
     given = ["heads", "--out", address] if command in ("run", "plan") else [address]
     ended = selfrepair(command, *given)

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selfrepair_nn.errors import StoreError
-from selfrepair_nn.remote.history import history
-from selfrepair_nn.remote.ledger import (
+from selfrepair_nn.backends.ndif.history import history
+from selfrepair_nn.backends.ndif.ledger import (
     FAILED,
     FETCHED,
     GIVEN_UP,
@@ -20,6 +19,7 @@ from selfrepair_nn.remote.ledger import (
     ledger_path,
     lines,
 )
+from selfrepair_nn.errors import StoreError
 
 PART = "ablation, prompts 0 to 3"
 

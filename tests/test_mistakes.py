@@ -12,10 +12,10 @@ import xarray as xr
 from terminal import assert_same_numbers, ids, saved, selfrepair
 
 import selfrepair_nn as sr
+from selfrepair_nn.backends.ndif.history import history
+from selfrepair_nn.backends.ndif.ledger import SENDING, Ledger, ledger_path
 from selfrepair_nn.errors import SelfRepairError, UsageError
-from selfrepair_nn.execution.run import run
-from selfrepair_nn.remote.history import history
-from selfrepair_nn.remote.ledger import SENDING, Ledger, ledger_path
+from selfrepair_nn.running.run import run
 
 SAMPLE, SEED = 150, 7
 
@@ -58,7 +58,7 @@ def test_the_fuzzer_complains(place, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("selfrepair_nn.execution.preview.prepare", broken)
+    monkeypatch.setattr("selfrepair_nn.estimating.preview.prepare", broken)
     typed = fuzz._typed(["plan", "heads", "--model", place.model, "--prompts", place.prompts])
     called = fuzz._called("preview", sr.preview, (), lambda: {"model": place.model})
     assert "unexpected" in typed.try_it()
@@ -217,7 +217,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(choices, monkeypatch, tmp_pa
     def broken(*_, **__):
         raise ZeroDivisionError("a-secret-of-mine-123 by zero")
 
-    monkeypatch.setattr("selfrepair_nn.execution.run.prepare", broken)
+    monkeypatch.setattr("selfrepair_nn.running.run.prepare", broken)
     ended = selfrepair("run", "heads", *choices)
     assert (ended.code, ended.out) == (1, "")
     path = re.fullmatch(r"selfrepair: unexpected, please report it with what is in (.*)\n", ended.err)[1]

@@ -13,7 +13,7 @@ from selfrepair_nn import figures
 from selfrepair_nn.analysis import neurons as analysis
 from selfrepair_nn.analysis.recurrence import recurring
 from selfrepair_nn.errors import Incomplete, StoreError, UsageError
-from selfrepair_nn.execution import run as running
+from selfrepair_nn.running import run as running
 from selfrepair_nn.store import Store
 
 MODELS = ["gpt2", "neox-parallel", "llama-tied"]
@@ -285,7 +285,7 @@ def test_a_run_resumes_with_the_heads_it_found(wrapped, seeded, tmp_path, stored
         patch.setattr(Store, "write_prompts", once)
         with pytest.raises(Incomplete, match="1 of 3 units"):
             sr.run("neurons", **asked)
-    monkeypatch.setattr(running, "loudest", None)
+    monkeypatch.setattr(running, "strongest", None)
     xr.testing.assert_equal(sr.run("neurons", **asked).load(), stored("gpt2").load())
 
 
@@ -309,11 +309,11 @@ def test_more_heads_than_there_are_is_all_of_them(wrapped, seeded, tmp_path):
 
 def test_the_plan_says_how_many_are_ablated():
     plan = sr.preview("neurons", model="tiny-neox", param={"count": 3})
-    assert plan["ablated"].startswith("the 3 loudest of ")
+    assert plan["ablated"].startswith("the 3 strongest of ")
     assert plan["ablated_tokens"] == 3 * plan["tokens"] / 2
 
 
-@pytest.mark.parametrize("wrong", [{"loudest": 0}, {"loudest": 2, "ablate": ((sr.Mlp(1),),)}])
+@pytest.mark.parametrize("wrong", [{"strongest": 0}, {"strongest": 2, "ablate": ((sr.Mlp(1),),)}])
 def test_loudest_is_a_number_of_single_heads(wrong):
     with pytest.raises(UsageError, match="swept one by one"):
         sr.Graph(**{"ablate": sr.sweep([sr.Head(0, 0), sr.Head(1, 1)])} | wrong)

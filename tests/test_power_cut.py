@@ -223,7 +223,7 @@ def test_killed_by_the_system_at_writes_all_along_a_run(asked, tmp_path):
     named = (f"--{name.replace('_', '-')}={value}" for name, value in asked.items())
     command = ["run", "heads", *named]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nnsight.modeling.transformers", "selfrepair_nn.execution.run"])
+    context.set_forkserver_preload(["nnsight.modeling.transformers", "selfrepair_nn.running.run"])
 
     def run(store: Path, number: int) -> int:
         given = ([*command, "--out", str(store)], store.name, number, str(tmp_path / "count"))

@@ -23,15 +23,15 @@ from far import Far
 from terminal import assert_same_numbers, resume_command
 
 import selfrepair_nn as sr
-from selfrepair_nn.execution.backends import backend, only
-from selfrepair_nn.execution.experiment import prepare
-from selfrepair_nn.execution.flight import Flight
-from selfrepair_nn.execution.remote import ServedModel
-from selfrepair_nn.execution.sweep import Sweep, plans
-from selfrepair_nn.execution.units import Unit
+from selfrepair_nn.backends.local import backend, only
+from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
+from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
+from selfrepair_nn.backends.ndif.served import ServedModel
+from selfrepair_nn.backends.ndif.server import Server
+from selfrepair_nn.layout.experiment import prepare
+from selfrepair_nn.layout.sweep import Sweep, plans
+from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import describe, load, structure_only
-from selfrepair_nn.remote.ledger import Ledger, ledger_path, lines
-from selfrepair_nn.remote.server import Server
 from selfrepair_nn.variables import SWEPT
 
 pytestmark = pytest.mark.slow
@@ -256,7 +256,7 @@ def test_in_the_sandbox_a_job_reaches_no_weights(server, key, tmp_path, monkeypa
     source = str(server.place.models["local/tiny-neox"])
     served = ServedModel(Server(server.url, 60), structure_only(describe(source), None))
     served.key = served.key.replace(source, "local/tiny-neox")
-    flight = Flight(served, Ledger(tmp_path / "x.jsonl", "run"), 1, 60)
+    flight = JobsInFlight(served, Ledger(tmp_path / "x.jsonl", "run"), 1, 60)
     looking = Unit("look around", look_around, slice(0, 1), {}, lambda _: {}, {"hidden": (1,)})
     assert only(flight, looking)["hidden"] == (key == server.key)
 
@@ -362,7 +362,7 @@ def run_command(server, store):
 
 
 def assert_sent_once(store):
-    work = [each["part"] for each in sent(store) if not each["part"].startswith("greeting")]
+    work = [each["part"] for each in sent(store) if not each["part"].startswith("first job")]
     assert len(work) == len(set(work)), "a job was sent twice"
 
 

@@ -178,7 +178,7 @@ def test_interrupted_where_python_drops_exceptions(tmp_path, command, monkeypatc
 
 @pytest.mark.parametrize(
     "stage",
-    ["execution.run.prepare", "store.Store.create", "execution.run.loaded", "execution.filling.noise_floor"],
+    ["running.run.prepare", "store.Store.create", "running.run.loaded", "running.filling.noise_floor"],
 )
 def test_interrupted_before_the_first_unit(tmp_path, command, monkeypatch, stage):
     def interrupted(*_, **__):

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from terminal import ENVIRONMENT, selfrepair
 
 import selfrepair_nn as sr
+from selfrepair_nn.backends.ndif.faults import Fault
+from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
+from selfrepair_nn.backends.ndif.server import Server
 from selfrepair_nn.errors import SelfRepairError, one_line
-from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.ledger import Ledger, ledger_path
-from selfrepair_nn.remote.secrets import hidden, hub_token, ndif_key
-from selfrepair_nn.remote.server import Server
+from selfrepair_nn.secrets import hidden, hub_token, ndif_key
 from selfrepair_nn.store import Store
 
 KEY = "Pl4nted+key/with\"quotes'&more%of=it"
@@ -237,7 +237,7 @@ PROBLEMS = {
     ("address", "name"), zip(PROBLEMS, cycle(["HTTP_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]))
 )
 def test_a_proxy_that_cannot_work(monkeypatch, tmp_path, name, address):
-    monkeypatch.setattr("selfrepair_nn.remote.settings.find_spec", lambda package: None)
+    monkeypatch.setattr("selfrepair_nn.settings.find_spec", lambda package: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.socket.connect", reached)
     monkeypatch.setenv(name, address)

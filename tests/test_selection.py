@@ -17,9 +17,9 @@ from selfrepair_nn import figures
 from selfrepair_nn.analysis import by_head, by_layer, top_share
 from selfrepair_nn.confidence import CLUSTERS, Tally, clusters_of
 from selfrepair_nn.errors import Incomplete, UsageError
-from selfrepair_nn.execution.rounds import schedule
-from selfrepair_nn.execution.units import Unit
+from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import wrap
+from selfrepair_nn.running.rounds import schedule
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.passes import against, of_rows
 from selfrepair_nn.tracing.rows import passes
@@ -154,10 +154,10 @@ def test_rows_end_after_what_is_wanted_and_others_are_left_out():
 def test_every_prompt_under_every_case_needs_no_copy_of_what_is_kept():
     """Shortened rows too: the same as gathering it row by row."""
     kept, x = torch.randn(3, 7, 2), torch.randn(6, 4, 2)
-    riding = {"whole": True, "length": 4, "prompts": torch.tensor([0, 1, 2, 0, 1, 2])}
-    gathered = x * of_rows(kept, riding["prompts"], riding)
-    assert torch.equal(against(torch.mul, x, kept, riding), gathered)
-    assert torch.equal(against(torch.mul, x, kept, riding | {"whole": False}), gathered)
+    batch = {"whole": True, "length": 4, "prompts": torch.tensor([0, 1, 2, 0, 1, 2])}
+    gathered = x * of_rows(kept, batch["prompts"], batch)
+    assert torch.equal(against(torch.mul, x, kept, batch), gathered)
+    assert torch.equal(against(torch.mul, x, kept, batch | {"whole": False}), gathered)
 
 
 def test_less_is_ablated(asked, tmp_path, monkeypatch):

@@ -18,12 +18,12 @@ from filelock import FileLock
 from terminal import ENVIRONMENT, Process, assert_same_numbers, done, ids, saved, selfrepair
 
 import selfrepair_nn as sr
+from selfrepair_nn.backends.local import out_of_memory
 from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageError
-from selfrepair_nn.execution import packing
-from selfrepair_nn.execution.backends import out_of_memory
-from selfrepair_nn.execution.workers import device_of
+from selfrepair_nn.layout import packing
 from selfrepair_nn.models.architectures import Structure
 from selfrepair_nn.models.load import wrap
+from selfrepair_nn.running.workers import device_of
 
 PROMPTS, BATCH = 24, 2
 
@@ -128,7 +128,7 @@ def test_an_interrupted_run_keeps_the_blocks_under_way(choices, alone, tmp_path)
 
 
 def test_workers_that_cannot_even_begin(choices, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfrepair_nn.execution.workers._begin", os.abort)
+    monkeypatch.setattr("selfrepair_nn.running.workers._begin", os.abort)
     with pytest.raises(Incomplete, match=r"died 4 times before they had done anything: .* choose fewer"):
         sr.run(out=tmp_path / "s.zarr", workers=2, **choices)
 
@@ -163,7 +163,7 @@ def test_ctrl_c_while_workers_start(choices, alone, tmp_path):
 
 def test_why_workers_cannot_begin(choices, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "selfrepair_nn.execution.workers.fitting_threads", lambda *given: "no number of threads"
+        "selfrepair_nn.running.workers.fitting_threads", lambda *given: "no number of threads"
     )
     with pytest.raises(
         SelfRepairError, match=r"a worker cannot begin: RuntimeError: .*expects an int"

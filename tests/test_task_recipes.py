@@ -164,7 +164,7 @@ def test_a_finished_run_is_resumed_with_the_heads_that_were_found(wrapped, tmp_p
 
 
 def test_what_follows_needs_the_loudest_heads():
-    with pytest.raises(UsageError, match="loudest="):
+    with pytest.raises(UsageError, match="strongest="):
         Graph(ablate=sweep((sr.Head(0, 0),)), then=lambda heads: [heads])
 
 

@@ -13,8 +13,8 @@ from numpy.testing import assert_array_equal
 import selfrepair_nn as sr
 from selfrepair_nn import tracing
 from selfrepair_nn.components import Head
-from selfrepair_nn.execution.plan import Work
 from selfrepair_nn.graph import Graph, sweep
+from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 
@@ -164,15 +164,13 @@ def test_several_heads_ride_in_one_pass(wrapped, seeded, name, replacement):
     """Whole passes: the clean one, the partners', the probe, and as many as `rows` makes of the heads of each layer."""
     model, ids = wrapped(name), seeded(name)
     heads = tuple(Head(layer, h) for layer in range(3) for h in range(model.structure.n_heads))
-    for riding in (1, 2, 3, 10**3):
-        calls, rows = work(model, ids, sweep(heads), riding * ids.size, replacement)
-        ablated = 3 * -(-model.structure.n_heads // min(riding, model.structure.n_heads))
+    for batch in (1, 2, 3, 10**3):
+        calls, rows = work(model, ids, sweep(heads), batch * ids.size, replacement)
+        ablated = 3 * -(-model.structure.n_heads // min(batch, model.structure.n_heads))
         clean = 2 if replacement == "resample" else 1
         assert calls[""] == clean + 1 + ablated
         graph = Graph(ablate=sweep(heads), replacement=replacement)
-        planned = Work(
-            None, {"": graph}, model.structure, len(ids), ids.shape[1], len(ids), riding * ids.size
-        )
+        planned = Work(None, {"": graph}, model.structure, len(ids), ids.shape[1], len(ids), batch * ids.size)
         assert planned.cost("float32")["passes"] == ablated
         # the last layer's MLP does all clean rows, one of the probe, and those of every head that reaches it
         reached = len(heads) - (model.structure.n_heads if model.structure.parallel else 0)

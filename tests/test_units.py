@@ -7,12 +7,12 @@ import families
 import numpy as np
 import pytest
 import torch
-from fake_line import assert_right, computed, described, unit
+from fake_service import assert_right, computed, described, unit
 
 from selfrepair_nn.components import select_heads
 from selfrepair_nn.equations import DERIVED, complete
-from selfrepair_nn.execution.units import Unit, ablation_shapes
 from selfrepair_nn.graph import Graph, Reinforce, sweep
+from selfrepair_nn.layout.units import Unit, ablation_shapes
 from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 

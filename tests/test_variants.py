@@ -294,7 +294,7 @@ def test_only_what_is_chosen_is_ablated(recipe):
     if recipe != "layer_position":
         assert {case[0].layer for graph in late.graphs.values() for case in graph.ablate} == {4, 5}
         few = 4 if recipe in ("freeze_norms", "path_patching") else None
-        assert {graph.loudest for graph in late.graphs.values()} == {few}
+        assert {graph.strongest for graph in late.graphs.values()} == {few}
 
 
 def test_freezing_adds_to_what_is_frozen():

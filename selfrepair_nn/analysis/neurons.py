@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.checks import HEADS, of_heads, percent, share_of
-from selfrepair_nn.analysis.noise import COUNT, loudest
+from selfrepair_nn.analysis.noise import COUNT, strongest
 from selfrepair_nn.analysis.recurrence import recurring
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, batches, clusters, entry_tally
@@ -184,7 +184,7 @@ def _top_tokens(
     share = share_of(ds, share)
     _check_neurons(ds, share if by == "direct_effect" else 0)
     heads, done = by_head(ds, share), done_cases(ds)
-    cases = loudest(heads, count)
+    cases = strongest(heads, count)
     done[np.setdiff1d(np.arange(len(done)), cases)] = False
     _, top = direct_effects(ds, done, share, by)
     ranks = np.zeros(len(done), int)

@@ -41,7 +41,7 @@ def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) 
     ds = of_heads(ds)
     share = share_of(ds, share)
     heads = by_head(ds, share)
-    cases = loudest(heads, count)
+    cases = strongest(heads, count)
     names = ("direct_effect", "logit_change")
     done = done_cases(ds)[cases, :, None] & counted_tokens(ds)
     effect, change = (tokens_of(ds, name, cases) for name in names)
@@ -62,7 +62,7 @@ def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) 
     return _describe(xr.Dataset(found, attrs=heads.attrs))
 
 
-def loudest(heads: xr.Dataset, count: int) -> np.ndarray:
+def strongest(heads: xr.Dataset, count: int) -> np.ndarray:
     """The cases of the heads that `token_noise` takes, the largest mean direct effect first: [rank]."""
     known = (heads.tokens > 0).values
     if known.sum() > count:

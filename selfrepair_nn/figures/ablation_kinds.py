@@ -1,4 +1,4 @@
-"""Direct effect against logit change of the loudest late head, under each kind of ablation (the paper's Figure 5)."""
+"""Direct effect against logit change of the strongest late head, under each kind of ablation (the paper's Figure 5)."""
 
 import numpy as np
 import xarray as xr

@@ -1,4 +1,4 @@
-"""What variants change of the loudest heads' self-repair against the first variant, one by one."""
+"""What variants change of the strongest heads' self-repair against the first variant, one by one."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""How freezing each later norm changes the self-repair of the loudest heads (section 5.2)."""
+"""How freezing each later norm changes the self-repair of the strongest heads (section 5.2)."""
 
 from matplotlib.figure import Figure
 

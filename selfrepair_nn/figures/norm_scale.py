@@ -1,4 +1,4 @@
-"""The final norm's scale under each kind of ablation, on the loudest heads' top tokens (Figures 4, 17, 18)."""
+"""The final norm's scale under each kind of ablation, on the strongest heads' top tokens (Figures 4, 17, 18)."""
 
 import xarray as xr
 from matplotlib.figure import Figure

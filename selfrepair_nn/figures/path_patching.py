@@ -1,4 +1,4 @@
-"""What each later part repairs of the loudest heads when it alone may react to them: path patching (section 5.2)."""
+"""What each later part repairs of the strongest heads when it alone may react to them: path patching (section 5.2)."""
 
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Direct effect against logit change on single tokens, for the loudest late heads (the paper's Figure 3)."""
+"""Direct effect against logit change on single tokens, for the strongest late heads (the paper's Figure 3)."""
 
 import numpy as np
 import xarray as xr

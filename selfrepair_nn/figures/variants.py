@@ -1,4 +1,4 @@
-"""Self-repair of the loudest heads under each variant of a store, whatever its variants are."""
+"""Self-repair of the strongest heads under each variant of a store, whatever its variants are."""
 
 import numpy as np
 import xarray as xr

@@ -20,7 +20,7 @@ from selfrepair_nn.models.model import (
 )
 from selfrepair_nn.models.tokenizer import SAFE, load_tokenizer
 from selfrepair_nn.paths import require_possible
-from selfrepair_nn.remote.settings import require_hub
+from selfrepair_nn.settings import require_hub
 
 EMBEDDED = {
     "tiny-neox": "2M parameters, 8 layers x 8 heads, parallel attention and MLP, LayerNorm (Pythia's architecture)",

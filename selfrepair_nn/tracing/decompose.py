@@ -39,14 +39,14 @@ def clean_readout(clean, probed, plan):
     return state
 
 
-def ablated_readout(changes, riding, clean, probed, state, plan):
+def ablated_readout(changes, batch, clean, probed, state, plan):
     """The stored quantities of one pass: [row, position] each."""
 
     def of(x):
-        return of_rows(x, riding["prompts"], riding)
+        return of_rows(x, batch["prompts"], batch)
 
     scale, direction = of(state["norm_scale"]), of(probed["direction"])
-    effects = _effects(changes, riding, state["norm_scale"])
+    effects = _effects(changes, batch, state["norm_scale"])
     before, after = (_in_rows(effects, which) for which in (0, 1))
     heads = sum((x.sum(-1) / scale for x in changes["heads"].values()), torch.zeros_like(before))
     mlps = sum((x / scale for x in changes["mlps"].values()), torch.zeros_like(before))
@@ -59,19 +59,19 @@ def ablated_readout(changes, riding, clean, probed, state, plan):
         "ablated_direct_effect": after,
         "logit_change": _rescaled(of(state["effects"]), change / scale, scale, ablated_scale),
         "mean_logit_change": _rescaled(of(state["mean_effects"]), mean_change / scale, scale, ablated_scale),
-        "from_heads": heads - _own_seen(effects, riding, ("head",)),
-        "from_mlps": mlps - _own_seen(effects, riding, ("mlp", "neuron")),
+        "from_heads": heads - _own_seen(effects, batch, ("head",)),
+        "from_mlps": mlps - _own_seen(effects, batch, ("mlp", "neuron")),
         "ablated_norm_scale": ablated_scale,
     }
     if plan["residual_norm"]:
         out["ablated_residual_norm"] = final.norm(dim=-1)
     if plan["replacement"]["kind"] == "reinforce":
-        inserted = [of_rows(case["inserted"], at, riding) for case, at in riding["cases"]]
+        inserted = [of_rows(case["inserted"], at, batch) for case, at in batch["cases"]]
         out["inserted_direct_effect"] = torch.cat(inserted) / scale
     if plan["record"] == "full":
-        out["component_change"] = _component_changes(changes, riding, effects, scale, state, plan)
+        out["component_change"] = _component_changes(changes, batch, effects, scale, state, plan)
     if plan["neurons"] is not None:
-        out |= _neuron_changes(changes, riding, effects, scale, state, plan)
+        out |= _neuron_changes(changes, batch, effects, scale, state, plan)
     return out
 
 
@@ -80,20 +80,20 @@ def _rescaled(effects, change, scale, ablated_scale):
     return (scale / ablated_scale - 1) * (effects + change) + change
 
 
-def _effects(changes, riding, scale):
+def _effects(changes, batch, scale):
     """Direct effect of each site of each case before and after, in logits, in the rows of the case.
 
     Returns [{site: (before, after)}], [row of the case, position] each. A reinforced head is not replaced: its effect
     afterwards is what its pass showed.
     """
     found, first = [], 0
-    for case, prompts in riding["cases"]:
+    for case, prompts in batch["cases"]:
         own, rows = {}, slice(first, first + len(prompts))
         for site, pair in case["effects"].items():
-            before, after = (of_rows(x / scale, prompts, riding) for x in pair)
+            before, after = (of_rows(x / scale, prompts, batch) for x in pair)
             if "inserted" in case:
                 change = changes["heads"][site[1]][rows, :, site[2]]
-                after = before + change / of_rows(scale, prompts, riding)
+                after = before + change / of_rows(scale, prompts, batch)
             own[site] = (before, after)
         found.append(own)
         first = rows.stop
@@ -105,10 +105,10 @@ def _in_rows(effects, which):
     return torch.cat([sum(pair[which] for pair in own.values()) for own in effects])
 
 
-def _own_seen(effects, riding, kinds):
+def _own_seen(effects, batch, kinds):
     """The part of the measured changes of heads or MLPs that belongs to the ablated sites themselves: [row, …]."""
     sums = []
-    for (case, _), own in zip(riding["cases"], effects, strict=True):
+    for (case, _), own in zip(batch["cases"], effects, strict=True):
         nothing = torch.zeros_like(next(iter(own.values()))[0])
         seen = [
             after - before
@@ -119,7 +119,7 @@ def _own_seen(effects, riding, kinds):
     return torch.cat(sums)
 
 
-def _component_changes(changes, riding, effects, scale, state, plan):
+def _component_changes(changes, batch, effects, scale, state, plan):
     """Every component's change of direct effect: [row, position, component]."""
     index = _component_index(plan)
     out = scale.new_zeros(*scale.shape, len(index))
@@ -129,13 +129,13 @@ def _component_changes(changes, riding, effects, scale, state, plan):
     for layer, x in changes["mlps"].items():
         out[..., index["mlp", layer]] = x / scale
     first = 0
-    for (case, prompts), own in zip(riding["cases"], effects, strict=True):
+    for (case, prompts), own in zip(batch["cases"], effects, strict=True):
         rows = slice(first, first + len(prompts))
         first = rows.stop
         for site, (before, after) in own.items():
             if site[0] == "layers":
                 gone = [i for name, i in index.items() if name[1] in range(site[1], site[2])]
-                kept = of_rows(state["component_effects"], prompts, riding)
+                kept = of_rows(state["component_effects"], prompts, batch)
                 out[rows, :, gone] = -kept[..., gone]
             elif site in case["new"] or "inserted" in case:
                 continue
@@ -171,19 +171,19 @@ def component_effects(embedded, clean, probed, state, plan):
     return torch.stack(effects, -1) / scale[..., None]
 
 
-def _neuron_changes(changes, riding, effects, scale, state, plan):
+def _neuron_changes(changes, batch, effects, scale, state, plan):
     """What the recorded MLP and its neurons changed; the most repairing neurons of each token by name.
 
     Where the pass begins above them, only what the case itself ablates of them changed.
     """
     layer = plan["neurons"]
-    clean = of_rows(state["neuron_effects"], riding["prompts"], riding)
+    clean = of_rows(state["neuron_effects"], batch["prompts"], batch)
     if layer in changes["mlps"]:
         change, whole = changes["neurons"] / scale[..., None], changes["mlps"][layer] / scale
     else:
         change, whole = torch.zeros_like(clean), torch.zeros_like(scale)
         first = 0
-        for (_, prompts), own in zip(riding["cases"], effects, strict=True):
+        for (_, prompts), own in zip(batch["cases"], effects, strict=True):
             rows = slice(first, first + len(prompts))
             first = rows.stop
             for site, (before, after) in own.items():
@@ -191,7 +191,7 @@ def _neuron_changes(changes, riding, effects, scale, state, plan):
                     change[rows, :, site[2]] = after - before
                     whole[rows] += after - before
                 elif site[0] == "layers" and layer in range(site[1], site[2]):
-                    gone = of_rows(state["mlp_direct_effect"], prompts, riding)
+                    gone = of_rows(state["mlp_direct_effect"], prompts, batch)
                     change[rows], whole[rows] = -clean[rows], -gone
     most, which = change.topk(min(plan["ranks"], change.shape[-1]))
     return {

@@ -12,7 +12,7 @@ from selfrepair_nn.tracing.decompose import (
 )
 from selfrepair_nn.tracing.passes import ablated_pass, attention_paid, clean_pass, embeddings
 from selfrepair_nn.tracing.probes import probe
-from selfrepair_nn.tracing.readouts import home, norm_scale, widen
+from selfrepair_nn.tracing.readouts import norm_scale, to_cpu, widen
 from selfrepair_nn.tracing.rows import gathered, passes
 
 LARGE = ("component_change", "neuron_change", "neuron_direct_effect")
@@ -56,23 +56,23 @@ def ablation_job(model, arrays, plan, tick=None):
         state["component_effects"] = component_effects(embedded, clean, probed, state, plan)
     source = sources(model, plan, arrays, clean, cases)
     found, where, ready = [], None, {}
-    for riding in passes(cases, plan, tokens, arrays.get("wanted")):
-        if where != (riding["start"], riding["inside"]):
-            where, ready = (riding["start"], riding["inside"]), {}
-        for index, _ in riding["cases"]:
+    for batch in passes(cases, plan, tokens, arrays.get("wanted")):
+        if where != (batch["start"], batch["inside"]):
+            where, ready = (batch["start"], batch["inside"]), {}
+        for index, _ in batch["cases"]:
             if index not in ready:
                 ready[index] = prepare(model, plan, arrays, clean, source, probed, cases[index])
-        prepared = riding | {"cases": [(ready[index], prompts) for index, prompts in riding["cases"]]}
+        prepared = batch | {"cases": [(ready[index], prompts) for index, prompts in batch["cases"]]}
         changes = ablated_pass(model, plan, tokens, clean, probed, prepared)
         results = _with_next(ablated_readout(changes, prepared, clean, probed, state, plan), tokens)
-        found.append((riding, *_split(results, riding, arrays, tokens)))
+        found.append((batch, *_split(results, batch, arrays, tokens)))
         if tick is not None:
-            tick(len(riding["prompts"]))
+            tick(len(batch["prompts"]))
     out = _with_next(_of_clean_run(state, probed), tokens)
     out |= gathered(found, len(tokens), tokens.shape[1] - 1, len(cases))
     if plan["attention"]:
         out["attention"] = _attention(model, plan, tokens, clean, cases)
-    return home(out)
+    return to_cpu(out)
 
 
 def _with_next(found, tokens):
@@ -148,20 +148,20 @@ def _to_the_end(targets):
     return torch.cat([targets, targets[:, -1:]], 1)
 
 
-def _split(results, riding, arrays, tokens):
+def _split(results, batch, arrays, tokens):
     """The results of a pass; and, where thresholds are given, of the large ones only counted tokens that reach them.
 
     Returns ({name: [row, position, …]}, {name: [token, …]}, the tokens' places in [case, prompt, position]).
     """
     if "thresholds" not in arrays:
         return results, {}, None
-    cases = torch.cat([torch.full((len(p),), i) for i, p in riding["cases"]])
+    cases = torch.cat([torch.full((len(p),), i) for i, p in batch["cases"]])
     effect = results["direct_effect"]
     top = effect >= arrays["thresholds"][cases, None].to(effect.device)
     if "counted" in arrays:
-        top &= arrays["counted"].to(top.device)[riding["prompts"].to(top.device), : top.shape[1]]
+        top &= arrays["counted"].to(top.device)[batch["prompts"].to(top.device), : top.shape[1]]
     row, position = top.nonzero(as_tuple=True)
-    rows = (cases * tokens.shape[0] + riding["prompts"]).to(row.device)
+    rows = (cases * tokens.shape[0] + batch["prompts"]).to(row.device)
     few = {name: results.pop(name)[top] for name in LARGE if name in results}
     return results, few, rows[row] * tokens.shape[1] + position
 

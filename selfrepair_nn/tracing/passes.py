@@ -142,7 +142,7 @@ def _values(out, plan):
     return out.unflatten(-1, (-1, width))
 
 
-def ablated_pass(model, plan, tokens, clean, probed, riding):
+def ablated_pass(model, plan, tokens, clean, probed, batch):
     """One forward pass in which every row is one case on one prompt.
 
     All cases begin at the same place: the layers below are skipped, and the pass takes up the clean residual stream
@@ -154,98 +154,98 @@ def ablated_pass(model, plan, tokens, clean, probed, riding):
         clean: what `clean_pass` kept of these tokens.
         probed: what `probe` found, with "query" {layer: [prompt, position, heads * d_head]}, the target directions
             pulled back through each output projection, and "neuron_query" likewise.
-        riding: what `rows.passes` gives, with its cases as `cases.prepare` gives them.
+        batch: what `rows.passes` gives, with its cases as `cases.prepare` gives them.
 
     Returns a dict of changes of ⟨x_c, d_t⟩ (not yet divided by S), over the rows of the pass:
         heads {layer: [row, position, heads]}, mlps {layer: [row, position]}, neurons [row, position, neurons],
         final [row, position, d_model].
     """
     count = plan["model"]["n_layers"]
-    start, inside = riding["start"], riding["inside"]
-    rows = riding["tokens"]
-    written = torch.cat([of_rows(case["written"], at, riding) for case, at in riding["cases"]])
+    start, inside = batch["start"], batch["inside"]
+    rows = batch["tokens"]
+    written = torch.cat([of_rows(case["written"], at, batch) for case, at in batch["cases"]])
     with torch.no_grad(), model.trace(rows, use_cache=False, logits_to_keep=no_logits()):
         changes = save({"heads": {}, "mlps": {}})
-        taken_up = of_rows(clean["input"][start], riding["prompts"], riding)
+        taken_up = of_rows(clean["input"][start], batch["prompts"], batch)
         if start or not inside:
             _take_up(model, plan, start, taken_up if inside else taken_up + written)
         for layer in range(start, count):
             if layer == start and inside:
-                attention = against(torch.add, written, clean["attention"][start], riding)
+                attention = against(torch.add, written, clean["attention"][start], batch)
                 part(model, plan, start, "attention_norm").skip(_stub(taken_up))
                 part(model, plan, start, "attention").skip((attention, None))
             else:
-                _freeze_norm(model, plan, clean, probed, layer, "attention", riding)
-                _through_heads(model, plan, clean, probed, layer, riding, changes)
-            _freeze_norm(model, plan, clean, probed, layer, "mlp", riding)
-            _through_mlp(model, plan, clean, probed, layer, riding, changes)
+                _freeze_norm(model, plan, clean, probed, layer, "attention", batch)
+                _through_heads(model, plan, clean, probed, layer, batch, changes)
+            _freeze_norm(model, plan, clean, probed, layer, "mlp", batch)
+            _through_mlp(model, plan, clean, probed, layer, batch, changes)
         changes["final"] = place(model, plan, "final_norm").input
     return changes
 
 
-def of_rows(x, prompts, riding):
+def of_rows(x, prompts, batch):
     """What belongs to each row, from x [prompt, position, …]."""
-    return x[:, : riding["length"]].index_select(0, prompts.to(x.device))
+    return x[:, : batch["length"]].index_select(0, prompts.to(x.device))
 
 
-def against(operation, x, kept, riding):
+def against(operation, x, kept, batch):
     """operation(x, what belongs to each row of `kept`) for x [row, position, …] and kept [prompt, position, …].
 
     The same as with `of_rows`, without its copy where every case rides on every prompt.
     """
-    if riding["whole"]:
-        return operation(x.unflatten(0, (-1, len(kept))), kept[:, : riding["length"]]).flatten(0, 1)
-    return operation(x, of_rows(kept, riding["prompts"], riding))
+    if batch["whole"]:
+        return operation(x.unflatten(0, (-1, len(kept))), kept[:, : batch["length"]]).flatten(0, 1)
+    return operation(x, of_rows(kept, batch["prompts"], batch))
 
 
-def _through_heads(model, plan, clean, probed, layer, riding, changes):
+def _through_heads(model, plan, clean, probed, layer, batch, changes):
     """Replace heads, or freeze them, and read what changed."""
     z = part(model, plan, layer, "output_projection").input
     split, first = per_head(z, plan), 0
-    for case, prompts in riding["cases"]:
+    for case, prompts in batch["cases"]:
         rows = slice(first, first + len(prompts))
         first = rows.stop
         frozen = [h for h in plan["frozen_heads"].get(layer, ()) if ("head", layer, h) not in case["sites"]]
         if frozen:
-            split[rows, :, frozen] = per_head(of_rows(clean["z"][layer], prompts, riding), plan)[:, :, frozen]
-    for rows, site, new in _here(riding, "head", layer):
+            split[rows, :, frozen] = per_head(of_rows(clean["z"][layer], prompts, batch), plan)[:, :, frozen]
+    for rows, site, new in _here(batch, "head", layer):
         split[rows, :, site[2]] = new.to(z.dtype)
-    change = widen(against(torch.sub, z, clean["z"][layer], riding))
-    effects = against(torch.mul, change, probed["query"][layer], riding)
+    change = widen(against(torch.sub, z, clean["z"][layer], batch))
+    effects = against(torch.mul, change, probed["query"][layer], batch)
     changes["heads"][layer] = per_head(effects, plan).sum(-1)
 
 
-def _through_mlp(model, plan, clean, probed, layer, riding, changes):
+def _through_mlp(model, plan, clean, probed, layer, batch, changes):
     """Replace neurons and MLPs, or freeze them, and read what changed."""
-    rows, prompts = riding["tokens"], riding["prompts"]
-    edited = any(site[:2] == ("neuron", layer) for case, _ in riding["cases"] for site in case["new"])
+    rows, prompts = batch["tokens"], batch["prompts"]
+    edited = any(site[:2] == ("neuron", layer) for case, _ in batch["cases"] for site in case["new"])
     frozen = layer in plan["frozen_mlps"]
     if edited or plan["neurons"] == layer:
         hidden = _hidden(model, plan, layer, rows)
         if frozen:
-            hidden[:] = of_rows(clean["hidden"][layer], prompts, riding)
-        for at, site, new in _here(riding, "neuron", layer):
+            hidden[:] = of_rows(clean["hidden"][layer], prompts, batch)
+        for at, site, new in _here(batch, "neuron", layer):
             hidden[at, :, site[2]] = new.to(hidden.dtype)
         if plan["neurons"] == layer:
-            change = widen(against(torch.sub, hidden, clean["hidden"][layer], riding))
-            changes["neurons"] = against(torch.mul, change, probed["neuron_query"][layer], riding)
+            change = widen(against(torch.sub, hidden, clean["hidden"][layer], batch))
+            changes["neurons"] = against(torch.mul, change, probed["neuron_query"][layer], batch)
     out = part(model, plan, layer, "mlp").output
     shaped = _like_rows(out, rows)
     if frozen and not edited:
-        shaped[:] = of_rows(clean["mlp"][layer], prompts, riding)
-    for at, _, new in _here(riding, "mlp", layer):
+        shaped[:] = of_rows(clean["mlp"][layer], prompts, batch)
+    for at, _, new in _here(batch, "mlp", layer):
         shaped[at] = new.to(out.dtype)
-    change = widen(against(torch.sub, shaped, clean["mlp"][layer], riding))
-    changes["mlps"][layer] = against(torch.mul, change, probed["direction"], riding).sum(-1)
+    change = widen(against(torch.sub, shaped, clean["mlp"][layer], batch))
+    changes["mlps"][layer] = against(torch.mul, change, probed["direction"], batch).sum(-1)
 
 
-def _here(riding, kind, layer):
+def _here(batch, kind, layer):
     """The replacements of a kind of site in a layer: (rows of the case, site, what replaces it in each row)."""
     first = 0
-    for case, prompts in riding["cases"]:
+    for case, prompts in batch["cases"]:
         for site, new in case["new"].items():
             if site[:2] == (kind, layer):
-                yield slice(first, first + len(prompts)), site, of_rows(new, prompts, riding)
+                yield slice(first, first + len(prompts)), site, of_rows(new, prompts, batch)
         first += len(prompts)
 
 
@@ -265,12 +265,12 @@ def _stub(x):
     return x[:, :1, :1].clone()
 
 
-def _freeze_norm(model, plan, clean, probed, layer, before, riding):
+def _freeze_norm(model, plan, clean, probed, layer, before, batch):
     """Give a norm's output the clean scale: what it divides by does not react."""
     if [layer, before] not in plan["frozen_norms"]:
         return
     norm = part(model, plan, layer, f"{before}_norm")
-    kept = of_rows(clean[f"{before}_scale"][layer], riding["prompts"], riding).flatten()
+    kept = of_rows(clean[f"{before}_scale"][layer], batch["prompts"], batch).flatten()
     ratio = (norm_scale(norm.input, plan).flatten() / kept)[:, None]
     out, bias = norm.output, probed["norm_bias"][layer, before]
     flat = widen(out).reshape(-1, out.shape[-1])

@@ -28,7 +28,7 @@ def centre(x, plan):
     return x - x.mean(-1, keepdim=True) if plan["model"]["centred_norm"] else x
 
 
-def home(found):
+def to_cpu(found):
     """Tensors by name, on the CPU: from a GPU all at once, through pinned memory."""
     out = {name: value.cpu() for name, value in found.items() if not value.is_cuda}
     for name, value in found.items():

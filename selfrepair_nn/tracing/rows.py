@@ -46,13 +46,13 @@ def _by_entrance(cases, plan):
 
 def _pass(where, rows, group, tokens, longest):
     case, prompts = rows // len(tokens), rows % len(tokens)
-    riding = [(group[i], prompts[case == i]) for i in case.unique().tolist()]
+    batch = [(group[i], prompts[case == i]) for i in case.unique().tolist()]
     return {
         "start": where[0],
         "inside": where[1],
-        "cases": riding,
+        "cases": batch,
         "prompts": prompts,
-        "whole": all(len(own) == len(tokens) for _, own in riding),
+        "whole": all(len(own) == len(tokens) for _, own in batch),
         "tokens": tokens[prompts.to(tokens.device), :longest],
         "length": longest,
     }
@@ -65,14 +65,14 @@ def gathered(found, prompts, positions, cases):
     come back as [token, …], in the order of case, prompt and position.
     """
     out = {}
-    for riding, results, _, _ in found:
-        case = torch.cat([torch.full((len(p),), i) for i, p in riding["cases"]])
+    for batch, results, _, _ in found:
+        case = torch.cat([torch.full((len(p),), i) for i, p in batch["cases"]])
         for name, value in results.items():
             if name not in out:
                 blank = float("nan") if value.is_floating_point() else -1
                 shape = (cases, prompts, positions, *value.shape[2:])
                 out[name] = torch.full(shape, blank, dtype=value.dtype, device=value.device)
-            out[name][case, riding["prompts"], : value.shape[1]] = value
+            out[name][case, batch["prompts"], : value.shape[1]] = value
     order = torch.cat([places for *_, places in found]).argsort() if found and found[0][2] else None
     for name in found[0][2] if found else ():
         out[name] = torch.cat([few[name] for _, _, few, _ in found])[order]

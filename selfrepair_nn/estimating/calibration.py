@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from selfrepair_nn.execution.backends import Backend, backend, loaded, only
-from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.sweep import Sweep, plans
-from selfrepair_nn.execution.units import Unit
+from selfrepair_nn.backends.local import Backend, backend, loaded, only
+from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.layout.sweep import Sweep, plans
+from selfrepair_nn.layout.units import Unit
 
 CASES = 8
 """Ablated in the largest of the jobs."""
@@ -44,8 +44,8 @@ def trial(experiment: Experiment) -> Iterator[Backend]:
     if not experiment.options.served:
         yield backend(experiment.options.backend, model)
         return
-    from selfrepair_nn.execution.remote import connected
-    from selfrepair_nn.remote.ledger import Ledger
+    from selfrepair_nn.backends.ndif.ledger import Ledger
+    from selfrepair_nn.backends.ndif.served import connected
 
     with TemporaryDirectory() as folder:
         yield connected(experiment.options, model, Ledger(Path(folder) / "jobs.jsonl", "trial"))[0]

@@ -3,8 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from selfrepair_nn.remote.faults import KINDS, brief
-from selfrepair_nn.remote.ledger import (
+from selfrepair_nn.backends.ndif.faults import KINDS, brief
+from selfrepair_nn.backends.ndif.ledger import (
     FAILED,
     FETCHED,
     GIVEN_UP,

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.plan import Work
-from selfrepair_nn.execution.sweep import Sweep, plans
-from selfrepair_nn.execution.units import Shapes, Unit
+from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.layout.plan import Work
+from selfrepair_nn.layout.sweep import Sweep, plans
+from selfrepair_nn.layout.units import Shapes, Unit
 from selfrepair_nn.models.load import structure_only
 
 READ = 2
@@ -30,7 +30,7 @@ def traffic(experiment: Experiment) -> dict[str, int]:
     A request's size is measured on the first one, which is put together but not sent. Results are counted before
     compression, and as if every token were a top token where only those come back.
     """
-    from selfrepair_nn.execution.remote import packed
+    from selfrepair_nn.backends.ndif.served import packed
 
     model = structure_only(experiment.description, experiment.tokenizer)
     limits = np.zeros(len(experiment.graph.ablate)) if experiment.shared else None

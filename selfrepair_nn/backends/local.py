@@ -8,8 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 from selfrepair_nn.errors import SelfRepairError
-from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.units import Unit
+from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import load_described, structure_only
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import BACKENDS

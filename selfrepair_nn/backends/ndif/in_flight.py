@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from selfrepair_nn.backends.ndif.faults import KINDS, Fault, job_fault
+from selfrepair_nn.backends.ndif.ledger import FAILED, FETCHED, GIVEN_UP, SENDING, SENT, SPLIT, TAKEN, Ledger
+from selfrepair_nn.backends.ndif.server import Answer, pause_before
 from selfrepair_nn.errors import Incomplete
-from selfrepair_nn.execution.units import Unit
-from selfrepair_nn.remote.faults import KINDS, Fault, job_fault
-from selfrepair_nn.remote.ledger import FAILED, FETCHED, GIVEN_UP, SENDING, SENT, SPLIT, TAKEN, Ledger
-from selfrepair_nn.remote.server import Answer, pause_before
+from selfrepair_nn.layout.units import Unit
 
 UNKNOWN_SECONDS = 60.0
 """A job of which the server has told nothing after this long did not arrive, or is lost."""
@@ -22,8 +22,8 @@ HOPELESS = 3
 SHOWN = 10
 
 
-class Line(Protocol):
-    """A model on a server, as the flight needs it: execution.remote.ServedModel, or a test's stand-in."""
+class Service(Protocol):
+    """A model on a server, as the flight needs it: backends.ndif.served.ServedModel, or a test's stand-in."""
 
     def pack(self, unit: Unit) -> bytes:
         """The request, ready to be sent."""
@@ -70,7 +70,7 @@ class _Piece:
         return self.unit.join(*(part.gathered() for part in self.parts)) if self.parts else self.result
 
 
-class Flight:
+class JobsInFlight:
     """A backend that runs units on a server, at most `in_flight` at a time, and gives them in the order they finish.
 
     What an earlier process sent is taken up again, by its id. A job that fails is sent again after a pause, or its unit
@@ -88,7 +88,7 @@ class Flight:
 
     def __init__(
         self,
-        line: Line,
+        service: Service,
         ledger: Ledger,
         in_flight: int,
         patience: float,
@@ -96,7 +96,7 @@ class Flight:
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.line, self.ledger, self.notify = line, ledger, notify
+        self.service, self.ledger, self.notify = service, ledger, notify
         self.in_flight, self.patience, self.clock, self.sleep = in_flight, patience, clock, sleep
 
     def __call__(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[Any, Any]]]:
@@ -106,7 +106,7 @@ class Flight:
 class _Round:
     """One list of units on its way."""
 
-    def __init__(self, flight: Flight, units: Iterable[Unit]) -> None:
+    def __init__(self, flight: JobsInFlight, units: Iterable[Unit]) -> None:
         self._flight, self._ledger = flight, flight.ledger
         self._wholes = [self._planned(_Piece(unit)) for unit in units]
         leaves = [leaf for whole in self._wholes for leaf in whole.leaves()]
@@ -163,10 +163,10 @@ class _Round:
 
     def _send(self, piece: _Piece) -> None:
         """The id goes to the ledger before the request goes out, so that its fate can be asked for."""
-        label, line = piece.unit.label, self._flight.line
-        request, piece.job, piece.status = line.pack(piece.unit), uuid.uuid4().hex, ""
+        label, service = piece.unit.label, self._flight.service
+        request, piece.job, piece.status = service.pack(piece.unit), uuid.uuid4().hex, ""
         self._ledger.write(SENDING, label, job=piece.job, bytes=len(request))
-        known = line.send(request, piece.job)
+        known = service.send(request, piece.job)
         if known:
             piece.job = known
             self._ledger.write(SENT, label, job=known)
@@ -174,7 +174,7 @@ class _Round:
 
     def _look(self, piece: _Piece) -> bool:
         """Ask about a job; whether there is anything new."""
-        answer = self._flight.line.ask(piece.job)
+        answer = self._flight.service.ask(piece.job)
         silent, known = self._flight.clock() - piece.heard, bool(piece.status)
         status = f"{answer.status}: {answer.description}" if answer else ""
         if answer and answer.status == "COMPLETED":
@@ -196,7 +196,7 @@ class _Round:
     def _land(self, piece: _Piece, answer: Answer) -> None:
         """Fetch a result, and take it if it is what was asked for."""
         try:
-            fetched = self._flight.line.fetch(answer.result)
+            fetched = self._flight.service.fetch(answer.result)
             found, size = fetched if fetched else (None, 0)
             flaw = piece.unit.flaw(found) if fetched else None
         except Fault as fault:

@@ -6,7 +6,7 @@ from math import ceil
 import numpy as np
 
 from selfrepair_nn.confidence import CLUSTERS, Tally, clusters_of
-from selfrepair_nn.execution.experiment import Experiment
+from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.store import Store
 
 GROWTH = 0.25

@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from selfrepair_nn import provenance
+from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.errors import Incomplete, SelfRepairError
-from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.secrets import PROXIES, hub_token, ndif_key
-from selfrepair_nn.remote.settings import hub_fault, ndif_fault, proxy_faults
+from selfrepair_nn.secrets import PROXIES, hub_token, ndif_key
+from selfrepair_nn.settings import hub_fault, ndif_fault, proxy_faults
 
 SETTINGS = (
     "NDIF_HOST",
@@ -71,8 +71,8 @@ def _here() -> Iterator[Finding]:
 
 
 def _there(host: str | None, model: str | None, trip: bool) -> Iterator[Finding]:
+    from selfrepair_nn.backends.ndif.server import Server
     from selfrepair_nn.options import Options
-    from selfrepair_nn.remote.server import Server
 
     server = Server(Options(remote=True, host=host).host, patience=PATIENCE)
     server.greet()
@@ -104,7 +104,7 @@ def _models(replicas: list[dict]) -> str:
 
 
 def _asked_for(server, name: str, trip: bool) -> Iterator[Finding]:
-    from selfrepair_nn.execution.remote import ServedModel, states
+    from selfrepair_nn.backends.ndif.served import ServedModel, states
     from selfrepair_nn.models.load import describe, load_tokenizer, structure_only
 
     description = describe(name)
@@ -117,15 +117,15 @@ def _asked_for(server, name: str, trip: bool) -> Iterator[Finding]:
 
 def _round_trip(served) -> Finding:
     """One token to the model and back."""
-    from selfrepair_nn.execution.backends import only
-    from selfrepair_nn.execution.flight import Flight
-    from selfrepair_nn.execution.remote import greeting
-    from selfrepair_nn.remote.ledger import Ledger
+    from selfrepair_nn.backends.local import only
+    from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
+    from selfrepair_nn.backends.ndif.ledger import Ledger
+    from selfrepair_nn.backends.ndif.served import first_unit
 
     with TemporaryDirectory() as folder:
-        flight = Flight(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), 1, PATIENCE)
+        flight = JobsInFlight(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), 1, PATIENCE)
         began = time.perf_counter()
-        found = only(flight, greeting(served.model.layout))["residual"]
+        found = only(flight, first_unit(served.model.layout))["residual"]
         seconds = time.perf_counter() - began
     dtype = str(found.dtype).removeprefix("torch.")
     return Finding("round trip", f"{seconds:.2f} s for one token; it computes in {dtype}", True)

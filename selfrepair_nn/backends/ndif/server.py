@@ -20,10 +20,10 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from selfrepair_nn.backends.ndif.faults import Fault, refusal
 from selfrepair_nn.options import require_address
-from selfrepair_nn.remote.faults import Fault, refusal
-from selfrepair_nn.remote.secrets import ndif_key
-from selfrepair_nn.remote.settings import require_ndif
+from selfrepair_nn.secrets import ndif_key
+from selfrepair_nn.settings import require_ndif
 from selfrepair_nn.shown import line
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0

@@ -7,15 +7,15 @@ from nnsight import register
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend as Tracing
 
+from selfrepair_nn.backends.local import only, tell
+from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
+from selfrepair_nn.backends.ndif.ledger import Ledger
+from selfrepair_nn.backends.ndif.server import Answer, Server
 from selfrepair_nn.errors import SelfRepairError, one_line
-from selfrepair_nn.execution.backends import only, tell
-from selfrepair_nn.execution.flight import Flight
-from selfrepair_nn.execution.units import Unit
+from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import Options
-from selfrepair_nn.remote.ledger import Ledger
-from selfrepair_nn.remote.server import Answer, Server
-from selfrepair_nn.tracing.greeting import greeting_job
+from selfrepair_nn.tracing.first_job import first_job
 from selfrepair_nn.tracing.session import RESULT, hand_over
 
 SHARED = ("python", "torch", "transformers", "nnsight", "ndif")
@@ -103,15 +103,15 @@ def require_ready(served: ServedModel, name: str) -> None:
         )
 
 
-def greeting(layout: dict[str, Any]) -> Unit:
+def first_unit(layout: dict[str, Any]) -> Unit:
     """The smallest unit of work: one token. Its name is new each time, so that an old answer is never taken for it."""
     import torch
 
     tokens = {"tokens": torch.zeros(1, 1, dtype=torch.long)}
     shapes = {"residual": (layout["d_model"],)}
     return Unit(
-        f"greeting {uuid.uuid4().hex[:8]}",
-        greeting_job,
+        f"first job {uuid.uuid4().hex[:8]}",
+        first_job,
         slice(0, 1),
         {"model": layout},
         lambda _: tokens,
@@ -119,14 +119,14 @@ def greeting(layout: dict[str, Any]) -> Unit:
     )
 
 
-def departing(options: Options, model: Model, ledger: Ledger) -> Flight:
+def jobs_in_flight(options: Options, model: Model, ledger: Ledger) -> JobsInFlight:
     """The backend for the options' server, which answers. Raises Fault as the server says."""
     served = ServedModel(server_of(options), model)
     require_ready(served, model.name)
-    return Flight(served, ledger, options.in_flight, options.patience, tell)
+    return JobsInFlight(served, ledger, options.in_flight, options.patience, tell)
 
 
-def connected(options: Options, model: Model, ledger: Ledger) -> tuple[Flight, dict[str, Any]]:
+def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFlight, dict[str, Any]]:
     """The backend, once the server has answered and run the model, and what is to be kept of the server.
 
     That is dtype, what it computes in, and server: its address and versions.
@@ -134,9 +134,9 @@ def connected(options: Options, model: Model, ledger: Ledger) -> tuple[Flight, d
     Raises:
         Fault, Incomplete: as the server says, or does not say.
     """
-    flight = departing(options, model, ledger)
-    dtype = str(only(flight, greeting(model.layout))["residual"].dtype).removeprefix("torch.")
-    server = flight.line.server
+    flight = jobs_in_flight(options, model, ledger)
+    dtype = str(only(flight, first_unit(model.layout))["residual"].dtype).removeprefix("torch.")
+    server = flight.service.server
     versions = server.environment()
     kept = {"host": server.host} | {name: versions[name] for name in SHARED if name in versions}
     return flight, {"dtype": dtype, "server": kept}

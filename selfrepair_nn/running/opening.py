@@ -17,12 +17,12 @@ from selfrepair_nn.components import Head, Mlp, select_heads
 from selfrepair_nn.door import require_same
 from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.errors import StoreError
-from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.mending import require_mendable, restore
 from selfrepair_nn.files import sweep_partial
 from selfrepair_nn.integrity import contents_of
+from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.models.identity import differences, fingerprint
 from selfrepair_nn.models.model import Model
+from selfrepair_nn.running.mending import require_mendable, restore
 from selfrepair_nn.store import Store, explained
 
 
@@ -43,7 +43,7 @@ def existing(experiment: Experiment) -> Store | None:
 def create(experiment: Experiment, command: str, record: dict[str, Any]) -> Store:
     """The run's new store, which says whose numbers it will hold; StoreError if nothing can be written."""
     if experiment.options.served:
-        from selfrepair_nn.execution.remote import server_of
+        from selfrepair_nn.backends.ndif.served import server_of
 
         server_of(experiment.options).greet()
     return Store.create(
@@ -129,11 +129,11 @@ def as_stored(experiment: Experiment, store: Store) -> Experiment:
 
 
 def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
-    """The heads that a clean pass found; where more follows from them they are the first cases, the loudest first."""
+    """The heads that a clean pass found; where more follows from them they are the first cases, the strongest first."""
     if experiment.graph.then is None:
         layers, heads = store.read("layer"), store.read("head")
         return [Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))]
-    s, labels = experiment.description.structure, store.read("case")[: experiment.graph.loudest]
+    s, labels = experiment.description.structure, store.read("case")[: experiment.graph.strongest]
     return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from selfrepair_nn.backends.local import Backend, only
 from selfrepair_nn.components import Head, Mlp, Neuron
 from selfrepair_nn.equations import TOLERANCE
-from selfrepair_nn.execution.backends import Backend, only
-from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.units import Unit, ablation_shapes
 from selfrepair_nn.graph import Graph, sweep
+from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.layout.units import Unit, ablation_shapes
 
 TRIED = 4
 """Prompts on which it is tried whether passes depend on their length."""
@@ -19,14 +19,16 @@ KEPT = {Head: "z", Mlp: "mlp", Neuron: "hidden"}
 """What the mean replaces of a kind of site."""
 
 
-def loudest(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> list[Head]:
+def strongest(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> list[Head]:
     """The heads of largest mean direct effect, over the tokens that count, as many as asked for. Clean passes only."""
     plan = experiment.graph.plan(layout)
     sums = {
         block.start: effects.sum((1, 2), dtype=float, where=experiment.counted[block])
         for block, effects in direct_effects(experiment, plan, runner)
     }
-    order = np.argsort(-sum(sums[start] for start in sorted(sums)), kind="stable")[: experiment.graph.loudest]
+    order = np.argsort(-sum(sums[start] for start in sorted(sums)), kind="stable")[
+        : experiment.graph.strongest
+    ]
     return [experiment.heads[case] for case in order]
 
 

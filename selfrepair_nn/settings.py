@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from urllib.request import getproxies
 
 from selfrepair_nn.errors import SelfRepairError
-from selfrepair_nn.remote.secrets import HUB_VARIABLES, NDIF_VARIABLE, hub_token, ndif_key
+from selfrepair_nn.secrets import HUB_VARIABLES, NDIF_VARIABLE, hub_token, ndif_key
 
 ADDRESS = "write for example http://127.0.0.1:3128, or unset it"
 

@@ -11,9 +11,9 @@ import numpy as np
 from selfrepair_nn.components import Head
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.execution.packing import ROWS
-from selfrepair_nn.execution.plan import Work, default_block
 from selfrepair_nn.graph import Graph, Reinforce, Variants
+from selfrepair_nn.layout.packing import ROWS
+from selfrepair_nn.layout.plan import Work, default_block
 from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
 from selfrepair_nn.naming import Request, Sizes
@@ -76,7 +76,7 @@ class Experiment:
         return self.graph.undecided
 
     def of(self, heads: Sequence[Head]) -> "Experiment":
-        """The same with only these of its heads, the loudest first, and what follows from them."""
+        """The same with only these of its heads, the strongest first, and what follows from them."""
         variants = {label: graph.of(heads) for label, graph in self.work.variants.items()}
         return replace(self, work=replace(self.work, variants=variants))
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.errors import SelfRepairError
-from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.units import Unit, ablation_shapes
+from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.layout.units import Unit, ablation_shapes
 
 
 @dataclass(frozen=True)

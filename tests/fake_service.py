@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from selfrepair_nn.execution.units import Unit
-from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.server import Answer
+from selfrepair_nn.backends.ndif.faults import Fault
+from selfrepair_nn.backends.ndif.server import Answer
+from selfrepair_nn.layout.units import Unit
 
 POSITIONS = 3
 MINUTES = 60.0
@@ -41,7 +41,7 @@ class Job:
 
 
 @dataclass
-class FakeLine:
+class FakeService:
     """A server as the flight sees it.
 
     `outcomes` are used up one for each request that is sent:

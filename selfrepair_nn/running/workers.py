@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from selfrepair_nn.backends.local import backend, loaded
 from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
-from selfrepair_nn.execution.backends import backend, loaded
-from selfrepair_nn.execution.experiment import Experiment, prepare
-from selfrepair_nn.execution.filling import Filling, Known
-from selfrepair_nn.execution.interruption import undisturbed
-from selfrepair_nn.execution.opening import as_stored, require_same_model
-from selfrepair_nn.execution.packing import fitting_threads
+from selfrepair_nn.layout.experiment import Experiment, prepare
+from selfrepair_nn.layout.packing import fitting_threads
 from selfrepair_nn.models.identity import identity
+from selfrepair_nn.running.filling import Filling, Known
+from selfrepair_nn.running.interruption import undisturbed
+from selfrepair_nn.running.opening import as_stored, require_same_model
 from selfrepair_nn.store import Store
 
 DEATHS = 3
@@ -98,7 +98,7 @@ def _context() -> Any:
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["selfrepair_nn.execution.workers", "nnsight.modeling.transformers"])
+    context.set_forkserver_preload(["selfrepair_nn.running.workers", "nnsight.modeling.transformers"])
     return context
 
 

@@ -13,13 +13,22 @@ import xarray as xr
 from tqdm import tqdm
 
 from selfrepair_nn import provenance
+from selfrepair_nn.backends.local import Backend, backend, loaded, tell, with_enough_memory
+from selfrepair_nn.backends.ndif.faults import Fault
+from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
-from selfrepair_nn.execution.backends import Backend, backend, loaded, tell, with_enough_memory
-from selfrepair_nn.execution.experiment import Experiment, prepare
-from selfrepair_nn.execution.filling import Filling, finished, learn
-from selfrepair_nn.execution.interruption import interruptible
-from selfrepair_nn.execution.mending import mend, undecided
-from selfrepair_nn.execution.opening import (
+from selfrepair_nn.estimating.preview import large, preview_of, preview_text
+from selfrepair_nn.integrity import verify
+from selfrepair_nn.layout.experiment import Experiment, prepare
+from selfrepair_nn.layout.packing import computing_with, fitting_rows
+from selfrepair_nn.models.check import require
+from selfrepair_nn.models.identity import identity
+from selfrepair_nn.models.model import Model, evaluating
+from selfrepair_nn.options import Options, require_known
+from selfrepair_nn.running.filling import Filling, finished, learn
+from selfrepair_nn.running.interruption import interruptible
+from selfrepair_nn.running.mending import mend, undecided
+from selfrepair_nn.running.opening import (
     Hold,
     as_stored,
     changed_versions,
@@ -28,18 +37,9 @@ from selfrepair_nn.execution.opening import (
     only_writer,
     require_same_model,
 )
-from selfrepair_nn.execution.packing import computing_with, fitting_rows
-from selfrepair_nn.execution.preliminaries import loudest
-from selfrepair_nn.execution.preview import large, preview_of, preview_text
-from selfrepair_nn.execution.rounds import rounds
-from selfrepair_nn.execution.workers import Workers
-from selfrepair_nn.integrity import verify
-from selfrepair_nn.models.check import require
-from selfrepair_nn.models.identity import identity
-from selfrepair_nn.models.model import Model, evaluating
-from selfrepair_nn.options import Options, require_known
-from selfrepair_nn.remote.faults import Fault
-from selfrepair_nn.remote.ledger import Ledger, ledger_path
+from selfrepair_nn.running.preliminaries import strongest
+from selfrepair_nn.running.rounds import rounds
+from selfrepair_nn.running.workers import Workers
 from selfrepair_nn.shown import line
 from selfrepair_nn.store import Store, open_store
 
@@ -116,7 +116,7 @@ def _prove(model: Model, experiment: Experiment) -> None:
 
 def _decided(experiment: Experiment, model: Model) -> Experiment:
     """The experiment with the heads that a clean pass finds."""
-    heads = loudest(experiment, model.layout, _first_runner(experiment, model))
+    heads = strongest(experiment, model.layout, _first_runner(experiment, model))
     return experiment.of(heads)
 
 
@@ -125,10 +125,10 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
     o = experiment.options
     if not o.served:
         return backend(o.backend, model)
-    from selfrepair_nn.execution.remote import departing
+    from selfrepair_nn.backends.ndif.served import jobs_in_flight
 
     run = sha256(json.dumps(experiment.settings).encode()).hexdigest()
-    return departing(o, model, Ledger(ledger_path(experiment.path), run))
+    return jobs_in_flight(o, model, Ledger(ledger_path(experiment.path), run))
 
 
 def _run(store: Store, experiment: Experiment, model: Model, progress: bool | None, hold: Hold) -> None:
@@ -190,7 +190,7 @@ def _packed(store: Store, experiment: Experiment, model: Model) -> Experiment:
 def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
     if not experiment.options.served:
         return backend(experiment.options.backend, model)
-    from selfrepair_nn.execution.remote import connected
+    from selfrepair_nn.backends.ndif.served import connected
 
     flight, facts = connected(experiment.options, model, _ledger(store))
     known = store.attributes["dtype"]
@@ -218,7 +218,7 @@ def _traffic(store: Store, experiment: Experiment) -> dict[str, Any]:
     """For the store's attributes: what a remote run sent and got back."""
     if not experiment.options.served:
         return {}
-    from selfrepair_nn.execution.remote import traffic
+    from selfrepair_nn.backends.ndif.served import traffic
 
     return {"traffic": traffic(_ledger(store))}
 

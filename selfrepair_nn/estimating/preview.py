@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from selfrepair_nn.execution.experiment import Experiment, prepare
+from selfrepair_nn.layout.experiment import Experiment, prepare
 from selfrepair_nn.options import Options, require_known
 
 LARGE = {"flops": 1e17, "units": 1000, "store_bytes": 10 * 2**30}
@@ -23,7 +23,7 @@ def preview(recipe: str = "heads", *, calibrate: bool = False, **choices: Any) -
     experiment = prepare(recipe, Options(**choices))
     if not calibrate:
         return preview_of(experiment)
-    from selfrepair_nn.execution.calibration import hours, trial
+    from selfrepair_nn.estimating.calibration import hours, trial
 
     with trial(experiment) as runner:
         return preview_of(experiment) | {"hours": hours(experiment, runner)}
@@ -34,7 +34,7 @@ def preview_of(experiment: Experiment) -> dict[str, Any]:
     structure, prompts = experiment.description.structure, experiment.prompts
     moved: dict[str, int] = {}
     if experiment.options.served:
-        from selfrepair_nn.execution.traffic import traffic
+        from selfrepair_nn.estimating.traffic import traffic
 
         moved = traffic(experiment)
     return {
@@ -56,7 +56,7 @@ def large(found: dict[str, Any]) -> bool:
 
 def _count(experiment: Experiment) -> str:
     number = len(experiment.graph.ablate)
-    return f"the {experiment.graph.loudest} loudest of {number}" if experiment.undecided else str(number)
+    return f"the {experiment.graph.strongest} strongest of {number}" if experiment.undecided else str(number)
 
 
 def preview_text(found: dict[str, Any]) -> str:

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from selfrepair_nn.backends.local import Backend, tell
 from selfrepair_nn.equations import complete
-from selfrepair_nn.execution.backends import Backend, tell
-from selfrepair_nn.execution.experiment import Experiment
-from selfrepair_nn.execution.preliminaries import (
+from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.layout.sweep import Sweep, plans
+from selfrepair_nn.layout.units import PACKED
+from selfrepair_nn.running.preliminaries import (
     direct_effects,
     follows_length,
     means,
     noise_floor,
     top_thresholds,
 )
-from selfrepair_nn.execution.sweep import Sweep, plans
-from selfrepair_nn.execution.units import PACKED
 from selfrepair_nn.store import Store
 from selfrepair_nn.variables import SWEEP, VARIABLES
 

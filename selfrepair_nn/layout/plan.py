@@ -93,7 +93,7 @@ class Work:
         graph = self.graph
         if not graph.undecided:
             return graph.ablate
-        return graph.of([case[0] for case in graph.ablate[: graph.loudest]]).ablate
+        return graph.of([case[0] for case in graph.ablate[: graph.strongest]]).ablate
 
     def _values_per_token(self, cases: int) -> int:
         """How many numbers the store holds for each token, what is not written included."""
