@@ -8,7 +8,7 @@ PARAMETERS = {"old": ",", "new": ";"}
 
 
 def prompts(structure, tokenizer, options):
-    """The texts that have the token `old`, each with a twin that has `new` in its place."""
+    """The texts that have the token `old`, each with a counterfactual that has `new` in its place."""
     texts = sr.text_prompts(structure, tokenizer, options)
     return sr.edited_prompts(texts, tokenizer, options.param["old"], options.param["new"])
 
@@ -27,6 +27,6 @@ def graph(structure, options):
                 target=options.target,
                 value_bias=options.value_bias,
             ).frozen(options.freeze, structure.n_layers, structure.n_heads)
-            for kind in ("resample", "twin")
+            for kind in ("resample", "counterfactual")
         },
     )

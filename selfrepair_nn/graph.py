@@ -29,9 +29,9 @@ REPLACEMENTS = {
     "zero": "zero (the value bias stays where value_bias is 'output')",
     "identity": "what was there: the null control",
 }
-"""What a command line can ask for; a recipe may also use the prompts' twins, another head, or a number."""
+"""What a command line can ask for; a recipe may also use the prompts' counterfactuals, another head, or a number."""
 
-TAKING = ("resample", "mean", "zero", "twin")
+TAKING = ("resample", "mean", "zero", "counterfactual")
 """Replacements that take away what was there: beside these, whole layers may be deleted or swapped."""
 
 TARGETS = {
@@ -322,11 +322,11 @@ def _lies_in(site: Ablatable | Freezable, structure: Any) -> bool:
 
 def _require_replacement(replacement: Replacement) -> None:
     if isinstance(replacement, str):
-        one_of("ablation", replacement, REPLACEMENTS | {"twin": ""})
+        one_of("ablation", replacement, REPLACEMENTS | {"counterfactual": ""})
     elif not isinstance(replacement, Replacement):
         raise UsageError(
-            f"ablation {shown(replacement)} is not known; choose one of {', '.join(REPLACEMENTS)}, twin, or a Scale, "
-            "Constant, OtherHead or Reinforce with its number"
+            f"ablation {shown(replacement)} is not known; choose one of {', '.join(REPLACEMENTS)}, counterfactual, or "
+            "a Scale, Constant, OtherHead or Reinforce with its number"
         )
 
 

@@ -20,7 +20,7 @@ DEFAULT_TOKENS = 100_000
 SAMPLE_TOKENS = 16_384
 BOS = ("auto", "always", "never")
 
-PARTS = ("tokens", "document", "twin", "other", "counted")
+PARTS = ("tokens", "document", "counterfactual", "other", "counted")
 """What there is for each prompt."""
 
 _AT_ONCE = 32
@@ -34,7 +34,8 @@ class Prompts(metaclass=Declared):
         tokens: int64 [prompt, position], at least one row of at least two tokens, without padding.
         document: int64 [prompt], index in the source of the document in which the row starts.
         source: provenance that `json.dumps` accepts.
-        twin: int64 [prompt, position], a minimally different text for each row: what "twin" ablation reads from.
+        counterfactual: int64 [prompt, position], a minimally different text for each row: what
+            "counterfactual" ablation reads from.
         other: int64 [prompt, position], the token whose logit is subtracted from that of the next token; without
             the last position. With it the target is the difference of the two.
         counted: bool [prompt, position], which tokens are asked about, and so all that a statistic, a summary or a
@@ -47,12 +48,12 @@ class Prompts(metaclass=Declared):
     tokens: np.ndarray
     document: np.ndarray
     source: dict
-    twin: np.ndarray | None = None
+    counterfactual: np.ndarray | None = None
     other: np.ndarray | None = None
     counted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "document", "twin", "other"):
+        for name in ("tokens", "document", "counterfactual", "other"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
         if not isinstance(self.source, Mapping):
@@ -62,7 +63,7 @@ class Prompts(metaclass=Declared):
             raise UsageError(
                 f"document has shape {self.document.shape}: give one index for each of {self.n} rows"
             )
-        for name, shape in (("twin", self.tokens.shape), ("other", (self.n, self.length - 1))):
+        for name, shape in (("counterfactual", self.tokens.shape), ("other", (self.n, self.length - 1))):
             ids = getattr(self, name)
             if ids is not None and ids.shape != shape:
                 raise UsageError(f"{name} has shape {ids.shape}: give a token for each of {shape}")
@@ -95,12 +96,12 @@ class Prompts(metaclass=Declared):
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the shape and then the token ids, as little-endian int64; then of twin and other where there are.
+        """Hash of the shape and the token ids, as little-endian int64; then of counterfactual and other if given.
 
         Then of what counts, as bytes 0 and 1, where that is not every token.
         """
         digest = sha256(np.array(self.tokens.shape, dtype="<i8").tobytes())
-        for ids in (self.tokens, self.twin, self.other):
+        for ids in (self.tokens, self.counterfactual, self.other):
             if ids is not None:
                 digest.update(ids.astype("<i8").tobytes())
         if not self.all_count:
@@ -315,7 +316,7 @@ def _from_prompts(prompts: Prompts, tokens, length, bos, vocab_size, max_length)
         raise UsageError(
             f"of {name} {kept.n} rows of {kept.length} tokens hold none that counts: take more, or longer ones"
         )
-    for part in ("twin", "other"):
+    for part in ("counterfactual", "other"):
         if part in cut:
             _check_ids(cut[part], vocab_size, name)
     asked = {name: kept.source[name] for name in ("length", "tokens_asked")}

@@ -145,11 +145,11 @@ def repeated_prompts(
 
 
 def edited_prompts(prompts: Prompts, tokenizer: Any, old: str, new: str) -> Prompts:
-    """The same prompts, with a twin of each in which every token `old` is the token `new`.
+    """The same prompts, with a counterfactual of each in which every token `old` is the token `new`.
 
     What counts are the tokens, of those that counted before, from a row's first exchanged one on: the earlier ones
-    cannot differ from their twin's. Rows in which that is none are dropped; `source` says how many, and how many tokens
-    of the others are exchanged.
+    cannot differ from their counterfactual's. Rows in which that is none are dropped; `source` says how many, and how
+    many tokens of the others are exchanged.
 
     Raises:
         UsageError: `old` or `new` is not one token, both are the same one, or no row has `old` before its last token.
@@ -169,8 +169,8 @@ def edited_prompts(prompts: Prompts, tokenizer: Any, old: str, new: str) -> Prom
     edit = {"old": old, "new": new, "old_id": before, "new_id": after}
     edit |= {"exchanged": int(here[rows].sum()), "rows_dropped": int((~rows).sum())}
     criterion = {"says": "predicts the text"}
-    twin = np.where(here, after, prompts.tokens)
-    edited = replace(prompts, twin=twin, counted=counted).taken(rows)
+    counterfactual = np.where(here, after, prompts.tokens)
+    edited = replace(prompts, counterfactual=counterfactual, counted=counted).taken(rows)
     return replace(edited, source=prompts.source | {"edit": edit, "criterion": criterion})
 
 

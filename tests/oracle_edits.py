@@ -46,8 +46,8 @@ class Seen(oracle.Pass):
 class Edited:
     """A model on one block of prompts, ready to be edited.
 
-    arrays: tokens, partner_tokens, twin_tokens [prompt, T], edited_position [prompt], other [prompt, T - 1] (the
-    tokens that are subtracted under the target "difference").
+    arrays: tokens, partner_tokens, counterfactual_tokens [prompt, T], edited_position [prompt], other [prompt, T - 1]
+    (the tokens that are subtracted under the target "difference").
     """
 
     def __init__(self, model: nn.Module, arrays: dict[str, Tensor], target="centred", value_bias="output"):
@@ -66,7 +66,7 @@ class Edited:
         self.clean = self.run(self.ids, Edits())
         self.sources = {
             "resample": self.run(arrays["partner_tokens"], Edits()),
-            "twin": self.run(arrays["twin_tokens"], Edits()),
+            "counterfactual": self.run(arrays["counterfactual_tokens"], Edits()),
         }
         self.S_all = self.setting.scale(self.clean)
         self.S = self.S_all[:, :-1]

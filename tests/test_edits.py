@@ -37,7 +37,7 @@ def prompts(name, length=8):
     return {
         "tokens": ids,
         "partner_tokens": ids[families.derangement(len(ids))],
-        "twin_tokens": torch.where(torch.arange(length) == 2, ids.roll(2, 0), ids),
+        "counterfactual_tokens": torch.where(torch.arange(length) == 2, ids.roll(2, 0), ids),
         "other": ids.roll(3, 0)[:, 1:].contiguous(),
         "edited_position": torch.tensor([3, 0, 6, 2]),
     }
@@ -137,7 +137,16 @@ CASES = (
     (Attention(1), Neuron(2, 1), Mlp(0)),
 )
 OF_HEADS = tuple(case for case in CASES if all(isinstance(site, Head | Attention) for site in case))
-REPLACEMENTS = ("resample", "twin", "mean", "zero", "identity", Scale(0.5), Scale(-1.0), Constant(0.25))
+REPLACEMENTS = (
+    "resample",
+    "counterfactual",
+    "mean",
+    "zero",
+    "identity",
+    Scale(0.5),
+    Scale(-1.0),
+    Constant(0.25),
+)
 REPLACEMENTS += (OtherHead(Head(2, 0)), OtherHead(Head(0, 1)))
 NORMS = frozenset(Norm(layer, before) for layer in range(LAYERS) for before in ("attention", "mlp"))
 FREEZES = {
@@ -172,7 +181,9 @@ def test_deleted_layers(job, name, freeze):
     """By really taking them out of the model, all of them at the end; beside other ablations, in their passes."""
     sites = [Layers(0, 1), Layers(1, 2), Layers(2, 3), Layers(0, 2), Layers(1, 3), Mlp(0), Head(2, 1)]
     ablate = sweep([*sites, Layers(0, 3)])
-    replacement = dict(zip(FREEZES, ("zero", "resample", "mean", "twin", "zero"), strict=True))[freeze]
+    replacement = dict(zip(FREEZES, ("zero", "resample", "mean", "counterfactual", "zero"), strict=True))[
+        freeze
+    ]
     for choices in ({}, {"target": "difference", "value_bias": "head"})[: 1 + (freeze == "nothing")]:
         more = {"record": "full", "residual_norm": True, "freeze": FREEZES[freeze]}
         found = job(name, ablate, replacement, **more, **choices)
@@ -205,7 +216,7 @@ def test_the_other_families(job, name):
     """Normed queries and keys, odd widths, biases of every kind: one job of everything that has two layers."""
     ablate = [case for case in CASES if all(site.layer < 2 for site in case)]
     freeze = frozenset({Norm(1, "attention"), Norm(1, "mlp"), Norm(0, "mlp"), Mlp(0)})
-    for replacement in ("twin", Scale(0.5)):
+    for replacement in ("counterfactual", Scale(0.5)):
         found = job(name, ablate, replacement, record="full", freeze=freeze)
         agree(name, found, ablate, replacement, freeze)
     for site in (Layers(0, 1), Layers(1, 2), Swap(0)):
@@ -288,7 +299,9 @@ def test_scaling_by_nothing_is_zero_ablation(job, name):
         close(scaled[part], values, err_msg=part)
 
 
-@pytest.mark.parametrize("replacement", ["resample", "mean", "zero", "twin", Constant(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "replacement", ["resample", "mean", "zero", "counterfactual", Constant(1.0)], ids=str
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_attention_layer_is_all_its_heads(job, wrapped, name, replacement):
     heads = range(wrapped(name).structure.n_heads)
@@ -346,13 +359,13 @@ def without_mlp(layer):
 def test_neurons(job, name, freeze, layer):
     """Each neuron's write by its own row of the weights; the bias, which does not change, completes the MLP."""
     ablate, them = without_mlp(layer), edited(name)
-    found = job(name, ablate, "twin", neurons=layer, freeze=FREEZES[freeze])
+    found = job(name, ablate, "counterfactual", neurons=layer, freeze=FREEZES[freeze])
     clean = them.neuron_effects(them.clean, layer).numpy()
     whole = them.effects[..., them.labels.index(f"L{layer}.mlp")].numpy()
     close(found["mlp_direct_effect"], whole)
     close(found["mlp_change"], found["neuron_change"].sum(-1))
     for index, case in enumerate(ablate):
-        theirs = expected(name, case, "twin", FREEZES[freeze])
+        theirs = expected(name, case, "counterfactual", FREEZES[freeze])
         close(found["neuron_direct_effect"][index], clean)
         close(found["neuron_change"][index], theirs["neuron_change"][layer], err_msg=str(case))
         close(found["mlp_change"][index], theirs["component_change"][..., them.labels.index(f"L{layer}.mlp")])
@@ -574,7 +587,7 @@ def graph(structure, options):
     return sr.Variants("scale", graphs)
 '''
 
-TWINS = '''"""Prompts with a twin, measured by the difference of two tokens; the attention of the heads."""
+COUNTERFACTUALS = '''"""Prompts with counterfactuals, measured by the difference of two tokens; attention too."""
 
 import numpy as np
 
@@ -584,14 +597,14 @@ TOKENS = np.array(GIVEN)
 
 
 def prompts(structure, tokenizer, options):
-    twin = TOKENS.copy()
-    twin[:, 2] = np.roll(TOKENS, 2, 0)[:, 2]
-    return sr.Prompts(TOKENS, np.arange(len(TOKENS)), {"name": "given"}, twin, np.roll(TOKENS, 3, 0)[:, 1:])
+    counterfactual = TOKENS.copy()
+    counterfactual[:, 2] = np.roll(TOKENS, 2, 0)[:, 2]
+    return sr.Prompts(TOKENS, np.arange(len(TOKENS)), {"name": "given"}, counterfactual, np.roll(TOKENS, 3, 0)[:, 1:])
 
 
 def graph(structure, options):
     heads = sr.sweep([sr.Head(0, 1), sr.Head(2, 0)])
-    return sr.Graph(ablate=heads, replacement="twin", attention=(0, 1, 3))
+    return sr.Graph(ablate=heads, replacement="counterfactual", attention=(0, 1, 3))
 '''
 
 
@@ -739,13 +752,13 @@ def test_reinforcement_in_a_store(stored, name):
 def test_twins_and_differences_in_a_store(stored, name):
     """Prompts of the recipe's own, with another token to compare with; attention by its distance."""
     ids = prompts(name)["tokens"].numpy()
-    dataset = stored(TWINS.replace("GIVEN", str(ids.tolist())), name, prompts=None)
+    dataset = stored(COUNTERFACTUALS.replace("GIVEN", str(ids.tolist())), name, prompts=None)
     assert_array_equal(dataset.other, np.roll(ids, 3, 0)[:, 1:])
     assert dataset.attrs["target"] == "difference"
     assert dataset.attention.dims == ("layer", "head", "prompt", "position", "distance")
     assert dataset.distance.values.tolist() == [0, 1, 3]
     for head in (Head(0, 1), Head(2, 0)):
-        theirs = expected(name, (head,), "twin", target="difference")
+        theirs = expected(name, (head,), "counterfactual", target="difference")
         one = dataset.sel(layer=head.layer, head=head.head)
         for part in theirs.keys() & set(dataset.data_vars):
             close(one[part].values, theirs[part], err_msg=part)

@@ -116,7 +116,9 @@ MIXED = ((Head(0, 1), Mlp(0), Neuron(1, 2)), (Attention(1),), (Neuron(2, 3),), (
 HEADS = sweep([Head(0, 1), Head(1, 0), Head(2, 1)])
 NORMS = frozenset({Norm(1, "attention"), Norm(2, "mlp"), Norm(0, "mlp")})
 EDITS = {
-    "mixed": dict(ablate=MIXED, replacement="twin", neurons=2, residual_norm=True, target="difference"),
+    "mixed": dict(
+        ablate=MIXED, replacement="counterfactual", neurons=2, residual_norm=True, target="difference"
+    ),
     "frozen": dict(ablate=MIXED, freeze=NORMS | {Mlp(1), Attention(2)}, neurons=2, record="full"),
     "everything-frozen": dict(ablate=MIXED, freeze=NORMS | {Mlp(1), Mlp(2), Attention(2), FinalNorm()}),
     "deleted": dict(ablate=sweep([Layers(0, 2), Layers(2, 3)]), replacement="zero", record="full", neurons=1),
@@ -133,7 +135,10 @@ def test_every_kind_of_edit_is_the_same_there(setting, name):
     """Sites, replacements, frozen norms and records; the top tokens' packed results, too."""
     sandbox, model, arrays = setting
     tokens = arrays["tokens"]
-    arrays = arrays | {"twin_tokens": tokens.roll(2, 0), "other": tokens.roll(3, 0)[:, 1:].contiguous()}
+    arrays = arrays | {
+        "counterfactual_tokens": tokens.roll(2, 0),
+        "other": tokens.roll(3, 0)[:, 1:].contiguous(),
+    }
     arrays |= {"edited_position": torch.tensor([3, 0, 6, 2])}
     plan = Graph(**EDITS[name]).plan(model.layout) | {"rows": 96}
     if name == "mean":

@@ -236,7 +236,7 @@ def test_kinds_of_heads_by_hand(induction):
     assert_allclose(kinds.removed.sel(kind="previous token"), removed)
 
 
-# ---------------------------------------------------------------- a twin that differs in one token
+# ---------------------------------------------------------------- a counterfactual that differs in one token
 
 
 @pytest.fixture(scope="module")
@@ -253,10 +253,10 @@ def contrast(wrapped, tmp_path_factory):
 
 def test_a_twin_differs_where_it_was_edited(contrast):
     ds, _, ids = contrast
-    assert ds.ablation.values.tolist() == ["resample", "twin"]
+    assert ds.ablation.values.tolist() == ["resample", "counterfactual"]
     np.testing.assert_array_equal(ds.token, ids[:, :-1])
-    np.testing.assert_array_equal(ds.twin, np.where(ids == 5, 9, ids)[:, :-1])
-    assert ds.twin_text.values[0, 2] == "9"
+    np.testing.assert_array_equal(ds.counterfactual, np.where(ids == 5, 9, ids)[:, :-1])
+    assert ds.counterfactual_text.values[0, 2] == "9"
 
 
 def test_both_ablations_against_plain_hooks(contrast):
@@ -264,7 +264,7 @@ def test_both_ablations_against_plain_hooks(contrast):
     given, clean = setting(module, ids)
     lenders = {
         "resample": clean.seen.z,
-        "twin": oracle.run(given.parts, torch.as_tensor(np.where(ids == 5, 9, ids))).z,
+        "counterfactual": oracle.run(given.parts, torch.as_tensor(np.where(ids == 5, 9, ids))).z,
     }
     first = np.argmax(ids == 5, axis=1)
     counted = np.arange(ids.shape[1] - 1) >= first[:, None]
@@ -293,9 +293,9 @@ def test_nothing_changes_before_the_first_edit(contrast):
     ds, _, ids = contrast
     first = np.argmax(ids == 5, axis=1)
     for prompt, stop in enumerate(first):
-        early = ds.logit_change.sel(ablation="twin")[:, :, prompt, :stop]
+        early = ds.logit_change.sel(ablation="counterfactual")[:, :, prompt, :stop]
         assert (early == 0).all()
-        assert (ds.logit_change.sel(ablation="twin")[:, :, prompt, stop:] != 0).any()
+        assert (ds.logit_change.sel(ablation="counterfactual")[:, :, prompt, stop:] != 0).any()
 
 
 # ---------------------------------------------------------------- stores of other recipes
@@ -366,10 +366,10 @@ def test_figure_of_induction(induction):
 def test_figure_of_the_contrast(contrast):
     ds = contrast[0]
     figure, heads = figures.draw("contrast", ds), sr.contrast_by_head(ds)
-    for axes, ablation in zip(figure.axes, ("resample", "twin"), strict=False):
+    for axes, ablation in zip(figure.axes, ("resample", "counterfactual"), strict=False):
         one = heads.sel(ablation=ablation)
         assert_allclose(dots(axes), pairs(one.removed, one.logit_change))
-    assert_allclose(dots(figure.axes[2]), pairs(*heads.repaired.sel(ablation=["resample", "twin"])))
+    assert_allclose(dots(figure.axes[2]), pairs(*heads.repaired.sel(ablation=["resample", "counterfactual"])))
     assert f"9 heads, {int(heads.tokens[0, 0])} tokens each" in words(figure)
 
 

@@ -149,7 +149,7 @@ def test_an_edit_exchanges_every_such_token_and_drops_rows_without_one():
     words, prompts = rows_of("a , b , c", "a b c d e", ", a a a a")
     edited = edited_prompts(prompts, words, ",", "d")
     assert [words.decode(row) for row in edited.tokens] == ["a , b , c", ", a a a a"]
-    assert [words.decode(row) for row in edited.twin] == ["a d b d c", "d a a a a"]
+    assert [words.decode(row) for row in edited.counterfactual] == ["a d b d c", "d a a a a"]
     assert edited.document.tolist() == [0, 2]
     edit = edited.source["edit"]
     assert (edit["exchanged"], edit["rows_dropped"], edit["old"], edit["new"]) == (3, 1, ",", "d")

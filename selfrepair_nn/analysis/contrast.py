@@ -19,7 +19,7 @@ READ = ("direct_effect", "ablated_direct_effect", "logit_change")
 def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     """Every head under both ablations, over (ablation, layer, head), on the tokens that count.
 
-    These are the tokens from a prompt's first edit on: the earlier ones cannot differ from their twin's.
+    These are the tokens from a prompt's first edit on: the earlier ones cannot differ from their counterfactual's.
 
     With removed = direct_effect - ablated_direct_effect, what the ablation takes from the head's own direct effect:
 
@@ -39,8 +39,8 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
         UsageError: `ds` is not a store of the contrastive recipe, or of one that says which tokens count.
     """
     ds = restored(ds)
-    if "ablation" not in ds.dims or "twin" not in ds:
-        raise UsageError("this store has no ablation by a twin beside another: run contrastive")
+    if "ablation" not in ds.dims or "counterfactual" not in ds:
+        raise UsageError("this store has no ablation by a counterfactual beside another: run contrastive")
     require_counted(ds)
     labels = [str(label) for label in ds.ablation.values]
     parts = [_by_head(ds.sel(ablation=label, drop=True)) for label in labels]

@@ -68,7 +68,7 @@ def _crossing(plan: dict[str, Any], tokens: int) -> int:
     cases, width = cases_of(plan), _widths(plan["model"])
     kept = needs(plan, cases)
     crossing = READ * tokens * sum(len(layers) * width[what] for what, layers in kept.items())
-    if plan["replacement"]["kind"] in ("resample", "twin"):
+    if plan["replacement"]["kind"] in ("resample", "counterfactual"):
         lent = {(KEPT[site[0]], site[1]) for case in cases for site in case}
         crossing += READ * tokens * sum(width[what] for what, _ in lent)
     for (start, inside), group in groupby(cases, lambda case: entrance(case, plan)):

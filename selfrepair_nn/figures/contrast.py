@@ -16,7 +16,7 @@ from selfrepair_nn.wording import intervals, task
 
 TAKES = "contrast"
 LABELS = 6
-NAMES = {"resample": "another text", "twin": "the edited text"}
+NAMES = {"resample": "another text", "counterfactual": "the edited text"}
 READING = (
     "Dots: attention heads. Left: means over tokens. Dashed: y = \N{MINUS SIGN}x, all that is removed is lost; "
     "shaded: a part comes back; beyond the dashed line more is lost.",
@@ -88,7 +88,7 @@ def _draw_shares(axes: Axes, heads: xr.Dataset) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(style.as_percent))
     axes.set_xlabel(f"by {NAMES['resample']}")
-    axes.set_ylabel(f"by {NAMES['twin']}")
+    axes.set_ylabel(f"by {NAMES['counterfactual']}")
 
 
 def _scatter(axes: Axes, heads: xr.Dataset, x: np.ndarray, y: np.ndarray) -> None:

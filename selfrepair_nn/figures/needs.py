@@ -87,8 +87,12 @@ NEEDS = {
         lambda ds: _joint(ds) and "other" in ds and "component_change" in ds and "counted" in ds,
     ),
     "contrast": Need(
-        "resample beside twin ablation, as in `contrastive`",
-        lambda ds: _along(ds, "ablation", "resample", "twin") and "twin" in ds and "counted" in ds,
+        "resample beside counterfactual ablation, as in `contrastive`",
+        lambda ds: (
+            _along(ds, "ablation", "resample", "counterfactual")
+            and "counterfactual" in ds
+            and "counted" in ds
+        ),
     ),
     "ablation": Need(
         "single heads under several ablations, on every token",

@@ -211,9 +211,9 @@ class Experiment:
             "partner": np.full(n, -1) if self.partners is None else self.order[self.partners],
             "ablation": self.ablation,
         }
-        if self.prompts.twin is not None:
-            found["twin"] = self.prompts.twin[:, :-1]
-            found["twin_text"] = token_texts(self.tokenizer, found["twin"])
+        if self.prompts.counterfactual is not None:
+            found["counterfactual"] = self.prompts.counterfactual[:, :-1]
+            found["counterfactual_text"] = token_texts(self.tokenizer, found["counterfactual"])
         if self.prompts.other is not None:
             found["other"] = self.prompts.other
             found["other_text"] = token_texts(self.tokenizer, self.prompts.other)
@@ -293,8 +293,8 @@ class Experiment:
         found = {"tokens": p.tokens[block]}
         if self.partners is not None:
             found["partner_tokens"] = p.tokens[self.partners[block]]
-        if p.twin is not None:
-            found["twin_tokens"] = p.twin[block]
+        if p.counterfactual is not None:
+            found["counterfactual_tokens"] = p.counterfactual[block]
         if p.other is not None:
             found["other"] = p.other[block]
         if self.reinforces:
@@ -367,8 +367,10 @@ def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, di
     if prompts.other is not None:
         graphs = {label: replace(graph, target="difference") for label, graph in graphs.items()}
     for graph in graphs.values():
-        if graph.replacement == "twin" and prompts.twin is None:
-            raise UsageError('ablation "twin" needs prompts with a twin: define prompts() in the recipe')
+        if graph.replacement == "counterfactual" and prompts.counterfactual is None:
+            raise UsageError(
+                'ablation "counterfactual" needs prompts with a counterfactual: define prompts() in the recipe'
+            )
         if graph.target == "difference" and prompts.other is None:
             raise UsageError('target "difference" needs prompts that name the other token: define prompts()')
     return (found.axis if isinstance(found, Variants) else None), dict(graphs)

@@ -66,7 +66,9 @@ def needs(plan, cases):
 
 def sources(model, plan, arrays, clean, cases):
     """The activations that replacements are taken from: {what: {layer: tensor}}."""
-    tokens = {"resample": "partner_tokens", "twin": "twin_tokens"}.get(plan["replacement"]["kind"])
+    tokens = {"resample": "partner_tokens", "counterfactual": "counterfactual_tokens"}.get(
+        plan["replacement"]["kind"]
+    )
     if tokens is None:
         return clean
     keep = {}

@@ -23,7 +23,8 @@ def ablation_job(model, arrays, plan, tick=None):
     """Ablate every case of the plan on one block of prompts.
 
     Args:
-        arrays: "tokens" [prompt, position]; for resample "partner_tokens", for twin "twin_tokens", of the same shape;
+        arrays: "tokens" [prompt, position]; for resample "partner_tokens", for counterfactual "counterfactual_tokens",
+            of the same shape;
             for mean "means" {what: {layer: tensor}} as `mean_job` sums them; for reinforce "edited_position"
             [prompt]; for the difference target "other" [prompt, position], the tokens whose logit is subtracted;
             "thresholds" [case], if given: see below; with them "counted" [prompt, position], if given: which tokens
