@@ -408,6 +408,5 @@ def _kind(replacement: Replacement) -> dict[str, Any]:
     """A replacement as a plain dict."""
     if isinstance(replacement, str):
         return {"kind": replacement}
-    if isinstance(replacement, OtherHead):
-        return {"kind": "other_head", "site": _entry(replacement.head)}
-    return {"kind": type(replacement).__name__.lower()} | vars(replacement)
+    numbers = {n: _entry(v) if isinstance(v, Head) else v for n, v in vars(replacement).items()}
+    return {"kind": type(replacement).__name__.lower()} | numbers

@@ -73,7 +73,7 @@ def means(name):
     activations = {
         "z": {layer: z.flatten(2) for layer, z in seen.z.items()},
         "mlp": seen.mlp,
-        "hidden": seen.hidden,
+        "neurons": seen.hidden,
     }
     return {what: {k: x.mean((0, 1)) for k, x in layers.items()} for what, layers in activations.items()}
 

@@ -142,7 +142,7 @@ def test_every_kind_of_edit_is_the_same_there(setting, name):
     arrays |= {"edited_position": torch.tensor([3, 0, 6, 2])}
     plan = Graph(**EDITS[name]).plan(model.layout) | {"rows": 96}
     if name == "mean":
-        keep = {"model": model.layout, "keep": {"z": [0, 1], "mlp": [0, 1], "hidden": [1, 2]}}
+        keep = {"model": model.layout, "keep": {"z": [0, 1], "mlp": [0, 1], "neurons": [1, 2]}}
         totals = sandbox.run(mean_job, arrays, keep)
         arrays |= {"means": {w: {i: x / tokens.numel() for i, x in t.items()} for w, t in totals.items()}}
     here = run_session(ablation_job, model.nn, arrays, plan)
@@ -168,7 +168,7 @@ def test_the_other_jobs_are_the_same_there(setting):
     sandbox, model, arrays = setting
     plan = planned(model)
     assert_same(sandbox.run(effects_job, arrays, plan), run_session(effects_job, model.nn, arrays, plan))
-    plan = {"model": model.layout, "keep": {"z": [0, 2], "mlp": [1], "hidden": [2]}, "lengths": [1, 3]}
+    plan = {"model": model.layout, "keep": {"z": [0, 2], "mlp": [1], "neurons": [2]}, "lengths": [1, 3]}
     there, here = sandbox.run(mean_job, arrays, plan), run_session(mean_job, model.nn, arrays, plan)
     assert there.keys() == here.keys() == plan["keep"].keys()
     for what in here:

@@ -1,6 +1,7 @@
 """Fewer passes, the same numbers: only the top share is ablated, or only as many prompts as an answer needs."""
 
 import json
+from dataclasses import replace
 
 import families
 import numpy as np
@@ -21,8 +22,8 @@ from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import wrap
 from selfrepair_nn.running.rounds import schedule
 from selfrepair_nn.store import Store
-from selfrepair_nn.tracing.passes import against, of_rows
-from selfrepair_nn.tracing.rows import passes
+from selfrepair_nn.tracing.rows import Batch, batches
+from selfrepair_nn.tracing.sites import Head
 from selfrepair_nn.variables import SWEEP, VARIABLES
 
 SHARE, GOAL, LAYER_GOAL = 0.04, 0.5, 0.2
@@ -141,23 +142,23 @@ def test_several_variants(asked, tmp_path):
 
 
 def test_rows_end_after_what_is_wanted_and_others_are_left_out():
-    cases = [(("head", 0, 0),), (("head", 0, 1),), (("head", 2, 0),)]
+    cases = [[Head(0, 0)], [Head(0, 1)], [Head(2, 0)]]
     wanted = torch.tensor([[0, 3, 10], [2, 0, 0], [0, 0, 4]])
     plan = {"rows": 6, "model": {"parallel": False}, "replacement": {"kind": "zero"}}
-    found = passes(cases, plan, torch.arange(30).reshape(3, 10), wanted)
-    rows = [[(i, p) for i, prompts in each["cases"] for p in prompts.tolist()] for each in found]
+    found = batches(cases, plan, torch.arange(30).reshape(3, 10), wanted)
+    rows = [[(i, p) for i, prompts in each.cases for p in prompts.tolist()] for each in found]
     assert rows == [[(0, 2)], [(0, 1), (1, 0)], [(2, 2)]]
-    assert [each["length"] for each in found] == [10, 3, 4]
-    assert found[1]["tokens"].tolist() == [[10, 11, 12], [0, 1, 2]]
+    assert [each.length for each in found] == [10, 3, 4]
+    assert found[1].tokens.tolist() == [[10, 11, 12], [0, 1, 2]]
 
 
 def test_every_prompt_under_every_case_needs_no_copy_of_what_is_kept():
     """Shortened rows too: the same as gathering it row by row."""
     kept, x = torch.randn(3, 7, 2), torch.randn(6, 4, 2)
-    batch = {"whole": True, "length": 4, "prompts": torch.tensor([0, 1, 2, 0, 1, 2])}
-    gathered = x * of_rows(kept, batch["prompts"], batch)
-    assert torch.equal(against(torch.mul, x, kept, batch), gathered)
-    assert torch.equal(against(torch.mul, x, kept, batch | {"whole": False}), gathered)
+    batch = Batch((0, False), [], torch.tensor([0, 1, 2, 0, 1, 2]), True, torch.zeros(6, 4), 4)
+    gathered = x * batch.of(kept)
+    assert torch.equal(batch.against(torch.mul, x, kept), gathered)
+    assert torch.equal(replace(batch, whole=False).against(torch.mul, x, kept), gathered)
 
 
 def test_less_is_ablated(asked, tmp_path, monkeypatch):

@@ -63,15 +63,16 @@ def crossing_bytes(work: Work, itemsize: int) -> int:
 
 def _crossing(plan: dict[str, Any], tokens: int) -> int:
     """Numbers that cross in one job on so many tokens."""
-    from selfrepair_nn.tracing.cases import KEPT, cases_of, entrance, needs
+    from selfrepair_nn.tracing.cases import begins, cases_of, needs
+    from selfrepair_nn.tracing.replacements import replacement_of
 
     cases, width = cases_of(plan), _widths(plan["model"])
     kept = needs(plan, cases)
     crossing = READ * tokens * sum(len(layers) * width[what] for what, layers in kept.items())
-    if plan["replacement"]["kind"] in ("resample", "counterfactual"):
-        lent = {(KEPT[site[0]], site[1]) for case in cases for site in case}
+    if replacement_of(plan).text is not None:
+        lent = {(site.kept, site.layer) for case in cases for site in case if site.kept}
         crossing += READ * tokens * sum(width[what] for what, _ in lent)
-    for (start, inside), group in groupby(cases, lambda case: entrance(case, plan)):
+    for (start, inside), group in groupby(cases, lambda case: begins(case, plan)):
         count = len(list(group))
         crossing += count * tokens * _pass(plan, start, inside)
     first = min(kept["z"], default=0)
@@ -99,7 +100,7 @@ def _probe(plan: dict[str, Any], layers: int) -> int:
 def _widths(model: dict[str, Any]) -> dict[str, int]:
     """Numbers for each token of what a clean pass keeps."""
     residual = dict.fromkeys(("input", "attention", "mlp", "attention_scale", "mlp_scale"), model["d_model"])
-    return residual | {"z": model["n_heads"] * model["d_head"], "hidden": model["d_mlp"]}
+    return residual | {"z": model["n_heads"] * model["d_head"], "neurons": model["d_mlp"]}
 
 
 def _shapes(shapes: Shapes) -> Iterable[tuple[str | int, ...]]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.backends.local import Backend, only
-from selfrepair_nn.components import Head, Mlp, Neuron
+from selfrepair_nn.components import Head
 from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.experiment import Experiment
@@ -14,9 +14,6 @@ from selfrepair_nn.layout.units import Unit, ablation_shapes
 
 TRIED = 4
 """Prompts on which it is tried whether passes depend on their length."""
-
-KEPT = {Head: "z", Mlp: "mlp", Neuron: "hidden"}
-"""What the mean replaces of a kind of site."""
 
 
 def strongest(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> list[Head]:
@@ -95,14 +92,17 @@ def _first_counted(experiment: Experiment) -> np.ndarray:
 
 def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> dict[str, dict[int, Any]]:
     """Mean activations of the reference prompts over all their positions: {what: {layer: [width]}}, in float64."""
+    from selfrepair_nn.tracing.cases import cases_of
     from selfrepair_nn.tracing.jobs import mean_job
 
     reference = min(experiment.options.mean_prompts, experiment.prompts.n)
     keep: dict[str, set[int]] = {}
-    for site in (site for case in experiment.graph.ablate for site in case):
-        keep.setdefault(KEPT.get(type(site), "z"), set()).add(site.layer)
+    for site in (site for case in cases_of(experiment.graph.plan(layout)) for site in case if site.kept):
+        keep.setdefault(site.kept, set()).add(site.layer)
+    if not keep:  # whole layers have no mean
+        return {}
     plan = {"model": layout, "keep": {what: sorted(layers) for what, layers in keep.items()}}
-    width = {"z": layout["n_heads"] * layout["d_head"], "mlp": layout["d_model"], "hidden": layout["d_mlp"]}
+    width = {"z": layout["n_heads"] * layout["d_head"], "mlp": layout["d_model"], "neurons": layout["d_mlp"]}
     shapes = {what: dict.fromkeys(layers, (width[what],)) for what, layers in plan["keep"].items()}
     blocks = [slice(b.start, min(b.stop, reference)) for b in experiment.work.units if b.start < reference]
     units = [Unit("mean", mean_job, b, plan, experiment.as_read, shapes) for b in blocks]

@@ -2,22 +2,22 @@
 
 import torch
 
-from selfrepair_nn.tracing.passes import of_rows
 from selfrepair_nn.tracing.readouts import along, norm_scale, per_head, product, widen
 
 
-def query(probed, layer):
+def pullback(probed, layer):
     """d_t pulled back through W_O: [prompt, position, heads * d_head], so that z times it is every head's effect."""
     return product(probed["direction"], probed["output_projection"][layer].flatten(0, 1).T)
 
 
-def neuron_query(probed, layer):
+def neuron_pullback(probed, layer):
     """d_t pulled back through the MLP's output projection: [prompt, position, neurons]."""
     return product(probed["direction"], probed["down_projection"][layer].T)
 
 
-def clean_readout(clean, probed, plan):
+def clean_readout(block):
     """Logits, norm scale and R = logit - k of the clean run [prompt, position], and what else the plan records."""
+    plan, clean, probed = block.plan, block.clean, block.probed
     final = widen(clean["input"][plan["model"]["n_layers"]])
     scale = norm_scale(final, plan)
     effects = along(final, probed["direction"]) / scale
@@ -33,40 +33,44 @@ def clean_readout(clean, probed, plan):
         state["residual_norm"] = final.norm(dim=-1)
     if plan["neurons"] is not None:
         layer = plan["neurons"]
-        hidden = widen(clean["hidden"][layer])
-        state["neuron_effects"] = hidden * probed["neuron_query"][layer] / scale[..., None]
+        neurons = widen(clean["neurons"][layer])
+        state["neuron_effects"] = neurons * probed["neuron_pullback"][layer] / scale[..., None]
         state["mlp_direct_effect"] = along(clean["mlp"][layer], probed["direction"]) / scale
     return state
 
 
-def ablated_readout(changes, batch, clean, probed, state, plan):
+def ablated_readout(changes, batch, block, state):
     """The stored quantities of one pass: [row, position] each."""
-
-    def of(x):
-        return of_rows(x, batch["prompts"], batch)
-
-    scale, direction = of(state["norm_scale"]), of(probed["direction"])
+    plan, probed = block.plan, block.probed
+    scale, direction = batch.of(state["norm_scale"]), batch.of(probed["direction"])
     effects = _effects(changes, batch, state["norm_scale"])
     before, after = (_in_rows(effects, which) for which in (0, 1))
     heads = sum((x.sum(-1) / scale for x in changes["heads"].values()), torch.zeros_like(before))
     mlps = sum((x / scale for x in changes["mlps"].values()), torch.zeros_like(before))
     final = widen(changes["final"])
-    difference = final - of(widen(clean["input"][plan["model"]["n_layers"]]))
+    difference = final - batch.of(widen(block.clean["input"][plan["model"]["n_layers"]]))
     ablated_scale = scale if plan["frozen_norm"] else norm_scale(final, plan)
     change, mean_change = along(difference, direction), along(difference, probed["mean_direction"])
     out = {
         "direct_effect": before,
         "ablated_direct_effect": after,
-        "logit_change": _rescaled(of(state["effects"]), change / scale, scale, ablated_scale),
-        "mean_logit_change": _rescaled(of(state["mean_effects"]), mean_change / scale, scale, ablated_scale),
-        "from_heads": heads - _own_seen(effects, batch, ("head",)),
-        "from_mlps": mlps - _own_seen(effects, batch, ("mlp", "neuron")),
+        "logit_change": _rescaled(batch.of(state["effects"]), change / scale, scale, ablated_scale),
+        "mean_logit_change": _rescaled(
+            batch.of(state["mean_effects"]), mean_change / scale, scale, ablated_scale
+        ),
+        "from_heads": heads - _own_seen(effects, batch, "heads"),
+        "from_mlps": mlps - _own_seen(effects, batch, "mlps"),
         "ablated_norm_scale": ablated_scale,
     }
     if plan["residual_norm"]:
         out["ablated_residual_norm"] = final.norm(dim=-1)
-    if plan["replacement"]["kind"] == "reinforce":
-        inserted = [of_rows(case["inserted"], at, batch) for case, at in batch["cases"]]
+    inserted = [
+        batch.of(e.inserted, at)
+        for case, at in batch.cases
+        for e in case.edits.values()
+        if e.inserted is not None
+    ]
+    if inserted:
         out["inserted_direct_effect"] = torch.cat(inserted) / scale
     if plan["record"] == "full":
         out["component_change"] = _component_changes(changes, batch, effects, scale, state, plan)
@@ -86,17 +90,16 @@ def _effects(changes, batch, scale):
     Returns [{site: (before, after)}], [row of the case, position] each. A reinforced head is not replaced: its effect
     afterwards is what its pass showed.
     """
-    found, first = [], 0
-    for case, prompts in batch["cases"]:
-        own, rows = {}, slice(first, first + len(prompts))
-        for site, pair in case["effects"].items():
-            before, after = (of_rows(x / scale, prompts, batch) for x in pair)
-            if "inserted" in case:
-                change = changes["heads"][site[1]][rows, :, site[2]]
-                after = before + change / of_rows(scale, prompts, batch)
+    found = []
+    for rows, case, prompts in batch.each():
+        own = {}
+        for site, edit in case.edits.items():
+            before, after = (batch.of(x / scale, prompts) for x in edit.effects)
+            if edit.inserted is not None:
+                change = changes["heads"][site.layer][rows, :, site.head]
+                after = before + change / batch.of(scale, prompts)
             own[site] = (before, after)
         found.append(own)
-        first = rows.stop
     return found
 
 
@@ -105,15 +108,15 @@ def _in_rows(effects, which):
     return torch.cat([sum(pair[which] for pair in own.values()) for own in effects])
 
 
-def _own_seen(effects, batch, kinds):
-    """The part of the measured changes of heads or MLPs that belongs to the ablated sites themselves: [row, …]."""
+def _own_seen(effects, batch, part):
+    """The part of the measured changes of "heads" or "mlps" that belongs to the ablated sites themselves: [row, …]."""
     sums = []
-    for (case, _), own in zip(batch["cases"], effects, strict=True):
+    for (case, _), own in zip(batch.cases, effects, strict=True):
         nothing = torch.zeros_like(next(iter(own.values()))[0])
         seen = [
             after - before
             for site, (before, after) in own.items()
-            if site[0] in kinds and (site in case["new"] or "inserted" in case)
+            if site.part == part and case.edits[site].seen
         ]
         sums.append(sum(seen, nothing))
     return torch.cat(sums)
@@ -128,22 +131,17 @@ def _component_changes(changes, batch, effects, scale, state, plan):
         out[..., first : first + x.shape[-1]] = x / scale[..., None]
     for layer, x in changes["mlps"].items():
         out[..., index["mlp", layer]] = x / scale
-    first = 0
-    for (case, prompts), own in zip(batch["cases"], effects, strict=True):
-        rows = slice(first, first + len(prompts))
-        first = rows.stop
-        for site, (before, after) in own.items():
-            if site[0] == "layers":
-                gone = [i for name, i in index.items() if name[1] in range(site[1], site[2])]
-                kept = of_rows(state["component_effects"], prompts, batch)
-                out[rows, :, gone] = -kept[..., gone]
-            elif site in case["new"] or "inserted" in case:
-                continue
-            elif site[0] == "neuron":
-                out[rows, :, index["mlp", site[1]]] += after - before
-            else:
-                out[rows, :, index[site]] = after - before
+    for (rows, case, prompts), own in zip(batch.each(), effects, strict=True):
+        for site, pair in own.items():
+            if not case.edits[site].seen:
+                where, change = site.component_changes(index, pair, _clean_of(batch, prompts, state))
+                out[rows, :, where] += change
     return out
+
+
+def _clean_of(batch, prompts, state):
+    """A function that gives what is known of the clean run, by name, for a case's rows."""
+    return lambda name: batch.of(state[name], prompts)
 
 
 def _component_index(plan):
@@ -156,13 +154,13 @@ def _component_index(plan):
     return {name: index for index, name in enumerate(names)}
 
 
-def component_effects(embedded, clean, probed, state, plan):
+def component_effects(embedded, block, scale):
     """Direct effect of every component, clean: [prompt, position, component]; `embedded` is what `embeddings` gives."""
-    direction, scale = probed["direction"], state["norm_scale"]
+    plan, clean, probed, direction = block.plan, block.clean, block.probed, block.probed["direction"]
     effects = [along(x, direction) for x in embedded]
     for layer in range(plan["model"]["n_layers"]):
         z = per_head(widen(clean["z"][layer]), plan) - probed["value_constant"][layer]
-        through = per_head(probed["query"][layer], plan)
+        through = per_head(probed["pullback"][layer], plan)
         effects += (z * through).sum(-1).unbind(-1)
         if plan["attention_bias"]:
             constant = (probed["value_constant"][layer] * through).sum((-1, -2))
@@ -176,23 +174,11 @@ def _neuron_changes(changes, batch, effects, scale, state, plan):
 
     Where the pass begins above them, only what the case itself ablates of them changed.
     """
-    layer = plan["neurons"]
-    clean = of_rows(state["neuron_effects"], batch["prompts"], batch)
+    layer, clean = plan["neurons"], batch.of(state["neuron_effects"])
     if layer in changes["mlps"]:
         change, whole = changes["neurons"] / scale[..., None], changes["mlps"][layer] / scale
     else:
-        change, whole = torch.zeros_like(clean), torch.zeros_like(scale)
-        first = 0
-        for (_, prompts), own in zip(batch["cases"], effects, strict=True):
-            rows = slice(first, first + len(prompts))
-            first = rows.stop
-            for site, (before, after) in own.items():
-                if site[:2] == ("neuron", layer):
-                    change[rows, :, site[2]] = after - before
-                    whole[rows] += after - before
-                elif site[0] == "layers" and layer in range(site[1], site[2]):
-                    gone = of_rows(state["mlp_direct_effect"], prompts, batch)
-                    change[rows], whole[rows] = -clean[rows], -gone
+        change, whole = _own_neuron_changes(layer, batch, effects, state, clean)
     most, which = change.topk(min(plan["ranks"], change.shape[-1]))
     return {
         "mlp_change": whole,
@@ -202,3 +188,16 @@ def _neuron_changes(changes, batch, effects, scale, state, plan):
         "neuron_change": change,
         "neuron_direct_effect": clean,
     }
+
+
+def _own_neuron_changes(layer, batch, effects, state, clean):
+    """The cases' own changes of a layer's neurons and of its MLP: [row, position, neuron], [row, position]."""
+    change, whole = torch.zeros_like(clean), clean.new_zeros(clean.shape[:-1])
+    for (rows, _, prompts), own in zip(batch.each(), effects, strict=True):
+        for site, pair in own.items():
+            found = site.neuron_changes(layer, pair, _clean_of(batch, prompts, state))
+            if found is not None:
+                which, of_neurons, of_mlp = found
+                change[rows, :, which] += of_neurons
+                whole[rows] += of_mlp
+    return change, whole

@@ -2,18 +2,19 @@
 
 import torch
 
-from selfrepair_nn.tracing.cases import cases_of, needs, prepare, sources
+from selfrepair_nn.tracing.cases import Block, cases_of, needs, prepare, sources
+from selfrepair_nn.tracing.clean import attention_paid, clean_pass, embeddings
 from selfrepair_nn.tracing.decompose import (
     ablated_readout,
     clean_readout,
     component_effects,
-    neuron_query,
-    query,
+    neuron_pullback,
+    pullback,
 )
-from selfrepair_nn.tracing.passes import ablated_pass, attention_paid, clean_pass, embeddings
+from selfrepair_nn.tracing.passes import ablated_pass
 from selfrepair_nn.tracing.probes import probe
 from selfrepair_nn.tracing.readouts import norm_scale, to_cpu, widen
-from selfrepair_nn.tracing.rows import gathered, passes
+from selfrepair_nn.tracing.rows import batches, gathered
 
 LARGE = ("component_change", "neuron_change", "neuron_direct_effect")
 """Many numbers for each token: where thresholds are given, only those of the top tokens come back."""
@@ -49,31 +50,36 @@ def ablation_job(model, arrays, plan, tick=None):
     [token, …] where thresholds are given: only counted tokens whose direct effect reaches their case's, in order.
     """
     tokens, cases = arrays["tokens"], cases_of(plan)
-    clean = clean_pass(model, plan, tokens, needs(plan, cases))
-    probed = _probed(model, plan, arrays, cases)
-    state = clean_readout(clean, probed, plan)
+    block = _block(model, plan, arrays, cases)
+    state = clean_readout(block)
     if plan["record"] == "full":
         embedded = embeddings(model, plan, tokens)
-        state["component_effects"] = component_effects(embedded, clean, probed, state, plan)
-    source = sources(model, plan, arrays, clean, cases)
-    found, where, ready = [], None, {}
-    for batch in passes(cases, plan, tokens, arrays.get("wanted")):
-        if where != (batch["start"], batch["inside"]):
-            where, ready = (batch["start"], batch["inside"]), {}
-        for index, _ in batch["cases"]:
+        state["component_effects"] = component_effects(embedded, block, state["norm_scale"])
+    found, start, ready = [], None, {}
+    for batch in batches(cases, plan, tokens, arrays.get("wanted")):
+        if start != batch.start:
+            start, ready = batch.start, {}
+        for index, _ in batch.cases:
             if index not in ready:
-                ready[index] = prepare(model, plan, arrays, clean, source, probed, cases[index])
-        prepared = batch | {"cases": [(ready[index], prompts) for index, prompts in batch["cases"]]}
-        changes = ablated_pass(model, plan, tokens, clean, probed, prepared)
-        results = _with_next(ablated_readout(changes, prepared, clean, probed, state, plan), tokens)
+                ready[index] = prepare(block, cases[index])
+        prepared = batch.prepared(ready)
+        changes = ablated_pass(block, prepared)
+        results = _with_next(ablated_readout(changes, prepared, block, state), tokens)
         found.append((batch, *_split(results, batch, arrays, tokens)))
         if tick is not None:
-            tick(len(batch["prompts"]))
-    out = _with_next(_of_clean_run(state, probed), tokens)
+            tick(len(batch.prompts))
+    out = _with_next(_of_clean_run(state, block.probed), tokens)
     out |= gathered(found, len(tokens), tokens.shape[1] - 1, len(cases))
     if plan["attention"]:
-        out["attention"] = _attention(model, plan, tokens, clean, cases)
+        out["attention"] = _attention(block, cases)
     return to_cpu(out)
+
+
+def _block(model, plan, arrays, cases):
+    """A block of prompts, with what its cases need of the clean run and of the weights."""
+    clean = clean_pass(model, plan, arrays["tokens"], needs(plan, cases))
+    probed = _probed(model, plan, arrays, cases)
+    return Block(model, plan, arrays, clean, probed, sources(model, plan, arrays, clean, cases))
 
 
 def _with_next(found, tokens):
@@ -94,14 +100,13 @@ def _of_clean_run(state, probed):
 def effects_job(model, arrays, plan, tick=None):
     """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
     same = plan | {"replacement": {"kind": "identity"}, "record": "sums", "neurons": None, "attention": []}
-    cases, tokens = cases_of(plan), arrays["tokens"]
-    clean = clean_pass(model, same, tokens, needs(same, cases))
-    probed = _probed(model, same, arrays, cases)
-    scale = norm_scale(clean["input"][plan["model"]["n_layers"]], plan)
+    cases = cases_of(plan)
+    block = _block(model, same, arrays, cases)
+    scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)
     effects = []
     for case in cases:
-        ready = prepare(model, same, arrays, clean, clean, probed, case)
-        effects.append(sum(before / scale for before, _ in ready["effects"].values())[:, :-1])
+        edits = prepare(block, case).edits
+        effects.append(sum(edit.effects[0] / scale for edit in edits.values())[:, :-1])
     return {"direct_effect": torch.stack(effects).cpu()}
 
 
@@ -133,14 +138,14 @@ def mean_job(model, arrays, plan, tick=None):
 def _probed(model, plan, arrays, cases):
     """What the probe finds, with the target directions pulled back through every projection that is read."""
     sites = [site for case in cases for site in case]
-    first = 0 if plan["record"] == "full" else min(site[1] for site in sites)
+    first = 0 if plan["record"] == "full" else min(site.layer for site in sites)
     layers = range(first, plan["model"]["n_layers"])
-    neurons = {site[1] for site in sites if site[0] == "neuron"}
+    neurons = {site.layer for site in sites if site.kept == "neurons"}
     neurons |= set() if plan["neurons"] is None else {plan["neurons"]}
     others = _to_the_end(arrays["other"]) if plan["target"] == "difference" else None
     probed = probe(model, plan, layers, _to_the_end(arrays["tokens"][:, 1:]), others, sorted(neurons))
-    probed["query"] = {layer: query(probed, layer) for layer in layers}
-    probed["neuron_query"] = {layer: neuron_query(probed, layer) for layer in neurons}
+    probed["pullback"] = {layer: pullback(probed, layer) for layer in layers}
+    probed["neuron_pullback"] = {layer: neuron_pullback(probed, layer) for layer in neurons}
     return probed
 
 
@@ -156,20 +161,20 @@ def _split(results, batch, arrays, tokens):
     """
     if "thresholds" not in arrays:
         return results, {}, None
-    cases = torch.cat([torch.full((len(p),), i) for i, p in batch["cases"]])
+    cases = torch.cat([torch.full((len(p),), i) for i, p in batch.cases])
     effect = results["direct_effect"]
     top = effect >= arrays["thresholds"][cases, None].to(effect.device)
     if "counted" in arrays:
-        top &= arrays["counted"].to(top.device)[batch["prompts"].to(top.device), : top.shape[1]]
+        top &= arrays["counted"].to(top.device)[batch.prompts.to(top.device), : top.shape[1]]
     row, position = top.nonzero(as_tuple=True)
-    rows = (cases * tokens.shape[0] + batch["prompts"]).to(row.device)
+    rows = (cases * tokens.shape[0] + batch.prompts).to(row.device)
     few = {name: results.pop(name)[top] for name in LARGE if name in results}
     return results, few, rows[row] * tokens.shape[1] + position
 
 
-def _attention(model, plan, tokens, clean, cases):
+def _attention(block, cases):
     """Attention of each case's head: [case, prompt, position, distance]."""
-    heads = [site for case in cases for site in case if site[0] == "head"]
-    layers = sorted({site[1] for site in heads})
-    paid = attention_paid(model, plan, tokens, clean, layers, plan["attention"])
-    return torch.stack([paid[site[1]][:, :-1, site[2]] for site in heads])
+    heads, tokens = [site for case in cases for site in case], block.arrays["tokens"]
+    layers = sorted({head.layer for head in heads})
+    paid = attention_paid(block.model, block.plan, tokens, block.clean, layers, block.plan["attention"])
+    return torch.stack([paid[head.layer][:, :-1, head.head] for head in heads])

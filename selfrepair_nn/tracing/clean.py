@@ -1,0 +1,163 @@
+"""Forward passes in which nothing is ablated, and what is read of them."""
+
+import torch
+from nnsight import save
+
+from selfrepair_nn.tracing.places import part, place
+from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
+
+
+def no_logits():
+    """As `logits_to_keep`: no position's logits, so no product with the vocabulary."""
+    return torch.zeros(0, dtype=torch.long)
+
+
+def clean_pass(model, plan, tokens, keep):
+    """One forward pass over token ids [prompt, position], nothing changed.
+
+    Args:
+        keep: {what: layers}, for any of
+            input: the residual stream that enters the layer; layer `n_layers` means the final norm's input
+            z: the input of the attention's output projection, [prompt, position, heads * d_head]
+            attention, mlp: what they write, [prompt, position, d_model]
+            neurons: the input of the MLP's output projection, [prompt, position, neurons]
+            attention_scale, mlp_scale: S of the norm before them, [prompt, position]
+
+    Returns {what: {layer: tensor}}.
+    """
+    count = plan["model"]["n_layers"]
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
+        kept = save({what: {} for what in keep})
+        for layer in range(count):
+            for what, read in READS:
+                if layer in keep.get(what, ()):
+                    kept[what][layer] = read(model, plan, layer, tokens)
+        if count in keep.get("input", ()):
+            kept["input"][count] = place(model, plan, "final_norm").input
+    return kept
+
+
+def _input(model, plan, layer, tokens):
+    return place(model, plan, "layers")[layer].input
+
+
+def _attention_scale(model, plan, layer, tokens):
+    return norm_scale(part(model, plan, layer, "attention_norm").input, plan)
+
+
+def _z(model, plan, layer, tokens):
+    return part(model, plan, layer, "output_projection").input
+
+
+def _attention(model, plan, layer, tokens):
+    return part(model, plan, layer, "output_projection").output
+
+
+def _mlp_scale(model, plan, layer, tokens):
+    return norm_scale(like_rows(part(model, plan, layer, "mlp_norm").input, tokens), plan)
+
+
+def neurons_of(model, plan, layer, tokens):
+    return like_rows(part(model, plan, layer, "down_projection").input, tokens)
+
+
+def _mlp(model, plan, layer, tokens):
+    return like_rows(part(model, plan, layer, "mlp").output, tokens)
+
+
+READS = (
+    ("input", _input),
+    ("attention_scale", _attention_scale),
+    ("z", _z),
+    ("attention", _attention),
+    ("mlp_scale", _mlp_scale),
+    ("neurons", neurons_of),
+    ("mlp", _mlp),
+)
+"""In the order in which a layer runs: nnsight reads only forwards."""
+
+
+def embeddings(model, plan, tokens):
+    """What the token embedding, and the position embedding where there is one, write: [prompt, position, d_model]."""
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
+        written = save([place(model, plan, "token_embedding").output])
+        if plan["model"]["position_embedding"]:
+            written.append(place(model, plan, "position_embedding").output.expand_as(written[0]))
+    return written
+
+
+def layer_on(model, plan, tokens, layer, residual):
+    """What a layer makes of any residual stream that enters it: [prompt, position, d_model]."""
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
+        take_up(model, plan, layer, residual)
+        written = save([place(model, plan, "layers")[layer].output])
+    return written[0]
+
+
+def attention_paid(model, plan, tokens, clean, layers, distances):
+    """How much attention each head pays to the token `distance` back: {layer: [prompt, position, heads, distance]}.
+
+    No attention weights are read, which not every implementation computes. In a pass whose values are replaced by
+    indicators of their positions, z is the attention; then the clean z goes on. As many positions as a head is wide
+    are told apart in one pass. Where there is no token so far back it is 0.
+    """
+    width, count = plan["model"]["d_head"], tokens.shape[1]
+    back = torch.arange(count)[:, None] - torch.tensor(distances)
+    paid = dict.fromkeys(layers, 0)
+    for start in range(0, count, width):
+        z = _indicated(model, plan, tokens, clean, layers, start)
+        inside = ((back >= start) & (back < start + width)).to(z[layers[0]].device)
+        where = (back - start).clamp(0, width - 1).to(z[layers[0]].device)
+        for layer in layers:
+            heads = widen(per_head(z[layer], plan))
+            index = where[None, :, None].expand(*heads.shape[:3], len(distances))
+            paid[layer] = paid[layer] + heads.gather(-1, index) * inside[None, :, None]
+    return paid
+
+
+def _indicated(model, plan, tokens, clean, layers, start):
+    """z of each layer where the value at position start + i is the unit vector i, and 0 elsewhere."""
+    width = plan["model"]["d_head"]
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
+        kept = save({})
+        for layer in layers:
+            values = _values(part(model, plan, layer, "value").output, plan)
+            code = torch.zeros(tokens.shape[1], width, dtype=values.dtype, device=values.device)
+            stop = min(start + width, tokens.shape[1])
+            code[range(start, stop), range(stop - start)] = 1
+            values[:] = code[None, :, None]
+            z = part(model, plan, layer, "output_projection").input
+            kept[layer] = z.clone()
+            z[:] = clean["z"][layer]
+    return kept
+
+
+def _values(out, plan):
+    """The values within the value projection's output, as a view: [prompt, position, heads, d_head]."""
+    width, layout = plan["model"]["d_head"], plan["model"]["places"]["value_layout"]
+    if layout == "interleaved":
+        return out.unflatten(-1, (-1, 3, width))[:, :, :, 2]
+    if layout == "stacked":
+        out = out.chunk(3, -1)[2]
+    return out.unflatten(-1, (-1, width))
+
+
+def take_up(model, plan, start, residual):
+    """Skip the layers below `start`; only the last one's output is ever used."""
+    layers = place(model, plan, "layers")
+    for layer in range(start - 1):
+        layers[layer].skip(stub(residual))
+    if start:
+        layers[start - 1].skip(residual)
+    else:
+        layers[0].input[:] = residual
+
+
+def stub(x):
+    """What stands for an output that is never used. A copy: a view would take all of x with it through a socket."""
+    return x[:, :1, :1].clone()
+
+
+def like_rows(out, tokens):
+    """Some MLPs work on flattened tokens: give their tensors the shape [row, position, …] again, as a view."""
+    return out.view(*tokens.shape, -1)

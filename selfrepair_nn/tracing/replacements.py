@@ -1,0 +1,137 @@
+"""What takes the place of a site's value. A plan names one, with its numbers; arrays hold what varies by prompt."""
+
+from dataclasses import dataclass
+
+import torch
+
+from selfrepair_nn.tracing.readouts import along, widen
+from selfrepair_nn.tracing.sites import Edit, site_of
+
+
+class Replacement:
+    """`text` names the other tokens, if any, that values are taken from."""
+
+    text = None
+
+    def needs(self):
+        """What it reads of a clean pass beside the sites themselves: {what: layers}."""
+        return {}
+
+    def begins(self, case, plan):
+        """Where a case's pass begins: at the first place that its first site can change."""
+        return min(site.behind(plan) for site in case)
+
+    def edit(self, site, block, start):
+        """What becomes of a site in a pass that begins at `start`."""
+        return site.edit(self, block, start)
+
+
+@dataclass
+class Identity(Replacement):
+    """What was there."""
+
+    def new(self, site, before, block):
+        return site.value(block.source, block.plan)
+
+
+@dataclass
+class Resample(Identity):
+    """The same site's value on the partner's tokens."""
+
+    text = "partner_tokens"
+
+
+@dataclass
+class Counterfactual(Identity):
+    """The same site's value on a minimally different text."""
+
+    text = "counterfactual_tokens"
+
+
+@dataclass
+class Mean(Replacement):
+    """The mean over reference prompts: arrays["means"] {what: {layer: [width]}}."""
+
+    def new(self, site, before, block):
+        mean = block.arrays["means"][site.kept][site.layer][None, None].to(before.device, before.dtype)
+        return site.value({site.kept: {site.layer: mean}}, block.plan).expand_as(before)
+
+
+@dataclass
+class Zero(Replacement):
+    """Nothing but what no input changes."""
+
+    def new(self, site, before, block):
+        return site.constant(block).to(before.dtype).expand_as(before)
+
+
+@dataclass
+class Scale(Replacement):
+    """The site's own value times `factor`."""
+
+    factor: float
+
+    def new(self, site, before, block):
+        constant = site.constant(block).to(before.dtype)
+        return constant + self.factor * (before - constant)
+
+
+@dataclass
+class Constant(Replacement):
+    """`value` in every entry."""
+
+    value: float
+
+    def new(self, site, before, block):
+        return torch.full_like(before, self.value)
+
+
+@dataclass
+class OtherHead(Replacement):
+    """What another head of the same prompt reads out."""
+
+    head: list
+
+    def needs(self):
+        return site_of(self.head).needs()
+
+    def new(self, site, before, block):
+        return site_of(self.head).value(block.source, block.plan)
+
+
+@dataclass
+class Reinforce(Replacement):
+    """No replacement: `scale` times the head's own write is added to what its layer reads, at the edited position."""
+
+    scale: float
+
+    def begins(self, case, plan):
+        return case[0].layer, False
+
+    def edit(self, site, block, start):
+        value = site.value(block.clean, block.plan)
+        own = site.write(widen(value) - site.constant(block), block)
+        edited = block.arrays["edited_position"].to(own.device)[:, None]
+        here = edited == torch.arange(own.shape[1], device=own.device)
+        written, effect = self.scale * own * here[..., None], site.effect(value, block)
+        return Edit((effect, effect), written=written, inserted=along(written, block.probed["direction"]))
+
+
+KINDS = {
+    "identity": Identity,
+    "resample": Resample,
+    "counterfactual": Counterfactual,
+    "mean": Mean,
+    "zero": Zero,
+    "scale": Scale,
+    "constant": Constant,
+    "otherhead": OtherHead,
+    "reinforce": Reinforce,
+}
+"""By the word that a plan has for each."""
+
+
+def replacement_of(plan):
+    """The plan's replacement."""
+    numbers = dict(plan["replacement"])
+    return KINDS[numbers.pop("kind")](**numbers)
