@@ -86,15 +86,15 @@ class Work:
 
     def dims(self, quantity: Quantity) -> tuple[str, ...]:
         """The dimensions of a quantity in this run's store."""
-        return quantity.dims_in(self._first.heads_only, self.axis)
+        return quantity.dims_in(self.graph.heads_only, self.axis)
 
     def store_bytes(self, quantities: Iterable[Quantity], precision: str) -> int:
         """What quantities take in a store of this floating-point type, before compression."""
-        sizes = self.sizes
-        return sum(
-            prod(sizes[d] for d in self.dims(each)) * np.dtype(each.dtype(precision)).itemsize
-            for each in quantities
-        )
+        sizes, count = self.sizes, 0
+        for each in quantities:
+            dims = each.dims_in("layer" in sizes, self.axis)
+            count += prod(sizes[d] for d in dims) * np.dtype(each.dtype(precision)).itemsize
+        return count
 
     def cost(self) -> dict[str, float]:
         """What the run will take.
