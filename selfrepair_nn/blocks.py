@@ -15,7 +15,7 @@ import xarray as xr
 
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.integrity import require_source
-from selfrepair_nn.variables import SWEEP, TOKEN
+from selfrepair_nn.quantities import SWEEP, TOKEN
 
 BLOCK = 2**22  # values held at once
 

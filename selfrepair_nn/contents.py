@@ -28,7 +28,7 @@ from selfrepair_nn.description import (
     understood,
 )
 from selfrepair_nn.files import read_json, unsealed
-from selfrepair_nn.variables import COORDINATES, VARIABLES
+from selfrepair_nn.quantities import COORDINATES, QUANTITIES
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Chunks:
     def of(cls, name: str, metadata: Mapping[str, Any]) -> "Chunks":
         shape, per = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
         dims = metadata.get("dimension_names") or ()
-        swept = name in VARIABLES and name not in COORDINATES and "prompt" in dims
+        swept = name in QUANTITIES and name not in COORDINATES and "prompt" in dims
         counts = tuple(ceil(size / each) for size, each in zip(shape, per, strict=True))
         return cls(name, counts, dims.index("prompt") if swept else None)
 

@@ -2,10 +2,6 @@
 
 import numpy as np
 
-DERIVED = ("self_repair", "from_norm", "norm_on_existing", "norm_on_change", "closure")
-"""What `complete` adds."""
-
-
 TOLERANCE = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 """How far from exact a model of a number format may be decomposed: a share of the logits' standard deviation.
 

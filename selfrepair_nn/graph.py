@@ -20,8 +20,8 @@ from selfrepair_nn.components import (
     Swap,
 )
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.quantities import ASKED, QUANTITIES, RANKS, measured
 from selfrepair_nn.values import Declared, number, one_of, shown, switch, text, whole
-from selfrepair_nn.variables import RANKS, VARIABLES
 
 REPLACEMENTS = {
     "resample": "the same site's value at the same position of the prompt's partner",
@@ -117,7 +117,8 @@ class Graph(metaclass=Declared):
     strongest first, that gives further cases.
     `freeze` holds the sites that keep their clean value; a site that a run ablates is never frozen in that run.
     `neurons` is the layer whose MLP is recorded neuron by neuron; `residual_norm` records the length of the residual
-    stream; `attention` lists distances: the attention each head pays to the token so far back is recorded.
+    stream; `attention` lists distances: the attention each head pays to the token so far back is recorded. `also` names
+    whatever else is to be recorded, as docs/store.md has it: also=("residual_norm",) says what residual_norm=True does.
 
         Graph(ablate=sweep(heads))                        every head by itself, resample ablated
         Graph(ablate=sweep(heads), strongest=4)             only the four that write most of the targets
@@ -141,15 +142,18 @@ class Graph(metaclass=Declared):
     attention: tuple[int, ...] = ()
     strongest: int | None = None
     then: Callable[[tuple[Head, ...]], Iterable[tuple[Ablatable, ...]]] | None = None
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kept in (("ablate", _cases), ("freeze", frozenset), ("attention", tuple)):
+        for name, kept in (("ablate", _cases), ("freeze", frozenset), ("attention", tuple), ("also", _words)):
             object.__setattr__(self, name, kept(getattr(self, name)))
         switch("residual_norm", self.residual_norm)
         _require_replacement(self.replacement)
         one_of("target", self.target, TARGETS | {"difference": ""})
         one_of("value_bias", self.value_bias, VALUE_BIASES)
         one_of("record", self.record, RECORDS)
+        for each in self.also:
+            one_of("also", each, ASKED)
         for case in self.ablate:
             _require_sites(case)
             _require_possible(case, self.replacement)
@@ -187,8 +191,28 @@ class Graph(metaclass=Declared):
     @property
     def digest(self) -> str:
         """A hash of everything it says: two graphs with the same digest do the same."""
-        others = [_said(getattr(self, f.name)) for f in fields(self) if f.name != "freeze"]
+        told = [f.name for f in fields(self) if f.name != "freeze" and (f.name != "also" or self.also)]
+        others = [_said(getattr(self, name)) for name in told]
         return sha256(repr([sorted(map(repr, self.freeze)), *others]).encode()).hexdigest()[:16]
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether heads are not ablated but reinforced."""
+        return isinstance(self.replacement, Reinforce)
+
+    @property
+    def records(self) -> frozenset[str]:
+        """The conditions for a quantity to be recorded (quantities.WHEN, ASKED) that it fulfils."""
+        fulfilled = {
+            "grid": self.heads_only,
+            "cases": not self.heads_only,
+            "components": self.record == "full",
+            "neurons": self.neurons is not None,
+            "attention": bool(self.attention),
+            "reinforced": self.reinforces,
+            "residual_norm": self.residual_norm,
+        }
+        return frozenset({"always", *self.also, *(name for name, given in fulfilled.items() if given)})
 
     @property
     def undecided(self) -> bool:
@@ -250,8 +274,9 @@ class Graph(metaclass=Declared):
             "record": self.record,
             "neurons": self.neurons,
             "ranks": RANKS,
-            "residual_norm": self.residual_norm,
             "attention": list(self.attention),
+            "gives": [each.name for each in measured(self.records)],
+            "large": [each.name for each in measured(self.records) if each.large],
             "target": self.target,
             "value_bias": self.value_bias,
             "attention_bias": writes_attention_bias(structure, self.value_bias),
@@ -270,7 +295,7 @@ class Variants(metaclass=Declared):
         first = next(iter(self.graphs.values()), None)
         if first is None:
             raise UsageError(f"variants along {self.axis!r} need at least one graph")
-        if self.axis in VARIABLES and self.axis != "ablation":
+        if self.axis in QUANTITIES and self.axis != "ablation":
             raise UsageError(f"variants along {self.axis!r}: every store uses that name; choose another")
         for label, graph in self.graphs.items():
             for name in (
@@ -281,6 +306,7 @@ class Variants(metaclass=Declared):
                 "neurons",
                 "residual_norm",
                 "attention",
+                "also",
                 "target",
                 "value_bias",
             ):
@@ -290,6 +316,10 @@ class Variants(metaclass=Declared):
 
 def _cases(ablate: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(tuple(case) if isinstance(case, list) else case for case in ablate)
+
+
+def _words(names: Iterable[str] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(sorted(set(names), key=str))
 
 
 def sweep(sites: Iterable[Ablatable]) -> tuple[tuple[Ablatable, ...], ...]:

@@ -20,8 +20,8 @@ from selfrepair_nn.errors import StoreError
 from selfrepair_nn.options import Options
 from selfrepair_nn.paths import local
 from selfrepair_nn.prompts import DEFAULT_LENGTH, DEFAULT_TOKENS, SAMPLE_TOKENS
+from selfrepair_nn.quantities import usual_share
 from selfrepair_nn.recipe import Recipe
-from selfrepair_nn.variables import usual_share
 
 LONGEST = 100
 """Bytes of a store's name without its ending: with a lock or a draft beside it, every file system takes it."""

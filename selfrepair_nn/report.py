@@ -31,8 +31,8 @@ from selfrepair_nn.figures import style
 from selfrepair_nn.figures.needs import NEEDS
 from selfrepair_nn.figures.needs import axis as variants_axis
 from selfrepair_nn.paths import local
+from selfrepair_nn.quantities import TOKEN
 from selfrepair_nn.shown import line
-from selfrepair_nn.variables import TOKEN
 
 RANKED = 10
 HEAD_COLUMNS = {

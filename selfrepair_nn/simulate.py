@@ -15,8 +15,8 @@ from selfrepair_nn.components import components as every_component
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import REPLACEMENTS
+from selfrepair_nn.quantities import COORDINATES, QUANTITIES, SWEEP
 from selfrepair_nn.values import one_of
-from selfrepair_nn.variables import COORDINATES, SWEPT, VARIABLES
 
 Arrays = dict[str, np.ndarray]
 Random = np.random.Generator
@@ -90,7 +90,7 @@ def unfinished(ds: xr.Dataset, selected: Iterable[Head] | None = None, done=None
         chosen = chosen.copy(data=[[(i, j) in wanted for j in ds["head"].values] for i in ds["layer"].values])
     computed = ds.done if done is None else ds.done.copy(data=np.broadcast_to(done, ds.done.shape).copy())
     computed = (computed & chosen).assign_attrs(ds.done.attrs)
-    swept = [name for name in (*SWEPT, "component_change") if name in ds]
+    swept = [name for name, each in ds.data_vars.items() if each.dims[:4] == SWEEP]
     blanked = {name: ds[name].where(computed).assign_attrs(ds[name].attrs) for name in swept}
     return ds.assign(selected=chosen, done=computed, **blanked)
 
@@ -230,10 +230,10 @@ def _per_head(values: np.ndarray) -> np.ndarray:
 
 def _dataset(values: Arrays, dtype: str) -> xr.Dataset:
     arrays = {}
-    for name, v in VARIABLES.items():
+    for name, q in QUANTITIES.items():
         if name in values:
-            stored = values[name] if v.kind == "string" else values[name].astype(v.dtype(dtype))
-            arrays[name] = xr.Variable(v.dims, stored, v.attributes)
+            stored = values[name] if q.kind == "string" else values[name].astype(q.dtype(dtype))
+            arrays[name] = xr.Variable(q.dims, stored, q.attributes)
     coordinates = {name: arrays.pop(name) for name in COORDINATES if name in arrays}
     return xr.Dataset(arrays, coordinates)
 

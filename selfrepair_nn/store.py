@@ -23,8 +23,8 @@ from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import Files, digest, read_json, seal, sealed, sync_path, sync_tree, unsealed
 from selfrepair_nn.integrity import Checks, contents_of, count, require_whole
 from selfrepair_nn.paths import local
+from selfrepair_nn.quantities import QUANTITIES, WIDE, Quantity
 from selfrepair_nn.secrets import hidden
-from selfrepair_nn.variables import VARIABLES, Variable
 
 COMPRESSORS = (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec())
 """The checksum comes last, so that a chunk's file ends in it."""
@@ -51,7 +51,7 @@ class Store:
         coordinates: Mapping[str, Any],
         data: Mapping[str, np.ndarray | None],
         *,
-        dims: Callable[[Variable], tuple[str, ...]] = attrgetter("dims"),
+        dims: Callable[[Quantity], tuple[str, ...]] = attrgetter("dims"),
         prompts_per_chunk: int,
         precision: str,
         attributes: Mapping[str, Any],
@@ -61,9 +61,9 @@ class Store:
         The caller holds the store's lock: what an earlier, killed creation left behind is cleared away.
 
         Args:
-            coordinates: name -> values, of variables.COORDINATES, or the labels of an axis of variants.
+            coordinates: name -> values, of quantities.COORDINATES, or the labels of an axis of variants.
             data: names of the arrays to hold; values where they are known already, else None.
-            dims: the dimensions that a variable has in this store.
+            dims: the dimensions that a quantity has in this store.
             prompts_per_chunk: length of a chunk along `prompt`: the block that is written at once.
             precision: "float32" or "float64".
             attributes: JSON-able; nested ones are stored as one JSON string.
@@ -87,7 +87,7 @@ class Store:
                 )
                 group = zarr.open_group(draft, mode="r+")
                 for name, values in data.items():
-                    sizes = {d: labels.sizes[d] for d in dims(VARIABLES[name])}
+                    sizes = {d: labels.sizes[d] for d in dims(QUANTITIES[name])}
                     _add_array(group, name, values, sizes, prompts_per_chunk, precision)
                 group.create_group(NOTES, attributes={"description": ABOUT})
                 _mark_nothing(draft)
@@ -275,7 +275,7 @@ def open_store(path: str | Path) -> xr.Dataset:
     require_whole(path, count(path))
     files = Files(path, read_only=True, check=Checks(contents_of(path)))
     found = xr.open_zarr(files, chunks=None)
-    ordered = found[[name for name in VARIABLES if name in found.data_vars]]
+    ordered = found[[name for name in QUANTITIES if name in found.data_vars]]
     ordered.encoding = {"source": str(path), "checked": True}
     return ordered
 
@@ -294,7 +294,7 @@ def _sweep_drafts(path: Path) -> None:
 
 def _labelled(name: str, values: Any) -> xr.Variable:
     """A coordinate with its description; text as variable-length strings."""
-    spec = VARIABLES.get(name)
+    spec = QUANTITIES.get(name)
     if spec is None or len(spec.dims) != np.ndim(values):
         spec = _axis(name, values)
     array = np.asarray(values, dtype=object if spec.kind == "string" else spec.dtype("float64"))
@@ -303,10 +303,10 @@ def _labelled(name: str, values: Any) -> xr.Variable:
     )
 
 
-def _axis(name: str, values: Any) -> Variable:
+def _axis(name: str, values: Any) -> Quantity:
     """A coordinate of the axis along which the variants of a run lie: numbers, or text."""
     kind = "float" if all(isinstance(v, int | float) for v in values) else "string"
-    return Variable(name, (name,), "1", name, "What distinguishes the variants of this run.", kind)
+    return Quantity(name, "label", (name,), "1", name, "What distinguishes the variants of this run.", kind)
 
 
 def _add_array(
@@ -317,7 +317,7 @@ def _add_array(
     per_chunk: int,
     precision: str,
 ) -> None:
-    spec = VARIABLES[name]
+    spec = QUANTITIES[name]
     array = group.create_array(
         name,
         shape=tuple(sizes.values()),
@@ -367,7 +367,7 @@ def _chunk(dims: tuple[str, ...], dim: str, size: int, per_chunk: int) -> int:
     """One chunk per written block of prompts and everything else; where much is kept of a token, one per layer."""
     if dim == "prompt":
         return min(per_chunk, size)
-    return 1 if dim in ("layer", "case") and {"component", "neuron"} & set(dims) else size
+    return 1 if dim in ("layer", "case") and set(WIDE) & set(dims) else size
 
 
 @contextmanager

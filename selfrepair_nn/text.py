@@ -22,7 +22,7 @@ from selfrepair_nn.analysis import (
 )
 from selfrepair_nn.analysis.checks import require
 from selfrepair_nn.confidence import RATE
-from selfrepair_nn.variables import SWEEP
+from selfrepair_nn.quantities import SWEEP
 from selfrepair_nn.wording import (
     WIDTH,
     basis,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from selfrepair_nn.contents import Contents, Damage, Marks, attempted
-from selfrepair_nn.variables import CLEAN, SWEPT
+from selfrepair_nn.quantities import recorded
 
 
 def unreadable(contents: Contents, deep: bool) -> Iterator[Damage]:
@@ -24,7 +24,8 @@ def unreadable(contents: Contents, deep: bool) -> Iterator[Damage]:
 
 
 def _of_block(contents: Contents, block: int, counted: np.ndarray | None) -> Iterator[Damage]:
-    full = () if "kept_share" in contents.attributes else {*CLEAN, *SWEPT}
+    always = recorded(("always",), "clean", "ablated", "derived")
+    full = () if "kept_share" in contents.attributes else {each.name for each in always}
     for name, file in contents.block_files(block):
         path = contents.path / file
         if not path.exists():

@@ -1,12 +1,16 @@
-"""Stores of the heads recipe from numbers written by hand."""
+"""Stores of the heads recipe from numbers written by hand, and names of what every store of it holds."""
 
 import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis import MEANS
+from selfrepair_nn.quantities import QUANTITIES, recorded
 
 SWEEP = ("layer", "head", "prompt", "position")
 PARTS = ("norm_on_existing", "norm_on_change")
+CLEAN = tuple(q.name for q in recorded(("always",), "clean") if q.dims == SWEEP[2:])
+SWEPT = tuple(name for name, q in QUANTITIES.items() if q.dims == SWEEP and q.when == "always")
+COMPONENT = tuple(q.name for q in recorded(("components",)))
 
 
 def hand_made(effects, **others) -> xr.Dataset:

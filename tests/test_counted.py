@@ -20,8 +20,8 @@ from selfrepair_nn import figures, report, text
 from selfrepair_nn.analysis import HALF_WIDTH, MEANS
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures.needs import NEEDS
+from selfrepair_nn.quantities import QUANTITIES, SWEEP
 from selfrepair_nn.recipe import find_recipe, recipe_paths
-from selfrepair_nn.variables import SWEEP, VARIABLES
 
 LENGTH, PROMPTS = 8, 26  # enough that means have intervals
 COLUMNS = ["direct_effect", "logit_change", "self_repair", "from_heads", "from_mlps", "from_norm"]
@@ -169,7 +169,7 @@ def test_prompts_are_a_choice_of_a_run(wrapped, tmp_path):
 def test_a_summary_is_over_what_counts(stores, recipe):
     """Every recipe's, by plain NumPy on the store."""
     ds = stores(recipe)
-    assert VARIABLES["counted"].dims == ds.counted.dims
+    assert QUANTITIES["counted"].dims == ds.counted.dims
     assert 0 < ds.counted.mean() < 1
     share = {} if recipe in OWN else {"share": 1.0}
     if "case" in ds.dims:

@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made import CLEAN, SWEPT
 from numpy.testing import assert_allclose, assert_array_equal
 
 import selfrepair_nn as sr
@@ -18,7 +19,6 @@ from selfrepair_nn.equations import complete
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.tracing.jobs import ablation_job, mean_job
 from selfrepair_nn.tracing.session import run_session
-from selfrepair_nn.variables import CLEAN, SWEPT
 
 TIGHT = 1e-10  # logits, on models that compute in float64 throughout
 REPLACEMENTS = ["resample", "mean", "zero"]

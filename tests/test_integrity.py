@@ -8,13 +8,14 @@ import pytest
 import xarray as xr
 import zarr
 from damaged import attribute, chunks, copied, cut, emptied, flipped, old_format, removed, swapped
+from made import SWEPT
 from terminal import assert_same_numbers, done, files, ids, saved, selfrepair
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import Incomplete, StoreError
 from selfrepair_nn.integrity import verify
+from selfrepair_nn.quantities import COORDINATES, QUANTITIES
 from selfrepair_nn.store import Store
-from selfrepair_nn.variables import COORDINATES, SWEPT, VARIABLES
 
 PROMPTS, BLOCK = 24, 6
 RUNS = {
@@ -101,8 +102,8 @@ def test_every_chunk_of_what_is_done_is_there_and_checksummed(ran, kind):
         assert array.metadata.codecs[-1].to_dict() == {"name": "crc32c"}, name
         marked = group["done"][:].any(tuple(range(group["done"].ndim - 1)))
         along = (
-            VARIABLES[name].dims.index("prompt")
-            if name not in COORDINATES and "prompt" in VARIABLES[name].dims
+            QUANTITIES[name].dims.index("prompt")
+            if name not in COORDINATES and "prompt" in QUANTITIES[name].dims
             else None
         )
         wanted = int(np.prod([-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)]))
@@ -302,7 +303,7 @@ def test_only_what_is_damaged_is_computed_again(store, command):
     after = files(store)
     changed = {name for name in before if after[name] != before[name] and "/c/" in name}
     assert {
-        name.split("/")[1:][1 + VARIABLES[name.split("/")[0]].dims.index("prompt")] for name in changed
+        name.split("/")[1:][1 + QUANTITIES[name.split("/")[0]].dims.index("prompt")] for name in changed
     } == {"1"}
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 import xarray as xr
 from far import Far
+from made import SWEPT
 from terminal import assert_same_numbers, resume_command
 
 import selfrepair_nn as sr
@@ -32,7 +33,6 @@ from selfrepair_nn.layout.experiment import prepare
 from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import describe, load, structure_only
-from selfrepair_nn.variables import SWEPT
 
 pytestmark = pytest.mark.slow
 RELATIVE = 1e-4  # float32

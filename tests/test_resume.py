@@ -12,6 +12,7 @@ from time import monotonic, sleep
 import numpy as np
 import pytest
 import xarray as xr
+from made import CLEAN, SWEPT
 from terminal import (
     ENVIRONMENT,
     Process,
@@ -26,8 +27,8 @@ from terminal import (
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import Incomplete, StoreError
+from selfrepair_nn.quantities import COORDINATES, QUANTITIES
 from selfrepair_nn.store import Store
-from selfrepair_nn.variables import CLEAN, COORDINATES, SWEPT, VARIABLES
 
 PROMPTS, HEADS, BATCH = 24, 15, 2
 PAIRS = PROMPTS * HEADS
@@ -147,8 +148,8 @@ def test_interrupted(tmp_path, command, undisturbed, number):
 def finished_chunks(store, units):
     """The files of the first units: their hashes and times."""
     found = {tuple(name.split("/")): what for name, what in files(store).items() if "/c/" in name}
-    by_prompt = {n for n, v in VARIABLES.items() if "prompt" in v.dims} - {*COORDINATES, "done"}
-    where = {name: 2 + VARIABLES[name].dims.index("prompt") for name in by_prompt}
+    by_prompt = {n for n, v in QUANTITIES.items() if "prompt" in v.dims} - {*COORDINATES, "done"}
+    where = {name: 2 + QUANTITIES[name].dims.index("prompt") for name in by_prompt}
     kept = {p: what for p, what in found.items() if p[0] in by_prompt and int(p[where[p[0]]]) < units}
     assert len(kept) == units * len(CLEAN + SWEPT)
     return kept

@@ -20,11 +20,11 @@ from selfrepair_nn.confidence import CLUSTERS, Tally, clusters_of
 from selfrepair_nn.errors import Incomplete, UsageError
 from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import wrap
+from selfrepair_nn.quantities import QUANTITIES, SWEEP
 from selfrepair_nn.running.rounds import schedule
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.rows import Batch, batches
 from selfrepair_nn.tracing.sites import Head
-from selfrepair_nn.variables import SWEEP, VARIABLES
 
 SHARE, GOAL, LAYER_GOAL = 0.04, 0.5, 0.2
 FAMILIES = ["neox-parallel", "llama-gqa"]
@@ -448,7 +448,7 @@ def test_the_command_says_how_well_it_is_known(tmp_path):
         "half_width",
         "layer_estimate",
         "threshold",
-    } <= VARIABLES.keys() & found.variables.keys()
+    } <= QUANTITIES.keys() & found.variables.keys()
 
 
 # ---------------------------------------------------------------- passes that depend on their own length

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import xarray as xr
+from made import CLEAN, COMPONENT, SWEPT
 
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.quantities import COORDINATES, QUANTITIES
 from selfrepair_nn.simulate import simulate_heads, unfinished
-from selfrepair_nn.variables import CLEAN, COMPONENT, COORDINATES, SWEPT, VARIABLES
 
 ABLATIONS = ("resample", "mean", "zero", "identity")
 
@@ -81,8 +82,8 @@ def test_every_variable_and_coordinate_is_there_and_valid():
     assert set(ds.data_vars) == bookkeeping | {*CLEAN, *SWEPT, *COMPONENT}
     assert set(ds.coords) < set(COORDINATES)
     for name, array in ds.variables.items():
-        assert array.dims == VARIABLES[name].dims, name
-        assert array.attrs == VARIABLES[name].attributes
+        assert array.dims == QUANTITIES[name].dims, name
+        assert array.attrs == QUANTITIES[name].attributes
     assert not any(np.isnan(ds[name]).any() for name in SWEPT)
 
 

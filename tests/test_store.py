@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from made import CLEAN, COMPONENT, SWEPT
 from terminal import files, ids, saved, selfrepair
 from zarr.storage import _local
 
 import selfrepair_nn as sr
 from selfrepair_nn import store as store_room
 from selfrepair_nn.errors import StoreError
+from selfrepair_nn.quantities import COORDINATES, QUANTITIES
 from selfrepair_nn.store import Store, open_store
-from selfrepair_nn.variables import CLEAN, COMPONENT, COORDINATES, SWEPT, VARIABLES
 
 SIZES = {"layer": 2, "head": 3, "prompt": 7, "position": 4, "component": 5}
 SIZES |= {"case": 2, "distance": 2, "rank": 3, "neuron": 6}
 PER_CHUNK = 3
-DATA = tuple(name for name in VARIABLES if name not in COORDINATES)
-BY_PROMPT = tuple(name for name in DATA if "prompt" in VARIABLES[name].dims and name != "done")
+DATA = tuple(name for name in QUANTITIES if name not in COORDINATES)
+BY_PROMPT = tuple(name for name in DATA if "prompt" in QUANTITIES[name].dims and name != "done")
 TEXTS = [
     "",
     " the",
@@ -40,7 +41,7 @@ TEXTS = [
 
 
 def shape(name):
-    return tuple(SIZES[d] for d in VARIABLES[name].dims)
+    return tuple(SIZES[d] for d in QUANTITIES[name].dims)
 
 
 def coordinates():
@@ -49,9 +50,9 @@ def coordinates():
     for name in COORDINATES:
         size = int(np.prod(shape(name)))
         values = (
-            [TEXTS[i % len(TEXTS)] for i in range(size)] if VARIABLES[name].kind == "string" else range(size)
+            [TEXTS[i % len(TEXTS)] for i in range(size)] if QUANTITIES[name].kind == "string" else range(size)
         )
-        kind = {"string": object, "bool": bool}.get(VARIABLES[name].kind)
+        kind = {"string": object, "bool": bool}.get(QUANTITIES[name].kind)
         found[name] = np.array(values, dtype=kind).reshape(shape(name))
     return found
 
@@ -67,8 +68,8 @@ def block_values(block, seed=0):
     """Random values of everything that is written by blocks of prompts."""
     rng = np.random.default_rng(seed)
     sizes = SIZES | {"prompt": block.stop - block.start}
-    drawn = {n: rng.normal(0, 50, [sizes[d] for d in VARIABLES[n].dims]) for n in BY_PROMPT}
-    return {n: values.astype(VARIABLES[n].dtype("float32")) for n, values in drawn.items()}
+    drawn = {n: rng.normal(0, 50, [sizes[d] for d in QUANTITIES[n].dims]) for n in BY_PROMPT}
+    return {n: values.astype(QUANTITIES[n].dtype("float32")) for n, values in drawn.items()}
 
 
 def all_heads(value=True):
@@ -106,7 +107,7 @@ def model(tmp_path_factory):
 def test_bare_xarray_opens_the_template_without_a_warning(tmp_path):
     create(tmp_path / "s.zarr")
     found = bare(tmp_path / "s.zarr")
-    assert set(found.variables) == set(VARIABLES)
+    assert set(found.variables) == set(QUANTITIES)
     assert set(found.coords) == set(COORDINATES)
     assert found.sizes == SIZES
 
@@ -118,12 +119,12 @@ def test_bare_xarray_opens_a_written_and_annotated_store_without_a_warning(tmp_p
     assert bare(tmp_path / "s.zarr").attrs["finished"] == "now"
 
 
-@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("name", QUANTITIES)
 def test_a_variable_describes_itself(tmp_path_factory, name):
     path = tmp_path_factory.getbasetemp() / "described.zarr"
     if not path.exists():
         create(path)
-    found, defined = xr.open_zarr(path)[name], VARIABLES[name]
+    found, defined = xr.open_zarr(path)[name], QUANTITIES[name]
     assert found.dims == defined.dims
     assert {k: found.attrs[k] for k in ("units", "long_name", "description")} == defined.attributes
     assert all(found.attrs[k].strip() for k in ("units", "long_name", "description"))
@@ -237,10 +238,10 @@ def test_a_block_is_written_and_nothing_else(tmp_path):
     store.write_prompts(slice(3, 6), values, all_heads())
     found = bare(tmp_path / "s.zarr")
     for name in BY_PROMPT:
-        dims = VARIABLES[name].dims
+        dims = QUANTITIES[name].dims
         np.testing.assert_array_equal(found[name].isel(prompt=slice(3, 6)).transpose(*dims), values[name])
         others = found[name].isel(prompt=[0, 1, 2, 6])
-        assert (others == -1).all() if VARIABLES[name].kind == "int" else others.isnull().all()
+        assert (others == -1).all() if QUANTITIES[name].kind == "int" else others.isnull().all()
     np.testing.assert_array_equal(found.done.any(("layer", "head")), [False] * 3 + [True] * 3 + [False])
 
 
@@ -288,7 +289,7 @@ def test_writing_touches_the_blocks_own_chunks_only(tmp_path, block):
         variable,
         *_,
     ) in new:
-        where = VARIABLES[variable].dims.index("prompt")
+        where = QUANTITIES[variable].dims.index("prompt")
         chunks = {parts[2:][where] for parts in new if parts[0] == variable}
         assert chunks == {str(block.start // PER_CHUNK)}, variable
 
@@ -297,7 +298,7 @@ def test_a_chunk_is_a_block_of_prompts(tmp_path):
     create(tmp_path / "s.zarr")
     group = zarr.open_group(tmp_path / "s.zarr", mode="r")
     for name in (*BY_PROMPT, "done"):
-        dims = VARIABLES[name].dims
+        dims = QUANTITIES[name].dims
         assert group[name].chunks[dims.index("prompt")] == PER_CHUNK
     assert group["self_repair"].chunks == (2, 3, PER_CHUNK, 4)
     assert group["component_change"].chunks == (1, 3, PER_CHUNK, 4, 5)
@@ -369,7 +370,7 @@ def test_the_final_name_appears_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_local, "_put", checked)
     create(path)
-    assert len(seen) > 2 * len(VARIABLES)
+    assert len(seen) > 2 * len(QUANTITIES)
     assert not any(seen)
 
 

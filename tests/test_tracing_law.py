@@ -171,7 +171,7 @@ def test_several_heads_ride_in_one_pass(wrapped, seeded, name, replacement):
         assert calls[""] == clean + 1 + ablated
         graph = Graph(ablate=sweep(heads), replacement=replacement)
         planned = Work(None, {"": graph}, model.structure, len(ids), ids.shape[1], len(ids), batch * ids.size)
-        assert planned.cost("float32")["passes"] == ablated
+        assert planned.cost()["passes"] == ablated
         # the last layer's MLP does all clean rows, one of the probe, and those of every head that reaches it
         reached = len(heads) - (model.structure.n_heads if model.structure.parallel else 0)
         final = rows[in_layer(model, 2, "mlp")]

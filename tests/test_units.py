@@ -10,9 +10,11 @@ import torch
 from fake_service import assert_right, computed, described, unit
 
 from selfrepair_nn.components import select_heads
-from selfrepair_nn.equations import DERIVED, complete
+from selfrepair_nn.equations import complete
 from selfrepair_nn.graph import Graph, Reinforce, sweep
+from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.layout.units import Unit, ablation_shapes
+from selfrepair_nn.quantities import recorded
 from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 
@@ -37,9 +39,8 @@ def real(model, record, thresholds=None):
         return {"tokens": tokens[prompts], "edited_position": position}
 
     limits = None if thresholds is None else np.full(len(heads), thresholds)
-    terms = 1 + model.structure.n_layers * (model.structure.n_heads + 1 + plan["attention_bias"])
-    terms += model.structure.position_embedding
-    shapes = ablation_shapes(plan, tokens.shape[1] - 1, terms, packed=limits is not None)
+    work = Work(None, {"": graph}, model.structure, *tokens.shape, len(tokens), 64)
+    shapes = ablation_shapes(plan, work.sizes, packed=limits is not None)
     return Unit("ablation", ablation_job, slice(0, len(tokens)), plan, inputs, shapes, limits)
 
 
@@ -136,4 +137,4 @@ def test_what_follows_from_the_rest_is_not_asked_for():
     clean = ("logit", "target_constant", "norm_scale", "direct_effect")
     ablated = ("ablated_direct_effect", "logit_change", "from_heads", "from_mlps", "ablated_norm_scale")
     measured = {name: np.ones((1, 1)) for name in (*clean, *ablated)}
-    assert complete(measured).keys() - measured.keys() == set(DERIVED)
+    assert complete(measured).keys() - measured.keys() == {each.name for each in recorded(("always",), "derived")}

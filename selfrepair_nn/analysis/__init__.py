@@ -25,7 +25,7 @@ from selfrepair_nn.analysis.summaries import by_case, by_head
 from selfrepair_nn.analysis.task import does_task
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
 from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
-from selfrepair_nn.variables import SHARE
+from selfrepair_nn.quantities import SHARE
 
 __all__ = [
     "CONFIDENCE",

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import SWEEP, VARIABLES, usual_share
+from selfrepair_nn.quantities import QUANTITIES, SWEEP, usual_share
 
 MEANS = (
     "direct_effect",
@@ -33,10 +33,10 @@ def restored(ds: xr.Dataset) -> xr.Dataset:
     lost = [d for d in DIMS if d in ds.coords and not ds[d].ndim]
     grid = "case" not in ds.coords
     found = {}
-    for name in sorted({*map(str, ds.variables)} & {*VARIABLES}):
-        dims = VARIABLES[name].dims_in(grid, None)
+    for name in sorted({*map(str, ds.variables)} & {*QUANTITIES}):
+        dims = QUANTITIES[name].dims_in(grid, None)
         if "position" not in dims or len(dims) <= 2:
-            array = _with(ds[name].variable, dims, lost, VARIABLES[name].kind == "bool")
+            array = _with(ds[name].variable, dims, lost, QUANTITIES[name].kind == "bool")
             found |= {} if array is ds[name].variable else {name: array}
     if not found:
         return ds

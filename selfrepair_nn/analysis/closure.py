@@ -5,7 +5,7 @@ import xarray as xr
 
 from selfrepair_nn.blocks import counted_tokens, done_cases, largest, sites
 from selfrepair_nn.equations import CLOSURE
-from selfrepair_nn.variables import TOKEN
+from selfrepair_nn.quantities import TOKEN
 
 
 def closure(ds: xr.Dataset, worst: np.ndarray | None = None) -> dict[str, float]:

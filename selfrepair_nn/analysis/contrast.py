@@ -11,7 +11,7 @@ from selfrepair_nn.analysis.tokens import HALF_WIDTH, clustering, clusters
 from selfrepair_nn.blocks import counted_tokens, done_cases, together, token_counts
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import VARIABLES
+from selfrepair_nn.quantities import QUANTITIES
 
 READ = ("direct_effect", "ablated_direct_effect", "logit_change")
 
@@ -48,7 +48,7 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     found["tokens"] = (HEADS, parts[0]["tokens"])
     found = xr.Dataset(found, {"ablation": labels} | {d: ds[d].variable for d in HEADS})
     names = {
-        n: (VARIABLES[n].units, f"mean {VARIABLES[n].long_name}") for n in ("direct_effect", "logit_change")
+        n: (QUANTITIES[n].units, f"mean {QUANTITIES[n].long_name}") for n in ("direct_effect", "logit_change")
     }
     names |= {
         "removed": ("logit", "mean direct effect removed"),

@@ -21,7 +21,7 @@ from selfrepair_nn.blocks import (
 )
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import TOKEN, VARIABLES
+from selfrepair_nn.quantities import QUANTITIES, TOKEN
 
 BACKUPS = 6
 
@@ -60,7 +60,7 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     found |= {"correct": ("case", correct), "kind": ("case", np.array([_kind(x) for x in labels], object))}
     found = xr.Dataset(found, {"case": labels})
     for name in MEANS:
-        found[name].attrs = {"units": "logit", "long_name": f"mean {VARIABLES[name].long_name}"}
+        found[name].attrs = {"units": "logit", "long_name": f"mean {QUANTITIES[name].long_name}"}
     found.removed.attrs = {"units": "logit", "long_name": "mean direct effect removed"}
     clean_run = {"logit_difference": clean.mean(), "clean_correct": float((clean > 0).mean())}
     told = clustering(ds) | closure(ds) | {"prompts": int(done[0].sum())} | verdict(ds)

@@ -17,7 +17,7 @@ from selfrepair_nn.analysis.tokens import HALF_WIDTH, batches, clusters, entry_t
 from selfrepair_nn.blocks import BLOCK, Top, clean_values, direct_effects, done_cases, entries_of, stored_rows
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import NEURON
+from selfrepair_nn.quantities import recorded
 
 PLACES = 50
 PARTS = (0.5, 0.1, 0.05, 0.02, 0.01)
@@ -193,7 +193,7 @@ def _top_tokens(
 
 
 def _check_neurons(ds: xr.Dataset, share: float) -> None:
-    if not set(NEURON) <= set(ds):
+    if any(each.name not in ds for each in recorded(("neurons",))):
         raise UsageError(
             "this store records no neurons: run the recipe neurons, or one with Graph(neurons=LAYER)"
         )

@@ -8,7 +8,7 @@ from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, clusters
 from selfrepair_nn.blocks import counted_tokens, done_cases, in_top, ratios, tokens_of
 from selfrepair_nn.confidence import Tally
-from selfrepair_nn.variables import VARIABLES
+from selfrepair_nn.quantities import QUANTITIES
 
 COUNT = 4
 FATES = {
@@ -95,8 +95,8 @@ def _fates(effect: np.ndarray, change: np.ndarray) -> dict[str, np.ndarray]:
 
 def _describe(found: xr.Dataset) -> xr.Dataset:
     for name in ("direct_effect", "logit_change"):
-        found[name].attrs = VARIABLES[name].attributes
-    found.noise_floor.attrs = VARIABLES["noise_floor"].attributes
+        found[name].attrs = QUANTITIES[name].attributes
+    found.noise_floor.attrs = QUANTITIES["noise_floor"].attributes
     meanings = FATES | {"correlation": "correlation of direct effect and logit change", "tokens": "tokens"}
     for name, text in meanings.items():
         found[name].attrs = {"units": "1", "long_name": text}

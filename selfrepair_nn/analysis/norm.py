@@ -8,7 +8,7 @@ from selfrepair_nn.analysis.checks import among, of_heads, share_of
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import Tokens
 from selfrepair_nn.blocks import ratio_sums, ratios, read
-from selfrepair_nn.variables import VARIABLES
+from selfrepair_nn.quantities import QUANTITIES
 
 PARTS = ("norm_on_existing", "norm_on_change")
 
@@ -28,11 +28,11 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     ds = of_heads(ds)
     share = share_of(ds, share)
     found = by_head(ds, share).assign(dict(_read_off(ds, share)))
-    names = {n: f"mean {VARIABLES[n].long_name}" for n in PARTS} | {
+    names = {n: f"mean {QUANTITIES[n].long_name}" for n in PARTS} | {
         "norm_ratio": "final norm / direct effect"
     }
     for name, text in names.items():
-        units = VARIABLES[name].units if name in PARTS else "1"
+        units = QUANTITIES[name].units if name in PARTS else "1"
         found[name].attrs = {"units": units, "long_name": text}
         found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share)}"}
     return described_widths(found)

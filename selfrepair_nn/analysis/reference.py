@@ -13,7 +13,7 @@ from selfrepair_nn.analysis.layers import by_layer
 from selfrepair_nn.analysis.summaries import by_head
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import SHARE
+from selfrepair_nn.quantities import SHARE
 
 PUBLISHED = Path(__file__).parents[1] / "paper" / "layer_means.json"
 QUANTITIES = (

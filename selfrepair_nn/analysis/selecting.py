@@ -9,7 +9,7 @@ from selfrepair_nn.analysis.checks import HEADS, REQUIRED, among, of_heads, requ
 from selfrepair_nn.blocks import direct_effects, done_cases
 from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import SWEEP
+from selfrepair_nn.quantities import SWEEP
 
 
 def done_share(ds: xr.Dataset) -> xr.DataArray:

@@ -11,7 +11,7 @@ from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
 from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
 from selfrepair_nn.confidence import RATE, Tally, q_values
-from selfrepair_nn.variables import VARIABLES
+from selfrepair_nn.quantities import QUANTITIES
 
 ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
 
@@ -145,12 +145,12 @@ def _derived(heads: xr.Dataset, prefix: str) -> dict[str, xr.DataArray]:
 def _noise_floor(ds: xr.Dataset) -> xr.Variable:
     along, known = sites(ds)[0], "noise_floor" in ds
     values = ds.noise_floor.values.astype(float) if known else np.full(ds.sizes[along], np.nan)
-    return xr.Variable(along, values, VARIABLES["noise_floor"].attributes)
+    return xr.Variable(along, values, QUANTITIES["noise_floor"].attributes)
 
 
 def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
     """The summary with units and a name on each variable."""
-    known = {n: (VARIABLES[n].units, f"mean {VARIABLES[n].long_name}") for n in MEANS} | {
+    known = {n: (QUANTITIES[n].units, f"mean {QUANTITIES[n].long_name}") for n in MEANS} | {
         "self_repair_se": ("logit", "standard error of the mean self-repair"),
         "removed": ("logit", "mean direct effect removed"),
         "distance": ("logit", "distance from y = -x"),

@@ -10,7 +10,7 @@ from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Tokens
 from selfrepair_nn.blocks import read, sites
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.variables import TOKEN
+from selfrepair_nn.quantities import TOKEN
 
 Summary = Callable[[xr.Dataset, float], xr.Dataset]
 PAIRED = ("logit_change", "self_repair", "from_heads", "from_mlps", "from_norm")

@@ -44,7 +44,8 @@ def preview_of(experiment: Experiment) -> dict[str, Any]:
         "ablated": f"{_count(experiment)}, {experiment.ablation} ablation",
         "block": experiment.work.block,
         "less": experiment.ranked,
-        **experiment.work.cost(experiment.precision),
+        **experiment.work.cost(),
+        "store_bytes": experiment.work.store_bytes(experiment.quantities, experiment.precision),
         **moved,
     }
 

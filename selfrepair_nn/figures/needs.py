@@ -12,7 +12,7 @@ import xarray as xr
 
 from selfrepair_nn.analysis import HEADS, every_token
 from selfrepair_nn.blocks import counted_tokens
-from selfrepair_nn.variables import TOKEN, VARIABLES
+from selfrepair_nn.quantities import QUANTITIES, TOKEN
 
 
 class Need(NamedTuple):
@@ -25,7 +25,7 @@ class Need(NamedTuple):
 def axis(ds: xr.Dataset) -> str | None:
     """The dimension along which several variants lie, or None: it is the one that no store has by itself."""
     dims = ds.self_repair.dims if "self_repair" in ds else ()
-    return next((str(d) for d in dims if d == "ablation" or d not in (*VARIABLES, "case")), None)
+    return next((str(d) for d in dims if d == "ablation" or d not in (*QUANTITIES, "case")), None)
 
 
 def _grid(ds: xr.Dataset) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from selfrepair_nn.components import Head
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.graph import Graph, Reinforce, Variants
+from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.layout.packing import ROWS
 from selfrepair_nn.layout.plan import Work, default_block
 from selfrepair_nn.models.load import accepted, describe, load_tokenizer
@@ -19,18 +19,8 @@ from selfrepair_nn.models.model import AS_SERVED, Description, Model
 from selfrepair_nn.naming import Request, Sizes
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
+from selfrepair_nn.quantities import RANKS, Quantity, recorded, usual_share
 from selfrepair_nn.recipe import Recipe
-from selfrepair_nn.variables import (
-    CLEAN,
-    COMPONENT,
-    ESTIMATE,
-    LAYER_ESTIMATE,
-    NEURON,
-    RANKS,
-    SWEPT,
-    Variable,
-    usual_share,
-)
 
 
 @dataclass(frozen=True)
@@ -147,7 +137,7 @@ class Experiment:
 
     @property
     def reinforces(self) -> bool:
-        return any(isinstance(graph.replacement, Reinforce) for graph in self.work.graphs)
+        return any(graph.reinforces for graph in self.work.graphs)
 
     @property
     def shared(self) -> bool:
@@ -191,9 +181,22 @@ class Experiment:
         counted_first = np.argsort(~counts, axis=1, kind="stable")
         return counted_first[np.arange(self.prompts.n), drawn]
 
-    def dims(self, spec: Variable) -> tuple[str, ...]:
-        """The dimensions of a variable in this run's store."""
-        return spec.dims_in(self.grid, self.work.axis)
+    @property
+    def records(self) -> frozenset[str]:
+        """The conditions for a quantity to be recorded (quantities.WHEN, ASKED) that the run fulfils."""
+        fulfilled = {
+            "other": self.prompts.other is not None,
+            "counterfactual": self.prompts.counterfactual is not None,
+            "ranked": self.ranked,
+            "estimated": self.options.until_ci is not None,
+        }
+        asked = frozenset().union(*(graph.records for graph in self.work.graphs))
+        return asked | {name for name, given in fulfilled.items() if given}
+
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """What the store holds beside its labels."""
+        return recorded(self.records)
 
     def coordinates(self) -> dict[str, Any]:
         """Labels of the store's dimensions."""
@@ -248,17 +251,7 @@ class Experiment:
 
     def data(self) -> dict[str, np.ndarray | None]:
         """Names of the store's arrays, with the values that are known beforehand."""
-        names = ["done", *CLEAN, *SWEPT, "noise_floor"]
-        names += COMPONENT if self.graph.record == "full" else ()
-        names += NEURON if self.graph.neurons is not None else ()
-        names += ("residual_norm", "ablated_residual_norm") if self.graph.residual_norm else ()
-        names += ("attention",) if self.graph.attention else ()
-        names += ("inserted_direct_effect",) if self.reinforces else ()
-        names += ("threshold",) if self.ranked else ()
-        if self.options.until_ci is not None:
-            names += ESTIMATE
-            names += LAYER_ESTIMATE if self.grid else ()
-        return {"selected": self.selected} | dict.fromkeys(names)
+        return {each.name: None for each in self.quantities} | {"selected": self.selected}
 
     @property
     def _head_indices(self) -> list[int]:
@@ -351,7 +344,7 @@ def _require_statistics(options: Options, work: Work) -> None:
     """Some runs have no mean over a top share of tokens that could be selected or estimated."""
     if options.selects == "all" and options.until_ci is None:
         return
-    if any(isinstance(graph.replacement, Reinforce) for graph in work.graphs):
+    if any(graph.reinforces for graph in work.graphs):
         raise UsageError("reinforced heads are read at one position: leave out --select and --until-ci")
     single = work.graph.heads_only and work.graph.then is None
     if options.until_ci is not None and (work.axis or not single):

@@ -1,8 +1,9 @@
 """A graph over prompts, cut into units of work; and what they will cost before anything runs."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from selfrepair_nn.components import Component, components
 from selfrepair_nn.graph import Graph, writes_attention_bias
 from selfrepair_nn.models.architectures import Structure
-from selfrepair_nn.variables import RANKS, SWEPT
+from selfrepair_nn.quantities import RANKS, Quantity
 
 BLOCK_TOKENS = 512
 
@@ -61,15 +62,49 @@ class Work:
         s = self.structure
         return components(s.n_layers, s.n_heads, s.position_embedding, bias)
 
-    def cost(self, precision: str) -> dict[str, float]:
-        """What the run will take, for a store of this floating-point type.
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How long each dimension of the store is; where heads are yet to be found, how long it can be."""
+        return self._sites | {
+            "prompt": self.prompts,
+            "position": self.length - 1,
+            "component": len(self.components),
+            "neuron": self.structure.d_mlp,
+            "rank": min(RANKS, self.structure.d_mlp),
+            "distance": len(self.graph.attention),
+            **({self.axis: len(self.graphs)} if self.axis else {}),
+        }
 
-        Returns units, passes (ablated), tokens (in clean passes), ablated_tokens (in ablated ones), flops,
-        store_bytes (before compression). A token costs two operations for each parameter of the layers it runs
-        through; an ablated pass runs through the layers from its own on. Where a clean pass has yet to find the
-        heads, this is the cost of the first ones: of others it is less.
+    @property
+    def _sites(self) -> dict[str, int]:
+        first = self._first
+        if not first.heads_only:
+            return {"case": len(first.ablate)}
+        heads = [case[0] for case in self.graph.ablate]
+        found = {"layer": len({h.layer for h in heads}), "head": len({h.head for h in heads})}
+        return {d: min(size, len(first.ablate)) for d, size in found.items()}
+
+    def dims(self, quantity: Quantity) -> tuple[str, ...]:
+        """The dimensions of a quantity in this run's store."""
+        return quantity.dims_in(self.graph.heads_only, self.axis)
+
+    def store_bytes(self, quantities: Iterable[Quantity], precision: str) -> int:
+        """What quantities take in a store of this floating-point type, before compression."""
+        sizes, count = self.sizes, 0
+        for each in quantities:
+            dims = each.dims_in("layer" in sizes, self.axis)
+            count += prod(sizes[d] for d in dims) * np.dtype(each.dtype(precision)).itemsize
+        return count
+
+    def cost(self) -> dict[str, float]:
+        """What the run will take.
+
+        Returns units, passes (ablated), tokens (in clean passes), ablated_tokens (in ablated ones), flops. A token
+        costs two operations for each parameter of the layers it runs through; an ablated pass runs through the layers
+        from its own on. Where a clean pass has yet to find the heads, this is the cost of the first ones: of others it
+        is less.
         """
-        s, tokens, ablated = self.structure, self.prompts * self.length, self._first_cases
+        s, tokens, ablated = self.structure, self.prompts * self.length, self._first.ablate
         cases = len(ablated)
         starts = Counter(min(site.layer for site in case) for case in ablated)
         per_pass = max(1, self.rows // (self.block * self.length))
@@ -77,7 +112,6 @@ class Work:
             2 if graph.replacement in ("resample", "counterfactual") else 1 for graph in self.graphs
         )
         depth = sum(count * (s.n_layers - layer - s.parallel) for layer, count in starts.items())
-        stored = self._values_per_token(cases)
         return {
             "units": len(self.units),
             "passes": len(self.graphs)
@@ -86,24 +120,13 @@ class Work:
             "tokens": clean_passes * tokens,
             "ablated_tokens": len(self.graphs) * cases * tokens,
             "flops": 2 * s.layer_parameters * tokens * (clean_passes + len(self.graphs) * depth / s.n_layers),
-            "store_bytes": stored * self.prompts * (self.length - 1) * np.dtype(precision).itemsize,
         }
 
     @property
-    def _first_cases(self) -> Sequence[tuple[Any, ...]]:
-        """The cases; where heads are yet to be found, those that there would be of the first ones."""
+    def _first(self) -> Graph:
+        """The graph; where heads are yet to be found, that of the first ones."""
         graph = self.graph
-        if not graph.undecided:
-            return graph.ablate
-        return graph.of([case[0] for case in graph.ablate[: graph.strongest]]).ablate
-
-    def _values_per_token(self, cases: int) -> int:
-        """How many numbers the store holds for each token, what is not written included."""
-        swept = len(SWEPT) + self.graph.residual_norm
-        wide = len(self.components) if self.graph.record == "full" else 0
-        neurons = 0 if self.graph.neurons is None else self.structure.d_mlp + 3 * RANKS
-        clean = wide + cases * (neurons + len(self.graph.attention))
-        return clean + len(self.graphs) * cases * (swept + wide + neurons)
+        return graph.of([case[0] for case in graph.ablate[: graph.strongest]]) if graph.undecided else graph
 
 
 def default_block(length: int) -> int:

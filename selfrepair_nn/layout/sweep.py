@@ -42,7 +42,7 @@ class Sweep:
             prompts=block,
             plan=plan,
             inputs=lambda prompts: self.experiment.arrays(prompts) | self.constants,
-            shapes=ablation_shapes(plan, prompts.length - 1, len(work.components), packed),
+            shapes=ablation_shapes(plan, work.sizes, packed),
             thresholds=self.thresholds,
             counted=None if prompts.all_count or not packed else self.experiment.counted,
             wanted=self.wanted,

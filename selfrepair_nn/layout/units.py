@@ -6,11 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from selfrepair_nn.equations import DERIVED
-from selfrepair_nn.variables import CLEAN, COMPONENT, NEURON, SWEPT, VARIABLES
-
-PACKED = ("component_change", "neuron_change", "neuron_direct_effect")
-"""What comes back for the top tokens only, where there are thresholds: [token, …], case by case."""
+from selfrepair_nn.quantities import QUANTITIES
 
 Shape = tuple[str | int, ...]
 Shapes = Mapping[Any, "Shape | Shapes"]
@@ -131,34 +127,12 @@ class Unit:
         return value[torch.arange(value.shape[2]) < wanted[:, :, None]]
 
 
-def ablation_shapes(plan: dict[str, Any], positions: int, components: int, packed: bool) -> Shapes:
-    """The shapes of what an ablation job gives: all that the store keeps but what follows from the rest.
+def ablation_shapes(plan: dict[str, Any], sizes: Mapping[str, int], packed: bool) -> Shapes:
+    """The shapes of what an ablation job gives by this plan: all that the store keeps but what follows from the rest.
 
-    `positions` are those with a next token, `components` the terms of the residual stream; `packed` where there are
-    thresholds.
+    `sizes` are those of the store's dimensions; `packed` where there are thresholds.
     """
-    names = [*CLEAN, *(name for name in SWEPT if name not in DERIVED)]
-    names += COMPONENT if plan["record"] == "full" else ()
-    names += NEURON if plan["neurons"] is not None else ()
-    names += ("residual_norm", "ablated_residual_norm") if plan["residual_norm"] else ()
-    names += ("attention",) if plan["attention"] else ()
-    names += ("inserted_direct_effect",) if plan["replacement"]["kind"] == "reinforce" else ()
-    neurons = plan["model"]["d_mlp"]
-    sizes = {
-        "prompt": "prompt",
-        "position": positions,
-        "component": components,
-        "neuron": neurons,
-        "rank": min(plan["ranks"], neurons),
-        "distance": len(plan["attention"]),
-    }
-    shapes = {}
-    for name in names:
-        dims = VARIABLES[name].dims
-        swept = dims[:2] == ("layer", "head")
-        shape = tuple(sizes[d] for d in (dims[2:] if swept else dims))
-        shapes[name] = ("token", shape[-1]) if packed and name in PACKED else ("case",) * swept + shape
-    return shapes
+    return {name: QUANTITIES[name].shape(sizes, packed) for name in plan["gives"]}
 
 
 def _names(found: Any) -> Any:
@@ -200,7 +174,7 @@ def _joined(shape: Shape, along: str, pair: tuple[Any, Any], tokens: list[list[i
 def _problem(name: str, value: Any, wanted: tuple[int, ...]) -> str | None:
     import torch
 
-    whole = name in VARIABLES and VARIABLES[name].kind == "int"
+    whole = name in QUANTITIES and QUANTITIES[name].kind == "int"
     if not isinstance(value, torch.Tensor) or value.is_floating_point() == whole:
         return f"{name} is no tensor of {'whole' if whole else 'floating-point'} numbers"
     if tuple(value.shape) != wanted:

@@ -10,7 +10,7 @@ from selfrepair_nn.backends.local import Backend, tell
 from selfrepair_nn.equations import complete
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.sweep import Sweep, plans
-from selfrepair_nn.layout.units import PACKED
+from selfrepair_nn.quantities import QUANTITIES
 from selfrepair_nn.running.preliminaries import (
     direct_effects,
     follows_length,
@@ -19,7 +19,6 @@ from selfrepair_nn.running.preliminaries import (
     top_thresholds,
 )
 from selfrepair_nn.store import Store
-from selfrepair_nn.variables import SWEEP, VARIABLES
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +145,10 @@ class Filling:
         """One block into the store: what each variant's job measured and what follows from it, then the mark."""
         store, experiment = self._store, self._experiment
         values = {}
-        for name in store.names & VARIABLES.keys() & variants[0].keys():
-            swept = VARIABLES[name].dims[:2] == SWEEP[:2]
-            parts = [experiment.on_grid(found[name]) if swept else found[name] for found in variants]
-            varies = experiment.work.axis and VARIABLES[name].ablated
-            values[name] = np.stack(parts) if varies else parts[0]
+        for name in store.names & QUANTITIES.keys() & variants[0].keys():
+            each = QUANTITIES[name]
+            parts = [experiment.on_grid(found[name]) if each.swept else found[name] for found in variants]
+            values[name] = np.stack(parts) if experiment.work.axis and each.ablated else parts[0]
         done = experiment.selected.copy()
         done[done] = open_
         store.write_prompts(block, values, done)
@@ -158,7 +156,7 @@ class Filling:
 
 def _unpack(measured: dict[str, np.ndarray], top: np.ndarray) -> None:
     """Give what came back for top tokens [case, prompt, position] only its place among all tokens, NaN elsewhere."""
-    for name in measured.keys() & set(PACKED):
+    for name in [name for name in measured if QUANTITIES[name].large]:
         whole = np.full((*top.shape, measured[name].shape[-1]), np.nan, measured[name].dtype)
         whole[top] = measured[name]
         measured[name] = whole
@@ -167,7 +165,7 @@ def _unpack(measured: dict[str, np.ndarray], top: np.ndarray) -> None:
 def _keep(measured: dict[str, np.ndarray], top: np.ndarray) -> None:
     """Leave out, of what belongs to an ablated head, all but the top tokens [case, prompt, position]."""
     for name, values in measured.items():
-        if name in VARIABLES and VARIABLES[name].ablated:
+        if QUANTITIES[name].ablated:
             blank = np.nan if np.issubdtype(values.dtype, np.floating) else -1
             measured[name] = np.where(top.reshape(top.shape + (1,) * (values.ndim - 3)), values, blank)
 

@@ -50,7 +50,7 @@ def create(experiment: Experiment, command: str, record: dict[str, Any]) -> Stor
         experiment.path,
         experiment.coordinates(),
         experiment.data(),
-        dims=experiment.dims,
+        dims=experiment.work.dims,
         prompts_per_chunk=experiment.work.block,
         precision=experiment.precision,
         attributes=_attributes(experiment, command)

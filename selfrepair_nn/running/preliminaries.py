@@ -11,6 +11,7 @@ from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.units import Unit, ablation_shapes
+from selfrepair_nn.quantities import QUANTITIES
 
 TRIED = 4
 """Prompts on which it is tried whether passes depend on their length."""
@@ -46,7 +47,7 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
         target=experiment.graph.target,
     )
     plan = graph.plan(layout) | {"rows": experiment.work.rows, "shaken": True}
-    shapes = ablation_shapes(plan, experiment.prompts.length - 1, 0, packed=False)
+    shapes = ablation_shapes(plan, experiment.work.sizes, packed=False)
     rows = _first_counted(experiment)
     unit = Unit(
         "noise floor",
@@ -136,7 +137,7 @@ def direct_effects(
     """
     from selfrepair_nn.tracing.jobs import effects_job
 
-    shapes = {"direct_effect": ("case", "prompt", experiment.prompts.length - 1)}
+    shapes = {"direct_effect": QUANTITIES["direct_effect"].shape(experiment.work.sizes)}
     name = f"direct effects of {len(plan['cases'])}"
     blocks = experiment.work.units if blocks is None else blocks
     units = [Unit(name, effects_job, block, plan, experiment.arrays, shapes) for block in blocks]

@@ -29,7 +29,7 @@ def clean_readout(block):
         "logit": effects + probed["constant"],
         "mean_logit": mean_effects + probed["mean_constant"],
     }
-    if plan["residual_norm"]:
+    if "residual_norm" in plan["gives"]:
         state["residual_norm"] = final.norm(dim=-1)
     if plan["neurons"] is not None:
         layer = plan["neurons"]
@@ -62,7 +62,7 @@ def ablated_readout(changes, batch, block, state):
         "from_mlps": mlps - _own_seen(effects, batch, "mlps"),
         "ablated_norm_scale": ablated_scale,
     }
-    if plan["residual_norm"]:
+    if "ablated_residual_norm" in plan["gives"]:
         out["ablated_residual_norm"] = final.norm(dim=-1)
     inserted = [
         batch.of(e.inserted, at)

@@ -16,9 +16,6 @@ from selfrepair_nn.tracing.probes import probe
 from selfrepair_nn.tracing.readouts import norm_scale, to_cpu, widen
 from selfrepair_nn.tracing.rows import batches, gathered
 
-LARGE = ("component_change", "neuron_change", "neuron_direct_effect")
-"""Many numbers for each token: where thresholds are given, only those of the top tokens come back."""
-
 
 def ablation_job(model, arrays, plan, tick=None):
     """Ablate every case of the plan on one block of prompts.
@@ -35,19 +32,10 @@ def ablation_job(model, arrays, plan, tick=None):
         tick: called with the number of rows, a case on a prompt each, after each pass (only in
             the caller's process).
 
-    Returns a dict of tensors; positions are those with a next token:
-        logit, mean_logit, target_constant, norm_scale [prompt, position]
-        direct_effect, ablated_direct_effect, logit_change, mean_logit_change, from_heads, from_mlps,
-        ablated_norm_scale [case, prompt, position]
-        with "full": component_direct_effect [prompt, position, component], component_change
-        with "neurons": mlp_direct_effect [prompt, position], mlp_change [case, prompt, position], top_neuron,
-        top_neuron_change, top_neuron_direct_effect [case, prompt, position, rank], neuron_change,
-        neuron_direct_effect
-        with "residual_norm": residual_norm [prompt, position], ablated_residual_norm [case, prompt, position]
-        with "reinforce": inserted_direct_effect [case, prompt, position]
-        with "attention": attention [case, prompt, position, distance]
-    component_change [case, prompt, position, component], and neuron_change and neuron_direct_effect likewise, come as
-    [token, …] where thresholds are given: only counted tokens whose direct effect reaches their case's, in order.
+    Returns a dict of tensors, those that `plan["gives"]` names: [prompt, position, …] of the clean run, [case, prompt,
+    position, …] of the ablated ones and of each case's own in the clean run; positions are those with a next token.
+    What `plan["large"]` names comes as [token, …] where thresholds are given: only counted tokens whose direct effect
+    reaches their case's, in order.
     """
     tokens, cases = arrays["tokens"], cases_of(plan)
     block = _block(model, plan, arrays, cases)
@@ -65,10 +53,10 @@ def ablation_job(model, arrays, plan, tick=None):
         prepared = batch.prepared(ready)
         changes = ablated_pass(block, prepared)
         results = _with_next(ablated_readout(changes, prepared, block, state), tokens)
-        found.append((batch, *_split(results, batch, arrays, tokens)))
+        found.append((batch, *_split(results, batch, arrays, plan)))
         if tick is not None:
             tick(len(batch.prompts))
-    out = _with_next(_of_clean_run(state, block.probed), tokens)
+    out = _with_next(_of_clean_run(state, block.probed, plan), tokens)
     out |= gathered(found, len(tokens), tokens.shape[1] - 1, len(cases))
     if plan["attention"]:
         out["attention"] = _attention(block, cases)
@@ -87,14 +75,13 @@ def _with_next(found, tokens):
     return {name: value[:, : tokens.shape[1] - 1] for name, value in found.items()}
 
 
-def _of_clean_run(state, probed):
+def _of_clean_run(state, probed, plan):
     """What the store keeps of the clean run: [prompt, position, …]."""
-    kept = {"target_constant": probed["constant"]}
-    kept |= {name: state[name] for name in ("logit", "mean_logit", "norm_scale")}
-    kept |= {name: state[name] for name in ("residual_norm", "mlp_direct_effect") if name in state}
-    if "component_effects" in state:
-        kept["component_direct_effect"] = state["component_effects"]
-    return kept
+    found = state | {
+        "target_constant": probed["constant"],
+        "component_direct_effect": state.get("component_effects"),
+    }
+    return {name: found[name] for name in plan["gives"] if name in found}
 
 
 def effects_job(model, arrays, plan, tick=None):
@@ -154,21 +141,21 @@ def _to_the_end(targets):
     return torch.cat([targets, targets[:, -1:]], 1)
 
 
-def _split(results, batch, arrays, tokens):
+def _split(results, batch, arrays, plan):
     """The results of a pass; and, where thresholds are given, of the large ones only counted tokens that reach them.
 
     Returns ({name: [row, position, …]}, {name: [token, …]}, the tokens' places in [case, prompt, position]).
     """
     if "thresholds" not in arrays:
         return results, {}, None
-    cases = torch.cat([torch.full((len(p),), i) for i, p in batch.cases])
+    tokens, cases = arrays["tokens"], torch.cat([torch.full((len(p),), i) for i, p in batch.cases])
     effect = results["direct_effect"]
     top = effect >= arrays["thresholds"][cases, None].to(effect.device)
     if "counted" in arrays:
         top &= arrays["counted"].to(top.device)[batch.prompts.to(top.device), : top.shape[1]]
     row, position = top.nonzero(as_tuple=True)
     rows = (cases * tokens.shape[0] + batch.prompts).to(row.device)
-    few = {name: results.pop(name)[top] for name in LARGE if name in results}
+    few = {name: results.pop(name)[top] for name in plan["large"] if name in results}
     return results, few, rows[row] * tokens.shape[1] + position
 
 

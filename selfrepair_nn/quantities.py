@@ -1,0 +1,220 @@
+"""Every quantity that a store can hold, one row each: what it is, when it is recorded, and who gives it in what shape.
+
+The store's template, what a job must give, the size that a plan foretells and the table of the documents follow from
+these rows.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+TOKEN = ("prompt", "position")
+SWEEP = ("layer", "head", "prompt", "position")
+WIDE = ("component", "neuron")
+"""Dimensions of which there are many entries for each token."""
+SHARE = 0.02
+"""The paper's top share."""
+RANKS = 10
+"""How many of a token's most repairing neurons are kept by name."""
+
+WHEN = {
+    "always": "always",
+    "grid": "where each run ablates one head",
+    "cases": "where runs ablate something else",
+    "other": "prompts that name another token",
+    "counterfactual": "prompts with a counterfactual",
+    "components": '`record="full"`',
+    "neurons": "`neurons=`",
+    "attention": "`attention=`",
+    "reinforced": "`Reinforce`",
+    "ranked": "`--select` or `--until-ci`",
+    "estimated": "`--until-ci`",
+}
+"""When a quantity is recorded: the conditions that a graph, its prompts and its options fulfil by what they are.
+
+Any other name is one that `Graph.also` switches on.
+"""
+
+SOURCES = ("label", "run", "clean", "ablated", "derived")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One stored array: `kind` is "float" (the store's dtype), "int", "bool" or "string".
+
+    `when` is the condition under which it is recorded. `source` is who gives it: "label" is known before the run, and
+    a coordinate; "run" is kept by the run itself; "clean" and "ablated" come from the ablation job, of the clean pass
+    and of each ablated one; "derived" follows from those (equations.complete).
+    In a store whose runs ablate more than one head at once, or something else, `case` stands for `layer` and `head`;
+    in one with several variants, what is of an ablated run has their axis as its first dimension.
+    """
+
+    name: str
+    source: str
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    description: str
+    kind: str = "float"
+    when: str = "always"
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        return {"units": self.units, "long_name": self.long_name, "description": self.description}
+
+    @property
+    def swept(self) -> bool:
+        """Whether there is one for each head, or case."""
+        return self.dims[:2] == SWEEP[:2]
+
+    @property
+    def ablated(self) -> bool:
+        """Whether it is of the ablated runs: it differs between variants."""
+        return self.source in ("ablated", "derived")
+
+    @property
+    def large(self) -> bool:
+        """Whether there is so much for each ablated token that, where there are thresholds, only top tokens have it."""
+        return self.swept and not set(WIDE).isdisjoint(self.dims)
+
+    def dtype(self, precision: str) -> np.dtype | type[str]:
+        """The stored type, given the store's floating-point `precision` ("float32" or "float64")."""
+        kinds = {
+            "float": np.dtype(precision),
+            "int": np.dtype("int64"),
+            "bool": np.dtype("bool"),
+            "string": str,
+        }
+        return kinds[self.kind]
+
+    def dims_in(self, grid: bool, axis: str | None) -> tuple[str, ...]:
+        """Its dimensions in a store with or without a grid of heads, and with an axis of variants or none."""
+        dims = self.dims
+        if not grid and self.source != "label" and dims[:1] == ("layer",):
+            dims = ("case", *dims[2:])
+        return (axis, *dims) if axis and self.ablated else dims
+
+    def shape(self, sizes: Mapping[str, int], packed: bool = False) -> tuple[str | int, ...]:
+        """Its shape as a job gives it, "prompt" and "case" by name; `packed` where there are thresholds.
+
+        What is large comes then as [token, …]. `sizes` are those of the store's dimensions.
+        """
+        named = {"prompt": "prompt", "case": "case"}
+        shape = tuple(named.get(d) or sizes[d] for d in self.dims_in(False, None))
+        return ("token", shape[-1]) if packed and self.large else shape
+
+
+# One row a quantity: a table reads better than a column of arguments.
+# fmt: off
+_ALL = (
+    # coordinates
+    Quantity("layer", "label", ("layer",), "1", "layer", "Index of the decoder layer, from 0.", "int", when="grid"),
+    Quantity("head", "label", ("head",), "1", "head", "Index of the attention head within its layer, from 0.", "int", when="grid"),
+    Quantity("prompt", "label", ("prompt",), "1", "prompt", "Index of the prompt (one row of tokens).", "int"),
+    Quantity("position", "label", ("position",), "1", "position", "Index of the token in its prompt, from 0; every position has a next token.", "int"),
+    Quantity("token", "label", TOKEN, "1", "token id", "Token the model reads at this position.", "int"),
+    Quantity("target", "label", TOKEN, "1", "target token id", "Next token of the text: the one whose logit is measured.", "int"),
+    Quantity("token_text", "label", TOKEN, "1", "token", "The token at this position, as text.", "string"),
+    Quantity("target_text", "label", TOKEN, "1", "target token", "The target token, as text.", "string"),
+    Quantity("counted", "label", TOKEN, "1", "counted", "Whether this token is asked about: every statistic is over these tokens alone.", "bool"),
+    Quantity("document", "label", ("prompt",), "1", "document", "Index of the document in which the prompt starts.", "int"),
+    Quantity("partner", "label", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
+    Quantity("ablation", "label", (), "1", "ablation", "What the ablated site's activations were replaced by.", "string"),
+    Quantity("case", "label", ("case",), "1", "case", "What is ablated: sites joined by + are replaced together.", "string", when="cases"),
+    Quantity("case_layer", "label", ("case",), "1", "layer of the case", "First layer that the case ablates.", "int", when="cases"),
+    Quantity("other", "label", TOKEN, "1", "other token id", "Token whose logit is subtracted from the target's.", "int", when="other"),
+    Quantity("other_text", "label", TOKEN, "1", "other token", "That token, as text.", "string", when="other"),
+    Quantity("counterfactual", "label", TOKEN, "1", "token id of the counterfactual text", "Token at this position of the minimally different text whose activations replace under counterfactual ablation.", "int", when="counterfactual"),
+    Quantity("counterfactual_text", "label", TOKEN, "1", "token of the counterfactual", "That token, as text.", "string", when="counterfactual"),
+    Quantity("edited_position", "label", ("prompt",), "1", "edited position", "Position at which the head's write is added again.", "int", when="reinforced"),
+    Quantity("distance", "label", ("distance",), "1", "distance", "How many tokens back the attention goes.", "int", when="attention"),
+    Quantity("rank", "label", ("rank",), "1", "rank", "Place among the token's most repairing neurons, from 0.", "int", when="neurons"),
+    Quantity("neuron", "label", ("neuron",), "1", "neuron", "Index of the neuron in the recorded MLP.", "int", when="neurons"),
+    Quantity("component", "label", ("component",), "1", "component", "Label of one term of the residual stream's sum.", "string", when="components"),
+    Quantity("component_kind", "label", ("component",), "1", "kind of component", "embedding, position_embedding, head, attention_bias or mlp.", "string", when="components"),
+    Quantity("component_layer", "label", ("component",), "1", "layer of the component", "Layer that writes the component; -1 for embeddings.", "int", when="components"),
+    Quantity("component_head", "label", ("component",), "1", "head of the component", "Head that writes the component; -1 where it is not a head.", "int", when="components"),
+    # bookkeeping
+    Quantity("selected", "run", ("layer", "head"), "1", "selected", "Whether this head is part of the run.", "bool"),
+    Quantity("done", "run", ("layer", "head", "prompt"), "1", "done", "Whether this head's values on this prompt are computed and stored.", "bool"),
+    # the clean run
+    Quantity("logit", "clean", TOKEN, "logit", "target logit", "Logit of the target in the clean run, under the run's target convention."),
+    Quantity("mean_logit", "clean", TOKEN, "logit", "mean logit", "Mean over the vocabulary of the clean run's logits: raw logit = centred logit + mean logit."),
+    Quantity("target_constant", "clean", TOKEN, "logit", "constant of the target", "k = <beta, u_t> + b_U[t]: the part of the target's logit that no component writes."),
+    Quantity("norm_scale", "clean", TOKEN, "1", "final norm scale", "S: the number the final norm divides the residual stream by, in the clean run."),
+    Quantity("direct_effect", "clean", SWEEP, "logit", "direct effect", "DE of the head on the target logit in the clean run, under the clean norm scale."),
+    # the ablated runs
+    Quantity("ablated_direct_effect", "ablated", SWEEP, "logit", "ablated direct effect", "DE of the head after its own ablation, still under the clean norm scale."),
+    Quantity("logit_change", "ablated", SWEEP, "logit", "logit change", "Ablated minus clean logit of the target, whole model."),
+    Quantity("mean_logit_change", "ablated", SWEEP, "logit", "mean logit change", "Ablated minus clean mean over the vocabulary of the logits: raw change = centred change + mean change."),
+    Quantity("self_repair", "derived", SWEEP, "logit", "self-repair", "logit_change minus the change of the ablated head's own direct effect (Equation 1)."),
+    Quantity("from_heads", "ablated", SWEEP, "logit", "self-repair from heads", "Summed change of direct effect of all other attention heads."),
+    Quantity("from_mlps", "ablated", SWEEP, "logit", "self-repair from MLPs", "Summed change of direct effect of all MLPs."),
+    Quantity("from_norm", "derived", SWEEP, "logit", "self-repair from the final norm", "(S/S' - 1) R', with R' the summed ablated direct effects of all components."),
+    Quantity("norm_on_existing", "derived", SWEEP, "logit", "final norm on existing logits", "(S/S' - 1)(logit - k): the part of from_norm that rescales what was there (Appendix B)."),
+    Quantity("norm_on_change", "derived", SWEEP, "logit", "final norm on the change", "(S/S' - 1)(R' - R): the part of from_norm that rescales what changed (Appendix B)."),
+    Quantity("ablated_norm_scale", "ablated", SWEEP, "1", "ablated final norm scale", "S': the final norm's scale in the ablated run."),
+    Quantity("closure", "derived", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
+    Quantity("noise_floor", "run", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
+    # where only the top share is ablated, or only as much as an answer needs
+    Quantity("threshold", "run", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all counted tokens of the run, of which direct_effect then holds every one.", when="ranked"),
+    Quantity("estimate", "run", SWEEP[:2], "logit", "estimated self-repair", "Mean self-repair on the head's top share, from the prompts done when the head was finished.", when="estimated"),
+    Quantity("half_width", "run", SWEEP[:2], "logit", "half-width of its interval", "Half the width of the 95% confidence interval of that mean, documents (or prompts, where there are few documents) taken as independent.", when="estimated"),
+    Quantity("prompts_used", "run", SWEEP[:2], "1", "prompts used", "Number of prompts that the estimate is from.", "int", when="estimated"),
+    Quantity("layer_estimate", "run", ("layer",), "logit", "estimated self-repair of the layer", "Mean of the estimates of the layer's heads.", when="estimated"),
+    Quantity("layer_half_width", "run", ("layer",), "logit", "half-width of its interval", "Half the width of the 95% confidence interval of that mean.", when="estimated"),
+    # on request
+    Quantity("residual_norm", "clean", TOKEN, "1", "norm of the residual stream", "Length of the residual stream before the final norm, in the clean run.", when="residual_norm"),
+    Quantity("ablated_residual_norm", "ablated", SWEEP, "1", "ablated norm of the residual stream", "Length of the residual stream before the final norm, in the ablated run.", when="residual_norm"),
+    Quantity("inserted_direct_effect", "ablated", SWEEP, "logit", "direct effect of the insertion", "DE, under the clean norm scale, of what a reinforced head's run adds to the residual stream; not part of its self-repair.", when="reinforced"),
+    Quantity("attention", "clean", (*SWEEP, "distance"), "1", "attention", "Attention the head pays, in the clean run, to the token so far back; 0 where there is none.", when="attention"),
+    Quantity("mlp_direct_effect", "clean", TOKEN, "logit", "direct effect of the MLP", "DE of the recorded MLP in the clean run.", when="neurons"),
+    Quantity("mlp_change", "ablated", SWEEP, "logit", "change of direct effect of the MLP", "DE of the recorded MLP after the ablation minus before, under the clean norm scale.", when="neurons"),
+    Quantity("top_neuron", "ablated", (*SWEEP, "rank"), "1", "most repairing neurons", "Index of the neuron of the recorded MLP whose DE rises most, second most ...", "int", when="neurons"),
+    Quantity("top_neuron_change", "ablated", (*SWEEP, "rank"), "logit", "their changes of direct effect", "DE of that neuron after the ablation minus before, under the clean norm scale.", when="neurons"),
+    Quantity("top_neuron_direct_effect", "ablated", (*SWEEP, "rank"), "logit", "their direct effects", "DE of that neuron in the clean run.", when="neurons"),
+    Quantity("neuron_direct_effect", "clean", (*SWEEP, "neuron"), "logit", "direct effect of the neuron", "DE of every neuron of the recorded MLP in the clean run, on the top tokens of (layer, head).", when="neurons"),
+    Quantity("neuron_change", "ablated", (*SWEEP, "neuron"), "logit", "change of direct effect of the neuron", "DE of every neuron of the recorded MLP after the ablation minus before, on the top tokens of (layer, head); with the bias, which does not change, they add up to mlp_change.", when="neurons"),
+    Quantity("component_direct_effect", "clean", (*TOKEN, "component"), "logit", "direct effect of the component", "DE of every component in the clean run; with target_constant they add up to the logit.", when="components"),
+    Quantity("component_change", "ablated", (*SWEEP, "component"), "logit", "change of direct effect of the component", "DE after the ablation of (layer, head) minus DE before, of every component, under the clean norm scale.", when="components"),
+)
+# fmt: on
+
+QUANTITIES: dict[str, Quantity] = {q.name: q for q in _ALL}
+COORDINATES = tuple(q.name for q in _ALL if q.source == "label")
+ASKED = tuple(dict.fromkeys(q.when for q in _ALL if q.when not in WHEN))
+"""What `Graph.also` can name."""
+
+
+def recorded(conditions: Collection[str], *sources: str) -> tuple[Quantity, ...]:
+    """What is recorded under these conditions (names of `WHEN` and `ASKED`), in the store's order.
+
+    All of it but the labels, or only what comes from some `sources`.
+    """
+    return tuple(q for q in _ALL if q.when in conditions and q.source in (sources or SOURCES[1:]))
+
+
+def measured(conditions: Collection[str]) -> tuple[Quantity, ...]:
+    """What an ablation job gives under these conditions."""
+    return recorded(conditions, "clean", "ablated")
+
+
+def table() -> str:
+    """All quantities as the table of docs/store.md."""
+    lines = ["| variable | dimensions | units | | recorded |", "|---|---|---|---|---|"]
+    for q in _ALL:
+        when = WHEN.get(q.when, f'`also=("{q.when}",)`')
+        lines.append(
+            f"| `{q.name}` | {', '.join(q.dims) or '–'} | {q.units} | {q.description} | {when} |"
+        )
+    return "\n".join(lines)
+
+
+def usual_share(all_count: bool) -> float:
+    """The share of tokens, by direct effect, that is looked at where none is asked for.
+
+    Where every token counts alike it is each head's top 2%, the paper's choice of those on which the head matters. Where
+    the prompts say which tokens count that choice is made, and it is all of these.
+    """
+    return SHARE if all_count else 1.0
