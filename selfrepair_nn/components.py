@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from selfrepair_nn import values
 from selfrepair_nn.errors import UsageError
@@ -14,6 +14,7 @@ class _Site(metaclass=values.Declared):
     """A place in the model; each kind says how it is written. UsageError for a number that is no index."""
 
     label: str
+    kind: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -24,6 +25,27 @@ class _Site(metaclass=values.Declared):
     def __str__(self) -> str:
         return self.label
 
+    @property
+    def entry(self) -> list[Any]:
+        """It as a plain list, as a plan has it: its kind, then its numbers."""
+        return [self.kind, *(getattr(self, each.name) for each in fields(self))]
+
+    def parts(self, n_heads: int) -> "tuple[_Site, ...]":
+        """The sites that the engine has for it."""
+        return (self,)
+
+    def overlaps(self, other: "_Site") -> bool:
+        """Whether it is the same place as another, or one is part of the other."""
+        return self == other
+
+    def lies_in(self, structure: Any) -> bool:
+        """Whether a model of this structure has it."""
+        return getattr(self, "layer", 0) in range(structure.n_layers)
+
+    def width(self, structure: Any) -> int | None:
+        """How many numbers its value has at a token; None where it has no value of its own."""
+        return None
+
 
 @dataclass(frozen=True, order=True)
 class Head(_Site):
@@ -31,10 +53,20 @@ class Head(_Site):
 
     layer: int
     head: int
+    kind = "head"
 
     @property
     def label(self) -> str:
         return f"L{self.layer}H{self.head}"
+
+    def overlaps(self, other: _Site) -> bool:
+        return self == other or other == Attention(self.layer)
+
+    def lies_in(self, structure: Any) -> bool:
+        return super().lies_in(structure) and self.head in range(structure.n_heads)
+
+    def width(self, structure: Any) -> int:
+        return structure.d_head
 
 
 @dataclass(frozen=True, order=True)
@@ -47,16 +79,32 @@ class Attention(_Site):
     def label(self) -> str:
         return f"L{self.layer}.attention"
 
+    def parts(self, n_heads: int) -> tuple[_Site, ...]:
+        return tuple(Head(self.layer, head) for head in range(n_heads))
+
+    def overlaps(self, other: _Site) -> bool:
+        return isinstance(other, Attention | Head) and other.layer == self.layer
+
+    def width(self, structure: Any) -> int:
+        return structure.d_head
+
 
 @dataclass(frozen=True, order=True)
 class Mlp(_Site):
     """The MLP of layer `layer`, its output bias included."""
 
     layer: int
+    kind = "mlp"
 
     @property
     def label(self) -> str:
         return f"L{self.layer}.mlp"
+
+    def overlaps(self, other: _Site) -> bool:
+        return isinstance(other, Mlp | Neuron) and other.layer == self.layer
+
+    def width(self, structure: Any) -> int:
+        return structure.d_model
 
 
 @dataclass(frozen=True, order=True)
@@ -65,10 +113,20 @@ class Neuron(_Site):
 
     layer: int
     neuron: int
+    kind = "neuron"
 
     @property
     def label(self) -> str:
         return f"L{self.layer}N{self.neuron}"
+
+    def overlaps(self, other: _Site) -> bool:
+        return self == other or other == Mlp(self.layer)
+
+    def lies_in(self, structure: Any) -> bool:
+        return super().lies_in(structure) and self.neuron in range(structure.d_mlp)
+
+    def width(self, structure: Any) -> int:
+        return 1
 
 
 @dataclass(frozen=True, order=True)
@@ -77,11 +135,15 @@ class Layers(_Site):
 
     layer: int
     stop: int
+    kind = "layers"
 
     @property
     def label(self) -> str:
         one = self.stop == self.layer + 1
         return f"layer {self.layer}" if one else f"layers {self.layer}:{self.stop}"
+
+    def lies_in(self, structure: Any) -> bool:
+        return self.layer < self.stop <= structure.n_layers
 
 
 @dataclass(frozen=True, order=True)
@@ -89,10 +151,14 @@ class Swap(_Site):
     """Layer `layer` and the next one, to change places."""
 
     layer: int
+    kind = "swap"
 
     @property
     def label(self) -> str:
         return f"swap {self.layer},{self.layer + 1}"
+
+    def lies_in(self, structure: Any) -> bool:
+        return self.layer + 1 < structure.n_layers
 
 
 @dataclass(frozen=True, order=True)

@@ -1,9 +1,8 @@
 """An experiment as data: what is ablated, by what it is replaced, what is frozen, what is recorded."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from math import isfinite
 from types import FunctionType
 from typing import Any
 
@@ -13,26 +12,14 @@ from selfrepair_nn.components import (
     FinalNorm,
     Freezable,
     Head,
-    Layers,
     Mlp,
-    Neuron,
     Norm,
     Swap,
 )
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import ASKED, QUANTITIES, RANKS, measured
-from selfrepair_nn.values import Declared, number, one_of, shown, switch, text, whole
-
-REPLACEMENTS = {
-    "resample": "the same site's value at the same position of the prompt's partner",
-    "mean": "the site's mean value over all positions of the reference prompts",
-    "zero": "zero (the value bias stays where value_bias is 'output')",
-    "identity": "what was there: the null control",
-}
-"""What a command line can ask for; a recipe may also use the prompts' counterfactuals, another head, or a number."""
-
-TAKING = ("resample", "mean", "zero", "counterfactual")
-"""Replacements that take away what was there: beside these, whole layers may be deleted or swapped."""
+from selfrepair_nn.replacements import Reinforce, Replacement, replacement_of
+from selfrepair_nn.values import Declared, one_of, shown, switch, text, whole
 
 TARGETS = {
     "centred": "the unembedding row of the next token minus the mean row of the vocabulary",
@@ -50,62 +37,6 @@ FREEZES = {
     "all": "the final norm's scale too",
 }
 RECORDS = {"sums": "heads, MLPs and norm", "full": "every component by itself"}
-
-
-def _keep_number(replacement: Any, name: str) -> None:
-    """Make a replacement's number Python's own. UsageError for what is no finite number."""
-    value = getattr(replacement, name)
-    value = value.item() if hasattr(value, "item") else value
-    if not isfinite(number(f"{name} of {type(replacement).__name__}", value)):
-        raise UsageError(f"{name} of {type(replacement).__name__} must be finite, not {value}")
-    object.__setattr__(replacement, name, value)
-
-
-@dataclass(frozen=True)
-class Scale(metaclass=Declared):
-    """Replacement: the site's own clean value times `factor`."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _keep_number(self, "factor")
-
-
-@dataclass(frozen=True)
-class Constant(metaclass=Declared):
-    """Replacement: `value` in every entry."""
-
-    value: float
-
-    def __post_init__(self) -> None:
-        _keep_number(self, "value")
-
-
-@dataclass(frozen=True)
-class OtherHead(metaclass=Declared):
-    """Replacement: what another head of the same prompt reads out at the same position."""
-
-    head: Head
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.head, Head):
-            raise UsageError(f"head of OtherHead must be a Head, such as Head(9, 6), not {shown(self.head)}")
-
-
-@dataclass(frozen=True)
-class Reinforce(metaclass=Declared):
-    """Not a replacement: `scale` times the head's own write is added to the stream that its layer reads.
-
-    It is added at one position of each prompt, the store's `edited_position`.
-    """
-
-    scale: float
-
-    def __post_init__(self) -> None:
-        _keep_number(self, "scale")
-
-
-Replacement = str | Scale | Constant | OtherHead | Reinforce
 
 
 @dataclass(frozen=True)
@@ -132,7 +63,7 @@ class Graph(metaclass=Declared):
     """
 
     ablate: tuple[tuple[Ablatable, ...], ...]
-    replacement: Replacement = "resample"
+    replacement: str | Replacement = "resample"
     freeze: frozenset[Freezable] = frozenset()
     record: str = "sums"
     target: str = "centred"
@@ -148,15 +79,15 @@ class Graph(metaclass=Declared):
         for name, kept in (("ablate", _cases), ("freeze", frozenset), ("attention", tuple), ("also", _words)):
             object.__setattr__(self, name, kept(getattr(self, name)))
         switch("residual_norm", self.residual_norm)
-        _require_replacement(self.replacement)
         one_of("target", self.target, TARGETS | {"difference": ""})
         one_of("value_bias", self.value_bias, VALUE_BIASES)
         one_of("record", self.record, RECORDS)
         for each in self.also:
             one_of("also", each, ASKED)
+        by = self.replaced_by
         for case in self.ablate:
             _require_sites(case)
-            _require_possible(case, self.replacement)
+            by.require(case)
         if self.strongest is not None and not (self.heads_only and self.strongest >= 1):
             raise UsageError(
                 f"strongest={self.strongest!r}: it is a number of heads, of those that are swept one by one"
@@ -173,10 +104,12 @@ class Graph(metaclass=Declared):
     @property
     def ablation(self) -> str:
         """The replacement, as one word."""
-        r = self.replacement
-        if isinstance(r, str):
-            return r
-        return "_".join([type(r).__name__.lower(), *(str(v) for v in vars(r).values())])
+        return self.replaced_by.word
+
+    @property
+    def replaced_by(self) -> Replacement:
+        """The replacement, as an object."""
+        return replacement_of(self.replacement)
 
     @property
     def heads_only(self) -> bool:
@@ -230,8 +163,13 @@ class Graph(metaclass=Declared):
         """The label of a site that a model of this structure does not have, or None."""
         sites = [*(site for case in self.ablate for site in case), *sorted(self.freeze, key=str)]
         sites += [Mlp(self.neurons)] if self.neurons is not None else []
-        sites += [self.replacement.head] if isinstance(self.replacement, OtherHead) else []
-        return next((site.label for site in sites if not _lies_in(site, structure)), None)
+        sites += self.replaced_by.sites
+        return next((site.label for site in sites if not site.lies_in(structure)), None)
+
+    def misfit(self, structure: Any) -> str | None:
+        """Why its replacement does not fit its sites in a model of this structure, or None."""
+        found = (self.replaced_by.misfit(case, structure) for case in self.ablate)
+        return next(filter(None, found), None)
 
     def frozen(self, name: str, n_layers: int, n_heads: int) -> "Graph":
         """This graph with a named set of frozen sites: "none", "downstream" or "all"."""
@@ -248,7 +186,7 @@ class Graph(metaclass=Declared):
             UsageError: a receiver that is neither a head nor an MLP of the model.
         """
         every = freeze_set("downstream", n_layers, n_heads)
-        open_ones = {single for site in receivers for single in _expanded(site, n_heads)}
+        open_ones = {single for site in receivers for single in site.parts(n_heads)}
         if strange := sorted(map(str, open_ones - every)):
             raise UsageError(
                 f"{strange[0]} cannot receive: choose heads, attention layers and MLPs of layers 0 to "
@@ -259,14 +197,14 @@ class Graph(metaclass=Declared):
     def plan(self, structure: dict[str, Any]) -> dict[str, Any]:
         """The graph as the plain dict that travels with a job; `structure` is a Structure as a dict."""
         n_heads = structure["n_heads"]
-        frozen = {site for s in self.freeze for site in _expanded(s, n_heads)}
+        frozen = {site for s in self.freeze for site in s.parts(n_heads)}
         frozen_heads: dict[int, list[int]] = {}
         for site in sorted(s for s in frozen if isinstance(s, Head)):
             frozen_heads.setdefault(site.layer, []).append(site.head)
         return {
             "model": structure,
-            "cases": [[_entry(s) for site in case for s in _expanded(site, n_heads)] for case in self.ablate],
-            "replacement": _kind(self.replacement),
+            "cases": [[s.entry for site in case for s in site.parts(n_heads)] for case in self.ablate],
+            "replacement": self.replaced_by.plan,
             "frozen_heads": frozen_heads,
             "frozen_mlps": sorted(s.layer for s in frozen if isinstance(s, Mlp)),
             "frozen_norms": sorted([s.layer, s.before] for s in frozen if isinstance(s, Norm)),
@@ -342,24 +280,6 @@ def writes_attention_bias(structure: dict[str, Any], value_bias: str) -> bool:
     return structure["attention_bias"] or (value_bias == "output" and structure["value_bias"])
 
 
-def _lies_in(site: Ablatable | Freezable, structure: Any) -> bool:
-    """Whether a model has a site."""
-    first = getattr(site, "layer", 0)
-    last = site.stop - 1 if isinstance(site, Layers) else first + isinstance(site, Swap)
-    inside = 0 <= first <= last < structure.n_layers and getattr(site, "head", 0) in range(structure.n_heads)
-    return inside and (not isinstance(site, Neuron) or site.neuron in range(structure.d_mlp))
-
-
-def _require_replacement(replacement: Replacement) -> None:
-    if isinstance(replacement, str):
-        one_of("ablation", replacement, REPLACEMENTS | {"counterfactual": ""})
-    elif not isinstance(replacement, Replacement):
-        raise UsageError(
-            f"ablation {shown(replacement)} is not known; choose one of {', '.join(REPLACEMENTS)}, counterfactual, or "
-            "a Scale, Constant, OtherHead or Reinforce with its number"
-        )
-
-
 def _require_sites(case: tuple[Ablatable, ...]) -> None:
     """A case is a tuple of sites, none of which lies within another."""
     if not isinstance(case, tuple | list):
@@ -372,13 +292,10 @@ def _require_sites(case: tuple[Ablatable, ...]) -> None:
                 f"{site} cannot be ablated; choose a Head, Attention, Mlp, Neuron, Layers or Swap"
             )
         for other in case[:index]:
-            if site == other or (site.layer == other.layer and {type(site), type(other)} in _NESTED):
+            if site.overlaps(other):
                 raise UsageError(
                     f"{other.label} and {site.label} in one case are the same place: name it once"
                 )
-
-
-_NESTED = ({Attention, Head}, {Mlp, Neuron})
 
 
 def _require_freezable(sites: frozenset[Freezable]) -> None:
@@ -409,34 +326,3 @@ def _require_recordable(graph: Graph) -> None:
 def _said(value: Any) -> str:
     """A field's value in words that are the same in every process."""
     return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else repr(value)
-
-
-def _require_possible(case: tuple[Ablatable, ...], replacement: Replacement) -> None:
-    """Whole layers are deleted or swapped, alone, whatever replaces other sites; only heads take another head's place
-    or reinforce themselves."""
-    for site in case:
-        if isinstance(site, Layers | Swap) and (len(case) > 1 or replacement not in TAKING):
-            kinds = ", ".join(TAKING)
-            raise UsageError(f"{site.label}: whole layers are ablated alone, beside a replacement of {kinds}")
-        if isinstance(replacement, OtherHead | Reinforce) and not isinstance(site, Head | Attention):
-            raise UsageError(f"{site.label}: {type(replacement).__name__} is for heads; ablate heads with it")
-    if isinstance(replacement, Reinforce) and (len(case) > 1 or isinstance(case[0], Attention)):
-        raise UsageError("Reinforce is for one head at a time: let each entry of ablate be a head")
-
-
-def _expanded(site: Any, n_heads: int) -> tuple[Any, ...]:
-    return tuple(Head(site.layer, h) for h in range(n_heads)) if isinstance(site, Attention) else (site,)
-
-
-def _entry(site: Ablatable) -> list[Any]:
-    """A site as a plain list: its kind, then its numbers."""
-    kinds = {Head: "head", Mlp: "mlp", Neuron: "neuron", Layers: "layers", Swap: "swap"}
-    return [kinds[type(site)], *astuple(site)]
-
-
-def _kind(replacement: Replacement) -> dict[str, Any]:
-    """A replacement as a plain dict."""
-    if isinstance(replacement, str):
-        return {"kind": replacement}
-    numbers = {n: _entry(v) if isinstance(v, Head) else v for n, v in vars(replacement).items()}
-    return {"kind": type(replacement).__name__.lower()} | numbers

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 from selfrepair_nn import values
 from selfrepair_nn.corpora import COLUMN, SPLIT
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.graph import FREEZES, REPLACEMENTS, TARGETS, VALUE_BIASES
+from selfrepair_nn.graph import FREEZES, TARGETS, VALUE_BIASES
 from selfrepair_nn.paths import local
+from selfrepair_nn.replacements import REPLACEMENTS
 
 SELECTS = {
     "all": "every token",

@@ -149,6 +149,8 @@ class Recipe:
                 f"recipe {str(self.path)!r} names {beyond}: the model has layers 0 to {structure.n_layers - 1} "
                 f"of heads 0 to {structure.n_heads - 1} and neurons 0 to {structure.d_mlp - 1}"
             )
+        if misfit := graph.misfit(structure):
+            raise UsageError(f"recipe {str(self.path)!r}: {misfit}")
 
 
 def _watched(options: Options) -> tuple[Options, set[str]]:

@@ -14,8 +14,8 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.components import components as every_component
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.graph import REPLACEMENTS
 from selfrepair_nn.quantities import COORDINATES, QUANTITIES, SWEEP
+from selfrepair_nn.replacements import REPLACEMENTS
 from selfrepair_nn.values import one_of
 
 Arrays = dict[str, np.ndarray]

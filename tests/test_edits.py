@@ -18,8 +18,9 @@ import selfrepair_nn as sr
 from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Norm, Swap
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import Incomplete, UsageError
-from selfrepair_nn.graph import Constant, Graph, OtherHead, Reinforce, Scale, Variants, freeze_set, sweep
+from selfrepair_nn.graph import Graph, Variants, freeze_set, sweep
 from selfrepair_nn.models.load import wrap
+from selfrepair_nn.replacements import Constant, OtherHead, Reinforce, Scale
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.jobs import ablation_job, effects_job
 from selfrepair_nn.tracing.session import run_session
@@ -297,6 +298,28 @@ def test_scaling_by_nothing_is_zero_ablation(job, name):
     zero, scaled = (job(name, CASES, by, record="full") for by in ("zero", Scale(0.0)))
     for part, values in zero.items():
         close(scaled[part], values, err_msg=part)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_vector_that_is_the_mean_is_mean_ablation(job, wrapped, name):
+    width = wrapped(name, exact=True).structure.d_head
+    vectors = {(Head(1, 2),): means(name)["z"][1][2 * width : 3 * width], (Mlp(0),): means(name)["mlp"][0]}
+    for case, vector in vectors.items():
+        mean, given = (job(name, (case,), by, record="full") for by in ("mean", Constant(vector)))
+        for part, values in mean.items():
+            close(given[part], values, err_msg=part)
+
+
+def test_a_vector_must_be_as_wide_as_what_it_replaces(wrapped):
+    structure = wrapped("gpt2", exact=True).structure
+    vector = Constant([0.5] * structure.d_head)
+    assert Graph(ablate=sweep([Head(0, 1), Attention(2)]), replacement=vector).misfit(structure) is None
+    told = Graph(ablate=sweep([Head(0, 1), Mlp(1)]), replacement=vector).misfit(structure)
+    assert told == f"L1.mlp holds {structure.d_model} numbers, the Constant {structure.d_head}"
+    assert (vector.word, Constant(0.5).word) == (f"constant_{structure.d_head}_numbers", "constant_0.5")
+    for wrong in (["a"], [0.5, float("nan")], "ab"):
+        with pytest.raises(UsageError, match="value of Constant"):
+            Constant(wrong)
 
 
 @pytest.mark.parametrize(

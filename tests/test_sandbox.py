@@ -23,11 +23,12 @@ from selfrepair_nn.components import (
     select_heads,
 )
 from selfrepair_nn.estimating.traffic import crossing_bytes
-from selfrepair_nn.graph import Graph, OtherHead, Reinforce, Scale, sweep
+from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.experiment import prepare
 from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.models.load import find, load
 from selfrepair_nn.options import Options
+from selfrepair_nn.replacements import OtherHead, Reinforce, Scale
 from selfrepair_nn.tracing.jobs import ablation_job, effects_job, lengths_job, mean_job
 from selfrepair_nn.tracing.session import run_session
 

@@ -11,10 +11,11 @@ from fake_service import assert_right, computed, described, unit
 
 from selfrepair_nn.components import select_heads
 from selfrepair_nn.equations import complete
-from selfrepair_nn.graph import Graph, Reinforce, sweep
+from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.layout.units import Unit, ablation_shapes
 from selfrepair_nn.quantities import recorded
+from selfrepair_nn.replacements import Reinforce
 from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 

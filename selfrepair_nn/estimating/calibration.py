@@ -54,10 +54,12 @@ def trial(experiment: Experiment) -> Iterator[Backend]:
 def _first(experiment: Experiment) -> Unit:
     """The first unit, with stand-ins for what would have to be found out before it."""
     limits = np.full(len(experiment.graph.ablate), np.inf) if experiment.shared else None
-    found = plans(experiment, asdict(experiment.description.structure))
+    found = zip(
+        experiment.work.graphs, plans(experiment, asdict(experiment.description.structure)), strict=True
+    )
     same = [
-        plan | {"replacement": {"kind": "identity"}} if plan["replacement"]["kind"] == "mean" else plan
-        for plan in found
+        plan | ({"replacement": {"kind": "identity"}} if graph.replaced_by.reads_means else {})
+        for graph, plan in found
     ]
     return Sweep(experiment, same, {}, limits).units(experiment.work.units[:1])[0]
 

@@ -284,14 +284,10 @@ class Experiment:
 
         p = self.prompts
         found = {"tokens": p.tokens[block]}
-        if self.partners is not None:
-            found["partner_tokens"] = p.tokens[self.partners[block]]
-        if p.counterfactual is not None:
-            found["counterfactual_tokens"] = p.counterfactual[block]
+        for graph in self.work.graphs:
+            found |= graph.replaced_by.arrays(self, block)
         if p.other is not None:
             found["other"] = p.other[block]
-        if self.reinforces:
-            found["edited_position"] = self.edited_position[block]
         return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
 
 

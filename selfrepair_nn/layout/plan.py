@@ -108,9 +108,7 @@ class Work:
         cases = len(ablated)
         starts = Counter(min(site.layer for site in case) for case in ablated)
         per_pass = max(1, self.rows // (self.block * self.length))
-        clean_passes = sum(
-            2 if graph.replacement in ("resample", "counterfactual") else 1 for graph in self.graphs
-        )
+        clean_passes = sum(1 + graph.replaced_by.reads_text for graph in self.graphs)
         depth = sum(count * (s.n_layers - layer - s.parallel) for layer, count in starts.items())
         return {
             "units": len(self.units),

@@ -78,12 +78,12 @@ class Scale(Replacement):
 
 @dataclass
 class Constant(Replacement):
-    """`value` in every entry."""
+    """`value` in every entry, or a vector of them."""
 
-    value: float
+    value: object
 
     def new(self, site, before, block):
-        return torch.full_like(before, self.value)
+        return torch.as_tensor(self.value, dtype=before.dtype, device=before.device).expand_as(before)
 
 
 @dataclass
