@@ -22,7 +22,7 @@ def graph(structure, options):
     norms = [
         sr.Norm(layer, before)
         for layer in range(first, structure.n_layers)
-        for before in ("attention", "mlp")
+        for before in structure.norms
         if layer > first or (before == "mlp" and not structure.parallel)
     ]
     norms.append(sr.FinalNorm())

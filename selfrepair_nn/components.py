@@ -179,6 +179,9 @@ class Norm(_Site):
     def label(self) -> str:
         return f"L{self.layer}.{self.before}_norm"
 
+    def lies_in(self, structure: Any) -> bool:
+        return super().lies_in(structure) and self.before in structure.norms
+
 
 @dataclass(frozen=True, order=True)
 class FinalNorm(_Site):

@@ -15,6 +15,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -41,6 +43,12 @@ def _gpt2() -> PreTrainedModel:
     """Fused q | k | v in a transposed Conv1D, learned positions, tied unembedding, biases everywhere."""
     sizes = {"vocab_size": 61, "n_positions": 24, "n_embd": 30, "n_layer": 3, "n_head": 5, "n_inner": 44}
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def _gptj() -> PreTrainedModel:
+    """Attention and MLP side by side behind one norm, layers that return a tuple, a bias at the unembedding."""
+    sizes = {"vocab_size": 57, "n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4}
+    return GPTJForCausalLM(GPTJConfig(**sizes, n_inner=40, bos_token_id=0, eos_token_id=0))
 
 
 def _neox(parallel: bool) -> PreTrainedModel:
@@ -81,6 +89,7 @@ def _opt(**more) -> PreTrainedModel:
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": _gpt2,
+    "gptj": _gptj,
     "neox-parallel": partial(_neox, True),
     "neox-sequential": partial(_neox, False),
     "llama-gqa": partial(_llama, 6, 2, 48, num_hidden_layers=3),

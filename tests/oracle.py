@@ -91,6 +91,13 @@ def _gpt2_layer(block: nn.Module, n_heads: int) -> Layer:
     return _layer(block.ln_1, block.attn.c_proj, block.mlp, W_V, b_V)
 
 
+def _gptj_layer(block: nn.Module, n_heads: int) -> Layer:
+    """GPT-J: one norm before attention and MLP, no bias in the attention."""
+    attention = block.attn
+    values = _separate_values(attention.v_proj, n_heads, attention.out_proj.in_features // n_heads)
+    return _layer(block.ln_1, attention.out_proj, block.mlp, *values)
+
+
 def _neox_layer(block: nn.Module, n_heads: int) -> Layer:
     """GPT-NeoX: query_key_value's outputs are ordered [head, (q, k, v), head_dim]."""
     fused = block.attention.query_key_value
@@ -130,6 +137,9 @@ def find_parts(model: nn.Module) -> Parts:
     if kind == "gpt2":
         body, block = model.transformer, _gpt2_layer
         ends = body.wte, body.wpe, body.h, body.ln_f
+    elif kind == "gptj":
+        body, block = model.transformer, _gptj_layer
+        ends = body.wte, None, body.h, body.ln_f
     elif kind == "gpt_neox":
         body, block = model.gpt_neox, _neox_layer
         ends = body.embed_in, None, body.layers, body.final_layer_norm

@@ -15,10 +15,18 @@ import oracle
 import torch
 from torch import Tensor, nn
 
-HOLDERS = {"gpt2": "transformer", "gpt_neox": "gpt_neox", "opt": "model.decoder"}
-LISTS = {"gpt2": "h"}
+HOLDERS = {"gpt2": "transformer", "gptj": "transformer", "gpt_neox": "gpt_neox", "opt": "model.decoder"}
+LISTS = {"gpt2": "h", "gptj": "h"}
 MLP_NORMS = {"gpt2": "ln_2", "opt": "final_layer_norm"}
-DOWN_PROJECTIONS = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "opt": "fc2"}
+ONE_NORM = ("gptj",)
+"""Where attention and MLP read the same normed stream."""
+
+DOWN_PROJECTIONS = {
+    "gpt2": "mlp.c_proj",
+    "gptj": "mlp.fc_out",
+    "gpt_neox": "mlp.dense_4h_to_h",
+    "opt": "fc2",
+}
 
 
 @dataclass
@@ -56,9 +64,8 @@ class Edited:
         self.body = model.get_submodule(HOLDERS.get(kind, "model"))
         self.list = LISTS.get(kind, "layers")
         self.blocks = list(getattr(self.body, self.list))
-        self.mlp_norms = [
-            b.get_submodule(MLP_NORMS.get(kind, "post_attention_layernorm")) for b in self.blocks
-        ]
+        named = MLP_NORMS.get(kind, "post_attention_layernorm")
+        self.mlp_norms = [] if kind in ONE_NORM else [b.get_submodule(named) for b in self.blocks]
         self.downs = [b.get_submodule(DOWN_PROJECTIONS.get(kind, "mlp.down_proj")) for b in self.blocks]
         goal = (self.ids[:, 1:], arrays["other"]) if target == "difference" else target
         self.setting = oracle.Setting(self.parts, self.ids, goal, value_bias, None)
@@ -89,10 +96,11 @@ class Edited:
                 (self.blocks[i].register_forward_pre_hook, _insert_hook(edits.inserted.get(i))),
                 (layer.norm.register_forward_hook, _norm_hook(seen, (i, "attention"), shape, edits)),
                 (layer.projection.register_forward_pre_hook, attention),
-                (self.mlp_norms[i].register_forward_hook, _norm_hook(seen, (i, "mlp"), shape, edits)),
                 (self.downs[i].register_forward_pre_hook, _hidden_hook(seen, i, shape, edits)),
                 (layer.mlp.register_forward_hook, oracle._mlp_hook(seen, i, shape, edits.mlps)),
             ]
+        for i, norm in enumerate(self.mlp_norms):
+            pairs.append((norm.register_forward_hook, _norm_hook(seen, (i, "mlp"), shape, edits)))
         pairs.append((parts.final_norm.register_forward_hook, oracle._final_hook(seen, edits.final_scale)))
         with torch.no_grad(), oracle._hooked(pairs), self._ordered(edits.order):
             seen.logits = parts.model(ids, use_cache=False).logits.double()

@@ -19,6 +19,7 @@ from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Ne
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import Incomplete, UsageError
 from selfrepair_nn.graph import Graph, Variants, freeze_set, sweep
+from selfrepair_nn.models.architectures import structure_of
 from selfrepair_nn.models.load import wrap
 from selfrepair_nn.replacements import Constant, OtherHead, Reinforce, Scale
 from selfrepair_nn.store import Store
@@ -27,7 +28,7 @@ from selfrepair_nn.tracing.session import run_session
 
 TIGHT = 1e-10
 EAGER = 1e-6  # the softmax of eager attention is float32 in all families but GPT-2
-FAMILIES = ["gpt2", "neox-parallel", "neox-sequential", "llama-gqa", "opt"]  # of three layers
+FAMILIES = ["gpt2", "gptj", "neox-parallel", "neox-sequential", "llama-gqa", "opt"]  # of three layers
 LAYERS, HEADS = 3, 3  # what every one of them has at least
 
 
@@ -60,12 +61,20 @@ def job(wrapped):
             arrays["means"] = means(name)
         if thresholds is not None:
             arrays["thresholds"] = torch.as_tensor(thresholds)
+        graph["freeze"] = present(name, graph.get("freeze", frozenset()))
         plan = Graph(ablate=tuple(ablate), replacement=replacement, **graph).plan(model.layout)
         found = run_session(work, model.nn, arrays, plan | {"rows": rows})
         found = {name: value.numpy() for name, value in found.items()}
         return complete(found) if work is ablation_job else found
 
     return run
+
+
+@cache
+def present(name, sites):
+    """Those of the sites that the model has: some have one norm for attention and MLP."""
+    structure = structure_of(families.build(name))
+    return frozenset(site for site in sites if site.lies_in(structure))
 
 
 def means(name):
@@ -87,7 +96,7 @@ def plain(site):
 @cache
 def expected(name, case, replacement="resample", freeze=frozenset(), target="centred", value_bias="output"):
     """The oracle's word on one case."""
-    sites, frozen = tuple(map(plain, case)), tuple(map(plain, freeze))
+    sites, frozen = tuple(map(plain, case)), tuple(map(plain, present(name, freeze)))
     return edited(name, target, value_bias).case(sites, plain(replacement), frozen)
 
 

@@ -17,7 +17,7 @@ TIGHT = 1e-10
 STOCK = 1e-5  # Hugging Face's RMSNorm computes in float32, whatever the model's type
 EVERY = list(families.FAMILIES)
 THOROUGH = ["gpt2", "neox-parallel", "llama-biases"]
-LAYER_NORM = ["gpt2", "neox-parallel", "neox-sequential", "opt", "opt-biasless"]
+LAYER_NORM = ["gpt2", "gptj", "neox-parallel", "neox-sequential", "opt", "opt-biasless"]
 NAMES = {"logit": "logit", "norm_scale": "norm_scale", "target_constant": "constant"}
 NAMES |= {name: name for name in (*oracle.PER_HEAD, "component_direct_effect", "component_change")}
 # Every ablation with every target and every value bias.
@@ -149,7 +149,7 @@ def test_partners_are_taken_as_given(measure, wrapped, seeded):
 
 
 @pytest.mark.parametrize(("freeze", "ablation"), [("downstream", "resample"), ("all", "zero")])
-@pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "neox-sequential", "llama-gqa", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "neox-parallel", "neox-sequential", "llama-gqa", "opt"])
 def test_frozen(measure, reference, name, freeze, ablation):
     dataset = measure(name, freeze=freeze, ablation=ablation)
     agree(dataset, reference(name, freeze=freeze, ablation=ablation))

@@ -28,7 +28,8 @@ CHANGES = [
     "norm_on_change",
 ]
 PARALLEL = "neox-parallel"
-LAYER_NORM = ["gpt2", "neox-parallel", "neox-sequential", "opt", "opt-biasless"]
+SIDE_BY_SIDE = (PARALLEL, "gptj")
+LAYER_NORM = ["gpt2", "gptj", "neox-parallel", "neox-sequential", "opt", "opt-biasless"]
 WITH_CONSTANT = [*LAYER_NORM, "llama-biases", "qwen2"]
 
 
@@ -317,7 +318,7 @@ def test_only_what_runs_later_changes(name):
         for index, label in enumerate(result["components"]):
             change = result["component_change"][layer, head, ..., index]
             later = label.startswith("L") and int(re.findall(r"\d+", label)[0]) > layer
-            same_mlp = label == f"L{layer}.mlp" and name != PARALLEL
+            same_mlp = label == f"L{layer}.mlp" and name not in SIDE_BY_SIDE
             moves = not label.endswith("bias") and (later or same_mlp or label == f"L{layer}H{head}")
             assert (np.abs(change).max() > 1e-3) == moves, (layer, head, label)
 
@@ -340,7 +341,7 @@ def test_which_families_have_an_attention_bias(name):
         for value_bias in ("output", "head")
     }
     assert ("attention_bias" in kinds["output"]) == (name in WITH_CONSTANT)
-    assert ("attention_bias" in kinds["head"]) == (name in set(WITH_CONSTANT) - {"qwen2", "opt-biasless"})
+    assert ("attention_bias" in kinds["head"]) == (name in set(WITH_CONSTANT) - {"qwen2", "opt-biasless", "gptj"})
     assert ("pos_embed" in kinds["head"]) == (name in ("gpt2", "opt", "opt-biasless"))
 
 

@@ -50,7 +50,7 @@ def save_with_tokenizer(name, path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0").save_pretrained(path)
 
 
-@pytest.fixture(scope="module", params=["neox-parallel", "gpt2", "llama-gqa"])
+@pytest.fixture(scope="module", params=["neox-parallel", "gptj", "gpt2", "llama-gqa"])
 def setting(request, tmp_path_factory):
     """The sandbox, the same model in this process, and token ids."""
     from sandbox import Sandbox
@@ -141,7 +141,8 @@ def test_every_kind_of_edit_is_the_same_there(setting, name):
         "other": tokens.roll(3, 0)[:, 1:].contiguous(),
     }
     arrays |= {"edited_position": torch.tensor([3, 0, 6, 2])}
-    plan = Graph(**EDITS[name]).plan(model.layout) | {"rows": 96}
+    frozen = frozenset(s for s in EDITS[name].get("freeze", ()) if s.lies_in(model.structure))
+    plan = Graph(**EDITS[name] | {"freeze": frozen}).plan(model.layout) | {"rows": 96}
     if name == "mean":
         keep = {"model": model.layout, "keep": {"z": [0, 1], "mlp": [0, 1], "neurons": [1, 2]}}
         totals = sandbox.run(mean_job, arrays, keep)

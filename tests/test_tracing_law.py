@@ -21,7 +21,7 @@ from selfrepair_nn.tracing.session import run_session
 MODULES = sorted(Path(tracing.__file__).parent.glob("*.py"))
 ALLOWED = {"torch": None, "nnsight": {"save"}, "functools": None, "dataclasses": None}
 FORBIDDEN = {"weight", "bias", "parameters", "named_parameters", "state_dict", "buffers", "grad", "backward"}
-FAMILIES = ["gpt2", "neox-parallel", "neox-sequential", "llama-gqa", "opt"]
+FAMILIES = ["gpt2", "gptj", "neox-parallel", "neox-sequential", "llama-gqa", "opt"]
 
 
 # ---------------------------------------------------------------- what the code may name

@@ -281,7 +281,7 @@ def test_neighbours_swapped_by_hand(stored):
 
 
 class Sizes:
-    n_layers, n_heads, parallel = 6, 2, False
+    n_layers, n_heads, parallel, norms = 6, 2, False, ("attention", "mlp")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,7 +1,7 @@
 """Where each family of causal language models keeps its parts. A new family is one more entry here."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from selfrepair_nn.errors import UnsupportedModel
@@ -16,6 +16,8 @@ class Architecture:
 
     `value_layout` says how the value projection's output holds the heads: "own" (it is the values),
     "stacked" (queries, keys and values one after the other) or "interleaved" (per head: query, key, value).
+    `mlp_norm` is None where one norm serves attention and MLP. `returns` says of the modules ("layer", "attention",
+    "mlp") that return a tuple how many it holds; what they write is the first.
     `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
     its own layer.
     `refuse(config)` gives the reason why this configuration cannot be decomposed, or None.
@@ -32,10 +34,11 @@ class Architecture:
     value: str
     value_layout: str
     output_projection: str
-    mlp_norm: str
+    mlp_norm: str | None
     mlp: str
     down_projection: str
     centred_norm: bool = True
+    returns: Mapping[str, int] = field(default_factory=lambda: {"attention": 2})
     parallel: Callable[[Config], bool] = lambda config: False
     refuse: Callable[[Config], str | None] = lambda config: None
 
@@ -86,6 +89,24 @@ ARCHITECTURES = (
         mlp="mlp",
         down_projection="mlp.dense_4h_to_h",
         parallel=lambda config: config.use_parallel_residual,
+    ),
+    Architecture(
+        model_types=("gptj",),
+        layers="transformer.h",
+        token_embedding="transformer.wte",
+        position_embedding=None,
+        final_norm="transformer.ln_f",
+        unembedding="lm_head",
+        attention="attn",
+        attention_norm="ln_1",
+        value="attn.v_proj",
+        value_layout="own",
+        output_projection="attn.out_proj",
+        mlp_norm=None,
+        mlp="mlp",
+        down_projection="mlp.fc_out",
+        returns={"layer": 2, "attention": 2},
+        parallel=lambda config: True,
     ),
     Architecture(
         model_types=("llama", "mistral", "qwen2", "qwen3"),
@@ -145,7 +166,13 @@ class Structure:
     position_embedding: bool
     attention_bias: bool
     value_bias: bool
+    returns: dict[str, int]
     places: dict[str, Any]
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The parts of a layer that have a norm of their own before them."""
+        return tuple(part for part in ("attention", "mlp") if f"{part}_norm" in self.places)
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -188,8 +215,14 @@ def structure_of(module: Any) -> Structure:
         position_embedding=architecture.position_embedding is not None,
         attention_bias=projection.bias is not None,
         value_bias=input_norm_bias or at(layer, architecture.value).bias is not None,
-        places={k: v for k, v in asdict(architecture).items() if isinstance(v, str)},
+        returns=dict(architecture.returns),
+        places=_places(architecture),
     )
+
+
+def _places(architecture: Architecture) -> dict[str, str]:
+    named = {each.name: getattr(architecture, each.name) for each in fields(architecture)}
+    return {name: value for name, value in named.items() if isinstance(value, str)}
 
 
 def _widths(projection: Any) -> tuple[int, int]:

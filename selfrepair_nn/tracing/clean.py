@@ -3,7 +3,7 @@
 import torch
 from nnsight import save
 
-from selfrepair_nn.tracing.places import part, place
+from selfrepair_nn.tracing.places import part, place, skip, written
 from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
 
 
@@ -62,7 +62,7 @@ def neurons_of(model, plan, layer, tokens):
 
 
 def _mlp(model, plan, layer, tokens):
-    return like_rows(part(model, plan, layer, "mlp").output, tokens)
+    return like_rows(written(part(model, plan, layer, "mlp"), plan, "mlp"), tokens)
 
 
 READS = (
@@ -80,18 +80,18 @@ READS = (
 def embeddings(model, plan, tokens):
     """What the token embedding, and the position embedding where there is one, write: [prompt, position, d_model]."""
     with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
-        written = save([place(model, plan, "token_embedding").output])
+        found = save([place(model, plan, "token_embedding").output])
         if plan["model"]["position_embedding"]:
-            written.append(place(model, plan, "position_embedding").output.expand_as(written[0]))
-    return written
+            found.append(place(model, plan, "position_embedding").output.expand_as(found[0]))
+    return found
 
 
 def layer_on(model, plan, tokens, layer, residual):
     """What a layer makes of any residual stream that enters it: [prompt, position, d_model]."""
     with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
         take_up(model, plan, layer, residual)
-        written = save([place(model, plan, "layers")[layer].output])
-    return written[0]
+        made = save([written(place(model, plan, "layers")[layer], plan, "layer")])
+    return made[0]
 
 
 def attention_paid(model, plan, tokens, clean, layers, distances):
@@ -146,9 +146,9 @@ def take_up(model, plan, start, residual):
     """Skip the layers below `start`; only the last one's output is ever used."""
     layers = place(model, plan, "layers")
     for layer in range(start - 1):
-        layers[layer].skip(stub(residual))
+        skip(layers[layer], plan, "layer", stub(residual))
     if start:
-        layers[start - 1].skip(residual)
+        skip(layers[start - 1], plan, "layer", residual)
     else:
         layers[0].input[:] = residual
 

@@ -4,7 +4,7 @@ import torch
 from nnsight import save
 
 from selfrepair_nn.tracing.clean import like_rows, neurons_of, no_logits, stub, take_up
-from selfrepair_nn.tracing.places import part, place
+from selfrepair_nn.tracing.places import part, place, skip, written
 from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
 from selfrepair_nn.tracing.sites import Head
 
@@ -25,17 +25,17 @@ def ablated_pass(block, batch):
         final [row, position, d_model].
     """
     model, plan, clean, (start, inside) = block.model, block.plan, block.clean, batch.start
-    written = torch.cat([batch.of(case.written, prompts) for case, prompts in batch.cases])
+    added = torch.cat([batch.of(case.written, prompts) for case, prompts in batch.cases])
     with torch.no_grad(), model.trace(batch.tokens, use_cache=False, logits_to_keep=no_logits()):
         changes = save({"heads": {}, "mlps": {}})
         taken_up = batch.of(clean["input"][start])
         if start or not inside:
-            take_up(model, plan, start, taken_up if inside else taken_up + written)
+            take_up(model, plan, start, taken_up if inside else taken_up + added)
         for layer in range(start, plan["model"]["n_layers"]):
             if layer == start and inside:
-                attention = batch.against(torch.add, written, clean["attention"][start])
+                attention = batch.against(torch.add, added, clean["attention"][start])
                 part(model, plan, start, "attention_norm").skip(stub(taken_up))
-                part(model, plan, start, "attention").skip((attention, None))
+                skip(part(model, plan, start, "attention"), plan, "attention", attention)
             else:
                 _freeze_norm(block, layer, "attention", batch)
                 _through_heads(block, layer, batch, changes)
@@ -73,7 +73,7 @@ def _through_mlp(block, layer, batch, changes):
         if plan["neurons"] == layer:
             change = widen(batch.against(torch.sub, neurons, clean["neurons"][layer]))
             changes["neurons"] = batch.against(torch.mul, change, probed["neuron_pullback"][layer])
-    out = like_rows(part(model, plan, layer, "mlp").output, batch.tokens)
+    out = like_rows(written(part(model, plan, layer, "mlp"), plan, "mlp"), batch.tokens)
     if frozen and not edited:
         out[:] = batch.of(clean["mlp"][layer])
     _replace(out, "mlp", layer, batch, plan)

@@ -16,3 +16,14 @@ def place(model, plan, name):
 def part(model, plan, layer, name):
     """A module named in the plan's places, below decoder layer `layer`."""
     return at(place(model, plan, "layers")[layer], plan["model"]["places"][name])
+
+
+def written(module, plan, name):
+    """The tensor that a module gives: what it returns, or the first of what it returns."""
+    return module.output[0] if name in plan["model"]["returns"] else module.output
+
+
+def skip(module, plan, name, x):
+    """Let `x` stand for what a module would have written. Of what it returns beside that nothing is ever used."""
+    others = plan["model"]["returns"].get(name, 1) - 1
+    module.skip((x, *[None] * others) if name in plan["model"]["returns"] else x)
