@@ -312,6 +312,10 @@ class Variants(metaclass=Declared):
             ):
                 if getattr(graph, name) != getattr(first, name):
                     raise UsageError(f"variants along {self.axis!r} must share {name}: {label!r} does not")
+            if graph.reinforces != first.reinforces:
+                raise UsageError(
+                    f"variants along {self.axis!r} must all reinforce heads or none: {label!r} does not do as the first"
+                )
 
 
 def _cases(ablate: Iterable[Any]) -> tuple[Any, ...]:

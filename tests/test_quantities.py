@@ -172,6 +172,14 @@ def test_variants_record_the_same():
         sr.Variants("mine", {"a": plain, "b": replace(plain, also="residual_norm")})
 
 
+@pytest.mark.parametrize("replacements", [("zero", sr.Reinforce(1.0)), (sr.Reinforce(0.0), "identity")])
+def test_heads_are_not_reinforced_in_some_variants_only(replacements):
+    """They are read at one position of each prompt, ablated ones at all."""
+    first, second = (sr.Graph(ablate=sr.sweep([sr.Head(0, 0)]), replacement=r) for r in replacements)
+    with pytest.raises(UsageError, match="must all reinforce heads or none: 'b' does not do"):
+        sr.Variants("mine", {"a": first, "b": second})
+
+
 NEW = (
     Quantity(
         "largest", "clean", TOKEN, "1", "largest entry", "Largest entry of the final stream.", when="largest"
