@@ -133,7 +133,13 @@ def test_both_ways_to_ask_record_the_same(made):
 def test_every_row_is_of_a_known_source_and_condition():
     assert {q.source for q in QUANTITIES.values()} == set(SOURCES)
     assert {q.when for q in QUANTITIES.values()} == {*WHEN, *ASKED}
-    assert ASKED == ("residual_norm",)
+    assert "residual_norm" in ASKED
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_asked_for_is_called_after_one_of_its_rows(name):
+    """A misspelt condition would be one more thing to ask for."""
+    assert QUANTITIES[name].when == name
 
 
 @pytest.mark.parametrize(
