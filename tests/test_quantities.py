@@ -13,10 +13,13 @@ import zarr
 import selfrepair_nn as sr
 from selfrepair_nn import graph, quantities
 from selfrepair_nn.errors import SelfRepairError, UsageError
+from selfrepair_nn.estimating.traffic import result_bytes, traffic
 from selfrepair_nn.layout.experiment import prepare
+from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.options import Options
 from selfrepair_nn.quantities import ASKED, QUANTITIES, SOURCES, SWEEP, TOKEN, WHEN, Quantity
 from selfrepair_nn.tracing import decompose, jobs
+from selfrepair_nn.tracing.session import run_session
 
 SMALL = {"tokens": 128, "length": 16, "batch_size": 4}
 ALWAYS = {
@@ -107,6 +110,31 @@ def test_the_plan_foretells_the_size_of_the_store(made, name):
     held = sum(group[name].nbytes for name in xr.open_zarr(path).data_vars)
     foretold = sr.preview(given, **choices)["store_bytes"]
     assert foretold == held if name != "strongest" else foretold >= held
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["full", "neurons", "cases", "variants"])
+def test_it_is_foretold_how_much_comes_back(made, name, precision):
+    """To the byte, and as if all tokens were top tokens where only these come back."""
+    given, choices, _ = made(name)
+    model = sr.load("tiny-neox", dtype=precision, check=False)
+    experiment = prepare(given, Options(**choices | {"dtype": precision}))
+    units = Sweep(experiment, plans(experiment, model.layout), {}, None).units([slice(1, 3)])
+    for unit in units:
+        if unit.plan["replacement"]["kind"] != "mean":
+            found = run_session(unit.job, model.nn, unit.arrays, unit.plan)
+            assert result_bytes(unit, precision) == sum(each.nbytes for each in found.values())
+
+
+def test_a_plan_foretells_how_much_comes_back_of_all_units(made):
+    given, choices, _ = made("full")
+    every, top = (prepare(given, Options(**choices | {"components": c})) for c in ("all", "top"))
+    assert not every.shared
+    assert top.shared
+    assert traffic(top)["result_bytes"] == traffic(every)["result_bytes"]
+    tokens = every.prompts.n * (every.prompts.length - 1)
+    values = 4 + len(every.work.components) + 3 * (7 + len(every.work.components))
+    assert traffic(every)["result_bytes"] == 4 * tokens * values
 
 
 @pytest.mark.parametrize("name", sorted({*GRAPHS} - {"strongest"}))
