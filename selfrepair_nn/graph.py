@@ -236,20 +236,13 @@ class Variants(metaclass=Declared):
         if self.axis in QUANTITIES and self.axis != "ablation":
             raise UsageError(f"variants along {self.axis!r}: every store uses that name; choose another")
         for label, graph in self.graphs.items():
-            for name in (
-                "ablate",
-                "strongest",
-                "then",
-                "record",
-                "neurons",
-                "residual_norm",
-                "attention",
-                "also",
-                "target",
-                "value_bias",
-            ):
+            for name in (f.name for f in fields(Graph) if f.name not in ("replacement", "freeze")):
                 if getattr(graph, name) != getattr(first, name):
                     raise UsageError(f"variants along {self.axis!r} must share {name}: {label!r} does not")
+            if graph.reinforces != first.reinforces:
+                raise UsageError(
+                    f"variants along {self.axis!r} must all reinforce heads or none: {label!r} does not do as the first"
+                )
 
 
 def _cases(ablate: Iterable[Any]) -> tuple[Any, ...]:

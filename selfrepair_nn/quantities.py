@@ -33,7 +33,7 @@ WHEN = {
 }
 """When a quantity is recorded: the conditions that a graph, its prompts and its options fulfil by what they are.
 
-Any other name is one that `Graph.also` switches on.
+Any other name, which is that of a row, is one that `Graph.also` switches on.
 """
 
 SOURCES = ("label", "run", "clean", "ablated", "derived")

@@ -13,10 +13,13 @@ import zarr
 import selfrepair_nn as sr
 from selfrepair_nn import graph, quantities
 from selfrepair_nn.errors import SelfRepairError, UsageError
+from selfrepair_nn.estimating.traffic import result_bytes, traffic
 from selfrepair_nn.layout.experiment import prepare
+from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.options import Options
 from selfrepair_nn.quantities import ASKED, QUANTITIES, SOURCES, SWEEP, TOKEN, WHEN, Quantity
 from selfrepair_nn.tracing import decompose, jobs
+from selfrepair_nn.tracing.session import run_session
 
 SMALL = {"tokens": 128, "length": 16, "batch_size": 4}
 ALWAYS = {
@@ -109,6 +112,31 @@ def test_the_plan_foretells_the_size_of_the_store(made, name):
     assert foretold == held if name != "strongest" else foretold >= held
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["full", "neurons", "cases", "variants"])
+def test_it_is_foretold_how_much_comes_back(made, name, precision):
+    """To the byte, and as if all tokens were top tokens where only these come back."""
+    given, choices, _ = made(name)
+    model = sr.load("tiny-neox", dtype=precision, check=False)
+    experiment = prepare(given, Options(**choices | {"dtype": precision}))
+    units = Sweep(experiment, plans(experiment, model.layout), {}, None).units([slice(1, 3)])
+    for unit in units:
+        if unit.plan["replacement"]["kind"] != "mean":
+            found = run_session(unit.job, model.nn, unit.arrays, unit.plan)
+            assert result_bytes(unit, precision) == sum(each.nbytes for each in found.values())
+
+
+def test_a_plan_foretells_how_much_comes_back_of_all_units(made):
+    given, choices, _ = made("full")
+    every, top = (prepare(given, Options(**choices | {"components": c})) for c in ("all", "top"))
+    assert not every.shared
+    assert top.shared
+    assert traffic(top)["result_bytes"] == traffic(every)["result_bytes"]
+    tokens = every.prompts.n * (every.prompts.length - 1)
+    values = 4 + len(every.work.components) + 3 * (7 + len(every.work.components))
+    assert traffic(every)["result_bytes"] == 4 * tokens * values
+
+
 @pytest.mark.parametrize("name", sorted({*GRAPHS} - {"strongest"}))
 def test_dimensions_are_as_long_as_the_work_says(made, name):
     given, choices, path = made(name)
@@ -133,7 +161,13 @@ def test_both_ways_to_ask_record_the_same(made):
 def test_every_row_is_of_a_known_source_and_condition():
     assert {q.source for q in QUANTITIES.values()} == set(SOURCES)
     assert {q.when for q in QUANTITIES.values()} == {*WHEN, *ASKED}
-    assert ASKED == ("residual_norm",)
+    assert "residual_norm" in ASKED
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_asked_for_is_called_after_one_of_its_rows(name):
+    """A misspelt condition would be one more thing to ask for."""
+    assert QUANTITIES[name].when == name
 
 
 @pytest.mark.parametrize(
@@ -170,6 +204,14 @@ def test_variants_record_the_same():
     plain = sr.Graph(ablate=sr.sweep([sr.Head(0, 0)]))
     with pytest.raises(UsageError, match="must share also"):
         sr.Variants("mine", {"a": plain, "b": replace(plain, also="residual_norm")})
+
+
+@pytest.mark.parametrize("replacements", [("zero", sr.Reinforce(1.0)), (sr.Reinforce(0.0), "identity")])
+def test_heads_are_not_reinforced_in_some_variants_only(replacements):
+    """They are read at one position of each prompt, ablated ones at all."""
+    first, second = (sr.Graph(ablate=sr.sweep([sr.Head(0, 0)]), replacement=r) for r in replacements)
+    with pytest.raises(UsageError, match="must all reinforce heads or none: 'b' does not do"):
+        sr.Variants("mine", {"a": first, "b": second})
 
 
 NEW = (

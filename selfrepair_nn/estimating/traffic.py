@@ -1,8 +1,8 @@
 """How many bytes a remote run moves: requests, results, and what crosses into a sandbox that holds no weights."""
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ import numpy as np
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.layout.sweep import Sweep, plans
-from selfrepair_nn.layout.units import Shapes, Unit
+from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import structure_only
+from selfrepair_nn.quantities import QUANTITIES
 
 READ = 2
 """A tensor that is read crosses twice: to the reader, and back in case it was changed."""
@@ -34,20 +35,22 @@ def traffic(experiment: Experiment) -> dict[str, int]:
 
     model = structure_only(experiment.description, experiment.tokenizer)
     limits = np.zeros(len(experiment.graph.ablate)) if experiment.shared else None
-    sweep = Sweep(experiment, plans(experiment, model.layout), {}, limits)
-    units = sweep.units(experiment.work.units)
+    found, blocks = plans(experiment, model.layout), experiment.work.units
+    units, whole = (Sweep(experiment, found, {}, each).units(blocks) for each in (limits, None))
     return {
         "request_bytes": len(units) * len(packed(model, units[0])),
-        "result_bytes": sum(result_bytes(unit, np.dtype(experiment.precision).itemsize) for unit in units),
+        "result_bytes": sum(result_bytes(unit, experiment.precision) for unit in whole),
         "crossing_bytes": crossing_bytes(experiment.work, SERVED_ITEMSIZE),
     }
 
 
-def result_bytes(unit: Unit, itemsize: int) -> int:
-    """Bytes of a unit's result before compression; where only top tokens come back, as if all did."""
-    sizes = {"prompt": unit.prompts.stop - unit.prompts.start, "case": len(unit.plan.get("cases", ()))}
-    tokens = unit.prompts.stop - unit.prompts.start
-    return itemsize * sum(_count(shape, sizes | {"token": tokens}) for shape in _shapes(unit.shapes))
+def result_bytes(unit: Unit, precision: str) -> int:
+    """Bytes of what an ablation unit without thresholds gives, in this floating-point type, before compression."""
+    sizes = {"prompt": unit.prompts.stop - unit.prompts.start, "case": len(unit.plan["cases"])}
+    return sum(
+        prod(sizes.get(size, size) for size in shape) * np.dtype(QUANTITIES[name].dtype(precision)).itemsize
+        for name, shape in unit.shapes.items()
+    )
 
 
 def crossing_bytes(work: Work, itemsize: int) -> int:
@@ -101,18 +104,3 @@ def _widths(model: dict[str, Any]) -> dict[str, int]:
     """Numbers for each token of what a clean pass keeps."""
     residual = dict.fromkeys(("input", "attention", "mlp", "attention_scale", "mlp_scale"), model["d_model"])
     return residual | {"z": model["n_heads"] * model["d_head"], "neurons": model["d_mlp"]}
-
-
-def _shapes(shapes: Shapes) -> Iterable[tuple[str | int, ...]]:
-    for shape in shapes.values():
-        if isinstance(shape, tuple):
-            yield shape
-        else:
-            yield from _shapes(shape)
-
-
-def _count(shape: tuple[str | int, ...], sizes: dict[str, int]) -> int:
-    count = 1
-    for size in shape:
-        count *= sizes.get(size, size)
-    return count
