@@ -16,7 +16,7 @@ from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.models.load import find
 from selfrepair_nn.models.model import AS_SERVED
 from selfrepair_nn.naming import Request, Sizes
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import Options, current
 from selfrepair_nn.prompts import Prompts
 from selfrepair_nn.recipe import Recipe, find_recipe, recipe_paths
 
@@ -60,7 +60,7 @@ def _require_possible(request: Request) -> None:
     if request.sizes.max_length is None:  # a prompt's length, and so the store's name, may be another
         return
     attributes = attributes_of(request.path)
-    if "options" in attributes and _certain(request, json.loads(attributes["options"]), attributes):
+    if "options" in attributes and _certain(request, current(json.loads(attributes["options"])), attributes):
         raise request.refusal(request.differences(attributes))
     if drawn is not None:
         require_same_graphs(request, drawn)

@@ -79,7 +79,7 @@ def _require_kind(name: str, given: Any, kind: Any) -> None:
     origin = get_origin(kind) or kind
     ours = isinstance(origin, type) and origin.__module__.startswith("selfrepair_nn")
     if (ours or origin in (Callable, Iterable, Mapping)) and not isinstance(given, origin):
-        raise UsageError(f"{name} must be a {origin.__name__}, not {values.shown(given)}")
+        raise UsageError(f"{name} must be a {origin.__name__}, not {values.brief(given)}")
 
 
 def _path(name: str, given: Any) -> Any:
@@ -90,7 +90,7 @@ def _path(name: str, given: Any) -> Any:
 def _text(name: str, given: Any) -> str:
     found = os.fspath(given) if isinstance(given, os.PathLike) else given
     if not isinstance(found, str):
-        raise UsageError(f"{name} must be a text, not {values.shown(given)}")
+        raise UsageError(f"{name} must be a text, not {values.brief(given)}")
     return found
 
 
@@ -132,4 +132,4 @@ def _dataset(name: str, given: Any) -> Any:
         from selfrepair_nn.store import open_store
 
         return open_store(given)
-    raise UsageError(f"{name} must be a dataset or the path of a store, not {values.shown(given)}")
+    raise UsageError(f"{name} must be a dataset or the path of a store, not {values.brief(given)}")

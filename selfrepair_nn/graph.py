@@ -20,7 +20,7 @@ from selfrepair_nn.components import (
     Swap,
 )
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.values import Declared, number, one_of, shown, switch, text, whole
+from selfrepair_nn.values import Declared, brief, number, one_of, switch, text, whole
 from selfrepair_nn.variables import RANKS, VARIABLES
 
 REPLACEMENTS = {
@@ -89,7 +89,7 @@ class OtherHead(metaclass=Declared):
 
     def __post_init__(self) -> None:
         if not isinstance(self.head, Head):
-            raise UsageError(f"head of OtherHead must be a Head, such as Head(9, 6), not {shown(self.head)}")
+            raise UsageError(f"head of OtherHead must be a Head, such as Head(9, 6), not {brief(self.head)}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Graph(metaclass=Declared):
         if self.neurons is not None:
             object.__setattr__(self, "neurons", whole("neurons", self.neurons, 0))
         if self.then is not None and not callable(self.then):
-            raise UsageError(f"then is a function of the strongest heads, not {shown(self.then)}")
+            raise UsageError(f"then is a function of the strongest heads, not {brief(self.then)}")
         if self.then is not None and self.strongest is None:
             raise UsageError("then is a function of the strongest heads: say how many, strongest=…")
 
@@ -325,7 +325,7 @@ def _require_replacement(replacement: Replacement) -> None:
         one_of("ablation", replacement, REPLACEMENTS | {"counterfactual": ""})
     elif not isinstance(replacement, Replacement):
         raise UsageError(
-            f"ablation {shown(replacement)} is not known; choose one of {', '.join(REPLACEMENTS)}, counterfactual, or "
+            f"ablation {brief(replacement)} is not known; choose one of {', '.join(REPLACEMENTS)}, counterfactual, or "
             "a Scale, Constant, OtherHead or Reinforce with its number"
         )
 

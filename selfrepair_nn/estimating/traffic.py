@@ -56,7 +56,7 @@ def crossing_bytes(work: Work, itemsize: int) -> int:
     `itemsize` is that of the server's dtype. What is read of each pass, what it begins with, and the probed maps; token
     ids and the like are left out.
     """
-    plans = [graph.plan(asdict(work.structure)) | {"rows": work.rows} for graph in work.graphs]
+    plans = [graph.plan(asdict(work.structure)) | {"tokens_per_pass": work.tokens_per_pass} for graph in work.graphs]
     tokens = [(block.stop - block.start) * work.length for block in work.units]
     return itemsize * sum(_crossing(plan, count) for plan in plans for count in tokens)
 

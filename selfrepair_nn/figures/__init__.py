@@ -46,7 +46,7 @@ from selfrepair_nn.figures.needs import NEEDS
 from selfrepair_nn.figures.style import Datasets, named, save, share_of, summaries
 from selfrepair_nn.paths import local
 from selfrepair_nn.recipe import find_recipe, recipe_paths
-from selfrepair_nn.values import nearest, several, shown
+from selfrepair_nn.values import brief, nearest, several
 
 __all__ = [
     "DESCRIPTIONS",
@@ -125,7 +125,7 @@ def require_figures(names: Iterable[str]) -> tuple[str, ...]:
     for name in found:
         if not isinstance(name, str) or name not in FIGURES:
             raise UsageError(
-                f"no figure {shown(name)}{nearest(name, FIGURES)}; there are {', '.join(FIGURES)}"
+                f"no figure {brief(name)}{nearest(name, FIGURES)}; there are {', '.join(FIGURES)}"
             )
     return found
 

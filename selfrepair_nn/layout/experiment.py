@@ -12,7 +12,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, Reinforce, Variants
-from selfrepair_nn.layout.packing import ROWS
+from selfrepair_nn.layout.packing import TOKENS_PER_PASS
 from selfrepair_nn.layout.plan import Work, default_block
 from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
@@ -329,7 +329,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
     if graphs[next(iter(graphs))].neurons is not None and options.components == "all":
         raise UsageError("neurons are kept for the top share of tokens: choose components 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
-    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows or ROWS)
+    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.tokens_per_pass or TOKENS_PER_PASS)
     lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])
     _require_statistics(options, work)
     order = _order(options, prompts.n)

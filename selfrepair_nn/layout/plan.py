@@ -19,8 +19,8 @@ BLOCK_TOKENS = 512
 class Work:
     """The units of a run: every case of the graph, in every variant, on each block of prompts.
 
-    `variants` are the graphs by label, along `axis` where there are several. `rows` is the number of tokens in one
-    forward pass, `block` the number of prompts in a unit.
+    `variants` are the graphs by label, along `axis` where there are several. `tokens_per_pass` is the number of
+    tokens in one forward pass, `block` the number of prompts in a unit.
     """
 
     axis: str | None
@@ -29,7 +29,7 @@ class Work:
     prompts: int
     length: int
     block: int
-    rows: int
+    tokens_per_pass: int
 
     @property
     def graphs(self) -> list[Graph]:
@@ -72,7 +72,7 @@ class Work:
         s, tokens, ablated = self.structure, self.prompts * self.length, self._first_cases
         cases = len(ablated)
         starts = Counter(min(site.layer for site in case) for case in ablated)
-        per_pass = max(1, self.rows // (self.block * self.length))
+        per_pass = max(1, self.tokens_per_pass // (self.block * self.length))
         clean_passes = sum(
             2 if graph.replacement in ("resample", "counterfactual") else 1 for graph in self.graphs
         )

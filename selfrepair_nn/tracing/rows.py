@@ -6,7 +6,7 @@ from selfrepair_nn.tracing.cases import entrance
 
 
 def passes(cases, plan, tokens, wanted=None):
-    """Share the work out among passes: one entrance each, and at most `rows` tokens (but at least one row).
+    """Share the work out among passes: one entrance each, and at most `tokens_per_pass` tokens (but at least one row).
 
     Args:
         tokens: ids [prompt, position].
@@ -26,7 +26,7 @@ def passes(cases, plan, tokens, wanted=None):
         whole = n if wanted is None else 1
         while len(rows):
             longest = int(lengths.flatten()[rows[0]])
-            size = max(1, plan["rows"] // (longest * whole)) * whole
+            size = max(1, plan["tokens_per_pass"] // (longest * whole)) * whole
             found.append(_pass(first, rows[:size].sort()[0], group, tokens, longest))
             rows = rows[size:]
     return found
