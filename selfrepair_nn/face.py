@@ -11,8 +11,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-from selfrepair_nn import values
+from selfrepair_nn import options, values
 from selfrepair_nn.errors import UsageError, one_line
+from selfrepair_nn.given import Given
 
 MISREAD = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 """What a dataset that is no store, or lacks what a function reads, ends in."""
@@ -46,7 +47,21 @@ def guarded(function: Callable) -> Callable:
                 ) from error
             raise
 
+    if _takes_options(signature):
+        called.__signature__ = _with_options(signature)
+        called.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{options.described()}\n"
     return called
+
+
+def _takes_options(signature: inspect.Signature) -> bool:
+    """Whether a function takes all options of a run."""
+    return any(get_args(each.annotation) == (Given,) for each in signature.parameters.values())
+
+
+def _with_options(signature: inspect.Signature) -> inspect.Signature:
+    """What people read of a function that takes options: each by its name."""
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    return signature.replace(parameters=[*own, *options.parameters()])
 
 
 def _has_keywords(signature: inspect.Signature) -> bool:

@@ -3,12 +3,15 @@
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from inspect import Parameter, Signature
+from textwrap import fill
+from typing import Any, Never, Unpack, get_type_hints
 from urllib.parse import urlsplit
 
 from selfrepair_nn import values
 from selfrepair_nn.corpora import COLUMN, SPLIT
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.given import Given
 from selfrepair_nn.graph import FREEZES, REPLACEMENTS, TARGETS, VALUE_BIASES
 from selfrepair_nn.paths import local
 from selfrepair_nn.shown import tell
@@ -139,15 +142,15 @@ class Options:
     yes: bool = option(False, "Start a large remote run without asking.", values.switch, decides=False)
     # fmt: on
 
-    def __init__(self, *unnamed: Any, **given: Any) -> None:
+    def __init__(self, *unnamed: Never, **given: Unpack[Given]) -> None:
         if unnamed:
             raise UsageError(
                 f"options are given by name, not as {values.brief(unnamed[0])}: write for example model=…"
             )
         require_known(given)
-        given = renamed(given)
+        named = renamed(given)
         for each in fields(self):
-            object.__setattr__(self, each.name, _kept(each, given.get(each.name)))
+            object.__setattr__(self, each.name, _kept(each, named.get(each.name)))
         self._require_fitting()
 
     def _require_fitting(self) -> None:
@@ -234,6 +237,28 @@ def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {RENAMED[name]: given[name] for name in old}
 
 
+def parameters() -> list[Parameter]:
+    """Each option as a function takes it: by name, with its default, and what may be written for it."""
+    kinds = get_type_hints(Given)
+    return [
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
+        for each in fields(Options)
+    ]
+
+
+def described() -> str:
+    """A line or more for each option: its name, its meaning, what there is to choose, its default."""
+    return "\n".join(["Options, each by name; None stands for the default:", *map(_described, fields(Options))])
+
+
+def _described(each: Any) -> str:
+    choices, default = each.metadata["choices"], each.default
+    one_of = f" One of {', '.join(choices)}." if choices else ""
+    usual = "" if default is None or default == () else f" Default: {default!r}."
+    text = f"{each.name}: {each.metadata['help']}{one_of}{usual}"
+    return fill(text, 100, initial_indent="    ", subsequent_indent=" " * 8, break_on_hyphens=False)
+
+
 def flag(name: str) -> str:
     """How an option is written on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -260,3 +285,7 @@ def require_address(host: str) -> None:
         raise UsageError("the host's address must not hold a name or a password: keys come from NDIF_API_KEY")
     if not fits or parts.query or parts.fragment:
         raise UsageError(f"host {host!r} is not an address: write for example http://127.0.0.1:8001")
+
+
+Options.__signature__ = Signature(parameters())
+Options.__doc__ = f"{Options.__doc__}\n{described()}\n"

@@ -1,13 +1,14 @@
 """Running an experiment: one unit after the other into the store, resumable wherever it stops."""
 
 import json
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, Unpack
 
 import xarray as xr
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
 from selfrepair_nn.estimating.preview import large, preview_of, preview_text
+from selfrepair_nn.given import Given
 from selfrepair_nn.integrity import verify
 from selfrepair_nn.layout.experiment import Experiment, prepare
 from selfrepair_nn.layout.packing import computing_with, fitting_tokens
@@ -45,12 +47,12 @@ from selfrepair_nn.store import Store, open_store
 
 
 def run(
-    recipe: str = "heads",
+    recipe: str | os.PathLike[str] = "heads",
     *,
     progress: bool | None = None,
     command: str = "",
     confirm: Callable[[str], bool] | None = None,
-    **choices: Any,
+    **choices: Unpack[Given],
 ) -> xr.Dataset:
     """Run a recipe, or resume it where it stopped, and open its store.
 
@@ -59,7 +61,7 @@ def run(
         progress: True or False; None shows a bar on stderr if that is a terminal.
         command: what the store says made it; default: this call.
         confirm: asked, with the plan, before a large remote run that `yes` does not allow; None refuses it.
-        choices: the fields of `Options`: model, prompts, out, tokens, layers, heads, ablation …
+        choices: the options of a run: model, prompts, out, tokens, layers, heads, ablation …
 
     Returns the store's dataset, lazily; `dataset.encoding["source"]` is its path.
 
