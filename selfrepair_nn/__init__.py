@@ -15,7 +15,7 @@ from typing import Any
 
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _PLACES = {
-    each.asname or each.name: (line.module, each.name)
+    each.asname or each.name: (line.module or __name__, each.name)
     for line in _STUB.body
     if isinstance(line, ast.ImportFrom)
     for each in line.names

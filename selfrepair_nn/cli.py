@@ -33,7 +33,7 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.message = message(error.message)
+        vars(error)["message"] = message(error.message)
         error.show()
         sys.exit(error.exit_code)
     except Incomplete as error:

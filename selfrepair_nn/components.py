@@ -10,10 +10,14 @@ from selfrepair_nn.errors import UsageError
 KINDS = ("embedding", "position_embedding", "head", "attention_bias", "mlp")
 
 
+@dataclass(frozen=True)
 class _Site(metaclass=values.Declared):
     """A place in the model; each kind says how it is written. UsageError for a number that is no index."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """How it is written: L9H6."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -123,10 +123,12 @@ def _certain(request: Request, there: Mapping[str, Any], attributes: Mapping[str
     return (not own and None not in rows and len(rows) > 1) or any(there.get(n) != here[n] for n in CERTAIN)
 
 
-def _rows(chosen: dict[str, Any]) -> tuple[int, int] | None:
+def _rows(chosen: Mapping[str, Any]) -> tuple[int, int] | None:
     """How many prompts of how many tokens these are, of a text that is long enough; None where that is open."""
     tokens, length = chosen.get("tokens"), chosen.get("length")
-    return (tokens // length, length) if type(tokens) is type(length) is int and length > 0 else None
+    if type(tokens) is int and type(length) is int and length > 0:
+        return tokens // length, length
+    return None
 
 
 def attributes_of(path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def guarded(function: Callable) -> Callable:
             raise
 
     if _takes_options(signature):
-        called.__signature__ = _with_options(signature)
+        vars(called)["__signature__"] = _with_options(signature)
         called.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{options.described()}\n"
     return called
 
@@ -146,5 +146,5 @@ def _dataset(name: str, given: Any) -> Any:
     if isinstance(given, str | os.PathLike):
         from selfrepair_nn.store import open_store
 
-        return open_store(given)
+        return open_store(os.fspath(given))
     raise UsageError(f"{name} must be a dataset or the path of a store, not {values.brief(given)}")

@@ -390,7 +390,7 @@ def _require_possible(case: tuple[Ablatable, ...], replacement: Replacement) -> 
             raise UsageError(f"{site.label}: whole layers are ablated alone, beside a replacement of {kinds}")
         if isinstance(replacement, OtherHead | Reinforce) and not isinstance(site, Head | Attention):
             raise UsageError(f"{site.label}: {type(replacement).__name__} is for heads; ablate heads with it")
-    if isinstance(replacement, Reinforce) and (len(case) > 1 or isinstance(case[0], Attention)):
+    if isinstance(replacement, Reinforce) and (len(case) > 1 or any(isinstance(site, Attention) for site in case)):
         raise UsageError("Reinforce is for one head at a time: let each entry of ablate be a head")
 
 

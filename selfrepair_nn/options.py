@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from inspect import Parameter, Signature
 from textwrap import fill
-from typing import Any, Never, Unpack, get_type_hints
+from typing import Any, ClassVar, Never, Unpack, get_type_hints
 from urllib.parse import urlsplit
 
 from selfrepair_nn import values
@@ -99,6 +99,8 @@ class Options:
     None stands for the default of any of them. Raises UsageError for a name that is no option, and for a value that
     cannot be.
     """
+
+    __signature__: ClassVar[Signature]
 
     # fmt: off
     model: Any = option("tiny-neox", "Embedded name, directory, GGUF file or hub name.", values.source)
@@ -277,8 +279,8 @@ def require_address(host: str) -> None:
     """Raises UsageError for a server's address that cannot be one, or that holds a secret."""
     try:
         parts = urlsplit(host)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        fits = fits and parts.hostname.encode("idna")
+        name = parts.hostname or ""
+        fits = parts.scheme in ("http", "https") and parts.port != 0 and name.encode("idna")
     except ValueError:  # UnicodeError is one: a label that is empty, or longer than names may be
         fits, parts = False, urlsplit("")
     if parts.username or parts.password:

@@ -104,7 +104,7 @@ class Prompts(metaclass=Declared):
         for ids in (self.tokens, self.counterfactual, self.other):
             if ids is not None:
                 digest.update(ids.astype("<i8").tobytes())
-        if not self.all_count:
+        if self.counted is not None and not self.all_count:
             digest.update(self.counted.tobytes())
         return digest.hexdigest()
 

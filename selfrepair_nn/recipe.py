@@ -1,13 +1,13 @@
 """Finding and loading recipes: ours by name, a user's own by path."""
 
 import ast
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
@@ -61,7 +61,7 @@ class Recipe:
                 f"recipe {str(self.path)!r}: DEFAULTS names {unknown}, which is no option of a run"
             )
         own = {n: v for n, v in self.defaults.items() if getattr(options, n) == usual[n]}
-        return replace(options, **own, param=self.parameters | self._given(options.param))
+        return replace(options, **own, param={**self.parameters, **self._given(options.param)})
 
     def _given(self, param: Any) -> dict[str, Any]:
         pairs = param.items() if isinstance(param, Mapping) else (_pair(text) for text in param)
@@ -100,7 +100,7 @@ class Recipe:
 
     def _unread(self, options: Options, read: set[str], names: Iterable[str]) -> list[str]:
         """Which of these choices were made, and not looked at."""
-        usual = {each.name: each.default for each in fields(Options)} | self.defaults
+        usual = {each.name: each.default for each in fields(Options)} | dict(self.defaults)
         chosen = {name: getattr(options, name) for name in names if name not in read}
         return [n for n, v in chosen.items() if type(v) is not type(usual[n]) or v != usual[n]]
 
@@ -238,8 +238,8 @@ def _load(path: Path) -> Recipe:
 @lru_cache(maxsize=64)
 def _loaded(path: Path, content: bytes) -> Recipe:
     """The recipe in a file of this content: it is executed once, however often it is asked for."""
-    spec = importlib.util.spec_from_file_location(f"selfrepair_nn_recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(f"selfrepair_nn_recipe_{path.stem}")
+    module.__file__ = str(path)
     try:
         exec(compile(content, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:

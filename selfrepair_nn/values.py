@@ -149,21 +149,21 @@ def heads(name: str, value: Any) -> str:
     found = [one] if one is not None else [_head(each) for each in several(value) or [None]]
     if isinstance(value, list) and not value:
         return ""
-    if None in found:
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
         raise UsageError(
             f"{name} {brief(value)} is not understood: write a head as 9.6, L9H6, (9, 6) or Head(9, 6), and several as "
             "a list of these"
         )
-    return ",".join(found)
+    return ",".join(known)
 
 
 def _head(value: Any) -> str | None:
     if isinstance(value, str):
         return value
     pair = [value.layer, value.head] if hasattr(value, "head") and hasattr(value, "layer") else several(value)
-    if pair is None or len(pair) != 2 or None in (numbers := [_integer(each) for each in pair]):
-        return None
-    if max(map(abs, numbers)) > MOST:
+    numbers = [number for each in pair or () if (number := _integer(each)) is not None]
+    if pair is None or not len(pair) == len(numbers) == 2 or max(map(abs, numbers)) > MOST:
         return None
     return f"{numbers[0]}.{numbers[1]}"
 

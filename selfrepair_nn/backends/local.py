@@ -45,7 +45,7 @@ def backend(name: str, model: Model) -> Backend:
 class _Local:
     """A model in this process. What does not fit its memory is done in smaller pieces, and so is what follows."""
 
-    def __init__(self, model: Model, remote: str | bool) -> None:
+    def __init__(self, model: Model, remote: Any) -> None:
         self._model, self._remote = model, remote
         self._tokens: int | None = None
 

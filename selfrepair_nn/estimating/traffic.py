@@ -98,7 +98,8 @@ def _probe(plan: dict[str, Any], layers: int) -> int:
 
 def _widths(model: dict[str, Any]) -> dict[str, int]:
     """Numbers for each token of what a clean pass keeps."""
-    residual = dict.fromkeys(("input", "attention", "mlp", "attention_scale", "mlp_scale"), model["d_model"])
+    ends = ("input", "attention", "mlp", "attention_scale", "mlp_scale")
+    residual: dict[str, int] = dict.fromkeys(ends, model["d_model"])
     return residual | {"z": model["n_heads"] * model["d_head"], "hidden": model["d_mlp"]}
 
 
@@ -113,5 +114,5 @@ def _shapes(shapes: Shapes) -> Iterable[tuple[str | int, ...]]:
 def _count(shape: tuple[str | int, ...], sizes: dict[str, int]) -> int:
     count = 1
     for size in shape:
-        count *= sizes.get(size, size)
+        count *= size if isinstance(size, int) else sizes[size]
     return count

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 from matplotlib.figure import Figure
@@ -105,7 +106,7 @@ def _sharing(figure: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 FIGURES: dict[str, Callable[..., Figure]] = {name: _sharing(module.draw) for name, module in _MODULES.items()}
-DESCRIPTIONS: dict[str, str] = {name: module.__doc__.splitlines()[0] for name, module in _MODULES.items()}
+DESCRIPTIONS: dict[str, str] = {name: (module.__doc__ or "").partition("\n")[0] for name, module in _MODULES.items()}
 
 
 def suited(datasets: Datasets) -> list[str]:
@@ -120,8 +121,8 @@ def suited(datasets: Datasets) -> list[str]:
 
 def require_figures(names: Iterable[str]) -> tuple[str, ...]:
     """These names, as a tuple. UsageError unless each is a figure's."""
-    found = several(names)
-    found = (names,) if found is None else tuple(found)
+    many = several(names)
+    found: tuple[Any, ...] = (names,) if many is None else tuple(many)
     for name in found:
         if not isinstance(name, str) or name not in FIGURES:
             raise UsageError(
@@ -154,7 +155,8 @@ def draw(name: str, datasets: Datasets, *, share: float | None = None) -> Figure
             every token and some do not, and no share.
     """
     require_figures([name])
-    figure, why = None, None
+    figure: Any = None
+    why: Exception | None = None
     try:
         figure = FIGURES[name](datasets, share=share)
     except Exception as error:

@@ -1,10 +1,11 @@
 """From a user's choices to everything a run needs to know, before any weight is loaded."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class Experiment:
     @property
     def heads(self) -> tuple[Head, ...]:
         """The ablated heads of a grid, in the order of the cases."""
-        return tuple(case[0] for case in self.graph.ablate)
+        return cast(tuple[Head, ...], tuple(case[0] for case in self.graph.ablate))
 
     @property
     def undecided(self) -> bool:
@@ -306,7 +307,7 @@ def _first_layer(case: tuple[Any, ...]) -> int:
     return min(site.layer for site in case)
 
 
-def prepare(recipe: str, options: Options) -> Experiment:
+def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
     """Read the model's configuration and the prompts, and lay out the work. No weight is loaded, nothing is written.
 
     Raises:
@@ -315,7 +316,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
     found, options = requested(recipe, options)
     options = replace(options, model=accepted(options.model))
     given = options.model if isinstance(options.model, Model) else None
-    description = given.description if given else describe(options.model, options.revision)
+    description = given.description if given else describe(cast(str, options.model), options.revision)
     structure = description.structure
     sizes = Sizes(structure.n_layers, structure.n_heads, structure.max_length)
     dtype = AS_SERVED if options.served else given.dtype if given else options.dtype

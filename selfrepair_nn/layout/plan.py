@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from selfrepair_nn.components import Component, components
+from selfrepair_nn.components import Component, Head, components
 from selfrepair_nn.graph import Graph, writes_attention_bias
 from selfrepair_nn.models.architectures import Structure
 from selfrepair_nn.variables import RANKS, SWEPT
@@ -95,7 +95,8 @@ class Work:
         graph = self.graph
         if not graph.undecided:
             return graph.ablate
-        return graph.of([case[0] for case in graph.ablate[: graph.strongest]]).ablate
+        first = [case[0] for case in graph.ablate[: graph.strongest]]
+        return graph.of(cast(list[Head], first)).ablate
 
     def _values_per_token(self, cases: int) -> int:
         """How many numbers the store holds for each token, what is not written included."""
