@@ -61,7 +61,7 @@ class Case:
         return naive(*self.plain)
 
     def suffix(self):
-        return suffix(*self.plain, rows=self.experiment.work.rows)
+        return suffix(*self.plain, rows=self.experiment.work.tokens_per_pass)
 
     @cached_property
     def through_transformerlens(self):

@@ -9,6 +9,7 @@ blank in what counts, and a store that lost a chunk, are a StoreError.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -84,7 +85,7 @@ def require_known(name: str, lost: bool | np.ndarray, start: int = 0) -> None:
 def clean_values(ds: xr.Dataset, name: str) -> np.ndarray:
     """A variable of the clean run: [prompt, position]. StoreError if it is blank where something counts."""
     values = ds[name].transpose(*TOKEN).values
-    require_known(name, (np.isnan(values) & counted_tokens(ds)).any(-1) & _done(ds).any(0))
+    require_known(name, np.any(np.isnan(values) & counted_tokens(ds), axis=-1) & np.any(_done(ds), axis=0))
     return values
 
 
@@ -115,7 +116,7 @@ def direct_effects(
     require_kept(ds, share)
     if "threshold" not in ds or by != "direct_effect":
         return _ranked(ds, done, share, by)
-    sums, top = _ranked(ds, np.repeat(done.any(1)[:, None], done.shape[1], 1), share, by)
+    sums, top = _ranked(ds, np.repeat(np.any(done, axis=1)[:, None], done.shape[1], 1), share, by)
     counted = done[top.case, top.token // ds.sizes["position"]]
     if "kept_share" in ds.attrs:
         counted &= top.effect >= ds.threshold.transpose(*sites(ds)).values.ravel()[top.case]
@@ -155,7 +156,7 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
         sums[:, here] = _done_sums(values, done[:, here], asked[here])
         within, picked = top.pick(start, values)
         chosen[within] = picked
-    require_known(name, np.isnan(chosen).any())
+    require_known(name, bool(np.isnan(chosen).any()))
     return sums, chosen
 
 
@@ -212,7 +213,7 @@ def clean_ratios(
         above[:, here] = _done_sums(found > 1, done[:, here], asked[here])
         within, picked = top.pick(start, found)
         chosen[within] = picked
-    require_known(ablated, np.isnan(chosen).any())
+    require_known(ablated, bool(np.isnan(chosen).any()))
     return sums, above, chosen
 
 
@@ -265,7 +266,8 @@ def component_sums(
         sums, counts = np.zeros((n_heads, *shape)), np.zeros((n_heads, shape[1]))
         for entries, changes in parts:
             head, cluster = top.case[entries] % n_heads, clusters[top.token[entries] // ds.sizes["position"]]
-            np.add.at(sums, (head, slice(None), cluster), changes)
+            at: Any = (head, slice(None), cluster)
+            np.add.at(sums, at, changes)
             np.add.at(counts, (head, cluster), 1)
         yield layer, sums, counts
 
@@ -299,7 +301,7 @@ def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
     found = np.empty((top.token.size, *beyond), array.dtype)
     for entries, values in rows(array, top):
         found[entries] = values
-    require_known(array.name, bool((found < 0).any() if found.dtype.kind == "i" else np.isnan(found).any()))
+    require_known(str(array.name), bool((found < 0).any() if found.dtype.kind == "i" else np.isnan(found).any()))
     return found
 
 
@@ -326,7 +328,7 @@ def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
         block = block.reshape(-1, *block.shape[-2:])
         if name == "direct_effect" or "kept_share" not in ds.attrs:
             lost = np.isnan(_done_sums(block, done[:, here], asked[here]))
-            require_known(name, lost.any(0), start)
+            require_known(name, np.any(lost, axis=0), start)
         yield start, block
 
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from typing import Any, get_args
 
 import click
@@ -16,7 +17,7 @@ import click
 from selfrepair_nn import __version__
 from selfrepair_nn.ending import ENDING
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import RENAMED, Options, flag, renamed
 from selfrepair_nn.shown import line, message, shown
 
 INTERRUPTED = 130
@@ -32,7 +33,7 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.message = message(error.message)
+        vars(error)["message"] = message(error.message)
         error.show()
         sys.exit(error.exit_code)
     except Incomplete as error:
@@ -77,29 +78,42 @@ def cli() -> None:
 
 
 def _choices(command: Callable) -> Callable:
-    """Give a command one option for each field of Options."""
-    for each in reversed(fields(Options)):
-        command = _click_option(each)(command)
-    return command
+    """Give a command one option for each field of Options, and one that is not shown for each old name."""
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        command(**renamed(given))
+
+    offered = {each.name: each for each in fields(Options)}
+    for old, new in RENAMED.items():
+        called = click.option(flag(old), old, type=_kind(offered[new]), hidden=True)(called)
+    for each in reversed(offered.values()):
+        called = _click_option(each)(called)
+    return called
+
+
+def _kind(each: Any) -> type:
+    """What click reads of an option: a number, or a text."""
+    kinds = [k for k in get_args(each.type) or (each.type,) if k in (int, float)]
+    return kinds[0] if kinds else str
 
 
 def _click_option(each: Any) -> Callable:
-    flag = "--" + each.name.replace("_", "-")
+    written = flag(each.name)
     shared = {
         "default": each.default,
         "help": each.metadata["help"],
         "show_default": each.default is not None,
     }
     if isinstance(each.default, tuple):
-        return click.option(flag, each.name, multiple=True, default=each.default, help=each.metadata["help"])
+        return click.option(written, each.name, multiple=True, default=each.default, help=each.metadata["help"])
     if each.type is bool:
-        names = f"{flag}/--skip-{each.name}" if each.default else flag
+        names = f"{written}/--skip-{each.name}" if each.default else written
         return click.option(names, each.name, is_flag=True, **shared | {"show_default": each.default})
     if each.metadata["choices"]:
         alone = {"is_flag": False, "flag_value": each.metadata["alone"]} if each.metadata["alone"] else {}
-        return click.option(flag, each.name, type=click.Choice(each.metadata["choices"]), **shared, **alone)
-    kinds = [k for k in get_args(each.type) or (each.type,) if k in (int, float)]
-    return click.option(flag, each.name, type=kinds[0] if kinds else str, **shared)
+        return click.option(written, each.name, type=click.Choice(each.metadata["choices"]), **shared, **alone)
+    return click.option(written, each.name, type=_kind(each), **shared)
 
 
 @cli.command()

@@ -10,11 +10,16 @@ from selfrepair_nn.errors import UsageError
 KINDS = ("embedding", "position_embedding", "head", "attention_bias", "mlp")
 
 
+@dataclass(frozen=True)
 class _Site(metaclass=values.Declared):
     """A place in the model; each kind says how it is written. UsageError for a number that is no index."""
 
-    label: str
     kind: ClassVar[str] = ""
+
+    @property
+    def label(self) -> str:
+        """How it is written: L9H6."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -172,7 +177,7 @@ class Norm(_Site):
         super().__post_init__()
         if self.before not in ("attention", "mlp"):
             raise UsageError(
-                f"norm before {values.shown(self.before)} is not known; choose one of attention, mlp, or FinalNorm()"
+                f"norm before {values.brief(self.before)} is not known; choose one of attention, mlp, or FinalNorm()"
             )
 
     @property
@@ -207,7 +212,7 @@ def site(label: str) -> Head | Attention | Mlp:
     """
     match = re.fullmatch(r"L(\d+)(?:H(\d+)|\.(attention|mlp))", str(label))
     if not match or _ENDLESS.search(str(label)):
-        raise UsageError(f"{values.shown(label)} names no place: write L9H6, L9.attention or L9.mlp")
+        raise UsageError(f"{values.brief(label)} names no place: write L9H6, L9.attention or L9.mlp")
     layer, head, part = match.groups()
     if head:
         return Head(int(layer), int(head))
@@ -264,7 +269,7 @@ def _layers(spec: str, n_layers: int) -> list[int]:
     found: list[int] = []
     for part in _parts(spec, "layers"):
         if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?", part):
-            wrong = values.shown(part)
+            wrong = values.brief(part)
             raise UsageError(f"layers {wrong} is not a number or a range: write for example 8:12 or 0,5,-1")
         start, colon, stop = part.partition(":")
         if colon:
@@ -292,7 +297,7 @@ def _heads(spec: str, n_layers: int, n_heads: int) -> set[Head]:
         match = re.fullmatch(r"L?(\d+)[.H](\d+|\*)", part)
         if not match:
             raise UsageError(
-                f"head {values.shown(part)} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6"
+                f"head {values.brief(part)} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6"
             )
         layer = _index(int(match[1]), n_layers, "layer", part)
         named = range(n_heads) if match[2] == "*" else [_index(int(match[2]), n_heads, "head", part)]

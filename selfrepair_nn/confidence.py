@@ -1,6 +1,7 @@
 """How well a mean over tokens is known: intervals and p-values of ratios, tokens clustered by document."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import false_discovery_control
@@ -137,8 +138,9 @@ class Tally:
 
     def add(self, values: np.ndarray, counted: np.ndarray, clusters: np.ndarray) -> None:
         """Add values [case, prompt, position] where `counted`; `clusters` names each prompt's cluster."""
-        np.add.at(self.sums, (slice(None), clusters), np.where(counted, values, 0).sum(-1, dtype=float))
-        np.add.at(self.counts, (slice(None), clusters), counted.sum(-1))
+        at: Any = (slice(None), clusters)
+        np.add.at(self.sums, at, np.where(counted, values, 0).sum(-1, dtype=float))
+        np.add.at(self.counts, at, counted.sum(-1))
 
     @property
     def mean(self) -> np.ndarray:

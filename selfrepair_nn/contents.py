@@ -107,7 +107,7 @@ class Contents:
         names = names or {each.parent.name for each in self.path.glob(f"*/{ROOT}")} - {NOTES}
         for name in sorted(names):
             own, known = read_json(self.path / name / ROOT), noted.get(f"{name}/{ROOT}")
-            whole = [each for each in (repeated.get(name), own) if right(each, known)]
+            whole = [each for each in (repeated.get(name), own) if each is not None and right(each, known)]
             if whole:
                 self.metadata[name] = whole[0]
             if not whole or own != whole[0]:
@@ -145,7 +145,7 @@ class Contents:
     @property
     def blocks(self) -> int:
         done = self.chunks["done"]
-        return done.counts[done.along]
+        return done.counts[done.along or 0]
 
     def noted(self, block: int | None = None) -> dict[str, Any] | None:
         """The checksums of a block's files, or of what is there from the beginning; None if they cannot be read."""
@@ -187,9 +187,9 @@ class Marks:
 def attempted(contents: Contents, name: str, part: Any = ...) -> np.ndarray | None:
     """What zarr reads of an array; None where it cannot."""
     try:
-        if contents.group is not None:
-            return contents.group[name][part]
-        return zarr.open_array(contents.path / name, mode="r")[part]
+        group: Any = contents.group
+        array = zarr.open_array(contents.path / name, mode="r") if group is None else group[name]
+        return np.asarray(array[part])
     except Exception:  # whatever a codec makes of damage
         return None
 

@@ -142,7 +142,7 @@ def _dataset(name, path, configuration, split, column, revision) -> tuple[Iterat
     return _column(numbered, name, column), origin
 
 
-def _no_code(load) -> dict[str, bool]:
+def _no_code(load) -> dict[str, Any]:
     """That a dataset's own code is not run, for the versions of `datasets` that still can or ask."""
     return {"trust_remote_code": False} if "trust_remote_code" in signature(load).parameters else {}
 

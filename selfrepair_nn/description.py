@@ -14,7 +14,7 @@ FIXED, COPY = f"{NOTES}/fixed.json", f"{NOTES}/attributes.json"
 ROOT = FIRST
 NOTES_GROUP = {"attributes": {"description": ABOUT}, "zarr_format": 3, "node_type": "group"}
 
-NUMBERS = ("prompts_per_chunk", "n_layers", "n_heads", "kept_share", "rows")
+NUMBERS = ("prompts_per_chunk", "n_layers", "n_heads", "kept_share", "tokens_per_pass", "rows")
 TEXTS = ("recipe", "model", "target", "ablation", "value_bias", "freeze", "dtype", "created", "finished")
 NESTED = ("settings", "provenance")
 """What attributes hold that are read again: numbers, texts, and objects as JSON."""

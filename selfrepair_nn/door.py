@@ -16,7 +16,7 @@ from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.models.load import find
 from selfrepair_nn.models.model import AS_SERVED
 from selfrepair_nn.naming import Request, Sizes
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import Options, current
 from selfrepair_nn.prompts import Prompts
 from selfrepair_nn.recipe import Recipe, find_recipe, recipe_paths
 
@@ -60,7 +60,7 @@ def _require_possible(request: Request) -> None:
     if request.sizes.max_length is None:  # a prompt's length, and so the store's name, may be another
         return
     attributes = attributes_of(request.path)
-    if "options" in attributes and _certain(request, json.loads(attributes["options"]), attributes):
+    if "options" in attributes and _certain(request, current(json.loads(attributes["options"])), attributes):
         raise request.refusal(request.differences(attributes))
     if drawn is not None:
         require_same_graphs(request, drawn)
@@ -123,10 +123,12 @@ def _certain(request: Request, there: Mapping[str, Any], attributes: Mapping[str
     return (not own and None not in rows and len(rows) > 1) or any(there.get(n) != here[n] for n in CERTAIN)
 
 
-def _rows(chosen: dict[str, Any]) -> tuple[int, int] | None:
+def _rows(chosen: Mapping[str, Any]) -> tuple[int, int] | None:
     """How many prompts of how many tokens these are, of a text that is long enough; None where that is open."""
     tokens, length = chosen.get("tokens"), chosen.get("length")
-    return (tokens // length, length) if type(tokens) is type(length) is int and length > 0 else None
+    if type(tokens) is int and type(length) is int and length > 0:
+        return tokens // length, length
+    return None
 
 
 def attributes_of(path: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-from selfrepair_nn import values
+from selfrepair_nn import options, values
 from selfrepair_nn.errors import UsageError, one_line
+from selfrepair_nn.given import Given
 
 MISREAD = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 """What a dataset that is no store, or lacks what a function reads, ends in."""
@@ -46,7 +47,21 @@ def guarded(function: Callable) -> Callable:
                 ) from error
             raise
 
+    if _takes_options(signature):
+        vars(called)["__signature__"] = _with_options(signature)
+        called.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{options.described()}\n"
     return called
+
+
+def _takes_options(signature: inspect.Signature) -> bool:
+    """Whether a function takes all options of a run."""
+    return any(get_args(each.annotation) == (Given,) for each in signature.parameters.values())
+
+
+def _with_options(signature: inspect.Signature) -> inspect.Signature:
+    """What people read of a function that takes options: each by its name."""
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    return signature.replace(parameters=[*own, *options.parameters()])
 
 
 def _has_keywords(signature: inspect.Signature) -> bool:
@@ -79,7 +94,7 @@ def _require_kind(name: str, given: Any, kind: Any) -> None:
     origin = get_origin(kind) or kind
     ours = isinstance(origin, type) and origin.__module__.startswith("selfrepair_nn")
     if (ours or origin in (Callable, Iterable, Mapping)) and not isinstance(given, origin):
-        raise UsageError(f"{name} must be a {origin.__name__}, not {values.shown(given)}")
+        raise UsageError(f"{name} must be a {origin.__name__}, not {values.brief(given)}")
 
 
 def _path(name: str, given: Any) -> Any:
@@ -90,7 +105,7 @@ def _path(name: str, given: Any) -> Any:
 def _text(name: str, given: Any) -> str:
     found = os.fspath(given) if isinstance(given, os.PathLike) else given
     if not isinstance(found, str):
-        raise UsageError(f"{name} must be a text, not {values.shown(given)}")
+        raise UsageError(f"{name} must be a text, not {values.brief(given)}")
     return found
 
 
@@ -131,5 +146,5 @@ def _dataset(name: str, given: Any) -> Any:
     if isinstance(given, str | os.PathLike):
         from selfrepair_nn.store import open_store
 
-        return open_store(given)
-    raise UsageError(f"{name} must be a dataset or the path of a store, not {values.shown(given)}")
+        return open_store(os.fspath(given))
+    raise UsageError(f"{name} must be a dataset or the path of a store, not {values.brief(given)}")

@@ -19,7 +19,7 @@ from selfrepair_nn.components import (
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import ASKED, QUANTITIES, RANKS, measured
 from selfrepair_nn.replacements import Reinforce, Replacement, replacement_of
-from selfrepair_nn.values import Declared, one_of, shown, switch, text, whole
+from selfrepair_nn.values import Declared, brief, one_of, switch, text, whole
 
 TARGETS = {
     "centred": "the unembedding row of the next token minus the mean row of the vocabulary",
@@ -97,7 +97,7 @@ class Graph(metaclass=Declared):
         if self.neurons is not None:
             object.__setattr__(self, "neurons", whole("neurons", self.neurons, 0))
         if self.then is not None and not callable(self.then):
-            raise UsageError(f"then is a function of the strongest heads, not {shown(self.then)}")
+            raise UsageError(f"then is a function of the strongest heads, not {brief(self.then)}")
         if self.then is not None and self.strongest is None:
             raise UsageError("then is a function of the strongest heads: say how many, strongest=…")
 

@@ -17,7 +17,7 @@ import numpy as np
 from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.corpora import SAMPLE
 from selfrepair_nn.errors import StoreError
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import Options, current
 from selfrepair_nn.paths import local
 from selfrepair_nn.prompts import DEFAULT_LENGTH, DEFAULT_TOKENS, SAMPLE_TOKENS
 from selfrepair_nn.quantities import usual_share
@@ -120,8 +120,8 @@ class Request:
 
         Raises KeyError for a store that does not say what was chosen: one that is older.
         """
-        there = {name: attributes.get(name) for name in ("recipe", "model")} | json.loads(
-            attributes["options"]
+        there = {name: attributes.get(name) for name in ("recipe", "model")} | current(
+            json.loads(attributes["options"])
         )
         here = {"recipe": self.recipe.name, "model": self.model} | self.choices
         pairs = {n: (there.get(n, self.usual.get(n)), here.get(n)) for n in dict.fromkeys([*here, *there])}

@@ -1,17 +1,21 @@
 """Every choice a run offers: its name, default and meaning, written once for Python and the command line alike."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from inspect import Parameter, Signature
+from textwrap import fill
+from typing import Any, ClassVar, Never, Unpack, get_type_hints
 from urllib.parse import urlsplit
 
 from selfrepair_nn import values
 from selfrepair_nn.corpora import COLUMN, SPLIT
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.given import Given
 from selfrepair_nn.graph import FREEZES, TARGETS, VALUE_BIASES
 from selfrepair_nn.paths import local
 from selfrepair_nn.replacements import REPLACEMENTS
+from selfrepair_nn.shown import tell
 
 SELECTS = {
     "all": "every token",
@@ -27,6 +31,9 @@ BACKENDS = {
     "local": "the model in this process",
     "simulated": "the model in this process, behind the serialisation a server needs",
 }
+
+RENAMED = {"rows": "tokens_per_pass"}
+"""Names that options had, and those that they have: the old ones are still taken, and that is told."""
 
 Kind = Callable[[str, Any], Any]
 """How what a caller writes becomes what is kept: see `values`."""
@@ -64,14 +71,14 @@ def _seconds(name: str, value: Any) -> int:
 def _share(name: str, value: Any) -> float:
     found = values.number(name, value)
     if not 0 < found <= 1:
-        raise UsageError(f"{name} must lie above 0 and at most at 1, not {values.shown(value)}")
+        raise UsageError(f"{name} must lie above 0 and at most at 1, not {values.brief(value)}")
     return found
 
 
 def _width(name: str, value: Any) -> float:
     found = values.number(name, value)
     if not 0 < found < float("inf"):
-        raise UsageError(f"{name} must be a number of logits above 0, not {values.shown(value)}")
+        raise UsageError(f"{name} must be a number of logits above 0, not {values.brief(value)}")
     return found
 
 
@@ -93,6 +100,8 @@ class Options:
     None stands for the default of any of them. Raises UsageError for a name that is no option, and for a value that
     cannot be.
     """
+
+    __signature__: ClassVar[Signature]
 
     # fmt: off
     model: Any = option("tiny-neox", "Embedded name, directory, GGUF file or hub name.", values.source)
@@ -123,7 +132,7 @@ class Options:
     seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.", _seed)
     mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.", values.whole)
     batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.", values.whole, decides=False)
-    rows: int | None = option(None, "Tokens in one forward pass: ablated heads ride together until it is full; default: what fits.", values.whole, decides=False)
+    tokens_per_pass: int | None = option(None, "Tokens in one forward pass: ablated heads ride together until it is full; default: what fits.", values.whole, decides=False)
     workers: int = option(1, "Processes that share the work, each with its own model.", _processes, decides=False)
     threads: int | None = option(None, "Threads of each process; default: torch's own, with --workers as many as pay.", _processes, decides=False)
     shard: str | None = option(None, "Do only part I of N, as I/N: jobs of a cluster fill one store together.", values.part, decides=False)
@@ -136,14 +145,15 @@ class Options:
     yes: bool = option(False, "Start a large remote run without asking.", values.switch, decides=False)
     # fmt: on
 
-    def __init__(self, *unnamed: Any, **given: Any) -> None:
+    def __init__(self, *unnamed: Never, **given: Unpack[Given]) -> None:
         if unnamed:
             raise UsageError(
-                f"options are given by name, not as {values.shown(unnamed[0])}: write for example model=…"
+                f"options are given by name, not as {values.brief(unnamed[0])}: write for example model=…"
             )
         require_known(given)
+        named = renamed(given)
         for each in fields(self):
-            object.__setattr__(self, each.name, _kept(each, given.get(each.name)))
+            object.__setattr__(self, each.name, _kept(each, named.get(each.name)))
         self._require_fitting()
 
     def _require_fitting(self) -> None:
@@ -170,8 +180,7 @@ class Options:
         for name in ("device", "threads") if self.served else ("in_flight", "patience", "yes"):
             if getattr(self, name) != usual[name]:
                 where = "on this machine" if self.served else "on a server, by --host or --remote"
-                flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{name} is for a model {where}: leave {flag} out")
+                raise UsageError(f"{name} is for a model {where}: leave {flag(name)} out")
 
     def _require_one_kind_of_sharing(self) -> None:
         if self.part and self.until_ci is not None:
@@ -206,10 +215,56 @@ def require_known(names: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise UsageError, with what is nearest and all there are, for a name that is neither an option nor one of others."""
     valid = [*(each.name for each in fields(Options)), *others]
     for name in names:
-        if name not in valid:
+        if name not in valid and name not in RENAMED:
             raise UsageError(
                 f"there is no option {name!r}{values.nearest(name, valid)}; there are {', '.join(valid)}"
             )
+
+
+def current(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands under names that options have, or once had, under those that they have now."""
+    return {RENAMED.get(name, name): value for name, value in named.items()}
+
+
+def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller gave, under the names that options have now. An old name is told.
+
+    Raises UsageError for an option that is given under both names.
+    """
+    old = [name for name in given if name in RENAMED and given[name] is not None]
+    for name in old:
+        if given.get(RENAMED[name]) is not None:
+            raise UsageError(f"{name} is the old name of {RENAMED[name]}: give only {RENAMED[name]}")
+        tell(f"{name} is called {RENAMED[name]} now: write {flag(RENAMED[name])}, or {RENAMED[name]}=… in Python")
+    kept = {name: value for name, value in given.items() if name not in RENAMED}
+    return kept | {RENAMED[name]: given[name] for name in old}
+
+
+def parameters() -> list[Parameter]:
+    """Each option as a function takes it: by name, with its default, and what may be written for it."""
+    kinds = get_type_hints(Given)
+    return [
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
+        for each in fields(Options)
+    ]
+
+
+def described() -> str:
+    """A line or more for each option: its name, its meaning, what there is to choose, its default."""
+    return "\n".join(["Options, each by name; None stands for the default:", *map(_described, fields(Options))])
+
+
+def _described(each: Any) -> str:
+    choices, default = each.metadata["choices"], each.default
+    one_of = f" One of {', '.join(choices)}." if choices else ""
+    usual = "" if default is None or default == () else f" Default: {default!r}."
+    text = f"{each.name}: {each.metadata['help']}{one_of}{usual}"
+    return fill(text, 100, initial_indent="    ", subsequent_indent=" " * 8, break_on_hyphens=False)
+
+
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _kept(each: Any, value: Any) -> Any:
@@ -225,11 +280,15 @@ def require_address(host: str) -> None:
     """Raises UsageError for a server's address that cannot be one, or that holds a secret."""
     try:
         parts = urlsplit(host)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        fits = fits and parts.hostname.encode("idna")
+        name = parts.hostname or ""
+        fits = parts.scheme in ("http", "https") and parts.port != 0 and name.encode("idna")
     except ValueError:  # UnicodeError is one: a label that is empty, or longer than names may be
         fits, parts = False, urlsplit("")
     if parts.username or parts.password:
         raise UsageError("the host's address must not hold a name or a password: keys come from NDIF_API_KEY")
     if not fits or parts.query or parts.fragment:
         raise UsageError(f"host {host!r} is not an address: write for example http://127.0.0.1:8001")
+
+
+Options.__signature__ = Signature(parameters())
+Options.__doc__ = f"{Options.__doc__}\n{described()}\n"

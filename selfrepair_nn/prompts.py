@@ -12,7 +12,7 @@ import numpy as np
 
 from selfrepair_nn.corpora import COLUMN, SAMPLE, SPLIT, is_texts, open_corpus, require_plain, require_text
 from selfrepair_nn.errors import UsageError, one_line
-from selfrepair_nn.values import Declared, shown
+from selfrepair_nn.values import Declared, brief
 from selfrepair_nn.values import ids as as_ids
 
 DEFAULT_LENGTH = 128
@@ -57,7 +57,7 @@ class Prompts(metaclass=Declared):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
         if not isinstance(self.source, Mapping):
-            raise UsageError(f"source is a dict of where the prompts come from, not {shown(self.source)}")
+            raise UsageError(f"source is a dict of where the prompts come from, not {brief(self.source)}")
         _check_rows(self.tokens, self.source.get("name", "tokens"))
         if self.document.shape != (self.n,):
             raise UsageError(
@@ -104,7 +104,7 @@ class Prompts(metaclass=Declared):
         for ids in (self.tokens, self.counterfactual, self.other):
             if ids is not None:
                 digest.update(ids.astype("<i8").tobytes())
-        if not self.all_count:
+        if self.counted is not None and not self.all_count:
             digest.update(self.counted.tobytes())
         return digest.hexdigest()
 

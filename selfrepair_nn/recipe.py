@@ -1,20 +1,20 @@
 """Finding and loading recipes: ours by name, a user's own by path."""
 
 import ast
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.graph import Graph, Variants
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import Options, current
 from selfrepair_nn.prompts import Prompts
-from selfrepair_nn.values import nearest, place, require_sane, shown
+from selfrepair_nn.values import brief, nearest, place, require_sane
 
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
@@ -61,7 +61,7 @@ class Recipe:
                 f"recipe {str(self.path)!r}: DEFAULTS names {unknown}, which is no option of a run"
             )
         own = {n: v for n, v in self.defaults.items() if getattr(options, n) == usual[n]}
-        return replace(options, **own, param=self.parameters | self._given(options.param))
+        return replace(options, **own, param={**self.parameters, **self._given(options.param)})
 
     def _given(self, param: Any) -> dict[str, Any]:
         pairs = param.items() if isinstance(param, Mapping) else (_pair(text) for text in param)
@@ -70,7 +70,7 @@ class Recipe:
             if name not in self.parameters:
                 valid, near = ", ".join(self.parameters) or "none", nearest(name, self.parameters)
                 raise UsageError(
-                    f"recipe {self.name!r} has no parameter {shown(name)}{near}; it has: {valid}"
+                    f"recipe {self.name!r} has no parameter {brief(name)}{near}; it has: {valid}"
                 )
             found[name] = _like(name, value, self.parameters[name])
         return found
@@ -100,7 +100,7 @@ class Recipe:
 
     def _unread(self, options: Options, read: set[str], names: Iterable[str]) -> list[str]:
         """Which of these choices were made, and not looked at."""
-        usual = {each.name: each.default for each in fields(Options)} | self.defaults
+        usual = {each.name: each.default for each in fields(Options)} | dict(self.defaults)
         chosen = {name: getattr(options, name) for name in names if name not in read}
         return [n for n, v in chosen.items() if type(v) is not type(usual[n]) or v != usual[n]]
 
@@ -170,7 +170,7 @@ def _watched(options: Options) -> tuple[Options, set[str]]:
 def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise UsageError(f"parameter {shown(text)}: write NAME=VALUE")
+        raise UsageError(f"parameter {brief(text)}: write NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -190,7 +190,7 @@ def _like(name: str, value: Any, default: Any) -> Any:
         isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool) if kinds else True
     )
     if not like or not _alike(value, default):
-        raise UsageError(f"parameter {name}: {shown(value)} is not like its default, {default!r}")
+        raise UsageError(f"parameter {name}: {brief(value)} is not like its default, {default!r}")
     return value
 
 
@@ -219,7 +219,7 @@ def find_recipe(name: Any) -> Recipe:
     path = Path(name).expanduser() if name.endswith(".py") else recipe_paths().get(name)
     if path is None or not path.is_file():
         raise UsageError(
-            f"no recipe {shown(name)}{nearest(name, recipe_paths())}; there are {', '.join(recipe_paths())}, "
+            f"no recipe {brief(name)}{nearest(name, recipe_paths())}; there are {', '.join(recipe_paths())}, "
             "or give the path of your own .py"
         )
     return _load(path)
@@ -240,8 +240,8 @@ def _load(path: Path) -> Recipe:
 @lru_cache(maxsize=64)
 def _loaded(path: Path, content: bytes) -> Recipe:
     """The recipe in a file of this content: it is executed once, however often it is asked for."""
-    spec = importlib.util.spec_from_file_location(f"selfrepair_nn_recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(f"selfrepair_nn_recipe_{path.stem}")
+    module.__file__ = str(path)
     try:
         exec(compile(content, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
@@ -251,13 +251,13 @@ def _loaded(path: Path, content: bytes) -> Recipe:
     summary = (module.__doc__ or "").strip().split("\n")[0]
     parameters, defaults = (_mapping(module, path, name) for name in ("PARAMETERS", "DEFAULTS"))
     prompts = getattr(module, "prompts", None)
-    return Recipe(path, summary, module.graph, prompts, parameters, defaults, _figures(module, path))
+    return Recipe(path, summary, module.graph, prompts, parameters, current(defaults), _figures(module, path))
 
 
 def _mapping(module: Any, path: Path, name: str) -> dict[str, Any]:
     found = getattr(module, name, {})
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise UsageError(f"recipe {str(path)!r}: {name} is a dict of names and values, not {shown(found)}")
+        raise UsageError(f"recipe {str(path)!r}: {name} is a dict of names and values, not {brief(found)}")
     return dict(found)
 
 
@@ -265,5 +265,5 @@ def _figures(module: Any, path: Path) -> tuple[str, ...]:
     found = getattr(module, "FIGURES", ())
     found = (found,) if isinstance(found, str) else found
     if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
-        raise UsageError(f"recipe {str(path)!r}: FIGURES is a tuple of names, not {shown(found)}")
+        raise UsageError(f"recipe {str(path)!r}: FIGURES is a tuple of names, not {brief(found)}")
     return tuple(found)

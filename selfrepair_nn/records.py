@@ -6,7 +6,8 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 
@@ -14,7 +15,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 LONGEST_FIELD = 2**31 - 1
 
 
-def opened(path: str | os.PathLike) -> BinaryIO:
+def opened(path: str | os.PathLike) -> BufferedIOBase:
     """A file's bytes, unpacked where its name ends in .gz."""
     return gzip.open(path, "rb") if _lower(path).endswith(".gz") else open(path, "rb")
 

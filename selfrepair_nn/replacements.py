@@ -12,7 +12,7 @@ import numpy as np
 
 from selfrepair_nn.components import Attention, Head, Layers, Swap
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.values import Declared, number, shown
+from selfrepair_nn.values import Declared, brief, number
 
 
 class Given(Protocol):
@@ -167,7 +167,7 @@ class OtherHead(_OfHeads):
 
     def __post_init__(self) -> None:
         if not isinstance(self.head, Head):
-            raise UsageError(f"head of OtherHead must be a Head, such as Head(9, 6), not {shown(self.head)}")
+            raise UsageError(f"head of OtherHead must be a Head, such as Head(9, 6), not {brief(self.head)}")
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -239,6 +239,6 @@ def replacement_of(given: Any) -> Replacement:
     if isinstance(given, str) and given in NAMED:
         return NAMED[given]
     raise UsageError(
-        f"ablation {shown(given)} is not known; choose one of {', '.join(NAMED)}, or a Scale, Constant, OtherHead or "
+        f"ablation {brief(given)} is not known; choose one of {', '.join(NAMED)}, or a Scale, Constant, OtherHead or "
         "Reinforce with its number"
     )

@@ -67,7 +67,7 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
     parts = _common(ds, heads, share, store) | {
         "basis": _safe(wording.basis(heads)),
         "facts": _facts(heads, layers),
-        "over": _safe(wording.each_heads(share)),
+        "over": _safe(wording.each_heads(heads.attrs["share"])),
         "layers": _layer_table(layers),
         "intervals": _safe(style.capital(wording.intervals(heads))),
         "rate": f"{RATE:.0%}",

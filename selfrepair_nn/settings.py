@@ -65,7 +65,7 @@ def _key_fault(variables: tuple[str, ...], stored: str, key: str | None) -> str 
         return None
     origin = next((name for name in variables if os.environ.get(name, "").strip()), stored)
     return (
-        f"{origin} (not shown) cannot be a key: its character {bad[0]} of {len(key)} is not printable ASCII; "
+        f"{origin} (not shown) cannot be a key: its character {bad[0]} of {len(key or '')} is not printable ASCII; "
         "copy the key again"
     )
 

@@ -92,7 +92,7 @@ def unfinished(ds: xr.Dataset, selected: Iterable[Head] | None = None, done=None
     computed = (computed & chosen).assign_attrs(ds.done.attrs)
     swept = [name for name, each in ds.data_vars.items() if each.dims[:4] == SWEEP]
     blanked = {name: ds[name].where(computed).assign_attrs(ds[name].attrs) for name in swept}
-    return ds.assign(selected=chosen, done=computed, **blanked)
+    return ds.assign({"selected": chosen, "done": computed} | blanked)
 
 
 def _check(sizes: dict[str, int], ablation: str) -> None:

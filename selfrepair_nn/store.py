@@ -39,10 +39,11 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         contents = contents_of(path)
-        self._sealed, self._id = contents.format > 1, contents.attributes.get("id")
+        self._sealed = contents.format > 1
+        self._id: Any = contents.attributes.get("id")
         self._written: set[str] = set()
         self._files = Files(path, check=Checks(contents))
-        self._group = zarr.open_group(self._files, mode="r+")
+        self._group: Any = zarr.open_group(self._files, mode="r+")
 
     @classmethod
     def create(
@@ -210,7 +211,7 @@ class Store:
             if self._sealed:
                 self._put({COPY: sealed({"now": root["attributes"], "before": before})})
             self._put({ROOT: json.dumps(root, indent=2).encode()})
-            self._group = zarr.open_group(self._files, mode="r+")
+            self._group: Any = zarr.open_group(self._files, mode="r+")
 
     def _put(self, files: Mapping[str, Any]) -> None:
         self._written |= files.keys()
@@ -325,7 +326,7 @@ def _add_array(
         dtype=spec.dtype(precision),
         compressors=COMPRESSORS,
         dimension_names=tuple(sizes),
-        attributes=spec.attributes,
+        attributes={**spec.attributes},
         fill_value={"float": np.nan, "int": -1, "bool": False}[spec.kind],
         config={"write_empty_chunks": True},
     )
@@ -336,7 +337,8 @@ def _add_array(
 def _mark_nothing(path: Path) -> None:
     """The marks of all blocks, so that a lost one is told from one that is not set; there may be many."""
     files = Files(path)
-    done = zarr.open_group(files, mode="r+")["done"].with_config({"write_empty_chunks": True})
+    group: Any = zarr.open_group(files, mode="r+")
+    done = group["done"].with_config({"write_empty_chunks": True})
     with files.staged() as marks:
         done[...] = False
     for key, mark in marks.items():

@@ -161,7 +161,7 @@ def edited_prompts(prompts: Prompts, tokenizer: Any, old: str, new: str) -> Prom
         raise UsageError(f"{old!r} for {new!r} changes nothing: give two different tokens")
     here = prompts.tokens == before
     counted = np.logical_or.accumulate(here[:, :-1], axis=1) & prompts.counts
-    rows = counted.any(axis=1)
+    rows = np.any(counted, axis=1)
     if not rows.any():
         raise UsageError(
             f"no prompt has the token {old!r} before a token that counts: exchange another, or give other prompts"

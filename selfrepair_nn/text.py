@@ -88,7 +88,7 @@ def _of_heads(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str
     share = heads.attrs["share"]
     layers = by_layer(heads, share)
     layers = layers.isel(layer=np.flatnonzero(layers.heads.values))
-    means = f"Means over heads on {each_heads(share)}, in logits:"
+    means = f"Means over heads on {each_heads(heads.attrs['share'])}, in logits:"
     opening = [*_opening(heads), "", means]
     if not layers.sizes["layer"]:
         return heads, [*opening[:-1], "nothing is done yet"]
@@ -255,7 +255,7 @@ def _row(layer: xr.Dataset) -> str:
 
 def _beside(found: xr.Dataset, same: bool) -> list[str]:
     """A table of the store's and the paper's columns of some quantities, the store's with half an interval."""
-    shown = [name for name in found.data_vars if not str(name).endswith(HALF_WIDTH)]
+    shown = [str(name) for name in found.data_vars if not str(name).endswith(HALF_WIDTH)]
     lines = ["layer".ljust(12) + "".join(f"{QUANTITY_NAMES[name]:>22}" for name in shown)]
     lines.append(" " * 12 + f"{'here':>14}{'paper':>8}" * len(shown))
     for layer in range(found.sizes["layer"]):

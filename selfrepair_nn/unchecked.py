@@ -49,5 +49,9 @@ def _flaw(contents: Contents, name: str, file: str, counted: np.ndarray | None) 
     if counted is None:
         return None
     if not {"layer", "case"} & set(metadata["dimension_names"]):
-        counted = counted.reshape(-1, counted.shape[-1]).any(0)
+        return _blank(values, np.any(counted.reshape(-1, counted.shape[-1]), axis=0))
+    return _blank(values, counted)
+
+
+def _blank(values: np.ndarray, counted: np.ndarray) -> str | None:
     return "blank where it is marked done" if (np.isnan(values).any(-1) & counted).any() else None

@@ -24,7 +24,7 @@ _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 60, 30, 60
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value in an error: one short line, whatever it is."""
     try:
         return " ".join(_SHORT.repr(value).split())[:120]
@@ -41,7 +41,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def one_of(what: str, value: Any, valid: Collection[str]) -> str:
     """One of the names of `valid`, as it is written there."""
     if not isinstance(value, str) or value not in valid:
-        raise UsageError(f"{what} {shown(value)} is not known; choose one of {', '.join(valid)}")
+        raise UsageError(f"{what} {brief(value)} is not known; choose one of {', '.join(valid)}")
     return value
 
 
@@ -50,7 +50,7 @@ def whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
     found = _integer(value)
     if found is None or found < least:
         asked = {0: " (0 or more)", -MOST: ""}.get(least, f" of at least {least}")
-        raise UsageError(f"{name} must be a whole number{asked}, not {shown(value)}")
+        raise UsageError(f"{name} must be a whole number{asked}, not {brief(value)}")
     require_sane(name, found, most)
     return found
 
@@ -75,24 +75,24 @@ def _integer(value: Any) -> int | None:
 def number(name: str, value: Any) -> float:
     """A real number: Python's, NumPy's, or a tensor of one. True is none."""
     if isinstance(value, str | bytes | bool | np.bool_) or not hasattr(value, "__float__"):
-        raise UsageError(f"{name} must be a number, not {shown(value)}")
+        raise UsageError(f"{name} must be a number, not {brief(value)}")
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise UsageError(f"{name} must be a number, not {shown(value)}") from None
+        raise UsageError(f"{name} must be a number, not {brief(value)}") from None
 
 
 def switch(name: str, value: Any) -> bool:
     """True or False, and nothing that merely counts as one of them."""
     if not isinstance(value, bool | np.bool_):
-        raise UsageError(f"{name} must be True or False, not {shown(value)}")
+        raise UsageError(f"{name} must be True or False, not {brief(value)}")
     return bool(value)
 
 
 def text(name: str, value: Any) -> str:
     """A string that is not empty."""
     if not isinstance(value, str) or not value.strip():
-        raise UsageError(f"{name} must be a text that is not empty, not {shown(value)}")
+        raise UsageError(f"{name} must be a text that is not empty, not {brief(value)}")
     return value
 
 
@@ -100,7 +100,7 @@ def place(name: str, value: Any) -> str:
     """A path, as text: a string, or a `Path`."""
     found = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(found, str) or not found.strip():
-        raise UsageError(f"{name} must be a path, not {shown(value)}")
+        raise UsageError(f"{name} must be a path, not {brief(value)}")
     require_possible(found, name)
     return found
 
@@ -123,7 +123,7 @@ def part(name: str, value: Any) -> str:
         first, last = (_integer(int(v)) if str(v).isdecimal() and len(str(v)) < 9 else None for v in pair)
         if first and last and first <= last:
             return f"{first}/{last}"
-    raise UsageError(f"{name} {shown(value)} is not one of N: write 1/8 to 8/8")
+    raise UsageError(f"{name} {brief(value)} is not one of N: write 1/8 to 8/8")
 
 
 def layers(name: str, value: Any) -> str:
@@ -138,7 +138,7 @@ def layers(name: str, value: Any) -> str:
         return str(whole(name, value, -MOST))
     if (found := several(value)) is None:
         raise UsageError(
-            f"{name} {shown(value)} is not understood: write for example 8:12, [0, 5, -1] or range(8, 12)"
+            f"{name} {brief(value)} is not understood: write for example 8:12, [0, 5, -1] or range(8, 12)"
         )
     return ",".join(layers(name, each) for each in found)
 
@@ -149,21 +149,21 @@ def heads(name: str, value: Any) -> str:
     found = [one] if one is not None else [_head(each) for each in several(value) or [None]]
     if isinstance(value, list) and not value:
         return ""
-    if None in found:
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
         raise UsageError(
-            f"{name} {shown(value)} is not understood: write a head as 9.6, L9H6, (9, 6) or Head(9, 6), and several as "
+            f"{name} {brief(value)} is not understood: write a head as 9.6, L9H6, (9, 6) or Head(9, 6), and several as "
             "a list of these"
         )
-    return ",".join(found)
+    return ",".join(known)
 
 
 def _head(value: Any) -> str | None:
     if isinstance(value, str):
         return value
     pair = [value.layer, value.head] if hasattr(value, "head") and hasattr(value, "layer") else several(value)
-    if pair is None or len(pair) != 2 or None in (numbers := [_integer(each) for each in pair]):
-        return None
-    if max(map(abs, numbers)) > MOST:
+    numbers = [number for each in pair or () if (number := _integer(each)) is not None]
+    if pair is None or not len(pair) == len(numbers) == 2 or max(map(abs, numbers)) > MOST:
         return None
     return f"{numbers[0]}.{numbers[1]}"
 
@@ -198,7 +198,7 @@ def ids(name: str, value: Any, wanted: str) -> np.ndarray:
     except Exception:
         found = np.empty(0, object)
     if (found.dtype.kind in "OSUV" and found.dtype != getattr(value, "dtype", None)) or not found.ndim:
-        raise UsageError(f"{name} {shown(value)} is not understood: give {wanted}")
+        raise UsageError(f"{name} {brief(value)} is not understood: give {wanted}")
     return found
 
 
@@ -217,7 +217,7 @@ def parameters(name: str, value: Any) -> Any:
         return {text(f"a name of {name}", key): _plain(each) for key, each in value.items()}
     found = [value] if isinstance(value, str) else several(value)
     if found is None or not all(isinstance(each, str) for each in found):
-        raise UsageError(f"{name} {shown(value)} is not understood: write NAME=VALUE, or {{'NAME': value}}")
+        raise UsageError(f"{name} {brief(value)} is not understood: write NAME=VALUE, or {{'NAME': value}}")
     return tuple(found)
 
 

@@ -19,7 +19,7 @@ from terminal import ENVIRONMENT, Process, assert_same_numbers, files, ids, save
 import selfrepair_nn as sr
 from selfrepair_nn.cli import cli
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import RENAMED, Options, flag
 from selfrepair_nn.recipe import recipe_paths
 
 COMMANDS = sorted(cli.commands)
@@ -28,7 +28,7 @@ HEAVY = ("torch", "transformers", "xarray", "zarr", "nnsight", "datasets", "matp
 
 
 def parameters(command):
-    return {p.name: p for p in cli.commands[command].params}
+    return {p.name: p for p in cli.commands[command].params if not getattr(p, "hidden", False)}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,25 @@ def test_every_flag_is_a_choice_of_python(command):
     assert set(parameters(command)) - NOT_OPTIONS == {option.name for option in fields(Options)}
 
 
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_taken_and_told(model, prompts, old):
+    new = RENAMED[old]
+    places = ["--model", model, "--prompts", prompts]
+    ended = selfrepair("plan", "heads", *places, flag(old), 64)
+    assert (ended.code, ended.out) == (0, selfrepair("plan", "heads", *places, flag(new), 64).out)
+    assert ended.err == f"selfrepair: {old} is called {new} now: write {flag(new)}, or {new}=… in Python\n"
+    both = selfrepair("plan", "heads", *places, flag(old), 64, flag(new), 64)
+    assert both.code == 2
+    assert f"{old} is the old name of {new}" in both.err
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_not_offered(old):
+    assert flag(old) not in selfrepair("run", "--help").out
+    assert RENAMED[old] in {option.name for option in fields(Options)}
+    assert old not in {option.name for option in fields(Options)}
+
+
 def test_run_without_flags_is_run_with_the_defaults_of_python(monkeypatch):
     """What reaches Python from the command line is what Python would have taken by itself."""
     given = {}
@@ -117,7 +136,7 @@ def test_run_without_flags_is_run_with_the_defaults_of_python(monkeypatch):
 
 def test_run_does_what_python_does(tmp_path, model, prompts):
     flags = "--layers 1: --ablation mean --mean-prompts 4 --target raw --value-bias head --freeze downstream"
-    flags += " --components top --share 0.1 --dtype float64 --batch-size 4 --rows 100 --skip-check"
+    flags += " --components top --share 0.1 --dtype float64 --batch-size 4 --tokens-per-pass 100 --skip-check"
     places = ["--model", str(model), "--prompts", str(prompts)]
     ended = selfrepair("run", "heads", *places, *flags.split(), "--out", tmp_path / "c.zarr")
     assert ended.code == 0, ended.err
@@ -135,7 +154,7 @@ def test_run_does_what_python_does(tmp_path, model, prompts):
         share=0.1,
         dtype="float64",
         batch_size=4,
-        rows=100,
+        tokens_per_pass=100,
         check=False,
         out=tmp_path / "p.zarr",
     )
@@ -147,8 +166,8 @@ def test_run_does_what_python_does(tmp_path, model, prompts):
 
 def test_bare_components_means_all(tmp_path, model, prompts):
     places = ["--model", model, "--prompts", prompts, "--layers", "2"]
-    for name, flag in (("bare", ["--components"]), ("all", ["--components", "all"]), ("none", [])):
-        ended = selfrepair("run", "heads", *places, "--out", tmp_path / f"{name}.zarr", *flag)
+    for name, flags in (("bare", ["--components"]), ("all", ["--components", "all"]), ("none", [])):
+        ended = selfrepair("run", "heads", *places, "--out", tmp_path / f"{name}.zarr", *flags)
         assert ended.code == 0, ended.err
     assert_same_numbers(tmp_path / "bare.zarr", tmp_path / "all.zarr")
     assert "component_change" in xr.open_zarr(tmp_path / "bare.zarr")

@@ -266,7 +266,7 @@ def test_a_store_that_does_not_say_counts_every_token(stores):
 
 # ---------------------------------------------------------------- what does not count is never looked at
 
-ANALYSES = [name for name, place in sr._PLACES.items() if place.startswith("analysis:") and name != "only"]
+ANALYSES = [name for name, place in sr._PLACES.items() if place[0] == "selfrepair_nn.analysis" and name != "only"]
 SOLE = {"attention": ("token", "logit", "mean_logit")}
 """Whether tokens are repeated, and known, is seen against the first time: of that the clean logit is read."""
 

@@ -21,7 +21,7 @@ import selfrepair_nn as sr
 from selfrepair_nn.door import requested
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.naming import Request, Sizes
-from selfrepair_nn.options import Options
+from selfrepair_nn.options import RENAMED, Options
 from selfrepair_nn.recipe import find_recipe
 from selfrepair_nn.store import Store
 
@@ -100,6 +100,16 @@ def test_plain_meanings_are_taken(name, given, kept):
     found = getattr(Options(**{name: given}), name)
     assert (found, type(found)) == (kept, type(kept))
     assert getattr(replace(Options(**{name: given})), name) == kept
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_taken_and_told(old, new, capsys):
+    assert Options(**{old: 64}) == Options(**{new: 64}) != Options()
+    assert capsys.readouterr().err.count(f"{old} is called {new} now") == 1
+    assert Options(**{old: None}) == Options()
+    assert not capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"give only {new}"):
+        Options(**{old: 64, new: 64})
 
 
 @pytest.mark.parametrize("option", fields(Options), ids=lambda option: option.name)
@@ -246,7 +256,7 @@ def test_prompts_that_are_made_are_used_and_cut(neox, tmp_path):
     [
         ({}, "heads-tiny-neox"),
         (
-            {"device": "cpu", "batch_size": 3, "workers": 2, "threads": 1, "rows": 99, "check": False},
+            {"device": "cpu", "batch_size": 3, "workers": 2, "threads": 1, "tokens_per_pass": 99, "check": False},
             "heads-tiny-neox",
         ),
         ({"shard": "1/2", "backend": "simulated"}, "heads-tiny-neox"),

@@ -63,7 +63,7 @@ def job(wrapped):
             arrays["thresholds"] = torch.as_tensor(thresholds)
         graph["freeze"] = present(name, graph.get("freeze", frozenset()))
         plan = Graph(ablate=tuple(ablate), replacement=replacement, **graph).plan(model.layout)
-        found = run_session(work, model.nn, arrays, plan | {"rows": rows})
+        found = run_session(work, model.nn, arrays, plan | {"tokens_per_pass": rows})
         found = {name: value.numpy() for name, value in found.items()}
         return complete(found) if work is ablation_job else found
 
@@ -180,7 +180,7 @@ def test_every_kind_of_site(job, name, replacement, freeze, target, value_bias, 
     """Heads, attention layers, MLPs and neurons, alone and together: everything measured, several to a pass."""
     ablate = OF_HEADS if isinstance(replacement, OtherHead) else CASES
     choices = {"target": target, "value_bias": value_bias}
-    more = {"record": record, "residual_norm": record == "full", "rows": 100 if record == "sums" else 10**4}
+    more = {"record": record, "residual_norm": record == "full", "tokens_per_pass": 100 if record == "sums" else 10**4}
     found = job(name, ablate, replacement, freeze=FREEZES[freeze], **more, **choices)
     agree(name, found, ablate, replacement, FREEZES[freeze], **choices)
 
@@ -430,7 +430,7 @@ def test_attention(wrapped, name, length):
     heads = [Head(1, 1), Head(0, 2), Head(1, 0)]
     distances = (1, 0, 3, length - 1, length + 2)
     plan = Graph(ablate=sweep(heads), replacement="zero", attention=distances).plan(model.layout)
-    found = run_session(ablation_job, model.nn, {"tokens": tokens}, plan | {"rows": 10**4})["attention"]
+    found = run_session(ablation_job, model.nn, {"tokens": tokens}, plan | {"tokens_per_pass": 10**4})["attention"]
     eager = families.build(name, exact=True, attention="eager")
     with torch.no_grad():
         weights = eager(tokens, output_attentions=True, use_cache=False).attentions
@@ -460,7 +460,7 @@ def test_attention_to_all_distances_adds_up(job):
 def test_packed_is_unpacked_on_the_top_tokens(job, name):
     """In their order: case, prompt, position; a case may have none and another all."""
     ablate = without_mlp(1)
-    choices = {"record": "full", "neurons": 1, "rows": 100}
+    choices = {"record": "full", "neurons": 1, "tokens_per_pass": 100}
     whole = job(name, ablate, **choices)
     effect = whole["direct_effect"]
     limits = np.quantile(effect, 0.8, (1, 2))
@@ -484,7 +484,7 @@ def test_thresholds_are_of_the_stored_effects(name, dtype):
         (sweep([Head(1, 1)]), Reinforce(2.0)),
     ]
     for ablate, replacement in trials:
-        plan = Graph(ablate=ablate, replacement=replacement).plan(model.layout) | {"rows": 100}
+        plan = Graph(ablate=ablate, replacement=replacement).plan(model.layout) | {"tokens_per_pass": 100}
         chosen, stored = (run_session(f, model.nn, prompts(name), plan) for f in (effects_job, ablation_job))
         assert torch.equal(chosen["direct_effect"], stored["direct_effect"])
 

@@ -71,7 +71,7 @@ def job(model, ids, ablate, replacement, rows=10**6, mean_z=None, **graph):
     arrays = {"tokens": tokens, "partner_tokens": tokens[families.derangement(len(ids))]}
     if mean_z is not None:
         arrays["means"] = {"z": mean_z}
-    plan = Graph(ablate=ablate, replacement=replacement, **graph).plan(model.layout) | {"rows": rows}
+    plan = Graph(ablate=ablate, replacement=replacement, **graph).plan(model.layout) | {"tokens_per_pass": rows}
     return {k: v.numpy() for k, v in run_session(ablation_job, model.nn, arrays, plan).items()}
 
 
@@ -214,7 +214,7 @@ def test_the_top_share_is_chosen_by_the_stored_effects(name, dtype):
     tokens = torch.as_tensor(families.random_ids(model.nn._module, 6, 20))
     heads = select_heads("1:", None, model.structure.n_layers, model.structure.n_heads)
     arrays = {"tokens": tokens, "partner_tokens": tokens.roll(1, 0)}
-    plan = Graph(ablate=sweep(heads), record="full").plan(model.layout) | {"rows": 500}
+    plan = Graph(ablate=sweep(heads), record="full").plan(model.layout) | {"tokens_per_pass": 500}
     chosen, stored = (run_session(each, model.nn, arrays, plan) for each in (effects_job, ablation_job))
     assert torch.equal(chosen["direct_effect"], stored["direct_effect"])
 

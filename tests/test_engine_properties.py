@@ -85,7 +85,7 @@ def numbers(drawn, heads=None, **more):
         target=choices["target"],
         value_bias=choices["value_bias"],
     ).frozen(choices["freeze"], structure.n_layers, structure.n_heads)
-    plan = graph.plan(drawn.model.layout) | {"rows": 2 * tokens.numel()}
+    plan = graph.plan(drawn.model.layout) | {"tokens_per_pass": 2 * tokens.numel()}
     arrays = {"tokens": tokens, "partner_tokens": tokens[drawn.partners]}
     totals = run_session(
         mean_job, drawn.model.nn, arrays, plan | {"keep": {"z": list(range(structure.n_layers))}}
@@ -115,7 +115,7 @@ def test_batch_size_and_rows_do_not_matter(wrapped, data):
     whole = measure(drawn, batch_size=16, components=components)
     small = data.draw(st.sampled_from([1, 3]))
     rows = data.draw(st.sampled_from([1, drawn.prompts.size, 3 * drawn.prompts.size, 10**6]))
-    same(measure(drawn, batch_size=small, rows=rows, components=components), whole)
+    same(measure(drawn, batch_size=small, tokens_per_pass=rows, components=components), whole)
     assert np.isfinite(whole.where(whole.selected, 0).to_array()).all()
     assert whole.logit.shape == (drawn.prompts.shape[0], drawn.prompts.shape[1] - 1)
 

@@ -366,7 +366,7 @@ def test_partners_that_are_not_there(place):
         (["--share", "1.5"], ["share", r"1\.5"]),
         (["--share", "nan"], ["share", "nan"]),
         (["--batch-size", "0"], ["batch.size", "0", "at least 1"]),
-        (["--rows", "-5"], ["rows", "-5", "at least 1"]),
+        (["--tokens-per-pass", "-5"], ["tokens_per_pass", "-5", "at least 1"]),
         (["--mean-prompts", "0"], ["mean.prompts", "0", "at least 1"]),
         (["--lenght", "3"], ["'--lenght'", "--length"]),
     ],

@@ -265,7 +265,7 @@ def test_a_patient_client_goes_on_with_the_server(far, ndif, store, undisturbed)
 
 def test_a_time_limit_splits_the_units_until_they_fit(far, ndif, store, undisturbed):
     """Rounding may differ where fewer heads ride in a pass; nothing else does."""
-    whole = ["--batch-size", 32, "--rows", 32]
+    whole = ["--batch-size", 32, "--tokens-per-pass", 32]
     ended = far.run(*command(ndif, store, *whole, model=IMPATIENT))
     report("time limit", ended, store)
     assert ended.code == 0, ended.err

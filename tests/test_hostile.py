@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from terminal import selfrepair
 
 import selfrepair_nn as sr
-from selfrepair_nn.backends.local import tell
 from selfrepair_nn.backends.ndif.doctor import Finding
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
 from selfrepair_nn.cli import _quiet_libraries
 from selfrepair_nn.errors import SelfRepairError, one_line
-from selfrepair_nn.shown import line, shown
+from selfrepair_nn.shown import line, shown, tell
 from selfrepair_nn.store import Store, take_notes
 from selfrepair_nn.wording import legible
 

@@ -334,7 +334,7 @@ ENDLESS = "9" * 5000
 @pytest.mark.parametrize("number", [10**12 + 1, 10**30, "9" * 4000, ENDLESS])
 @pytest.mark.parametrize(
     "flag",
-    ["tokens", "length", "batch-size", "rows", "workers", "threads", "mean-prompts", "seed", "in-flight"],
+    ["tokens", "length", "batch-size", "tokens-per-pass", "workers", "threads", "mean-prompts", "seed", "in-flight"],
 )
 def test_a_number_that_no_run_can_mean(nowhere, flag, number):
     ended = selfrepair("plan", "heads", f"--{flag}", number if flag != "seed" else f"{number}{'0' * 9}")

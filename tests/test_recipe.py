@@ -66,7 +66,7 @@ def test_a_graph_names_what_it_does_not_know():
 
 
 @pytest.mark.parametrize(
-    "choice", [{"tokens": 0}, {"length": -1}, {"batch_size": 0}, {"rows": 1.5}, {"share": 0}, {"share": 1.1},
+    "choice", [{"tokens": 0}, {"length": -1}, {"batch_size": 0}, {"tokens_per_pass": 1.5}, {"share": 0}, {"share": 1.1},
                {"ablation": "noise"}, {"components": "some"}, {"backend": "cloud"}]
 )  # fmt: skip
 def test_options_refuse_what_cannot_be(choice):

@@ -329,7 +329,7 @@ def test_other_choices_on_a_store_are_refused_by_name(request, finished, change)
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch_size": 3}, {"rows": 50}, {"check": False}, {"tokens": PROMPTS * 7}, {"backend": "simulated"}],
+    [{"batch_size": 3}, {"tokens_per_pass": 50}, {"check": False}, {"tokens": PROMPTS * 7}, {"backend": "simulated"}],
 )
 def test_what_decides_no_number_is_free_to_change(finished, change):
     store, choices = finished

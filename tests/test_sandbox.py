@@ -67,7 +67,7 @@ def setting(request, tmp_path_factory):
 def planned(model, rows=96, **graph):
     """Every head by itself, several to a pass, in more than one pass a layer."""
     heads = select_heads(None, None, model.structure.n_layers, model.structure.n_heads)
-    return Graph(ablate=sweep(heads), **graph).plan(model.layout) | {"rows": rows}
+    return Graph(ablate=sweep(heads), **graph).plan(model.layout) | {"tokens_per_pass": rows}
 
 
 def assert_same(there, here):
@@ -107,7 +107,7 @@ def test_freezing_is_the_same_there(setting):
     sandbox, model, arrays = setting
     sizes = model.structure.n_layers, model.structure.n_heads
     graph = Graph(ablate=sweep(select_heads("0", None, *sizes))).frozen("all", *sizes)
-    plan = graph.plan(model.layout) | {"rows": 96}
+    plan = graph.plan(model.layout) | {"tokens_per_pass": 96}
     found = sandbox.run(ablation_job, arrays, plan)
     assert_same(found, run_session(ablation_job, model.nn, arrays, plan))
     assert found["from_mlps"].abs().max() <= RELATIVE * found["logit"].abs().max()
@@ -142,7 +142,7 @@ def test_every_kind_of_edit_is_the_same_there(setting, name):
     }
     arrays |= {"edited_position": torch.tensor([3, 0, 6, 2])}
     frozen = frozenset(s for s in EDITS[name].get("freeze", ()) if s.lies_in(model.structure))
-    plan = Graph(**EDITS[name] | {"freeze": frozen}).plan(model.layout) | {"rows": 96}
+    plan = Graph(**EDITS[name] | {"freeze": frozen}).plan(model.layout) | {"tokens_per_pass": 96}
     if name == "mean":
         keep = {"model": model.layout, "keep": {"z": [0, 1], "mlp": [0, 1], "neurons": [1, 2]}}
         totals = sandbox.run(mean_job, arrays, keep)

@@ -144,7 +144,7 @@ def test_several_variants(asked, tmp_path):
 def test_rows_end_after_what_is_wanted_and_others_are_left_out():
     cases = [[Head(0, 0)], [Head(0, 1)], [Head(2, 0)]]
     wanted = torch.tensor([[0, 3, 10], [2, 0, 0], [0, 0, 4]])
-    plan = {"rows": 6, "model": {"parallel": False}, "replacement": {"kind": "zero"}}
+    plan = {"tokens_per_pass": 6, "model": {"parallel": False}, "replacement": {"kind": "zero"}}
     found = batches(cases, plan, torch.arange(30).reshape(3, 10), wanted)
     rows = [[(i, p) for i, prompts in each.cases for p in prompts.tolist()] for each in found]
     assert rows == [[(0, 2)], [(0, 1), (1, 0)], [(2, 2)]]

@@ -24,6 +24,7 @@ from selfrepair_nn.layout import packing
 from selfrepair_nn.models.architectures import Structure
 from selfrepair_nn.models.load import wrap
 from selfrepair_nn.running.workers import device_of
+from selfrepair_nn.store import Store
 
 PROMPTS, BATCH = 24, 2
 
@@ -32,7 +33,7 @@ PROMPTS, BATCH = 24, 2
 def choices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model, prompts = saved(folder / "m"), ids(folder / "p.npy", PROMPTS)
-    return {"model": str(model), "prompts": str(prompts), "batch_size": BATCH, "rows": 64, "progress": False}
+    return {"model": str(model), "prompts": str(prompts), "batch_size": BATCH, "tokens_per_pass": 64, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +333,7 @@ ERRORS = [
 def test_what_does_not_fit_is_done_in_smaller_pieces(tmp_path, capfd, error, room, said, more):
     module = families.build("llama-gqa")
     ids = families.random_ids(module, 6)
-    given = {"model": wrap(module), "prompts": ids, "batch_size": 4, "rows": 224, "progress": False} | more
+    given = {"model": wrap(module), "prompts": ids, "batch_size": 4, "tokens_per_pass": 224, "progress": False} | more
     given |= {"check": False}  # the proof is as large as a pass that fits anywhere else
     sr.run(out=tmp_path / "a.zarr", **given)
     with little_memory(module.model, room, error):
@@ -365,25 +366,49 @@ def shape(**sizes):
     return Structure(**blank | given)
 
 
-def test_rows_fit_the_memory():
+def test_tokens_of_a_pass_fit_the_memory():
     """Half of a GPU's free memory is never exceeded by what a pass is reckoned to take."""
     for memory in (2**30, 2**32, 2**34):
-        rows = packing.rows_for(shape(), 2, 128, memory, "cuda")
-        assert rows * packing.bytes_for_token(shape(), 2, 128) <= memory / 2
-    assert packing.rows_for(shape(), 4, 128, 2**40, "cpu") == packing.ROWS
-    assert packing.rows_for(shape(), 4, 128, 2**20, "cpu") == packing.LEAST
-    assert packing.rows_for(shape(), 4, 1024, 2**20, "cpu") == 1024
-    assert packing.rows_for(shape(d_mlp=30000), 4, 128, 2**31, "cpu") < packing.ROWS
+        tokens = packing.tokens_for(shape(), 2, 128, memory, "cuda")
+        assert tokens * packing.bytes_for_token(shape(), 2, 128) <= memory / 2
+    assert packing.tokens_for(shape(), 4, 128, 2**40, "cpu") == packing.TOKENS_PER_PASS
+    assert packing.tokens_for(shape(), 4, 128, 2**20, "cpu") == packing.LEAST
+    assert packing.tokens_for(shape(), 4, 1024, 2**20, "cpu") == 1024
+    assert packing.tokens_for(shape(d_mlp=30000), 4, 128, 2**31, "cpu") < packing.TOKENS_PER_PASS
 
 
-def test_a_run_goes_on_with_the_rows_it_began_with(choices, tmp_path, monkeypatch):
-    choices = choices | {"rows": None, "out": tmp_path / "s.zarr"}
+def test_a_run_goes_on_with_the_tokens_per_pass_it_began_with(choices, tmp_path, monkeypatch):
+    choices = choices | {"tokens_per_pass": None, "out": tmp_path / "s.zarr"}
     monkeypatch.setattr(packing, "free_memory", lambda device: 2**20)
     sr.run(**choices, shard="1/2")
-    assert sr.open_store(tmp_path / "s.zarr").attrs["rows"] == packing.LEAST
+    assert sr.open_store(tmp_path / "s.zarr").attrs["tokens_per_pass"] == packing.LEAST
     monkeypatch.undo()
     sr.run(**choices)
-    assert sr.open_store(tmp_path / "s.zarr").attrs["rows"] == packing.LEAST
+    assert sr.open_store(tmp_path / "s.zarr").attrs["tokens_per_pass"] == packing.LEAST
+
+
+def test_a_store_that_calls_them_rows_goes_on(choices, tmp_path, monkeypatch):
+    """Stores that were begun before the attribute was renamed."""
+    path = tmp_path / "s.zarr"
+    choices = choices | {"tokens_per_pass": None, "out": path}
+    monkeypatch.setattr("selfrepair_nn.running.run.fitting_tokens", lambda *_: packing.LEAST + 1)
+    monkeypatch.setattr(Store, "annotate", _calling_them_rows(Store.annotate))
+    sr.run(**choices, shard="1/2")
+    monkeypatch.undo()
+    assert sr.open_store(path).attrs["rows"] == packing.LEAST + 1
+    taken = []
+    monkeypatch.setattr("selfrepair_nn.running.run.fitting_tokens", lambda *_: taken.append(1))
+    sr.run(**choices)
+    assert not taken
+    assert "tokens_per_pass" not in sr.open_store(path).attrs
+
+
+def _calling_them_rows(annotate):
+    def annotated(store, **named):
+        old = {"tokens_per_pass": "rows"}
+        return annotate(store, **{old.get(name, name): value for name, value in named.items()})
+
+    return annotated
 
 
 def test_threads_are_those_that_pay():
@@ -397,4 +422,4 @@ def test_threads_are_those_that_pay():
 
 def test_the_store_says_nothing_of_how_it_was_shared_out(alone):
     settings = json.loads(xr.open_zarr(alone).attrs["settings"])
-    assert not {"workers", "shard", "threads", "rows"} & settings.keys()
+    assert not {"workers", "shard", "threads", "tokens_per_pass"} & settings.keys()

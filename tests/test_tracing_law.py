@@ -102,7 +102,7 @@ def work(model, ids, cases, rows, replacement="resample", **graph):
     arrays = {"tokens": tokens, "partner_tokens": tokens.roll(1, 0)}
     graph = Graph(ablate=cases, replacement=replacement, **graph)
     with counting(model) as counted:
-        run_session(ablation_job, model.nn, arrays, graph.plan(model.layout) | {"rows": rows})
+        run_session(ablation_job, model.nn, arrays, graph.plan(model.layout) | {"tokens_per_pass": rows})
     return counted
 
 
@@ -182,7 +182,7 @@ def test_progress_is_told_after_every_pass(wrapped, seeded):
     """The ticks add up to the cases, pass by pass."""
     model, tokens = wrapped("gpt2"), torch.as_tensor(seeded("gpt2"))
     cases = sweep(tuple(Head(layer, h) for layer in (0, 2) for h in range(5)))
-    plan = Graph(ablate=cases, replacement="zero").plan(model.layout) | {"rows": 3 * tokens.numel()}
+    plan = Graph(ablate=cases, replacement="zero").plan(model.layout) | {"tokens_per_pass": 3 * tokens.numel()}
     ticks = []
     run_session(ablation_job, model.nn, {"tokens": tokens}, plan, ticks.append)
     assert ticks == [3 * len(tokens), 2 * len(tokens)] * 2

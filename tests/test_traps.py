@@ -26,7 +26,7 @@ def ablate(model, ids, **graph):
     heads = select_heads(None, None, model.structure.n_layers, model.structure.n_heads)
     tokens = torch.as_tensor(ids)
     arrays = {"tokens": tokens, "partner_tokens": tokens[families.derangement(len(ids))]}
-    plan = Graph(ablate=sweep(heads), **graph).plan(model.layout) | {"rows": 10**6}
+    plan = Graph(ablate=sweep(heads), **graph).plan(model.layout) | {"tokens_per_pass": 10**6}
     return run_session(ablation_job, model.nn, arrays, plan)
 
 

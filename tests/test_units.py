@@ -32,7 +32,7 @@ def real(model, record, thresholds=None):
     """An ablation unit of two layers' heads on four prompts."""
     heads = select_heads("1:", None, model.structure.n_layers, model.structure.n_heads)
     graph = Graph(ablate=sweep(heads), **{"replacement": "zero"} | RECORDS[record])
-    plan = graph.plan(model.layout) | {"rows": 64}
+    plan = graph.plan(model.layout) | {"tokens_per_pass": 64}
     tokens = torch.as_tensor(families.random_ids(model.nn._module))
 
     def inputs(prompts):

@@ -1,5 +1,7 @@
 """What a small edit of the text takes from a head, beside what another text takes: is it repaired alike?"""
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -44,7 +46,7 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     require_counted(ds)
     labels = [str(label) for label in ds.ablation.values]
     parts = [_by_head(ds.sel(ablation=label, drop=True)) for label in labels]
-    found = {name: (("ablation", *HEADS), np.stack([part[name] for part in parts])) for name in parts[0]}
+    found: Any = {name: (("ablation", *HEADS), np.stack([part[name] for part in parts])) for name in parts[0]}
     found["tokens"] = (HEADS, parts[0]["tokens"])
     found = xr.Dataset(found, {"ablation": labels} | {d: ds[d].variable for d in HEADS})
     names = {
@@ -81,7 +83,7 @@ def _by_head(ds: xr.Dataset) -> dict[str, np.ndarray]:
     }
     found: dict[str, np.ndarray] = {}
     for name, (above, below) in (ratios | {"repaired": (back, square)}).items():
-        known = Tally.of_prompts(above, below, clusters(ds)).estimate
+        known = Tally.of_prompts(np.asarray(above), np.asarray(below), clusters(ds)).estimate
         found |= {name: known.mean, name + HALF_WIDTH: known.half_width}
     with np.errstate(invalid="ignore"):
         found["size"] = np.sqrt(square.sum(1) / tokens.sum(1))

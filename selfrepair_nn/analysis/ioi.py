@@ -1,6 +1,7 @@
 """Who moves the name, what is lost without them, and who backs up (section 5.3.1): all on the tokens that count."""
 
 import re
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -50,7 +51,7 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     tallies = {name: Tally.of_prompts(sums(ds, name, done), counts, groups) for name in MEANS}
     before, after = (tallies[name] for name in ("direct_effect", "ablated_direct_effect"))
     tallies["removed"] = Tally(before.sums - after.sums, before.counts)
-    found: dict[str, tuple] = {}
+    found: Any = {}
     for name, tally in tallies.items():
         known = tally.estimate
         found |= {name: ("case", known.mean), name + HALF_WIDTH: ("case", known.half_width)}
@@ -105,8 +106,8 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     found = xr.Dataset(
         {name: ("rank", values) for name, values in found.items()}, attrs=name_movers(ds).attrs
     )
-    labels = {"component": names[heads]} | places
-    return found.assign_coords({name: ("rank", values) for name, values in labels.items()})
+    named = {"component": names[heads]} | places
+    return found.assign_coords({name: ("rank", values) for name, values in named.items()})
 
 
 def _done(ds: xr.Dataset) -> tuple[xr.Dataset, np.ndarray]:

@@ -5,6 +5,7 @@ kept for the top share of tokens only.
 """
 
 import json
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -168,11 +169,11 @@ def neuron_consistency(ds: xr.Dataset, share: float | None = None, count: int = 
     joined = batches(clusters(ds))
     each = [recurring(named[rank == r], prompt[rank == r], neurons, joined) for r in range(n)]
     shared = [name + end for name in ("shared_within", "shared_between") for end in ("", HALF_WIDTH)]
-    found = {name: ("rank", [one[name] for one in each]) for name in ("entries", *shared)}
+    found: dict[str, Any] = {name: ("rank", [one[name] for one in each]) for name in ("entries", *shared)}
     for name in ("neuron", "in_tokens", "in_tokens" + HALF_WIDTH, "in_prompts"):
-        found[name] = (("rank", "place"), np.reshape([one[name] for one in each], (n, neurons)))
+        found[name] = (("rank", "place"), np.array([one[name] for one in each]).reshape(n, neurons))
     found |= {"shared_by_chance": ds.sizes["rank"] ** 2 / neurons}
-    units = dict.fromkeys(("neuron", "entries", "in_tokens", "in_prompts", *SHARED), "1")
+    units: dict[str, str] = dict.fromkeys(("neuron", "entries", "in_tokens", "in_prompts", *SHARED), "1")
     return _described(heads.assign(found | {"place": np.arange(1, neurons + 1)}), units)
 
 

@@ -110,7 +110,8 @@ def _line(
     with np.errstate(invalid="ignore"):
         intercept = (total[2] - slope[:, None] * total[1])[:, 0] / total[0, :, 0]
     few = (total[0, :, 0] <= 2) | np.isnan(slope)
-    return tuple(np.where(few, np.nan, v) for v in (slope, intercept, reach))
+    slope, intercept, reach = (np.where(few, np.nan, v) for v in (slope, intercept, reach))
+    return slope, intercept, reach
 
 
 def _alike(sums: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def does_task(ds: xr.Dataset) -> xr.Dataset:
     criterion = _criterion(ds)
     if criterion is None:
         raise UsageError("the prompts of this store are no task: nothing says what the model should do")
-    counted = counted_tokens(ds) & done_cases(ds).any(0)[:, None]
+    counted = counted_tokens(ds) & np.any(done_cases(ds), axis=0)[:, None]
     if not counted.any():
         raise UsageError("this store has nothing done yet")
     right = _margins(ds, criterion.get("back", 0))[counted] > 0

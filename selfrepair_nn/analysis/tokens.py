@@ -51,7 +51,7 @@ class Tokens:
         sums, top = direct_effects(ds, done, share)
         at = top.case * done.shape[1] + top.token // ds.sizes["position"]
         shape = tuple(ds.sizes[d] for d in dims)
-        every = _usual(shape, done.any(1)) | dict(groups or {})
+        every = _usual(shape, np.any(done, axis=1)) | dict(groups or {})
         return cls(dims, shape, done, token_counts(ds, done), top, at, clusters(ds), every), sums
 
     @property
@@ -100,7 +100,7 @@ def batches(clusters: np.ndarray) -> np.ndarray:
 def clusters(ds: xr.Dataset) -> np.ndarray:
     """Index of the cluster of each prompt of a store: its document, or itself: [prompt]."""
     if "document" in ds.variables:
-        return clusters_of(ds.document.values, counted_tokens(ds).any(1))
+        return clusters_of(ds.document.values, np.any(counted_tokens(ds), axis=1))
     return np.arange(ds.sizes["prompt"])
 
 

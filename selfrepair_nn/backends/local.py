@@ -1,11 +1,8 @@
 """Where jobs run. Every backend takes units of work and gives each with its result: a dict of tensors."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from tqdm import tqdm
 
 from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.layout.experiment import Experiment
@@ -13,7 +10,7 @@ from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import load_described, structure_only
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import BACKENDS
-from selfrepair_nn.shown import shown
+from selfrepair_nn.shown import tell
 from selfrepair_nn.values import one_of
 
 Backend = Callable[[Iterable[Unit]], Iterator[tuple[Unit, dict[str, Any]]]]
@@ -48,9 +45,9 @@ def backend(name: str, model: Model) -> Backend:
 class _Local:
     """A model in this process. What does not fit its memory is done in smaller pieces, and so is what follows."""
 
-    def __init__(self, model: Model, remote: str | bool) -> None:
+    def __init__(self, model: Model, remote: Any) -> None:
         self._model, self._remote = model, remote
-        self._rows: int | None = None
+        self._tokens: int | None = None
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, Any]]]:
         for unit in units:
@@ -73,13 +70,14 @@ class _Local:
                     raise
             _free_memory()
             length = unit.arrays["tokens"].shape[1]
-            if plan.get("rows", 0) <= length:
+            if plan.get("tokens_per_pass", 0) <= length:
                 return self._from_halves(unit)
-            self._rows = max(length, plan["rows"] // 2)
-            tell(f"out of memory: going on with {self._rows} tokens in a pass")
+            self._tokens = max(length, plan["tokens_per_pass"] // 2)
+            tell(f"out of memory: going on with {self._tokens} tokens in a pass")
 
     def _smaller(self, plan: dict[str, Any]) -> dict[str, Any]:
-        return plan if self._rows is None or "rows" not in plan else plan | {"rows": self._rows}
+        known = self._tokens is not None and "tokens_per_pass" in plan
+        return plan | {"tokens_per_pass": self._tokens} if known else plan
 
     def _from_halves(self, unit: Unit) -> dict[str, Any]:
         halves = unit.halves()
@@ -119,11 +117,6 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def tell(text: str) -> None:
-    """A line for the user, above the progress bar."""
-    tqdm.write(f"selfrepair: {shown(text)}", file=sys.stderr)
 
 
 def only(runner: Backend, unit: Unit) -> dict[str, Any]:

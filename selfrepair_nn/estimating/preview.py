@@ -1,7 +1,9 @@
 """What a run would do and cost, before any weight is loaded or anything is written."""
 
-from typing import Any
+import os
+from typing import Any, Unpack
 
+from selfrepair_nn.given import Given
 from selfrepair_nn.layout.experiment import Experiment, prepare
 from selfrepair_nn.options import Options, require_known
 
@@ -9,7 +11,9 @@ LARGE = {"flops": 1e17, "units": 1000, "store_bytes": 10 * 2**30}
 """Beyond any of these a remote run is large: about ten minutes of one accelerator, a thousand jobs, 10 GiB."""
 
 
-def preview(recipe: str = "heads", *, calibrate: bool = False, **choices: Any) -> dict[str, Any]:
+def preview(
+    recipe: str | os.PathLike[str] = "heads", *, calibrate: bool = False, **choices: Unpack[Given]
+) -> dict[str, Any]:
     """The plan of a run: store, model, prompts, ablated, units, passes, tokens, flops and store_bytes.
 
     `less` says that this is the most it can be: with `select` or `until_ci` the run will find out how much it needs.

@@ -59,7 +59,7 @@ def crossing_bytes(work: Work, itemsize: int) -> int:
     `itemsize` is that of the server's dtype. What is read of each pass, what it begins with, and the probed maps; token
     ids and the like are left out.
     """
-    plans = [graph.plan(asdict(work.structure)) | {"rows": work.rows} for graph in work.graphs]
+    plans = [graph.plan(asdict(work.structure)) | {"tokens_per_pass": work.tokens_per_pass} for graph in work.graphs]
     tokens = [(block.stop - block.start) * work.length for block in work.units]
     return itemsize * sum(_crossing(plan, count) for plan in plans for count in tokens)
 
@@ -102,5 +102,6 @@ def _probe(plan: dict[str, Any], layers: int) -> int:
 
 def _widths(model: dict[str, Any]) -> dict[str, int]:
     """Numbers for each token of what a clean pass keeps."""
-    residual = dict.fromkeys(("input", "attention", "mlp", "attention_scale", "mlp_scale"), model["d_model"])
+    ends = ("input", "attention", "mlp", "attention_scale", "mlp_scale")
+    residual: dict[str, int] = dict.fromkeys(ends, model["d_model"])
     return residual | {"z": model["n_heads"] * model["d_head"], "neurons": model["d_mlp"]}

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ from selfrepair_nn.figures.needs import NEEDS
 from selfrepair_nn.figures.style import Datasets, named, save, share_of, summaries
 from selfrepair_nn.paths import local
 from selfrepair_nn.recipe import find_recipe, recipe_paths
-from selfrepair_nn.values import nearest, several, shown
+from selfrepair_nn.values import brief, nearest, several
 
 __all__ = [
     "DESCRIPTIONS",
@@ -105,7 +106,7 @@ def _sharing(figure: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 FIGURES: dict[str, Callable[..., Figure]] = {name: _sharing(module.draw) for name, module in _MODULES.items()}
-DESCRIPTIONS: dict[str, str] = {name: module.__doc__.splitlines()[0] for name, module in _MODULES.items()}
+DESCRIPTIONS: dict[str, str] = {name: (module.__doc__ or "").partition("\n")[0] for name, module in _MODULES.items()}
 
 
 def suited(datasets: Datasets) -> list[str]:
@@ -120,12 +121,12 @@ def suited(datasets: Datasets) -> list[str]:
 
 def require_figures(names: Iterable[str]) -> tuple[str, ...]:
     """These names, as a tuple. UsageError unless each is a figure's."""
-    found = several(names)
-    found = (names,) if found is None else tuple(found)
+    many = several(names)
+    found: tuple[Any, ...] = (names,) if many is None else tuple(many)
     for name in found:
         if not isinstance(name, str) or name not in FIGURES:
             raise UsageError(
-                f"no figure {shown(name)}{nearest(name, FIGURES)}; there are {', '.join(FIGURES)}"
+                f"no figure {brief(name)}{nearest(name, FIGURES)}; there are {', '.join(FIGURES)}"
             )
     return found
 
@@ -154,7 +155,8 @@ def draw(name: str, datasets: Datasets, *, share: float | None = None) -> Figure
             every token and some do not, and no share.
     """
     require_figures([name])
-    figure, why = None, None
+    figure: Any = None
+    why: Exception | None = None
     try:
         figure = FIGURES[name](datasets, share=share)
     except Exception as error:

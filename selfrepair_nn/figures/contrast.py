@@ -36,7 +36,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     stores = style.named(datasets)
     found = {name: contrast_by_head(ds) for name, ds in stores.items()}
     figure = style.new_figure(13.2, 1.0 + 4.2 * len(found))
-    figure.get_layout_engine().set(w_pad=0.1)
+    style.space(figure, w_pad=0.1)
     panels = figure.subplots(len(found), 3, squeeze=False)
     for row, (name, heads) in zip(panels, found.items(), strict=True):
         for axes, ablation in zip(row, NAMES, strict=False):

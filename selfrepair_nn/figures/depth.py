@@ -1,6 +1,7 @@
 """What figures against depth share: a dot for each head, a line through the means of each layer."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -13,7 +14,7 @@ from selfrepair_nn.figures import style
 VISIBLE = 0.004  # the least part of an axis that the eye sees as a band
 
 
-def draw_heads(axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: float, **line: str) -> None:
+def draw_heads(axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: float, **line: Any) -> None:
     """Variable `name` of each summary: heads as dots, hollow where it may be 0; the layers' means as a line.
 
     One summary is drawn by layer index, several by depth in percent of their models' layers.
@@ -31,7 +32,7 @@ def draw_heads(axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: fl
 
 
 def draw_means(
-    axes: Axes, heads: xr.Dataset, name: str, share: float, index: int, alone: bool, **line: str
+    axes: Axes, heads: xr.Dataset, name: str, share: float, index: int, alone: bool, **line: Any
 ) -> None:
     """Means over the heads of each layer with their intervals, in the colour of the summary with this index."""
     look = {"linewidth": 2, "marker": style.marker(index), "markersize": 3.5, "zorder": 3}

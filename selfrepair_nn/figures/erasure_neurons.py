@@ -1,5 +1,7 @@
 """The most repairing neuron of each token: its direct effect before and after the ablation (the paper's Figure 7)."""
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -28,14 +30,13 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     found = style.summaries(datasets, share, erasure_neurons)
     figure, drawn = panels.of_heads(found, 4.6, 4.6)
     colours = panels.diverging(head.mlp_direct_effect.values for _, head, _ in drawn)
-    for axes, head, title in drawn:
-        dots = _draw_head(axes, head, title, colours)
-    panels.colour_bar(figure, dots, "direct effect of the whole MLP (logits)")
+    dots = [_draw_head(axes, head, title, colours) for axes, head, title in drawn]
+    panels.colour_bar(figure, dots[-1], "direct effect of the whole MLP (logits)")
     panels.explain(figure, found, READING, share, "anti_erasing")
     return figure
 
 
-def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, object]) -> PathCollection:
+def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, Any]) -> PathCollection:
     entries = int(head.entries)
     names = ("neuron_direct_effect", "ablated_neuron_direct_effect", "mlp_direct_effect")
     clean, ablated, whole = (head[name].values[:entries] for name in names)
@@ -48,7 +49,7 @@ def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, obje
     axes.set_xlabel("direct effect of the neuron, clean (logits)")
     axes.set_ylabel("after the ablation (logits)")
     above = axes.inset_axes((0, 1.02, 1, 0.16), sharex=axes)
-    above.hist(clean, bins=np.linspace(*axes.get_xlim(), BINS), color=style.SHADE, alpha=0.6)
+    above.hist(clean, bins=np.linspace(*axes.get_xlim(), BINS).tolist(), color=style.SHADE, alpha=0.6)
     above.axvline(0, **line)
     above.tick_params(labelbottom=False, labelleft=False, left=False, bottom=False)
     above.grid(False)

@@ -33,7 +33,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """
     found = style.summaries(datasets, share, induction_by_head)
     figure = style.new_figure(9.6, 1.1 + 3.7 * len(found))
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    style.space(figure, w_pad=0.12, h_pad=0.08)
     panels = figure.subplots(len(found), 2, squeeze=False)
     for row, (name, heads) in zip(panels, found.items(), strict=True):
         _draw_scores(row[0], heads)

@@ -33,7 +33,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """
     found = {name: (name_movers(ds), backups(ds)) for name, ds in style.named(datasets).items()}
     figure = style.new_figure(10.5, 1.3 + 3.4 * len(found))
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    style.space(figure, w_pad=0.12, h_pad=0.1)
     panels = figure.subplots(len(found), 2, squeeze=False)
     for row, (name, (movers, rising)) in zip(panels, found.items(), strict=True):
         _draw_movers(row[0], movers)

@@ -23,17 +23,19 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     found = style.summaries(datasets, share, neuron_changes)
     figure, drawn = panels.of_heads(found, 4.6, 3.5)
     colours = panels.diverging(head.median_direct_effect.values for _, head, _ in drawn)
+    dots = []
     for axes, head, title in drawn:
         last = np.argsort(abs(head.median_direct_effect.values), kind="stable")
         seen = head.isel(place=last)
         look = {"s": 13, "linewidth": 0, "rasterized": True, "zorder": 2}
-        dots = axes.scatter(seen.place, seen.cumulative_size, c=seen.median_direct_effect, **look, **colours)
+        look |= {"c": seen.median_direct_effect} | colours
+        dots.append(axes.scatter(seen.place, seen.cumulative_size, **look))
         axes.axvline(float(head.rising) + 0.5, color=style.MUTED, linestyle=":", linewidth=1)
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(style.as_percent)
         axes.set_title(title)
         axes.set_xlabel("neurons, most repairing first")
         axes.set_ylabel("cumulative absolute change")
-    panels.colour_bar(figure, dots, "median direct effect of the neuron (logits)")
+    panels.colour_bar(figure, dots[-1], "median direct effect of the neuron (logits)")
     panels.explain(figure, found, READING, share, None)
     return figure

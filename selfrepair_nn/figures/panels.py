@@ -1,6 +1,7 @@
 """Figures with a panel for each of a few heads."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -28,7 +29,7 @@ def of_heads(
     columns = min(most, 2) if alone else most
     rows = -(-most // columns) * len(found)
     figure = style.new_figure(0.4 + width * columns, 1.2 + height * rows)
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
+    style.space(figure, h_pad=0.1, w_pad=0.08)
     axes = figure.subplots(rows, columns, squeeze=False).reshape(len(found), -1)
     panels = []
     for row, (name, heads) in zip(axes, found.items(), strict=True):
@@ -46,7 +47,7 @@ def label(head: xr.Dataset) -> str:
     return Head(int(head["layer"]), int(head["head"])).label
 
 
-def diverging(values: Iterable[np.ndarray]) -> dict[str, object]:
+def diverging(values: Iterable[np.ndarray]) -> dict[str, Any]:
     """Colours for numbers of either sign, the same for all of these arrays: blue above zero, red below."""
     sizes = np.abs(np.concatenate([np.ravel(v) for v in values]))
     sizes = sizes[np.isfinite(sizes)]

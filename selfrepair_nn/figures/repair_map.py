@@ -1,5 +1,7 @@
 """What every component does when each head is ablated: a map of the mean changes on the head's top tokens."""
 
+from typing import Any, cast
+
 import numpy as np
 import xarray as xr
 from matplotlib import colormaps
@@ -45,7 +47,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             "pad": 0.01,
             "aspect": 40,
             "extend": "both",
-            "ticks": _ticks(image.norm.vmax),
+            "ticks": _ticks(cast(float, image.norm.vmax)),
             "format": _plain,
         }
         figure.colorbar(image, ax=row, label=label, **looks).outline.set_visible(False)
@@ -70,9 +72,10 @@ def _draw_store(panels: np.ndarray, pairs: xr.Dataset) -> AxesImage:
         parts.append((repair[:, columns], clear[:, columns], *ends))
     scale = _scale([*(values for values, *_ in parts), norm])
     parts.append((norm, norm_clear, ([], []), []))
+    images = []
     for axes, (values, alpha, labels, edges) in zip(panels, parts, strict=True):
         look = {"cmap": COLOURS, "norm": scale, "aspect": "auto", "interpolation": "nearest"}
-        image = axes.imshow(values, alpha=alpha, **look)
+        images.append(axes.imshow(values, alpha=alpha, **look))
         axes.grid(False)
         axes.xaxis.set_ticks(*labels)
         axes.yaxis.set_ticks(*_middles(rows, LABELS["head"]))
@@ -83,10 +86,10 @@ def _draw_store(panels: np.ndarray, pairs: xr.Dataset) -> AxesImage:
     for axes in panels[:2]:
         axes.set_xlabel("layer")
     panels[0].set_ylabel("layer of the ablated head")
-    return image
+    return images[-1]
 
 
-def _mark(axes: Axes, rows: np.ndarray, columns: np.ndarray) -> None:
+def _mark(axes: Axes, rows: np.ndarray, columns: Any) -> None:
     """Thin lines between layers."""
     look = {"color": "#D0D0D0", "linewidth": 0.3}
     for edge in rows:
@@ -109,7 +112,7 @@ def _middles(layers: np.ndarray, most: int) -> tuple[list[float], list[str]]:
 def _scale(panels: list[np.ndarray]) -> FuncNorm:
     """Signed square roots, to the same length on both sides of zero."""
     sizes = [abs(values[np.isfinite(values) & (values != 0)]) for values in panels]
-    most = max((np.percentile(each, SHOWN) for each in sizes if each.size), default=1e-6)
+    most = max((float(np.percentile(each, SHOWN)) for each in sizes if each.size), default=1e-6)
     roots = (lambda v: np.sign(v) * np.sqrt(abs(v)), lambda v: np.sign(v) * v**2)
     return FuncNorm(roots, -most, most)
 
@@ -120,5 +123,5 @@ def _ticks(most: float) -> list[float]:
     return [*(-value for value in reversed(rounded)), 0, *rounded]
 
 
-def _plain(value: float, _position: int) -> str:
+def _plain(value: float, _position: float) -> str:
     return f"{value:g}".replace("-", "\N{MINUS SIGN}")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -13,6 +14,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -60,7 +62,8 @@ def settings(**changes: str) -> Iterator[None]:
     """This module's settings, whatever the caller's are; those are back afterwards. Usable as a decorator."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS | changes)
+        look: Any = SETTINGS | changes
+        matplotlib.rcParams.update(look)
         yield
 
 
@@ -117,7 +120,7 @@ def marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
 
 
-def as_percent(value: float, _position: int) -> str:
+def as_percent(value: float, _position: float) -> str:
     """A tick's label where an axis shows shares."""
     return f"{100 * value:,.10g}%".replace("-", "\N{MINUS SIGN}")
 
@@ -127,6 +130,12 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def space(figure: Figure, w_pad: float | None = None, h_pad: float | None = None) -> None:
+    """Room around the panels: w_pad and h_pad, in inches."""
+    engine = cast(ConstrainedLayoutEngine, figure.get_layout_engine())
+    engine.set(w_pad=w_pad, h_pad=h_pad)
 
 
 def heading(figure: Figure, found: Mapping[str, xr.Dataset], told: str | None = None) -> None:
@@ -182,7 +191,7 @@ def typical(found: Mapping[str, xr.Dataset], name: str) -> str:
     return f"typically {reach(np.nanmedian(widths))}" if np.isfinite(widths).any() else ""
 
 
-def line(axes: Axes, x: np.ndarray, y: np.ndarray, half_width: np.ndarray, **look: object) -> None:
+def line(axes: Axes, x: np.ndarray, y: np.ndarray, half_width: np.ndarray, **look: Any) -> None:
     """A line through means, with their intervals where there are any."""
     axes.plot(x, y, **look)
     if np.isfinite(half_width).any():
@@ -275,7 +284,7 @@ def _offsets() -> list[tuple[float, float]]:
     return [(r * np.cos(turn), r * np.sin(turn)) for r in (5, 9, 14, 20, 28, 38) for turn in turns]
 
 
-def _annotate(axes: Axes, label: str, place: np.ndarray, offset: tuple[float, float]) -> Text:
+def _annotate(axes: Axes, label: str, place: Any, offset: tuple[float, float]) -> Text:
     sides = {-1: "right", 0: "center", 1: "left"}
     align = sides[int(np.sign(np.round(offset[0])))]
     far = np.hypot(*offset) > 6
@@ -286,7 +295,8 @@ def _annotate(axes: Axes, label: str, place: np.ndarray, offset: tuple[float, fl
 
 def _first_free(axes: Axes, others: np.ndarray, attempts: Iterable[Callable[[], Text]]) -> None:
     """Keep the first text that covers nothing, of those that the attempts write."""
-    renderer = axes.figure.canvas.get_renderer()
+    canvas: Any = axes.figure.canvas
+    renderer = canvas.get_renderer()
     frame, points = axes.get_window_extent(renderer), axes.transData.transform(others)
     taken = [_box(written, renderer) for written in axes.texts]
     for attempt in attempts:

@@ -32,7 +32,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     columns = min(most, 2 if alone else 4)
     rows = -(-most // columns) * len(found)
     figure = style.new_figure(0.4 + 4.4 * columns, 1.2 + 4.3 * rows)
-    figure.get_layout_engine().set(h_pad=0.08)
+    style.space(figure, h_pad=0.08)
     panels = figure.subplots(rows, columns, squeeze=False).reshape(len(found), -1)
     for row, (name, tokens) in zip(panels, found.items(), strict=True):
         for rank, axes in enumerate(row):

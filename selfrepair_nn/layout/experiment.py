@@ -1,10 +1,11 @@
 """From a user's choices to everything a run needs to know, before any weight is loaded."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, Variants
-from selfrepair_nn.layout.packing import ROWS
+from selfrepair_nn.layout.packing import TOKENS_PER_PASS
 from selfrepair_nn.layout.plan import Work, default_block
 from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
@@ -58,7 +59,7 @@ class Experiment:
     @property
     def heads(self) -> tuple[Head, ...]:
         """The ablated heads of a grid, in the order of the cases."""
-        return tuple(case[0] for case in self.graph.ablate)
+        return cast(tuple[Head, ...], tuple(case[0] for case in self.graph.ablate))
 
     @property
     def undecided(self) -> bool:
@@ -295,7 +296,7 @@ def _first_layer(case: tuple[Any, ...]) -> int:
     return min(site.layer for site in case)
 
 
-def prepare(recipe: str, options: Options) -> Experiment:
+def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
     """Read the model's configuration and the prompts, and lay out the work. No weight is loaded, nothing is written.
 
     Raises:
@@ -304,7 +305,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
     found, options = requested(recipe, options)
     options = replace(options, model=accepted(options.model))
     given = options.model if isinstance(options.model, Model) else None
-    description = given.description if given else describe(options.model, options.revision)
+    description = given.description if given else describe(cast(str, options.model), options.revision)
     structure = description.structure
     sizes = Sizes(structure.n_layers, structure.n_heads, structure.max_length)
     dtype = AS_SERVED if options.served else given.dtype if given else options.dtype
@@ -318,7 +319,7 @@ def prepare(recipe: str, options: Options) -> Experiment:
     if graphs[next(iter(graphs))].neurons is not None and options.components == "all":
         raise UsageError("neurons are kept for the top share of tokens: choose components 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
-    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.rows or ROWS)
+    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.tokens_per_pass or TOKENS_PER_PASS)
     lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])
     _require_statistics(options, work)
     order = _order(options, prompts.n)

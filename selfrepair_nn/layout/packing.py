@@ -7,17 +7,17 @@ from typing import Any
 
 from selfrepair_nn.models.architectures import Structure
 
-ROWS = 2304
+TOKENS_PER_PASS = 2304
 """Where products no longer gain from being larger, on a processor; and what a server is asked for."""
 LEAST = 600
 """Below this, what every pass costs beside its products shows."""
 SHARE_OF_MEMORY = {"cpu": 1 / 8, "cuda": 1 / 2}
-MOST = {"cpu": ROWS, "cuda": 65536}
+MOST = {"cpu": TOKENS_PER_PASS, "cuda": 65536}
 GAIN = 1.1
 """More threads are taken if they make a product this much faster: they are missing elsewhere."""
 
 
-def rows_for(structure: Structure, itemsize: int, length: int, memory: int, kind: str) -> int:
+def tokens_for(structure: Structure, itemsize: int, length: int, memory: int, kind: str) -> int:
     """Tokens in a pass that fit a share of the free `memory` in bytes, on a device of this kind: "cpu" or "cuda"."""
     wanted = int(memory * SHARE_OF_MEMORY[kind] / bytes_for_token(structure, itemsize, length))
     return max(LEAST, length, min(MOST[kind], wanted))
@@ -45,13 +45,13 @@ def free_memory(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def fitting_rows(model: Any, length: int, processes: int = 1) -> int:
+def fitting_tokens(model: Any, length: int, processes: int = 1) -> int:
     """Tokens in a pass of a loaded model, for prompts of this length, in each of several processes."""
     import torch
 
     kind = "cuda" if model.device.startswith("cuda") else "cpu"
     itemsize = getattr(torch, model.dtype).itemsize
-    return rows_for(model.structure, itemsize, length, free_memory(model.device) // processes, kind)
+    return tokens_for(model.structure, itemsize, length, free_memory(model.device) // processes, kind)
 
 
 @contextmanager
@@ -95,5 +95,5 @@ def _candidates(most: int) -> list[int]:
 
 def _seconds(left: Any, right: Any) -> float:
     began = time.perf_counter()
-    left @ right
+    _ = left @ right
     return time.perf_counter() - began

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from selfrepair_nn.components import Component, components
+from selfrepair_nn.components import Component, Head, components
 from selfrepair_nn.graph import Graph, writes_attention_bias
 from selfrepair_nn.models.architectures import Structure
 from selfrepair_nn.quantities import RANKS, Quantity
@@ -20,8 +20,8 @@ BLOCK_TOKENS = 512
 class Work:
     """The units of a run: every case of the graph, in every variant, on each block of prompts.
 
-    `variants` are the graphs by label, along `axis` where there are several. `rows` is the number of tokens in one
-    forward pass, `block` the number of prompts in a unit.
+    `variants` are the graphs by label, along `axis` where there are several. `tokens_per_pass` is the number of
+    tokens in one forward pass, `block` the number of prompts in a unit.
     """
 
     axis: str | None
@@ -30,7 +30,7 @@ class Work:
     prompts: int
     length: int
     block: int
-    rows: int
+    tokens_per_pass: int
 
     @property
     def graphs(self) -> list[Graph]:
@@ -107,7 +107,7 @@ class Work:
         s, tokens, ablated = self.structure, self.prompts * self.length, self._first.ablate
         cases = len(ablated)
         starts = Counter(min(site.layer for site in case) for case in ablated)
-        per_pass = max(1, self.rows // (self.block * self.length))
+        per_pass = max(1, self.tokens_per_pass // (self.block * self.length))
         clean_passes = sum(1 + graph.replaced_by.reads_text for graph in self.graphs)
         depth = sum(count * (s.n_layers - layer - s.parallel) for layer, count in starts.items())
         return {
@@ -124,7 +124,10 @@ class Work:
     def _first(self) -> Graph:
         """The graph; where heads are yet to be found, that of the first ones."""
         graph = self.graph
-        return graph.of([case[0] for case in graph.ablate[: graph.strongest]]) if graph.undecided else graph
+        if not graph.undecided:
+            return graph
+        first = [case[0] for case in graph.ablate[: graph.strongest]]
+        return graph.of(cast(list[Head], first))
 
 
 def default_block(length: int) -> int:

@@ -77,4 +77,5 @@ class Sweep:
 
 def plans(experiment: Experiment, layout: dict[str, Any]) -> list[dict[str, Any]]:
     """The plan of each variant, for a model of this layout."""
-    return [graph.plan(layout) | {"rows": experiment.work.rows} for graph in experiment.work.graphs]
+    work = experiment.work
+    return [graph.plan(layout) | {"tokens_per_pass": work.tokens_per_pass} for graph in work.graphs]

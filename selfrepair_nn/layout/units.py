@@ -155,8 +155,8 @@ def _leaves(found: Mapping[Any, Any], outer: str = "") -> list[tuple[str, Any]]:
 def _nested(shapes: Shapes, values: Any) -> dict[Any, Any]:
     """Values in the order of `_leaves`, named and nested as the shapes are."""
     return {
-        name: _nested(shapes[name], values) if isinstance(shapes[name], Mapping) else next(values)
-        for name in sorted(shapes, key=str)
+        name: _nested(shape, values) if isinstance(shape, Mapping) else next(values)
+        for name, shape in sorted(shapes.items(), key=lambda pair: str(pair[0]))
     }
 
 

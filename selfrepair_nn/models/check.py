@@ -130,7 +130,7 @@ def _ablate(model, tokens, heads, replacement, record):
     from selfrepair_nn.tracing.session import run_session
 
     graph = Graph(ablate=sweep(heads), replacement=replacement, record=record)
-    return run_session(ablation_job, model.nn, _arrays(tokens), graph.plan(model.layout) | {"rows": ROWS})
+    return run_session(ablation_job, model.nn, _arrays(tokens), graph.plan(model.layout) | {"tokens_per_pass": ROWS})
 
 
 def _closure(found):

@@ -225,7 +225,8 @@ def _called(hook: Any) -> str:
 
 
 def _as_list(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else list(names() if callable(names) else names)
+    found: Any = names() if callable(names) else names
+    return [found] if isinstance(found, str) else list(found)
 
 
 def _hashed(raw: bytes) -> str:

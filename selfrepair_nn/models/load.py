@@ -181,9 +181,10 @@ def _module(description: Description, dtype: str, device: str) -> Any:
 
     source = description.source
     with _explained(source):
-        module, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=getattr(torch, dtype), output_loading_info=True, **SAFE, **source.arguments
         )
+    module, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise SelfRepairError(
             f"the files of model {source.name!r} lack {len(missing)} of its weights (for example {missing[0]}): "

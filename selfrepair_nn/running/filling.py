@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def learn(store: Store, experiment: Experiment, layout: dict[str, Any], runner: 
         limits = _ranked(store, experiment, run_plans[0], runner)
     elif experiment.shared:
         limits = top_thresholds(experiment, direct_effects(experiment, run_plans[0], runner))
-    if not experiment.selective:
+    if limits is None or not experiment.selective:
         return Known(constants, limits, None)
     wanted = _wanted(store, experiment, limits)
     if _whole_lengths(store, experiment, layout, runner):
@@ -129,7 +129,7 @@ class Filling:
 
     def _measured(self, block: slice, found: dict[str, Any]) -> dict[str, np.ndarray]:
         """A job's result as arrays with everything that follows from it; NaN where only top tokens are kept."""
-        experiment, limits = self._experiment, self._known.limits
+        experiment, limits = self._experiment, cast(np.ndarray, self._known.limits)  # where any are asked for
         measured = {name: value.numpy() for name, value in found.items()}
         if experiment.shared:
             _unpack(measured, experiment.top(measured["direct_effect"], limits, block))

@@ -53,7 +53,7 @@ def undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
-        if POSIX:
+        if blocked is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
             signal.signal(number, handler)

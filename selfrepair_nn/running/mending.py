@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from selfrepair_nn.backends.local import tell
 from selfrepair_nn.contents import Contents, Damage
 from selfrepair_nn.description import COPY, FIXED, NOTES, NOTES_GROUP, ROOT, described
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import Files, sealed
 from selfrepair_nn.integrity import named
 from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.shown import tell
 from selfrepair_nn.store import Store, explained, take_notes
 
 DECIDING = ("layer", "head", "case", "selected")

@@ -46,7 +46,7 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
         replacement="identity",
         target=experiment.graph.target,
     )
-    plan = graph.plan(layout) | {"rows": experiment.work.rows, "shaken": True}
+    plan = graph.plan(layout) | {"tokens_per_pass": experiment.work.tokens_per_pass, "shaken": True}
     shapes = ablation_shapes(plan, experiment.work.sizes, packed=False)
     rows = _first_counted(experiment)
     unit = Unit(

@@ -57,7 +57,7 @@ class _Answer:
     def __init__(self, store: Store, experiment: Experiment) -> None:
         self._store, self._experiment = store, experiment
         self._limits = store.read("threshold")[experiment.selected]
-        self._clusters = clusters_of(experiment.prompts.document, experiment.counted.any(1))
+        self._clusters = clusters_of(experiment.prompts.document, np.any(experiment.counted, axis=1))
         self._tally = Tally.empty(len(self._limits), self._clusters)
         self._used = np.zeros(len(self._limits), int)
 

@@ -1,30 +1,32 @@
 """Running an experiment: one unit after the other into the store, resumable wherever it stops."""
 
 import json
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, Unpack
 
 import xarray as xr
 from tqdm import tqdm
 
 from selfrepair_nn import provenance
-from selfrepair_nn.backends.local import Backend, backend, loaded, tell, with_enough_memory
+from selfrepair_nn.backends.local import Backend, backend, loaded, with_enough_memory
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
 from selfrepair_nn.estimating.preview import large, preview_of, preview_text
+from selfrepair_nn.given import Given
 from selfrepair_nn.integrity import verify
 from selfrepair_nn.layout.experiment import Experiment, prepare
-from selfrepair_nn.layout.packing import computing_with, fitting_rows
+from selfrepair_nn.layout.packing import computing_with, fitting_tokens
 from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
-from selfrepair_nn.options import Options, require_known
+from selfrepair_nn.options import Options, current, require_known
 from selfrepair_nn.running.filling import Filling, finished, learn
 from selfrepair_nn.running.interruption import interruptible
 from selfrepair_nn.running.mending import mend, undecided
@@ -40,17 +42,17 @@ from selfrepair_nn.running.opening import (
 from selfrepair_nn.running.preliminaries import strongest
 from selfrepair_nn.running.rounds import rounds
 from selfrepair_nn.running.workers import Workers
-from selfrepair_nn.shown import line
+from selfrepair_nn.shown import line, tell
 from selfrepair_nn.store import Store, open_store
 
 
 def run(
-    recipe: str = "heads",
+    recipe: str | os.PathLike[str] = "heads",
     *,
     progress: bool | None = None,
     command: str = "",
     confirm: Callable[[str], bool] | None = None,
-    **choices: Any,
+    **choices: Unpack[Given],
 ) -> xr.Dataset:
     """Run a recipe, or resume it where it stopped, and open its store.
 
@@ -59,7 +61,7 @@ def run(
         progress: True or False; None shows a bar on stderr if that is a terminal.
         command: what the store says made it; default: this call.
         confirm: asked, with the plan, before a large remote run that `yes` does not allow; None refuses it.
-        choices: the fields of `Options`: model, prompts, out, tokens, layers, heads, ablation …
+        choices: the options of a run: model, prompts, out, tokens, layers, heads, ablation …
 
     Returns the store's dataset, lazily; `dataset.encoding["source"]` is its path.
 
@@ -179,12 +181,13 @@ def _fill(
 def _packed(store: Store, experiment: Experiment, model: Model) -> Experiment:
     """With as many tokens in a pass as fit; as many as before where the run goes on: numbers round alike."""
     o = experiment.options
-    if o.served or o.rows:
+    if o.served or o.tokens_per_pass:
         return experiment
-    rows = store.attributes.get("rows") or fitting_rows(model, experiment.prompts.length, o.workers)
-    if "rows" not in store.attributes:
-        store.annotate(rows=rows)
-    return replace(experiment, work=replace(experiment.work, rows=int(rows)))
+    tokens = current(store.attributes).get("tokens_per_pass")
+    if not tokens:
+        tokens = fitting_tokens(model, experiment.prompts.length, o.workers)
+        store.annotate(tokens_per_pass=tokens)
+    return replace(experiment, work=replace(experiment.work, tokens_per_pass=int(tokens)))
 
 
 def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:

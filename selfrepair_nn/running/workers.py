@@ -41,7 +41,7 @@ class Workers:
         self._bar = bar
         context, self._count = _context(), o.workers
         devices = context.Queue()
-        alone = replace(o, workers=1, check=False, rows=experiment.work.rows)
+        alone = replace(o, workers=1, check=False, tokens_per_pass=experiment.work.tokens_per_pass)
         threads = o.threads or fitting_threads(
             experiment.description.structure, max(1, (os.cpu_count() or 1) // o.workers)
         )

@@ -28,7 +28,7 @@ def ablation_job(model, arrays, plan, tick=None):
             "thresholds" [case], if given: see below; with them "counted" [prompt, position], if given: which tokens
             count, else all do; "wanted" [case, prompt], if given: how many positions of each
             prompt are wanted for each case, the rest being NaN.
-        plan: what graph.Graph.plan gives, and "rows" (tokens in a pass).
+        plan: what graph.Graph.plan gives, and "tokens_per_pass".
         tick: called with the number of rows, a case on a prompt each, after each pass (only in
             the caller's process).
 

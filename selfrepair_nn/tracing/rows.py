@@ -50,7 +50,7 @@ class Batch:
 
 
 def batches(cases, plan, tokens, wanted=None):
-    """Share the work out among passes: one start each, and at most `rows` tokens (but at least one row).
+    """Share the work out among passes: one start each, and at most `tokens_per_pass` tokens (but at least one row).
 
     Args:
         tokens: ids [prompt, position].
@@ -68,7 +68,7 @@ def batches(cases, plan, tokens, wanted=None):
         whole = n if wanted is None else 1
         while len(rows):
             longest = int(lengths.flatten()[rows[0]])
-            size = max(1, plan["rows"] // (longest * whole)) * whole
+            size = max(1, plan["tokens_per_pass"] // (longest * whole)) * whole
             found.append(_batch(start, rows[:size].sort()[0], group, tokens, longest))
             rows = rows[size:]
     return found

@@ -32,7 +32,7 @@ KINDS = {
     "model": Kind("the server cannot serve this model", "choose one that runs there (`selfrepair doctor --host URL` lists them) or have it deployed"),
     "start": Kind("the server failed to start this model", "choose one that runs there (`selfrepair doctor --host URL` lists them) or try again later", 2),
     "time": Kind("the job exceeded the server's time limit", "fewer prompts a job (--batch-size)", 2, True),
-    "memory": Kind("the server ran out of memory", "fewer prompts a job (--batch-size) or fewer tokens a pass (--rows)", 2, True),
+    "memory": Kind("the server ran out of memory", "fewer prompts a job (--batch-size) or fewer tokens a pass (--tokens-per-pass)", 2, True),
     "size": Kind("the request or its result is too large", "fewer prompts a job (--batch-size)", 2, True),
     "busy": Kind("the server failed while it had the job", "try again later", 5, True),
     "unheard": Kind("the server took the request and never told of the job", "look at the server (`selfrepair doctor --host URL`)", 3),

@@ -27,6 +27,7 @@ class Service(Protocol):
 
     def pack(self, unit: Unit) -> bytes:
         """The request, ready to be sent."""
+        ...
 
     def send(self, request: bytes, job: str) -> str | None:
         """The id under which the server took the request, or None if that is not known."""
@@ -67,7 +68,10 @@ class _Piece:
         """The result, joined from the parts, or None as long as one is missing."""
         if any(leaf.result is None for leaf in self.leaves()):
             return None
-        return self.unit.join(*(part.gathered() for part in self.parts)) if self.parts else self.result
+        return self._joined()
+
+    def _joined(self) -> Any:
+        return self.unit.join(*(part._joined() for part in self.parts)) if self.parts else self.result
 
 
 class JobsInFlight:
@@ -195,9 +199,10 @@ class _Round:
 
     def _land(self, piece: _Piece, answer: Answer) -> None:
         """Fetch a result, and take it if it is what was asked for."""
+        fetched, found, size = None, None, 0
         try:
             fetched = self._flight.service.fetch(answer.result)
-            found, size = fetched if fetched else (None, 0)
+            found, size = fetched or (None, 0)
             flaw = piece.unit.flaw(found) if fetched else None
         except Fault as fault:
             if fault.kind == "unreachable":

@@ -1,7 +1,7 @@
 """A model on an NDIF server as a backend: its requests, what is asked of it before the first, what is kept of it."""
 
 import uuid
-from typing import Any
+from typing import Any, cast
 
 from nnsight import register
 from nnsight.schema.request import RequestModel
@@ -136,7 +136,7 @@ def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFli
     """
     flight = jobs_in_flight(options, model, ledger)
     dtype = str(only(flight, first_unit(model.layout))["residual"].dtype).removeprefix("torch.")
-    server = flight.service.server
+    server = cast(ServedModel, flight.service).server
     versions = server.environment()
     kept = {"host": server.host} | {name: versions[name] for name in SHARED if name in versions}
     return flight, {"dtype": dtype, "server": kept}

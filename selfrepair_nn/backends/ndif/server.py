@@ -113,7 +113,8 @@ class Server:
         if answer.status_code != 200:
             raise refusal(answer.status_code, _detail(answer))
         found = _parsed(answer)
-        return Answer(*_named(found, "status"), found.get("description") or "", found.get("data") or "")
+        (status,) = _named(found, "status")
+        return Answer(status, found.get("description") or "", found.get("data") or "")
 
     def fetch(self, address: str) -> tuple[dict[str, Any], int] | None:
         """A result and the bytes that it took, or None if it is not kept there any more."""
@@ -167,9 +168,9 @@ class Server:
             raise Fault("unreachable", f"{self.host}: {error or type(error).__name__}") from None
 
     def _say(self, state: RetryCallState) -> None:
-        error = state.outcome.exception()
+        error = state.outcome and state.outcome.exception()
         said = line(error, LONGEST_SAID) or type(error).__name__
-        self._notify(f"{self.host} does not answer ({said}); trying again in {state.next_action.sleep:.1f} s")
+        self._notify(f"{self.host} does not answer ({said}); trying again in {state.upcoming_sleep:.1f} s")
 
 
 def pause_before(attempt: int) -> float:

@@ -1,0 +1,57 @@
+"""What may be written for each option, for people and checkers; `options` has what is kept of it, with its meaning.
+
+Whole numbers are whatever counts (Python's, NumPy's, a tensor of one), and None stands for an option's default.
+"""
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict
+
+Whole = SupportsIndex | None
+Real = SupportsFloat | None
+Place = str | PathLike[str] | None
+Layers = str | SupportsIndex | slice | Iterable[Any] | None
+
+
+class Given(TypedDict, total=False):
+    """The options of a run, by name."""
+
+    model: Any
+    prompts: Any
+    out: Place
+    tokens: Whole
+    length: Whole
+    bos: Literal["auto", "always", "never"] | None
+    partners: Any
+    layers: Layers
+    heads: Any
+    ablation: str | None
+    target: str | None
+    value_bias: Literal["output", "head"] | None
+    freeze: str | None
+    components: Literal["none", "top", "all"] | None
+    share: Real
+    select: Literal["all", "top-share"] | None
+    until_ci: Real
+    ci_of: Literal["heads", "layers"] | None
+    param: str | Iterable[str] | Mapping[str, Any] | None
+    dtype: Any
+    device: Any
+    revision: str | None
+    split: str | None
+    column: str | None
+    prompts_revision: str | None
+    seed: Whole
+    mean_prompts: Whole
+    batch_size: Whole
+    tokens_per_pass: Whole
+    workers: Whole
+    threads: Whole
+    shard: str | tuple[int, int] | None
+    backend: Literal["local", "simulated"] | None
+    check: bool | None
+    remote: bool | None
+    host: str | None
+    in_flight: Whole
+    patience: Whole
+    yes: bool | None
