@@ -191,6 +191,17 @@ def select_heads(layers: Any, heads: Any, n_layers: int, n_heads: int) -> tuple[
     return tuple(kept)
 
 
+def late_heads(structure: Any, options: Any) -> tuple[Head, ...]:
+    """The heads that `options` choose; where they choose neither layers nor heads, those of the last third of the layers.
+
+    `structure` has n_layers and n_heads, as a model's has. Errors as in `select_heads`.
+    """
+    layers, heads = options.layers, options.heads
+    if layers is None and heads is None:
+        layers = f"{2 * structure.n_layers // 3}:"
+    return select_heads(layers, heads, structure.n_layers, structure.n_heads)
+
+
 def _layers(spec: str, n_layers: int) -> list[int]:
     found: list[int] = []
     for part in _parts(spec, "layers"):

@@ -67,6 +67,7 @@ _ALL = (
     Variable("partner", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
     Variable("ablation", (), "1", "ablation", "What the ablated site's activations were replaced by.", "string"),
     Variable("case", ("case",), "1", "case", "What is ablated: sites joined by + are replaced together.", "string"),
+    Variable("case_sites", ("case",), "1", "sites of the case", "Its sites as JSON: a list of kind and numbers for each, such as [[\"head\", 9, 6]].", "string"),
     Variable("case_layer", ("case",), "1", "layer of the case", "First layer that the case ablates.", "int"),
     Variable("other", TOKEN, "1", "other token id", "Token whose logit is subtracted from the target's.", "int"),
     Variable("other_text", TOKEN, "1", "other token", "That token, as text.", "string"),

@@ -60,7 +60,8 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
 def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """What `by_head` gives, over (case): where several heads are ablated at once, or layers, or MLPs.
 
-    `case_layer` is the first layer that each ablates. Memory and errors as in `by_head`.
+    `case_sites` are the sites that each ablates, as in a store, `case_layer` is the first layer of these. Memory and
+    errors as in `by_head`.
     """
     share = share_of(ds, share)
     if "top_self_repair" in ds:
@@ -72,7 +73,7 @@ def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None 
     """`by_head` of a store that is checked; with GROUP_x_half_width of further `groups` of heads."""
     dims = sites(ds)
     found = dict(_read_off(ds, share, groups or {}))
-    labels = {name: ds[name].variable for name in (*dims, "case_layer") if name in ds.coords}
+    labels = {name: ds[name].variable for name in (*dims, "case_sites", "case_layer") if name in ds.coords}
     heads = xr.Dataset(found, labels, ds.attrs)
     heads = heads.assign(selected=ds.selected.variable.load(), noise_floor=_noise_floor(ds))
     heads = heads.assign({name: ds[name].variable.load() for name in ESTIMATED if name in ds})

@@ -80,7 +80,7 @@ def differences(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     found = {
         name: ((axis, *dims), np.stack([row[name][1] for row in rows])) for name, (dims, _) in rows[0].items()
     }
-    labels = {d: ds[d].variable for d in (axis, *sites(ds), "case_layer") if d in ds.coords}
+    labels = {d: ds[d].variable for d in (axis, *sites(ds), "case_sites", "case_layer") if d in ds.coords}
     return _describe(xr.Dataset(found, labels, ds.attrs))
 
 

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among, percent, token_noise
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import plane, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import plane, style, suiting
 
-TAKES = "tokens"
 CELLS = 80
 READING = (
     "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's {top}. "
@@ -20,7 +20,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.ON_EVERY_TOKEN, name=__name__, about=__doc__, every_token=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `token_noise` chooses; several stores have a row each.
 
