@@ -40,6 +40,7 @@ _PLACES = {
     "ioi_prompts": "tasks:ioi_prompts",
     "repeated_prompts": "tasks:repeated_prompts",
     "edited_prompts": "tasks:edited_prompts",
+    "sites_of": "case_sites:sites_of",
     "select_heads": "components:select_heads",
     "late_heads": "components:late_heads",
     "Options": "options:Options",

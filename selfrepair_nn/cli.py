@@ -15,7 +15,7 @@ import click
 
 from selfrepair_nn import __version__
 from selfrepair_nn.ending import ENDING
-from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError, Told
+from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import Options
 from selfrepair_nn.shown import line, message, shown
 
@@ -29,7 +29,6 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed, 2 not a valid request, 75 interrupted but resumable, 130 interrupted.
     """
-    warnings.formatwarning = _warning
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -172,7 +171,7 @@ def plot(
     They are those that the first store's recipe names; where it says of none, all that suit it.
     """
     from selfrepair_nn.analysis import only
-    from selfrepair_nn.figures import beside, own, require_figures, unknown
+    from selfrepair_nn.figures import beside, own, require_figures
     from selfrepair_nn.figures import plot as draw
     from selfrepair_nn.recipe import find_recipe
     from selfrepair_nn.store import open_store
@@ -180,8 +179,6 @@ def plot(
     found = None if recipe is None else find_recipe(recipe)
     require_figures(names, found)
     datasets = [open_store(path) for path in stores]
-    if not names and (told := unknown(datasets[0], found)):
-        _say(told)
     wanted, folder = names or own(datasets[0], found), out or beside(datasets[0])
     if layers or heads:
         datasets = [only(ds, layers, heads) for ds in datasets]
@@ -327,7 +324,11 @@ def _knock(recipe: str, choices: dict[str, Any]) -> None:
 
 
 def _plan(recipe: str, choices: dict[str, Any], calibrate: bool) -> None:
+    from selfrepair_nn.recipe import renamed
+
     _knock(recipe, choices)
+    if told := renamed(recipe):
+        _say(told)
     _quiet_libraries()
     from selfrepair_nn.estimating.preview import preview, preview_text
 
@@ -389,16 +390,14 @@ class _Record(logging.LogRecord):
         return shown(super().getMessage())
 
 
-def _warning(told: Warning | str, category: type[Warning], *parts: Any, **more: Any) -> str:
-    """A library's as it writes them; our own as a line."""
-    if issubclass(category, Told):
-        return f"selfrepair: {shown(told)}\n"
-    return shown(_FORMAT(told, category, *parts, **more))
+def _warning(*parts: Any, **more: Any) -> str:
+    return shown(_FORMAT(*parts, **more))
 
 
 def _quiet_libraries() -> None:
     """Only what the user can act on, filtered; loading bars only on a terminal."""
     logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

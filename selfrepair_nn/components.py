@@ -192,7 +192,7 @@ def select_heads(layers: Any, heads: Any, n_layers: int, n_heads: int) -> tuple[
 
 
 def late_heads(structure: Any, options: Any) -> tuple[Head, ...]:
-    """The heads that `options` choose; where they choose neither layers nor heads, those of the last third of the layers.
+    """The heads that `options` choose; those of the last third of the layers where neither layers nor heads are chosen.
 
     `structure` has n_layers and n_heads, as a model's has. Errors as in `select_heads`.
     """

@@ -33,10 +33,6 @@ class NotAgreed(UsageError):
         super().__init__(f"nothing was sent: {remedy}")
 
 
-class Told(UserWarning):
-    """What a user should know of what was asked for, which goes on: on the command line it is one line on stderr."""
-
-
 class UnsupportedModel(SelfRepairError):
     """The model cannot be decomposed exactly, so no number is given for it."""
 

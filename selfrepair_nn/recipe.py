@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrepair_nn.drawing import Drawing, drawings
-from selfrepair_nn.errors import SelfRepairError, Told, UsageError, one_line
+from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts
@@ -221,9 +220,7 @@ def find_recipe(name: Any) -> Recipe:
         UsageError: no such recipe; a file that cannot be read as one.
     """
     name = place("recipe", name)
-    if name in RENAMED:
-        warnings.warn(f"the recipe {name} is called {RENAMED[name]} now", Told, stacklevel=1)
-        name = RENAMED[name]
+    name = RENAMED.get(name, name)
     path = Path(name).expanduser() if name.endswith(".py") else recipe_paths().get(name)
     if path is None or not path.is_file():
         raise UsageError(
@@ -236,6 +233,12 @@ def find_recipe(name: Any) -> Recipe:
 def present_name(name: Any) -> Any:
     """What the recipe of this name, in a store perhaps, is called now."""
     return RENAMED.get(name, name) if isinstance(name, str) else name
+
+
+def renamed(name: Any) -> str | None:
+    """What is to be said of a recipe that was asked for by a former name, which still works."""
+    now = present_name(name)
+    return None if now == name else f"the recipe {name} is called {now} now"
 
 
 def recipes() -> list[Recipe]:

@@ -5,7 +5,6 @@ The file needs nothing else: no network, no script, no font.
 
 import base64
 import json
-import warnings
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -28,7 +27,7 @@ from selfrepair_nn.analysis import (
 )
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.drawing import Drawing
-from selfrepair_nn.errors import Told, UsageError
+from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import style, suiting
 from selfrepair_nn.paths import local
 from selfrepair_nn.recipe import Recipe, find_recipe
@@ -65,8 +64,7 @@ def render(
         UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet.
     """
     ds, found = restored(ds), None if recipe is None else find_recipe(recipe)
-    if told := figures.unknown(ds, found):
-        warnings.warn(told, Told, stacklevel=2)
+    figures.note_unknown(ds, found)
     if not suiting.grid(ds):
         return _of_others(ds, share, store, found)
     heads = by_head(ds, share)

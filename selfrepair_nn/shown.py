@@ -5,6 +5,7 @@ writing, or keys. A character that is not printable is written as Python would w
 """
 
 import re
+import sys
 
 from selfrepair_nn.secrets import hidden
 
@@ -25,6 +26,11 @@ def line(text: object, longest: int | None = None) -> str:
 def message(text: object) -> str:
     """As `shown`; a word that nobody reads to its end, such as a number of 5,000 digits, is cut."""
     return _ENDLESS.sub(lambda word: f"{word[1]} … ({len(word[0])} characters)", shown(text))
+
+
+def note(text: object) -> None:
+    """A line for the user, on stderr: the result goes on without what it says."""
+    print(f"selfrepair: {shown(text)}", file=sys.stderr)
 
 
 def _escaped(text: str) -> str:

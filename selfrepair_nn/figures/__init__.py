@@ -8,7 +8,6 @@ user's recipe where its file is given. `variants` and `cases` are the overview o
 """
 
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn.drawing import Drawing
-from selfrepair_nn.errors import SelfRepairError, Told, UsageError, one_line
+from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.figures import (
     ablation_kinds,
     cases,
@@ -49,7 +48,7 @@ from selfrepair_nn.figures import (
 from selfrepair_nn.figures.style import Datasets, named, save, settings, share_of, summaries
 from selfrepair_nn.paths import local
 from selfrepair_nn.recipe import Recipe, find_recipe, present_name, recipe_paths, recipes
-from selfrepair_nn.shown import line
+from selfrepair_nn.shown import line, note
 from selfrepair_nn.values import nearest, several, shown
 
 __all__ = [
@@ -58,12 +57,12 @@ __all__ = [
     "draw",
     "drawn",
     "known",
+    "note_unknown",
     "own",
     "plot",
     "require_figures",
     "save",
     "suited",
-    "unknown",
 ]
 
 FIGURES: dict[str, Drawing] = {
@@ -145,6 +144,7 @@ def own(ds: xr.Dataset, recipe: Recipe | None = None) -> tuple[str, ...]:
     An older store names none: it has those of our recipe of that name. Nothing but names is taken from a store: what
     it says of its recipe is neither imported nor run.
     """
+    note_unknown(ds, recipe)
     every, names = known(recipe), recipe.figures if recipe else _named_by(ds)
     found = [name for name in names if name in every and every[name].suits(ds)]
     if not found:
@@ -163,17 +163,18 @@ def _named_by(ds: xr.Dataset) -> Sequence[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def unknown(ds: xr.Dataset, recipe: Recipe | None = None) -> str | None:
-    """What is to be said of figures that a store names and that are not known here, or that do not suit; else None."""
+def note_unknown(ds: xr.Dataset, recipe: Recipe | None = None) -> None:
+    """Say on stderr which figures that a store names are not known here, or which of a recipe's own do not suit."""
     every, names = known(recipe), recipe.figures if recipe else _named_by(ds)
     if missing := [name for name in names if name not in every]:
         told = ", ".join(line(name, 60) for name in missing[:3])
-        return (
-            f"the store names a figure that its recipe draws itself ({told}): to draw it too, give the recipe's file, "
-            "--recipe FILE.py, in Python recipe=…"
+        note(
+            f"figure {told} is none of ours: if the recipe's file draws it, give that, --recipe FILE.py, in Python "
+            "recipe=…; the others are drawn"
         )
-    unfit = [name for name in (recipe.drawings if recipe else ()) if not every[name].suits(ds)]
-    return f"figure {unfit[0]} does not suit this store: it needs {every[unfit[0]].need.words}" if unfit else None
+    for name in recipe.drawings if recipe else ():
+        if not every[name].suits(ds):
+            note(f"figure {name} does not suit this store: it needs {every[name].need.words}")
 
 
 def draw(
@@ -248,9 +249,9 @@ def plot(
     stores = named(datasets)
     found = None if recipe is None else find_recipe(recipe)
     first = next(iter(stores.values()))
-    if names is None and (told := unknown(first, found)):
-        warnings.warn(told, Told, stacklevel=2)
     wanted = own(first, found) if names is None and found else names
+    if names is None and not found:
+        note_unknown(first)
     folder = local(beside(first) if directory is None else directory, "directory")
     return [
         path

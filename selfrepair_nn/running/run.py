@@ -25,7 +25,7 @@ from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options, require_known
-from selfrepair_nn.recipe import recipe_paths
+from selfrepair_nn.recipe import recipe_paths, renamed
 from selfrepair_nn.running.filling import Filling, finished, learn
 from selfrepair_nn.running.interruption import interruptible
 from selfrepair_nn.running.mending import mend, undecided
@@ -76,8 +76,9 @@ def run(
     experiment = prepare(recipe, options)
     if experiment.idle:
         tell(f"{' and '.join(experiment.idle)}: chosen, but nothing in this run depends on it")
-    for told in _undrawable(experiment):
-        tell(told)
+    for told in (renamed(recipe), *_undrawable(experiment)):
+        if told:
+            tell(told)
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as hold:
