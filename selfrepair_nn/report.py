@@ -22,6 +22,7 @@ from selfrepair_nn.analysis import (
     by_layer,
     by_variant,
     most_repaired,
+    reinforced,
     reinforcement_by_head,
     restored,
 )
@@ -92,17 +93,17 @@ def render(
 
 def _of_others(ds: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None) -> str:
     """The page of a store of cases, of variants, or of reinforced heads."""
-    reinforced = "edited_position" in ds.coords
-    found = reinforcement_by_head(ds) if reinforced else _summed_up(ds, share)
+    own = reinforced(ds)
+    found = reinforcement_by_head(ds) if own else _summed_up(ds, share)
     if not (found.tokens > 0).any():
         raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to report")
     dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
     parts = _common(ds, found, share, store, recipe) | {
-        "basis": _safe(wording.basis(found, top=not reinforced)),
+        "basis": _safe(wording.basis(found, top=not own)),
         "summary": escape(text.summary(ds, share)),
-        "every": "" if reinforced else _site_table(found, dims),
+        "every": "" if own else _site_table(found, dims),
         "over": "one position of each prompt"
-        if reinforced
+        if own
         else wording.each_heads(found.attrs["share"], "the"),
         "rate": f"{RATE:.0%}",
         "place": _safe(repr({d: ds[d].values.tolist()[0] for d in dims})),

@@ -13,6 +13,8 @@ from selfrepair_nn.shown import line
 WIDTH = 100
 """Columns of what is printed."""
 
+LARGE = 1e4
+
 
 def legible(ds: xr.Dataset) -> xr.Dataset:
     """The same numbers, with every attribute and label of an axis fit to be printed or drawn: others may have made it.
@@ -142,9 +144,11 @@ def worst_closure(heads: xr.Dataset) -> str:
 
 
 def number(value: float) -> str:
-    """A signed number: three decimals, or one digit and the power of ten where those would show none."""
+    """A signed number: three decimals; its power of ten where those would show none, or it has very many digits."""
     if np.isnan(value):
         return "-"
+    if LARGE <= abs(value) < np.inf:
+        return f"{value:+.1e}"
     return f"{value:+.0e}" if 0 < abs(value) < 0.0005 else f"{value:+.3f}"
 
 

@@ -2,7 +2,7 @@
 
 import xarray as xr
 
-from selfrepair_nn.analysis import HEADS, every_token
+from selfrepair_nn.analysis import HEADS, every_token, reinforced
 from selfrepair_nn.drawing import Need
 from selfrepair_nn.variables import VARIABLES
 
@@ -13,14 +13,9 @@ def axis(ds: xr.Dataset) -> str | None:
     return next((str(d) for d in dims if d == "ablation" or d not in (*VARIABLES, "case")), None)
 
 
-def reinforced(ds: xr.Dataset) -> bool:
-    """Whether heads read their own write, at one position of each prompt: means over tokens say nothing there."""
-    return "edited_position" in ds.coords
-
-
 def grid(ds: xr.Dataset) -> bool:
     """Single heads under one graph: a store of them, or its summary."""
-    return {*HEADS} <= {*ds.dims} and axis(ds) is None and not reinforced(ds)
+    return "self_repair" in ds and {*HEADS} <= {*ds.dims} and axis(ds) is None
 
 
 def along(ds: xr.Dataset, name: str, *labels: str) -> bool:
@@ -51,5 +46,5 @@ ABLATIONS = Need(
 )
 REINFORCED = Need(
     "heads that read their own write, as in `self_reinforcement`",
-    lambda ds: "slope" in ds or (reinforced(ds) and along(ds, "scale")),
+    lambda ds: reinforced(ds) and {*HEADS} <= {*ds.dims},
 )

@@ -5,7 +5,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, axis_of, by_case, by_head, by_variant
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, axis_of, by_case, by_head, by_variant, reinforced
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import Need, figure
 from selfrepair_nn.figures import changes, style, suiting
@@ -15,7 +15,7 @@ READING = ("Marks: the {count} of largest mean direct effect. Grey: the mean ove
 
 NEED = Need(
     "several variants, side by side",
-    lambda ds: suiting.axis(ds) is not None and not suiting.reinforced(ds),
+    lambda ds: suiting.axis(ds) is not None and not reinforced(ds),
 )
 
 
