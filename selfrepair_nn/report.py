@@ -21,9 +21,11 @@ from selfrepair_nn.analysis import (
     by_head,
     by_layer,
     by_variant,
+    held,
     most_repaired,
     reinforced,
     reinforcement_by_head,
+    remembering,
     restored,
 )
 from selfrepair_nn.confidence import CLUSTERS, RATE
@@ -64,17 +66,21 @@ def render(
     Raises:
         UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet.
     """
-    ds, found = restored(ds), None if recipe is None else find_recipe(recipe)
+    ds, found = wording.legible(held(restored(ds))), None if recipe is None else find_recipe(recipe)
     figures.note_unknown(ds, found)
-    if not suiting.grid(ds):
-        return _of_others(ds, share, store, found)
+    with remembering():
+        return (_of_heads if suiting.grid(ds) else _of_others)(ds, share, store, found)
+
+
+def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None) -> str:
+    """The page of a store of single heads, each ablated in one way."""
     heads = by_head(ds, share)
     share = heads.attrs["share"]
     if not (heads.tokens > 0).any():
         raise UsageError(f"{wording.title(heads)!r} has nothing done yet: there is nothing to report")
     layers = by_layer(heads, share)
     best = most_repaired(heads, RANKED, share)
-    parts = _common(ds, heads, share, store, found) | {
+    parts = _common(ds, heads, share, store, recipe) | {
         "basis": _safe(wording.basis(heads)),
         "facts": _facts(heads, layers),
         "over": _safe(wording.each_heads(share)),

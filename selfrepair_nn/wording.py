@@ -19,7 +19,8 @@ LARGE = 1e4
 def legible(ds: xr.Dataset) -> xr.Dataset:
     """The same numbers, with every attribute and label of an axis fit to be printed or drawn: others may have made it.
 
-    Attributes are cut to a line's width, those in JSON excepted. The texts of single tokens are left as they are.
+    Attributes are cut to a line's width, those in JSON excepted. The texts of single tokens are left as they are. A
+    dataset that is fit already is returned as it is.
     """
     attributes = {
         name: _legible(value) if isinstance(value, str) else value for name, value in ds.attrs.items()
@@ -28,6 +29,8 @@ def legible(ds: xr.Dataset) -> xr.Dataset:
     filtered = {
         n: (c.dims, np.vectorize(line, [object])(c.values), c.attrs) for n, c in labels.items() if c.size
     }
+    if attributes == ds.attrs and all((ds[n].values == each[1]).all() for n, each in filtered.items()):
+        return ds
     return ds.assign_coords(filtered).assign_attrs(attributes)
 
 

@@ -23,6 +23,7 @@ from selfrepair_nn.analysis.reinforcement import (
     reinforcement_by_head,
     strongest_responses,
 )
+from selfrepair_nn.analysis.remembering import held, remembering
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
 from selfrepair_nn.analysis.scales import scale_by_head, token_variants
 from selfrepair_nn.analysis.selecting import done_share, every_token, only, top_share
@@ -57,6 +58,7 @@ __all__ = [
     "done_share",
     "erasure_neurons",
     "every_token",
+    "held",
     "induction_by_head",
     "most_repaired",
     "name_movers",
@@ -69,6 +71,7 @@ __all__ = [
     "references",
     "reinforced",
     "reinforcement_by_head",
+    "remembering",
     "restored",
     "scale_by_head",
     "strongest_repairs",

@@ -7,6 +7,7 @@ import xarray as xr
 
 from selfrepair_nn.analysis.checks import MEANS, among, of_cases, of_heads, same_share, share_of
 from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
 from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
@@ -54,7 +55,8 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     share = share_of(ds, share)
     if "top_self_repair" in ds:
         return same_share(ds, share)
-    return summed_up(of_heads(ds), share)
+    heads = of_heads(ds)
+    return once(("heads", share), heads, lambda: summed_up(heads, share))
 
 
 def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
@@ -66,7 +68,8 @@ def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     share = share_of(ds, share)
     if "top_self_repair" in ds:
         return same_share(ds, share)
-    return summed_up(of_cases(ds), share)
+    cases = of_cases(ds)
+    return once(("cases", share), cases, lambda: summed_up(cases, share))
 
 
 def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None = None) -> xr.Dataset:

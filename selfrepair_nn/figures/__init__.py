@@ -15,6 +15,7 @@ from typing import Any
 import xarray as xr
 from matplotlib.figure import Figure
 
+from selfrepair_nn.analysis import held, remembering
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.figures import (
@@ -246,18 +247,16 @@ def plot(
     name or the path of your own: then its figures are drawn, those that its file defines among them. Returns the
     files, two for each figure. Errors as in `draw`, and as for a recipe's file that cannot be read as one.
     """
-    stores = named(datasets)
+    stores = {name: held(ds) for name, ds in named(datasets).items()}
     found = None if recipe is None else find_recipe(recipe)
     first = next(iter(stores.values()))
     wanted = own(first, found) if names is None and found else names
     if names is None and not found:
         note_unknown(first)
     folder = local(beside(first) if directory is None else directory, "directory")
-    return [
-        path
-        for each, figure in drawn(stores, wanted, share=share, recipe=found)
-        for path in save(figure, folder, each.name)
-    ]
+    with remembering():
+        every = drawn(stores, wanted, share=share, recipe=found)
+        return [path for each, figure in every for path in save(figure, folder, each.name)]
 
 
 def require_own(recipe: Recipe, options: Any) -> list[str]:

@@ -1,5 +1,7 @@
 """Direct effect against logit change on single tokens, for the strongest late heads (the paper's Figure 3)."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -12,6 +14,7 @@ from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import plane, style, suiting
 
 CELLS = 80
+MANY, PIXELS = 50_000, 700  # tokens of a panel that are all drawn, and pixels of its sides
 READING = (
     "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's {top}. "
     "Dashed: y = \N{MINUS SIGN}x, no repair.",
@@ -54,6 +57,7 @@ def _draw_head(axes: Axes, tokens: xr.Dataset, share: float, prefix: str) -> Non
     axes.axvline(x[tokens.top.values[known]].min(), color=style.MUTED, linestyle=":", linewidth=1, zorder=2)
     density = _density(axes, x, y)
     order = np.argsort(density, kind="stable")
+    order = order[_seen(axes, x[order], y[order])]
     look = {"cmap": style.LAYERS, "norm": LogNorm(1, max(density.max(), 2)), "s": 5, "linewidth": 0}
     axes.scatter(x[order], y[order], c=density[order], rasterized=True, zorder=1, **look)
     axes.set_xlabel("direct effect (logits)")
@@ -63,6 +67,19 @@ def _draw_head(axes: Axes, tokens: xr.Dataset, share: float, prefix: str) -> Non
     said.append(_said(tokens, "top_", f"top {percent(share)}"))
     place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     axes.text(0, 1.02, "\n".join(said), linespacing=1.3, **place)
+
+
+def _seen(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which tokens are drawn, in order: all, or where they are very many the last on each spot of a pixel's size."""
+    if x.size <= MANY:
+        return np.arange(x.size)
+    spots = [np.floor(PIXELS * (v - low) / (high - low)) for v, (low, high) in _limits(axes, x, y)]
+    _, last = np.unique((spots[0] * PIXELS + spots[1])[::-1], return_index=True)
+    return np.sort(x.size - 1 - last)
+
+
+def _limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> Iterable[tuple[np.ndarray, tuple[float, float]]]:
+    return zip((x, y), (axes.get_xlim(), axes.get_ylim()), strict=True)
 
 
 def _density(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
