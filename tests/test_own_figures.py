@@ -15,7 +15,7 @@ from selfrepair_nn.case_sites import sites_of
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.recipe import find_recipe
+from selfrepair_nn.recipe import FOLDERS, find_recipe
 
 PAIRS = '''"""Pairs of heads."""
 
@@ -244,3 +244,13 @@ def test_late_heads_are_those_of_the_last_third_unless_some_are_chosen():
     assert late == tuple(Head(layer, head) for layer in (6, 7, 8) for head in (0, 1))
     assert sr.late_heads(Sizes, sr.Options(layers="1")) == (Head(1, 0), Head(1, 1))
     assert sr.late_heads(Sizes, sr.Options(heads="2.1")) == (Head(2, 1),)
+
+
+def test_a_figure_of_a_recipe_that_ships_is_known_by_name(pairs, tmp_path, monkeypatch):
+    file, store = pairs
+    monkeypatch.setattr("selfrepair_nn.recipe.FOLDERS", (*FOLDERS, file.parent))
+    ended = selfrepair("plot", store, "--out", tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert drawn(ended.out.split()) == ["cases", "pair_map"]
+    assert "pair_map" in figures.suited(sr.open_store(store))
+    assert drawn(sr.plot(store, tmp_path / "a", recipe=file)) == ["cases", "pair_map"]

@@ -107,13 +107,12 @@ def known(recipe: Recipe | None = None) -> dict[str, Drawing]:
         UsageError: the recipe calls a figure of its own as another one is called.
     """
     found = FIGURES | {name: each for one in recipes() for name, each in one.drawings.items()}
-    for name, each in recipe.drawings.items() if recipe else ():
-        if found.get(name, each) != each:
+    for name in recipe.drawings if recipe else ():
+        if name in FIGURES:
             raise UsageError(
                 f"recipe {str(recipe.path)!r} defines a figure {name}, and there is another of that name: rename it"
             )
-        found[name] = each
-    return found
+    return found | dict(recipe.drawings if recipe else {})
 
 
 def suited(datasets: Datasets, recipe: Recipe | None = None) -> list[str]:

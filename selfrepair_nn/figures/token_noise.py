@@ -45,6 +45,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
                 axes.remove()
     style.heading(figure, found)
     reading = [line.format(top=among(share)) for line in READING]
+    if any(tokens.direct_effect[0].size > MANY for tokens in found.values() if tokens.sizes["rank"]):
+        reading.append("Of tokens that lie on one spot, one is drawn.")
     style.caption(figure, found, [*style.captions(found, of="under"), *reading])
     return figure
 
