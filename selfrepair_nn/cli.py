@@ -128,7 +128,7 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
     _print(summary(dataset))
     store = dataset.encoding["source"]
     _print(f"\nstore   {store}")
-    if find_recipe(recipe).drawings:
+    if recipe.endswith(".py") and find_recipe(recipe).drawings:
         _say(f"its figures: {shlex.join(['selfrepair', 'plot', store, '--recipe', recipe])}")
 
 

@@ -14,6 +14,7 @@ from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import plane, style, suiting
 
 CELLS = 80
+WIDE, LINE = 68, 10  # characters over a panel, and points of a line of them
 MANY, PIXELS = 50_000, 700  # tokens of a panel that are all drawn, and pixels of its sides
 READING = (
     "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's {top}. "
@@ -64,9 +65,11 @@ def _draw_head(axes: Axes, tokens: xr.Dataset, share: float, prefix: str) -> Non
     axes.scatter(x[order], y[order], c=density[order], rasterized=True, zorder=1, **look)
     axes.set_xlabel("direct effect (logits)")
     axes.set_ylabel("logit change when ablated (logits)")
-    axes.set_title(prefix + Head(int(tokens["layer"]), int(tokens["head"])).label, pad=27)
     said = [_said(tokens, "", f"all {int(tokens.tokens):,} tokens")]
     said.append(_said(tokens, "top_", f"top {percent(share)}"))
+    said = [part for line in said for part in _fitting(line)]
+    label = Head(int(tokens["layer"]), int(tokens["head"])).label
+    axes.set_title(prefix + label, pad=27 + LINE * (len(said) - 2))
     place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     axes.text(0, 1.02, "\n".join(said), linespacing=1.3, **place)
 
@@ -90,6 +93,11 @@ def _density(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     counts, *_ = np.histogram2d(x, y, edges)
     cells = (np.digitize(v, e[1:-1]) for v, e in zip((x, y), edges, strict=True))
     return counts[tuple(cells)]
+
+
+def _fitting(line: str) -> list[str]:
+    """A line over a panel, or two where it is too long."""
+    return line.replace("; ", ";\n", 1).split("\n") if len(line) > WIDE else [line]
 
 
 def _said(tokens: xr.Dataset, prefix: str, which: str) -> str:
