@@ -7,9 +7,7 @@ FIGURES = ("freeze",)
 
 def graph(structure, options):
     """Each head of the last third of the layers, unless layers or heads are chosen, is ablated three times."""
-    chosen = options.layers or options.heads
-    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
-    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    heads = sr.late_heads(structure, options)
     plain = sr.Graph(
         ablate=sr.sweep(heads),
         replacement=options.ablation,

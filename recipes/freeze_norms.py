@@ -9,8 +9,7 @@ PARAMETERS = {"count": 4}
 def graph(structure, options):
     """Of the last third of the layers the strongest heads, or those chosen, with each later norm frozen."""
     chosen = options.layers or options.heads
-    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
-    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    heads = sr.late_heads(structure, options)
     plain = sr.Graph(
         ablate=sr.sweep(heads),
         strongest=None if chosen else options.param["count"],

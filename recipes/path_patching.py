@@ -12,8 +12,7 @@ def graph(structure, options):
     A receiver reads the sender's change; all else, the other receivers too, keeps its clean value.
     """
     chosen = options.layers or options.heads
-    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
-    senders = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    senders = sr.late_heads(structure, options)
     plain = sr.Graph(
         ablate=sr.sweep(senders),
         strongest=None if chosen else options.param["count"],

@@ -8,9 +8,7 @@ PARAMETERS = {"scales": (1, 3, 5)}
 
 def graph(structure, options):
     """Each head of the last third of the layers, unless layers or heads are chosen, is reinforced at each scale."""
-    chosen = options.layers or options.heads
-    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
-    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    heads = sr.late_heads(structure, options)
     return sr.Variants(
         "scale",
         {

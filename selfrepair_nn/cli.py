@@ -133,13 +133,17 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
         signal.signal(number, _interrupt)
     _knock(recipe, choices)
     _quiet_libraries()
+    from selfrepair_nn.recipe import find_recipe
     from selfrepair_nn.running.run import run as run_recipe
     from selfrepair_nn.text import summary
 
     confirm = _confirm if sys.stdin.isatty() else None
     dataset = run_recipe(recipe, progress=progress, command=_command_line(), confirm=confirm, **choices)
     _print(summary(dataset))
-    _print(f"\nstore   {dataset.encoding['source']}")
+    store = dataset.encoding["source"]
+    _print(f"\nstore   {store}")
+    if recipe.endswith(".py") and find_recipe(recipe).drawings:
+        _say(f"its figures: {shlex.join(['selfrepair', 'plot', store, '--recipe', recipe])}")
 
 
 @cli.command()
@@ -164,6 +168,7 @@ def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
     type=float,
     help="Top share of tokens, by direct effect; default: 0.02, or 1 where not all count.",
 )
+@click.option("--recipe", default=None, help="Your recipe's .py, if it defines figures of its own.")
 @click.option("--layers", default=None, help="Draw only these layers: 8:12 or 0,5,-1; default: all.")
 @click.option("--heads", default=None, help="Draw only these heads: 9.6,10.*; default: all.")
 def plot(
@@ -171,33 +176,40 @@ def plot(
     names: tuple[str, ...],
     out: str | None,
     share: float | None,
+    recipe: str | None,
     layers: str | None,
     heads: str | None,
 ) -> None:
-    """Draw the figures of one or several STORES as PNG and SVG, and print their paths."""
+    """Draw the figures of one or several STORES as PNG and SVG, and print their paths.
+
+    They are those that the first store's recipe names; where it says of none, all that suit it.
+    """
     from selfrepair_nn.analysis import only
     from selfrepair_nn.figures import beside, own, require_figures
     from selfrepair_nn.figures import plot as draw
+    from selfrepair_nn.recipe import find_recipe
     from selfrepair_nn.store import open_store
 
-    require_figures(names)
+    found = None if recipe is None else find_recipe(recipe)
+    require_figures(names, found)
     datasets = [open_store(path) for path in stores]
-    wanted, folder = names or own(datasets[0]), out or beside(datasets[0])
+    wanted, folder = names or own(datasets[0], found), out or beside(datasets[0])
     if layers or heads:
         datasets = [only(ds, layers, heads) for ds in datasets]
-    for path in draw(datasets, folder, wanted, share=share):
+    for path in draw(datasets, folder, wanted, share=share, recipe=recipe):
         _print(path)
 
 
 @cli.command()
 @click.argument("store")
 @click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
-def report(store: str, out: str | None) -> None:
+@click.option("--recipe", default=None, help="Your recipe's .py, if it defines figures of its own.")
+def report(store: str, out: str | None, recipe: str | None) -> None:
     """Write one HTML page about STORE: figures, tables and where the numbers come from."""
     from selfrepair_nn.report import report as write
     from selfrepair_nn.store import open_store
 
-    _print(write(open_store(store), out))
+    _print(write(open_store(store), out, recipe=recipe))
 
 
 @cli.command("compare-paper")
@@ -326,7 +338,11 @@ def _knock(recipe: str, choices: dict[str, Any]) -> None:
 
 
 def _plan(recipe: str, choices: dict[str, Any], calibrate: bool) -> None:
+    from selfrepair_nn.recipe import renamed
+
     _knock(recipe, choices)
+    if told := renamed(recipe):
+        _say(told)
     _quiet_libraries()
     from selfrepair_nn.estimating.preview import preview, preview_text
 

@@ -79,6 +79,7 @@ class Attention(_Site):
     """All attention heads of layer `layer` together; the attention's output bias stays."""
 
     layer: int
+    kind = "attention"
 
     @property
     def label(self) -> str:
@@ -263,6 +264,17 @@ def select_heads(layers: Any, heads: Any, n_layers: int, n_heads: int) -> tuple[
     if not kept:
         raise UsageError(f"no head is both in layers {layers!r} and in heads {heads!r}: widen one of them")
     return tuple(kept)
+
+
+def late_heads(structure: Any, options: Any) -> tuple[Head, ...]:
+    """The heads that `options` choose; those of the last third of the layers where neither layers nor heads are chosen.
+
+    `structure` has n_layers and n_heads, as a model's has. Errors as in `select_heads`.
+    """
+    layers, heads = options.layers, options.heads
+    if layers is None and heads is None:
+        layers = f"{2 * structure.n_layers // 3}:"
+    return select_heads(layers, heads, structure.n_layers, structure.n_heads)
 
 
 def _layers(spec: str, n_layers: int) -> list[int]:

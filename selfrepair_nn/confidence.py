@@ -73,7 +73,9 @@ class Estimate:
         """
         error, skewness, freedom = self._spread
         quantile = student.ppf((1 + level) / 2, freedom)
-        return np.where(self.known, error * (quantile + skewness * (1 + 2 * quantile**2) / 6), np.inf)
+        with np.errstate(invalid="ignore"):
+            width = error * (quantile + skewness * (1 + 2 * quantile**2) / 6)
+        return np.where(self.known, width, np.inf)
 
     @property
     def p_value(self) -> np.ndarray:
@@ -106,8 +108,9 @@ class Estimate:
         As many clusters as would say as much if they held equally many tokens decide the degrees of freedom.
         """
         moved = np.where(np.isfinite(self.influence).all(1, keepdims=True), self.influence, 0)
-        variance, third = (moved**2).sum(1), np.abs((moved**3).sum(1))
-        skewness = np.divide(third, variance**1.5, out=np.zeros_like(variance), where=variance > 0)
+        with np.errstate(over="ignore", invalid="ignore"):  # of numbers whose squares are beyond any nothing is known
+            variance, third = (moved**2).sum(1), np.abs((moved**3).sum(1))
+            skewness = np.divide(third, variance**1.5, out=np.zeros_like(variance), where=variance > 0)
         total = (self.shares**2).sum(1)
         alike = np.divide(1, total, out=np.zeros_like(total), where=total > 0)
         return np.sqrt(variance), skewness, np.maximum(alike, 2) - 1

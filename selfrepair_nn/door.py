@@ -18,7 +18,7 @@ from selfrepair_nn.models.model import AS_SERVED
 from selfrepair_nn.naming import Request, Sizes
 from selfrepair_nn.options import Options, current
 from selfrepair_nn.prompts import Prompts
-from selfrepair_nn.recipe import Recipe, find_recipe, recipe_paths
+from selfrepair_nn.recipe import Recipe, find_recipe, present_name, recipe_paths
 
 CERTAIN = ("freeze", "components", "select", "until_ci", "ci_of", "dtype", "remote")
 """Choices that decide numbers by themselves: where one differs, the runs do, whatever a recipe makes of it."""
@@ -86,6 +86,7 @@ def require_same(request: Request, attributes: Mapping[str, Any], settings: Mapp
     except (KeyError, TypeError, ValueError):
         path = str(request.path)
         raise StoreError(f"{path!r} does not say how it was made: choose another --out") from None
+    stored["recipe"] = present_name(stored.get("recipe"))
     differing = [name for name in settings if settings[name] != stored.get(name)]
     if differing:
         chosen = request.differences(attributes) if "options" in attributes else []
@@ -116,7 +117,7 @@ def _in_words(name: str, there: Any, here: Any) -> str:
 
 def _certain(request: Request, there: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
     """Whether the runs differ for sure, and not only in how they were asked for."""
-    if (attributes.get("recipe"), attributes.get("model")) != (request.recipe.name, request.model):
+    if (present_name(attributes.get("recipe")), attributes.get("model")) != (request.recipe.name, request.model):
         return True
     here, own = request.choices, request.recipe.make_prompts is not None
     rows = {_rows(there), _rows(here)}

@@ -21,7 +21,7 @@ from selfrepair_nn.options import Options, current
 from selfrepair_nn.paths import local
 from selfrepair_nn.prompts import DEFAULT_LENGTH, DEFAULT_TOKENS, SAMPLE_TOKENS
 from selfrepair_nn.quantities import usual_share
-from selfrepair_nn.recipe import Recipe
+from selfrepair_nn.recipe import RENAMED, Recipe, present_name
 
 LONGEST = 100
 """Bytes of a store's name without its ending: with a lock or a draft beside it, every file system takes it."""
@@ -98,7 +98,10 @@ class Request:
     @cached_property
     def name(self) -> str:
         """RECIPE-MODEL.zarr, with each choice that is not the usual one; the last as a hash where they are many."""
-        base = _safe(f"{self.recipe.name}-{Path(self.model).name.removesuffix('.gguf')}")
+        return self._name(self.recipe.name)
+
+    def _name(self, recipe: str) -> str:
+        base = _safe(f"{recipe}-{Path(self.model).name.removesuffix('.gguf')}")
         other = {n: v for n, v in self.choices.items() if v != self.usual.get(n) and v is not None}
         parts = [_safe(_part(name, value)) for name, value in other.items()]
         name = "-".join([base, *parts])
@@ -111,18 +114,24 @@ class Request:
 
     @cached_property
     def path(self) -> Path:
-        """The store: `out`, if that ends in .zarr, or of the default name in that directory."""
+        """The store: `out`, if that ends in .zarr, or of the default name in that directory.
+
+        One that was begun under a former name of the recipe goes on where it is.
+        """
         out = local(self.options.out, "out")
-        return out if out.suffix == ".zarr" else out / self.name
+        if out.suffix == ".zarr":
+            return out
+        former = (out / self._name(name) for name, now in RENAMED.items() if now == self.recipe.name)
+        own = out / self.name
+        return next((place for place in former if place.exists() and not own.exists()), own)
 
     def differences(self, attributes: Mapping[str, Any]) -> list[str]:
         """ "tokens 16384 there, 2048 here" for each choice that a store, with these attributes, was not made with.
 
         Raises KeyError for a store that does not say what was chosen: one that is older.
         """
-        there = {name: attributes.get(name) for name in ("recipe", "model")} | current(
-            json.loads(attributes["options"])
-        )
+        there = {"recipe": present_name(attributes.get("recipe")), "model": attributes.get("model")}
+        there |= current(json.loads(attributes["options"]))
         here = {"recipe": self.recipe.name, "model": self.model} | self.choices
         pairs = {n: (there.get(n, self.usual.get(n)), here.get(n)) for n in dict.fromkeys([*here, *there])}
         return [f"{name} {_word(a)} there, {_word(b)} here" for name, (a, b) in pairs.items() if a != b]

@@ -122,6 +122,7 @@ _ALL = (
     Quantity("partner", "label", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
     Quantity("ablation", "label", (), "1", "ablation", "What the ablated site's activations were replaced by.", "string"),
     Quantity("case", "label", ("case",), "1", "case", "What is ablated: sites joined by + are replaced together.", "string", when="cases"),
+    Quantity("case_sites", "label", ("case",), "1", "sites of the case", "Its sites as JSON: a list of kind and numbers for each, such as [[\"head\", 9, 6]].", "string", when="cases"),
     Quantity("case_layer", "label", ("case",), "1", "layer of the case", "First layer that the case ablates.", "int", when="cases"),
     Quantity("other", "label", TOKEN, "1", "other token id", "Token whose logit is subtracted from the target's.", "int", when="other"),
     Quantity("other_text", "label", TOKEN, "1", "other token", "That token, as text.", "string", when="other"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from selfrepair_nn.drawing import Drawing, drawings
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.options import Options, current
@@ -19,6 +20,9 @@ from selfrepair_nn.values import brief, nearest, place, require_sane
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
 """Where an installed wheel and a checkout keep the recipes."""
+
+RENAMED = {"noise": "token_scatter"}
+"""Former names of our recipes, which still work and are in stores."""
 
 LARGEST_PARAMETER = 10**9
 SIGNATURE = "graph(structure, options)"
@@ -31,6 +35,7 @@ PROMPTS = "prompts(structure, tokenizer, options)"
 class Recipe:
     """One experiment: `build(structure, options)` says what is done, `figures` names what is drawn from its store.
 
+    `drawings` are those of its figures that its own file draws, by name.
     `make_prompts(structure, tokenizer, options)`, if there is one, makes the prompts. `parameters` are choices of the
     recipe's own with their defaults (`options.param`); `defaults` are options that it takes where they are left at
     the default of every recipe.
@@ -43,6 +48,7 @@ class Recipe:
     parameters: Mapping[str, Any]
     defaults: Mapping[str, Any]
     figures: tuple[str, ...]
+    drawings: Mapping[str, Drawing]
 
     @property
     def name(self) -> str:
@@ -216,6 +222,7 @@ def find_recipe(name: Any) -> Recipe:
         UsageError: no such recipe; a file that cannot be read as one.
     """
     name = place("recipe", name)
+    name = RENAMED.get(name, name)
     path = Path(name).expanduser() if name.endswith(".py") else recipe_paths().get(name)
     if path is None or not path.is_file():
         raise UsageError(
@@ -223,6 +230,17 @@ def find_recipe(name: Any) -> Recipe:
             "or give the path of your own .py"
         )
     return _load(path)
+
+
+def present_name(name: Any) -> Any:
+    """What the recipe of this name, in a store perhaps, is called now."""
+    return RENAMED.get(name, name) if isinstance(name, str) else name
+
+
+def renamed(name: Any) -> str | None:
+    """What is to be said of a recipe that was asked for by a former name, which still works."""
+    now = present_name(name)
+    return None if now == name else f"the recipe {name} is called {now} now"
 
 
 def recipes() -> list[Recipe]:
@@ -251,7 +269,7 @@ def _loaded(path: Path, content: bytes) -> Recipe:
     summary = (module.__doc__ or "").strip().split("\n")[0]
     parameters, defaults = (_mapping(module, path, name) for name in ("PARAMETERS", "DEFAULTS"))
     prompts = getattr(module, "prompts", None)
-    return Recipe(path, summary, module.graph, prompts, parameters, current(defaults), _figures(module, path))
+    return Recipe(path, summary, module.graph, prompts, parameters, current(defaults), *_figures(module, path))
 
 
 def _mapping(module: Any, path: Path, name: str) -> dict[str, Any]:
@@ -261,9 +279,12 @@ def _mapping(module: Any, path: Path, name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _figures(module: Any, path: Path) -> tuple[str, ...]:
-    found = getattr(module, "FIGURES", ())
-    found = (found,) if isinstance(found, str) else found
-    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
-        raise UsageError(f"recipe {str(path)!r}: FIGURES is a tuple of names, not {brief(found)}")
-    return tuple(found)
+def _figures(module: Any, path: Path) -> tuple[tuple[str, ...], Mapping[str, Drawing]]:
+    given = getattr(module, "FIGURES", ())
+    found = drawings(given)
+    if found is None:
+        raise UsageError(
+            f"recipe {str(path)!r}: FIGURES is a tuple of names of figures and of functions that draw one, "
+            f"not {brief(given)}"
+        )
+    return found

@@ -21,17 +21,20 @@ from selfrepair_nn.analysis import (
     by_head,
     by_layer,
     by_variant,
+    held,
     most_repaired,
+    reinforced,
     reinforcement_by_head,
+    remembering,
     restored,
 )
 from selfrepair_nn.confidence import CLUSTERS, RATE
+from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.figures import style
-from selfrepair_nn.figures.needs import NEEDS
-from selfrepair_nn.figures.needs import axis as variants_axis
+from selfrepair_nn.figures import style, suiting
 from selfrepair_nn.paths import local
 from selfrepair_nn.quantities import TOKEN
+from selfrepair_nn.recipe import Recipe, find_recipe
 from selfrepair_nn.shown import line
 
 RANKED = 10
@@ -46,8 +49,16 @@ HEAD_COLUMNS = {
 }
 
 
-def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = None) -> str:
+def render(
+    ds: xr.Dataset,
+    *,
+    share: float | None = None,
+    store: str | None = None,
+    recipe: str | Path | None = None,
+) -> str:
     """The report of a store as HTML; `store` is its directory's name, by default where `ds` came from.
+
+    `recipe` is a recipe's name or the path of your own: the figures that its file defines are on the page too.
 
     Of single heads, each ablated in one way, it has tables of layers and heads; of cases, of several variants and of
     heads that read their own write, one of what the store has instead.
@@ -55,16 +66,21 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
     Raises:
         UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet.
     """
-    ds = restored(ds)
-    if not NEEDS["summary"].fits(ds):
-        return _of_others(ds, share, store)
+    ds, found = wording.legible(held(restored(ds))), None if recipe is None else find_recipe(recipe)
+    figures.note_unknown(ds, found)
+    with remembering():
+        return (_of_heads if suiting.grid(ds) else _of_others)(ds, share, store, found)
+
+
+def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None) -> str:
+    """The page of a store of single heads, each ablated in one way."""
     heads = by_head(ds, share)
     share = heads.attrs["share"]
     if not (heads.tokens > 0).any():
         raise UsageError(f"{wording.title(heads)!r} has nothing done yet: there is nothing to report")
     layers = by_layer(heads, share)
     best = most_repaired(heads, RANKED, share)
-    parts = _common(ds, heads, share, store) | {
+    parts = _common(ds, heads, share, store, recipe) | {
         "basis": _safe(wording.basis(heads)),
         "facts": _facts(heads, layers),
         "over": _safe(wording.each_heads(heads.attrs["share"])),
@@ -81,19 +97,19 @@ def render(ds: xr.Dataset, *, share: float | None = None, store: str | None = No
     return PAGE.substitute(parts)
 
 
-def _of_others(ds: xr.Dataset, share: float | None, store: str | None) -> str:
+def _of_others(ds: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None) -> str:
     """The page of a store of cases, of variants, or of reinforced heads."""
-    reinforced = "edited_position" in ds.coords
-    found = reinforcement_by_head(ds) if reinforced else _summed_up(ds, share)
+    own = reinforced(ds)
+    found = reinforcement_by_head(ds) if own else _summed_up(ds, share)
     if not (found.tokens > 0).any():
         raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to report")
     dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
-    parts = _common(ds, found, share, store) | {
-        "basis": _safe(wording.basis(found, top=not reinforced)),
+    parts = _common(ds, found, share, store, recipe) | {
+        "basis": _safe(wording.basis(found, top=not own)),
         "summary": escape(text.summary(ds, share)),
-        "every": "" if reinforced else _site_table(found, dims),
+        "every": "" if own else _site_table(found, dims),
         "over": "one position of each prompt"
-        if reinforced
+        if own
         else wording.each_heads(found.attrs["share"], "the"),
         "rate": f"{RATE:.0%}",
         "place": _safe(repr({d: ds[d].values.tolist()[0] for d in dims})),
@@ -101,14 +117,16 @@ def _of_others(ds: xr.Dataset, share: float | None, store: str | None) -> str:
     return PAGE_OF_OTHERS.substitute(parts)
 
 
-def _common(ds: xr.Dataset, found: xr.Dataset, share: float | None, store: str | None) -> dict[str, str]:
+def _common(
+    ds: xr.Dataset, found: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None
+) -> dict[str, str]:
     """What every page holds, of a store and what is found in it."""
-    drawn = figures.drawn(ds, share=share)
+    drawn = figures.drawn(ds, share=share, recipe=recipe)
     return {
         "title": _safe(wording.title(found)),
         "task": "".join(f"<p class=note>{_safe(told)}.</p>" for told in wording.task(found)),
         "banner": _banners(found),
-        "figures": "".join(_figure(name, figure) for name, figure in drawn),
+        "figures": "".join(_figure(each, figure) for each, figure in drawn),
         "counted": ".where(ds.counted)" if "counted" in ds else "",
         "store": _safe(repr(store or Path(ds.encoding.get("source") or "results.zarr").name)),
         "variables": _variables(ds),
@@ -119,11 +137,16 @@ def _common(ds: xr.Dataset, found: xr.Dataset, share: float | None, store: str |
 def _summed_up(ds: xr.Dataset, share: float | None) -> xr.Dataset:
     """The summary of each case or head, in each variant where there are several."""
     one = by_case if "case" in ds.dims else by_head
-    return one(ds, share) if variants_axis(ds) is None else by_variant(ds, share, one)
+    return one(ds, share) if suiting.axis(ds) is None else by_variant(ds, share, one)
 
 
 def report(
-    ds: xr.Dataset, path: str | Path | None = None, *, share: float | None = None, store: str | None = None
+    ds: xr.Dataset,
+    path: str | Path | None = None,
+    *,
+    share: float | None = None,
+    store: str | None = None,
+    recipe: str | Path | None = None,
 ) -> Path:
     """Write the report of a store to `path`, by default beside it, and return that.
 
@@ -131,7 +154,7 @@ def report(
     """
     folder = figures.beside(ds)
     path = local(folder.with_name(f"{folder.name}.html") if path is None else path)
-    page = render(ds, share=share, store=store)
+    page = render(ds, share=share, store=store, recipe=recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
@@ -167,9 +190,9 @@ def _facts(heads: xr.Dataset, layers: xr.Dataset) -> str:
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in pairs)
 
 
-def _figure(name: str, figure: Figure) -> str:
+def _figure(drawing: Drawing, figure: Figure) -> str:
     image = base64.b64encode(style.outlined_svg(figure)).decode()
-    about = _safe(figures.DESCRIPTIONS[name])
+    about = _safe(drawing.about)
     source = f'src="data:image/svg+xml;base64,{image}" alt="{about}"'
     return f"<figure><img {source}><figcaption>{about}</figcaption></figure>"
 

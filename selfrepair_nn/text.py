@@ -16,6 +16,7 @@ from selfrepair_nn.analysis import (
     by_variant,
     compare_paper,
     most_repaired,
+    reinforced,
     reinforcement_by_head,
     restored,
     strongest_responses,
@@ -41,7 +42,7 @@ from selfrepair_nn.wording import (
     worst_closure,
 )
 
-LABEL, RANKED = 14, 4
+LABEL, RANKED, ROWS = 14, 4, 40
 COLUMNS = {
     "direct effect": "top_direct_effect",
     "logit change": "top_logit_change",
@@ -70,10 +71,10 @@ def summary(ds: xr.Dataset, share: float | None = None) -> str:
     worst closure. Of a store of cases one line per case; of one of several variants one line per variant, means over
     all heads; of one of reinforced heads those that respond to their own write. Errors as in `by_head`.
     """
-    if "edited_position" not in ds.coords:
+    if not reinforced(ds):
         require(ds, ("self_repair",))
     ds = legible(restored(ds))
-    if "edited_position" in ds.coords:
+    if reinforced(ds):
         found, lines = _of_reinforced(ds)
     elif "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
         found, lines = _of_others(ds, share)
@@ -169,13 +170,22 @@ def _of_others(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[st
     what = "Means" if single else f"Means over all {'cases' if cases else 'heads'}"
     names = [str(label) for label in found[along].values]
     width = min(max(map(len, [along, *names])), LABEL)
-    table = [along.ljust(width) + _header()]
-    for i, label in enumerate(names):
-        cells = _cells(*_of_one(found.isel({along: i}), single))
+    table, shown = [along.ljust(width) + _header()], _largest(found, along)
+    for i in shown:
+        label, cells = names[i], _cells(*_of_one(found.isel({along: i}), single))
         table += [label.ljust(width) + cells] if len(label) <= width else [label, " " * width + cells]
+    if len(shown) < len(names):
+        table.append(f"these are of largest self-repair, of {len(names)}; selfrepair report shows all")
     means = f"{what} on {each_heads(found.attrs['share'], 'the')}, in logits:"
     closing = _closing(found) if single else _closing_of_variants(found)
     return found, [*opening, "", means, *table, "", *closing]
+
+
+def _largest(found: xr.Dataset, along: str) -> list[int]:
+    """The rows of a table for which a screen has room: where they are many those of largest self-repair, in order."""
+    repair = abs(found.top_self_repair)
+    repair = repair.mean([d for d in repair.dims if d != along]).fillna(-1).values
+    return sorted(np.argsort(-repair, kind="stable")[:ROWS].tolist())
 
 
 def _of_one(one: xr.Dataset, case: bool) -> tuple[xr.Dataset, float, str]:

@@ -13,11 +13,14 @@ from selfrepair_nn.shown import line
 WIDTH = 100
 """Columns of what is printed."""
 
+LARGE = 1e4
+
 
 def legible(ds: xr.Dataset) -> xr.Dataset:
     """The same numbers, with every attribute and label of an axis fit to be printed or drawn: others may have made it.
 
-    Attributes are cut to a line's width, those in JSON excepted. The texts of single tokens are left as they are.
+    Attributes are cut to a line's width, those in JSON excepted. The texts of single tokens are left as they are. A
+    dataset that is fit already is returned as it is.
     """
     attributes = {
         name: _legible(value) if isinstance(value, str) else value for name, value in ds.attrs.items()
@@ -26,6 +29,8 @@ def legible(ds: xr.Dataset) -> xr.Dataset:
     filtered = {
         n: (c.dims, np.vectorize(line, [object])(c.values), c.attrs) for n, c in labels.items() if c.size
     }
+    if attributes == ds.attrs and all((ds[n].values == each[1]).all() for n, each in filtered.items()):
+        return ds
     return ds.assign_coords(filtered).assign_attrs(attributes)
 
 
@@ -142,9 +147,11 @@ def worst_closure(heads: xr.Dataset) -> str:
 
 
 def number(value: float) -> str:
-    """A signed number: three decimals, or one digit and the power of ten where those would show none."""
+    """A signed number: three decimals; its power of ten where those would show none, or it has very many digits."""
     if np.isnan(value):
         return "-"
+    if LARGE <= abs(value) < np.inf:
+        return f"{value:+.1e}"
     return f"{value:+.0e}" if 0 < abs(value) < 0.0005 else f"{value:+.3f}"
 
 

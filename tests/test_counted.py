@@ -19,7 +19,6 @@ import selfrepair_nn as sr
 from selfrepair_nn import figures, report, text
 from selfrepair_nn.analysis import HALF_WIDTH, MEANS
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.figures.needs import NEEDS
 from selfrepair_nn.quantities import QUANTITIES, SWEEP
 from selfrepair_nn.recipe import find_recipe, recipe_paths
 
@@ -352,11 +351,14 @@ def intervals(ds):
     return [values for values in named if values.size]
 
 
+OVERVIEW = [name for name, each in figures.FIGURES.items() if each.overview]
+
+
 @pytest.mark.parametrize("fill", [np.nan, 1e9])
 def test_no_figure_shows_what_does_not_count(any_store, fill):
     simulated = any_store.attrs["backend"] == "simulated"
     names = figures.suited(any_store) if simulated else find_recipe(any_store.attrs["recipe"]).figures
-    names = [*names, *(name for name in figures.UNSPECIFIC if NEEDS[name].fits(any_store))]
+    names = [*names, *(name for name in OVERVIEW if figures.FIGURES[name].suits(any_store))]
     other = spoilt(any_store, fill)
     for name in names:
         assert_array_equal(pixels(any_store, name), pixels(other, name), err_msg=name)
@@ -364,7 +366,7 @@ def test_no_figure_shows_what_does_not_count(any_store, fill):
 
 def test_every_function_and_every_figure_is_tried(stores, simulated):
     drawn = {*figures.suited(simulated)}.union(*(recipe.figures for recipe in sr.list_recipes()))
-    assert drawn | {*figures.UNSPECIFIC} == {*figures.FIGURES}
+    assert drawn | {*OVERVIEW} == {*figures.known()}
     every = [simulated, *map(stores, recipe_paths())]
     missing = [n for n in ANALYSES if all(isinstance(outcome(getattr(sr, n), ds), str) for ds in every)]
     assert missing == ["compare_paper"]

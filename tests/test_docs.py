@@ -55,3 +55,15 @@ def test_links_lead_somewhere(page):
 
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_recipe_with_a_figure_of_its_own_is_one_that_works(tmp_path):
+    from made import any_store
+
+    import selfrepair_nn as sr
+
+    lines = (ROOT / "docs" / "recipes.md").read_text().split("as a map:\n\n")[1].split("\nRun it")[0]
+    path = tmp_path / "pairs.py"
+    path.write_text("\n".join(line.removeprefix("    ") for line in lines.splitlines()))
+    assert {p.stem for p in sr.plot(any_store("pairs"), tmp_path, recipe=path)} == {"pair_map", "cases"}
+    assert sr.plot(any_store("neurons"), tmp_path / "other", recipe=path)

@@ -378,7 +378,7 @@ def test_a_conflict_is_told_in_words_with_a_place_that_is_free(taken, flags, sai
 
 def test_another_recipe_and_another_model_are_told(taken, tmp_path):
     ended = selfrepair("run", "noise", *taken, "--layers", "1", "--tokens", "28")
-    assert "(recipe heads there, noise here)" in ended.err
+    assert "(recipe heads there, token_scatter here)" in ended.err
     other = saved(tmp_path / "other", seed=1)
     ended = selfrepair("run", "heads", *taken[2:], "--model", other, "--layers", "1", "--tokens", "28")
     assert re.search(r"\(model .*/m there, .* here\)", ended.err)

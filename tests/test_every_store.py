@@ -113,7 +113,7 @@ def test_every_store_has_a_page(stored, name, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "drawn", lambda *a, **k: drawn(*a, **k) if name in few else ())
     page = sr.write_report(ds, tmp_path / "page.html").read_text()
     assert page.count("<figure>") == (len(figures.suited(ds)) if name in few else 0)
-    axis = None if "edited_position" in ds.coords else figures.needs.axis(ds)
+    axis = None if "edited_position" in ds.coords else figures.suiting.axis(ds)
     for dim in ({axis} if axis else set()) | {"case"} & {*ds.dims}:
         assert all(f"<td>{label}</td>" in page for label in ds[dim].values)
     assert selfrepair("report", ds.encoding["source"], "--out", tmp_path / "other.html").code == 0
@@ -166,9 +166,9 @@ def test_an_older_store_has_the_figures_of_our_recipe_of_its_name(stored):
     old = with_attributes(stored("freeze"), figures=None)
     assert figures.own(old) == ("freeze",)
     assert figures.own(with_attributes(old, recipe="mine")) == ("freeze",)
-    assert figures.own(with_attributes(stored("noise"), figures=None)) == ("token_noise",)
+    assert figures.own(with_attributes(stored("token_scatter"), figures=None)) == ("token_noise",)
     assert (
-        figures.own(with_attributes(stored("noise"), figures=None, recipe="x/noise.py"))[0]
+        figures.own(with_attributes(stored("token_scatter"), figures=None, recipe="x/token_scatter.py"))[0]
         == "self_repair_by_layer"
     )
 
@@ -211,7 +211,7 @@ def test_nothing_that_a_store_names_is_run(stored, tmp_path):
 @pytest.mark.parametrize("name", ["heads", "freeze", "ioi", "own_doses", "self_reinforcement"])
 def test_a_figure_that_does_not_suit_is_refused_in_words(stored, name):
     ds = stored(name)
-    for figure in {*figures.FIGURES} - {*figures.suited(ds), *figures.UNSPECIFIC}:
+    for figure in {*figures.FIGURES} - {*figures.suited(ds), "variants", "cases"}:
         with pytest.raises(
             UsageError, match=f"figure {figure} does not suit 'tiny-neox.*: it needs "
         ) as refused:

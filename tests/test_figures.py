@@ -264,8 +264,11 @@ print([name for name in ("matplotlib.pyplot", "torch", "transformers", "nnsight"
 
 
 def test_every_figure_has_a_description():
-    assert figures.DESCRIPTIONS.keys() == figures.FIGURES.keys()
-    assert all(text.endswith(".") and len(text) < 120 for text in figures.DESCRIPTIONS.values())
+    for name, each in figures.FIGURES.items():
+        assert each.name == name
+        assert each.about.endswith(".")
+        assert len(each.about) < 120
+        assert each.need.words
 
 
 def test_errors_say_what_to_do(ds):

@@ -204,3 +204,31 @@ def test_what_is_missing_is_said(ds, part):
         figures.draw("repair_map", part)
     with pytest.raises(UsageError, match="lacks done"):
         figures.draw("token_noise", by_head(ds))
+
+
+def test_of_very_many_tokens_one_is_drawn_on_each_spot(ds, monkeypatch):
+    whole = [dots(axes) for axes in figures.draw("token_noise", ds, share=0.1).axes]
+    monkeypatch.setattr(figures.token_noise, "MANY", 10)
+    monkeypatch.setattr(figures.token_noise, "PIXELS", 20)
+    figure = figures.draw("token_noise", ds, share=0.1)
+    assert "Of tokens that lie on one spot, one is drawn." in " ".join(figure.get_supxlabel().split())
+    for axes, every in zip(figure.axes, whole, strict=True):
+        drawn = dots(axes)
+        assert len(drawn) < len(every)
+        assert {*map(tuple, drawn)} <= {*map(tuple, every)}
+        side = [np.ptp(axes.get_xlim()) / 20, np.ptp(axes.get_ylim()) / 20]
+        apart = abs(every[:, None] - drawn[None]) / side
+        assert (apart.max(2).min(1) <= 1).all()
+
+
+def test_what_is_said_of_very_many_tokens_fits_over_its_panel(ds, monkeypatch):
+    long = "all 1,040,384 tokens: correlation -0.38; broken 25% ± 0%, under 31% ± 0%, over 44% ± 0%"
+    monkeypatch.setattr(figures.token_noise, "_said", lambda *_: long)
+    figure = figures.draw("token_noise", ds, share=0.1)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        text, panel = axes.texts[0].get_window_extent(), axes.get_window_extent()
+        assert text.width < 1.15 * panel.width
+        assert panel.width > 0.3 * figure.bbox.width
+        assert axes.title.get_window_extent().y0 > 0
+        assert axes._left_title.get_window_extent().y0 >= text.y1 - 2

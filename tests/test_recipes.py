@@ -42,7 +42,7 @@ def values(ds, *names):
 
 
 def test_noise_ablates_the_last_third(ran):
-    ds, drawn = ran("noise")
+    ds, drawn = ran("token_scatter")
     assert drawn == ["token_noise.png", "token_noise.svg"]
     assert ds["layer"].values.tolist() == [2]  # of three
     effect, change = values(ds, "direct_effect", "logit_change")
@@ -64,7 +64,7 @@ def test_noise_ablates_the_last_third(ran):
     ("flags", "layers"), [(("--heads", "0.1,1.2"), [0, 1]), (("--layers", ":2"), [0, 1])]
 )
 def test_noise_takes_chosen_heads(ran, flags, layers):
-    assert ran("noise", *flags)[0]["layer"].values.tolist() == layers
+    assert ran("token_scatter", *flags)[0]["layer"].values.tolist() == layers
 
 
 def test_norm_share_recomputed_from_the_scales(ran):
@@ -107,7 +107,7 @@ def test_repairers_keeps_the_top_share_of_every_component(ran):
 
 
 def test_plot_draws_chosen_heads(ran):
-    store = ran("noise", "--layers", ":")[0].encoding["source"]
+    store = ran("token_scatter", "--layers", ":")[0].encoding["source"]
     drawn = selfrepair("plot", store, "--heads", "0.1,2.3", "--figure", "token_noise")
     svg = next(line for line in drawn.out.split() if line.endswith(".svg"))
     with open(svg) as file:

@@ -166,3 +166,24 @@ def test_nothing_done_is_an_error(ds, tmp_path):
     with pytest.raises(UsageError, match="nothing done yet"):
         report(unfinished(ds, done=False), tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_and_several_figures_sum_a_store_up_once(ds, tmp_path, monkeypatch):
+    from selfrepair_nn import figures
+    from selfrepair_nn.analysis import summaries
+
+    calls, real = [], summaries.summed_up
+    monkeypatch.setattr(summaries, "summed_up", lambda *given: calls.append(1) or real(*given))
+    render(ds)
+    assert len(calls) == 1
+    figures.plot(ds, tmp_path)
+    assert len(calls) == 2
+    for share in (0.1, 0.2):
+        by_head(ds, share)
+    assert len(calls) == 4
+
+
+def test_a_page_is_the_same_whether_or_not_anything_is_remembered(ds, monkeypatch, no_figures):
+    page = render(ds)
+    monkeypatch.setattr("selfrepair_nn.analysis.summaries.once", lambda _, ds, compute: compute())
+    assert render(ds) == page

@@ -114,9 +114,9 @@ def test_figures_of_every_token_are_refused(selected):
 
 @pytest.mark.parametrize("flags", [["--select", "top-share"], ["--until-ci", "0.1"]], ids=str)
 def test_a_recipe_of_every_token_is_refused_before_anything_runs(tmp_path, flags):
-    refused = selfrepair("run", "noise", "--model", "tiny-neox", *flags, "--out", tmp_path / "x.zarr")
+    refused = selfrepair("run", "token_scatter", "--model", "tiny-neox", *flags, "--out", tmp_path / "x.zarr")
     assert refused.code == 2
-    assert "noise shows every token of a head, not the top share: choose --select all" in refused.err
+    assert "token_scatter shows every token of a head, not the top share: choose --select all" in refused.err
     assert not (tmp_path / "x.zarr").exists()
 
 

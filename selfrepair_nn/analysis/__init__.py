@@ -17,7 +17,13 @@ from selfrepair_nn.analysis.neurons import (
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
-from selfrepair_nn.analysis.reinforcement import CONFIDENCE, reinforcement_by_head, strongest_responses
+from selfrepair_nn.analysis.reinforcement import (
+    CONFIDENCE,
+    reinforced,
+    reinforcement_by_head,
+    strongest_responses,
+)
+from selfrepair_nn.analysis.remembering import held, remembering
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
 from selfrepair_nn.analysis.scales import scale_by_head, token_variants
 from selfrepair_nn.analysis.selecting import done_share, every_token, only, top_share
@@ -52,6 +58,7 @@ __all__ = [
     "done_share",
     "erasure_neurons",
     "every_token",
+    "held",
     "induction_by_head",
     "most_repaired",
     "name_movers",
@@ -62,7 +69,9 @@ __all__ = [
     "only",
     "percent",
     "references",
+    "reinforced",
     "reinforcement_by_head",
+    "remembering",
     "restored",
     "scale_by_head",
     "strongest_repairs",

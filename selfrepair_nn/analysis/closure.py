@@ -45,4 +45,5 @@ def _spread(ds: xr.Dataset) -> float:
         some = some & (ds.other != ds.target).transpose(*TOKEN).values  # no difference that is always 0
     logits = ds.logit.transpose(*TOKEN).values[some].astype(float)
     logits = logits[np.isfinite(logits)]
-    return float(logits.std()) or 1.0 if logits.size else 1.0
+    with np.errstate(over="ignore"):
+        return float(logits.std()) or 1.0 if logits.size else 1.0

@@ -1,6 +1,5 @@
 """Who moves the name, what is lost without them, and who backs up (section 5.3.1): all on the tokens that count."""
 
-import re
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,14 @@ from selfrepair_nn.blocks import (
     together,
     token_counts,
 )
+from selfrepair_nn.case_sites import Case, sites_of
+from selfrepair_nn.components import Head, Layers
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import QUANTITIES, TOKEN
 
 BACKUPS = 6
+CASES = ("case", "case_sites", "case_layer")
 
 
 def name_movers(ds: xr.Dataset) -> xr.Dataset:
@@ -47,7 +49,7 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     """
     ds, done = _done(ds)
     counts, groups = token_counts(ds, done), clusters(ds)
-    labels = [str(label) for label in ds.case.values]
+    cases = sites_of(ds)
     tallies = {name: Tally.of_prompts(sums(ds, name, done), counts, groups) for name in MEANS}
     before, after = (tallies[name] for name in ("direct_effect", "ablated_direct_effect"))
     tallies["removed"] = Tally(before.sums - after.sums, before.counts)
@@ -58,8 +60,8 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
         if name in ("logit_change", "self_repair"):
             found[f"{name}_se"] = ("case", known.error)
     clean, correct = _answers(ds, done)
-    found |= {"correct": ("case", correct), "kind": ("case", np.array([_kind(x) for x in labels], object))}
-    found = xr.Dataset(found, {"case": labels})
+    found |= {"correct": ("case", correct), "kind": ("case", np.array([*map(_kind, cases)], object))}
+    found = xr.Dataset(found, {name: ds[name].variable for name in CASES if name in ds.coords})
     for name in MEANS:
         found[name].attrs = {"units": "logit", "long_name": f"mean {QUANTITIES[name].long_name}"}
     found.removed.attrs = {"units": "logit", "long_name": "mean direct effect removed"}
@@ -83,10 +85,10 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     Attributes as in `name_movers`. Errors too.
     """
     ds, done = _done(ds)
-    labels = [str(label) for label in ds.case.values]
-    joint = max(range(len(labels)), key=lambda i: labels[i].count("+"))
-    names = np.array([str(name) for name in ds.component.values])
-    ablated = np.isin(names, labels[joint].split("+"))
+    cases = sites_of(ds)
+    joint = max(range(len(cases)), key=lambda i: len(cases[i]))
+    places = zip(ds.component_layer.values, ds.component_head.values, strict=True)
+    ablated = np.array([Head(*place) in cases[joint] if min(place) >= 0 else False for place in places])
     heads = np.flatnonzero((ds.component_kind.values == "head") & ~ablated)
     changes = _tallies(ds, "component_change", done[0], heads)
     order = np.argsort(-changes[joint].mean, kind="stable")[:count]
@@ -94,9 +96,9 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     [clean] = _tallies(ds, "component_direct_effect", done[0], heads)
     places = {d: ds[f"component_{d}"].values[heads] for d in ("layer", "head")}
     moved = Tally(np.full(clean.sums.shape, np.nan), clean.counts)
-    for index, label in enumerate(labels):
-        if _kind(label) == "moved":
-            here = places["layer"] == _stop(label)
+    for index, case in enumerate(cases):
+        if _kind(case) == "moved":
+            here = places["layer"] == max(site.stop for site in case if isinstance(site, Layers))
             moved.sums[here] = changes[index].sums[here]
     found = {}
     for name, tally in (("direct_effect", clean), ("joint", changes[joint]), ("moved", moved)):
@@ -106,8 +108,9 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     found = xr.Dataset(
         {name: ("rank", values) for name, values in found.items()}, attrs=name_movers(ds).attrs
     )
-    named = {"component": names[heads]} | places
-    return found.assign_coords({name: ("rank", values) for name, values in named.items()})
+    names = np.array([str(name) for name in ds.component.values[heads]])
+    labels = {"component": names} | places
+    return found.assign_coords({name: ("rank", values) for name, values in labels.items()})
 
 
 def _done(ds: xr.Dataset) -> tuple[xr.Dataset, np.ndarray]:
@@ -142,13 +145,7 @@ def _tallies(ds: xr.Dataset, name: str, done: np.ndarray, heads: np.ndarray) -> 
     return [Tally.of_prompts(each, counts, clusters(ds)) for each in summed]
 
 
-def _kind(label: str) -> str:
-    if label.startswith("layer"):
+def _kind(case: Case) -> str:
+    if any(isinstance(site, Layers) for site in case):
         return "moved"
-    return "joint" if "+" in label else "single"
-
-
-def _stop(label: str) -> int:
-    """The first layer that is left behind deleted ones: of "layer 3" 4, of "layers 3:6" 6."""
-    first, *stop = map(int, re.findall(r"\d+", label))
-    return stop[0] if stop else first + 1
+    return "joint" if len(case) > 1 else "single"

@@ -84,7 +84,8 @@ def _top(values: np.ndarray, share: float) -> np.ndarray:
 def _correlation(effect: np.ndarray, change: np.ndarray) -> float:
     """Pearson's, of two vectors [token]."""
     varies = effect.size and np.ptp(effect) > 0 and np.ptp(change) > 0
-    return np.corrcoef(effect, change)[0, 1] if varies else np.nan
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.corrcoef(effect, change)[0, 1] if varies else np.nan
 
 
 def _fates(effect: np.ndarray, change: np.ndarray) -> dict[str, np.ndarray]:

@@ -73,6 +73,16 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
     return _describe(xr.Dataset(values, labels, ds.attrs | told))
 
 
+def reinforced(ds: xr.Dataset) -> bool:
+    """Whether a store, or a result of `reinforcement_by_head`, is of heads that read their own write at some scales.
+
+    Of other stores of reinforced heads, with an axis of another name or none, means tell what there is.
+    """
+    needed = {"scale", *HEADS}
+    scaled = "self_repair" in ds and needed <= {*ds.self_repair.dims} and ds["scale"].dtype.kind in "fi"
+    return "slope" in ds or (scaled and "edited_position" in ds.coords)
+
+
 def strongest_responses(ds: xr.Dataset, count: int = 5, confidence: float = CONFIDENCE) -> xr.Dataset:
     """The self-repressing heads of steepest mean slope over scales, as in `reinforcement_by_head` but over (rank).
 

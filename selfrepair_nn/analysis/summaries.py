@@ -7,6 +7,7 @@ import xarray as xr
 
 from selfrepair_nn.analysis.checks import MEANS, among, of_cases, of_heads, same_share, share_of
 from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
 from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
@@ -54,25 +55,28 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     share = share_of(ds, share)
     if "top_self_repair" in ds:
         return same_share(ds, share)
-    return summed_up(of_heads(ds), share)
+    heads = of_heads(ds)
+    return once(("heads", share), heads, lambda: summed_up(heads, share))
 
 
 def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """What `by_head` gives, over (case): where several heads are ablated at once, or layers, or MLPs.
 
-    `case_layer` is the first layer that each ablates. Memory and errors as in `by_head`.
+    `case_sites` are the sites that each ablates, as in a store, `case_layer` is the first layer of these. Memory and
+    errors as in `by_head`.
     """
     share = share_of(ds, share)
     if "top_self_repair" in ds:
         return same_share(ds, share)
-    return summed_up(of_cases(ds), share)
+    cases = of_cases(ds)
+    return once(("cases", share), cases, lambda: summed_up(cases, share))
 
 
 def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None = None) -> xr.Dataset:
     """`by_head` of a store that is checked; with GROUP_x_half_width of further `groups` of heads."""
     dims = sites(ds)
     found = dict(_read_off(ds, share, groups or {}))
-    labels = {name: ds[name].variable for name in (*dims, "case_layer") if name in ds.coords}
+    labels = {name: ds[name].variable for name in (*dims, "case_sites", "case_layer") if name in ds.coords}
     heads = xr.Dataset(found, labels, ds.attrs)
     heads = heads.assign(selected=ds.selected.variable.load(), noise_floor=_noise_floor(ds))
     heads = heads.assign({name: ds[name].variable.load() for name in ESTIMATED if name in ds})

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.checks import restored, same_share, share_of
+from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Tokens
 from selfrepair_nn.blocks import read, sites
@@ -43,6 +44,10 @@ def by_variant(ds: xr.Dataset, share: float | None = None, summarise: Summary = 
     axis, share = axis_of(ds), share_of(ds, share)
     if "position" not in ds.dims:
         return same_share(ds, share)
+    return once((axis, share, summarise), ds, lambda: _by_variant(ds, axis, share, summarise))
+
+
+def _by_variant(ds: xr.Dataset, axis: str, share: float, summarise: Summary) -> xr.Dataset:
     each = [summarise(ds.isel({axis: i}).drop_vars(axis), share) for i in range(ds.sizes[axis])]
     shared = [name for name in each[0].data_vars if _is_shared(str(name))]
     varied = [one.drop_vars(shared) for one in each]
@@ -80,7 +85,7 @@ def differences(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     found = {
         name: ((axis, *dims), np.stack([row[name][1] for row in rows])) for name, (dims, _) in rows[0].items()
     }
-    labels = {d: ds[d].variable for d in (axis, *sites(ds), "case_layer") if d in ds.coords}
+    labels = {d: ds[d].variable for d in (axis, *sites(ds), "case_sites", "case_layer") if d in ds.coords}
     return _describe(xr.Dataset(found, labels, ds.attrs))
 
 

@@ -1,21 +1,23 @@
-"""Figures of a store, one per file, all with one signature: draw(datasets, *, share) -> matplotlib Figure.
+"""Figures of a store, one per file: each says itself what it is called, what it shows and what it suits.
 
 `draw` draws one by name, `save` writes it, `plot` does both for several. Datasets are a store, a list of stores, or a
-mapping from legend to them; a summary by `analysis.by_head` stands for its store where nothing else is needed. Each
-file says in TAKES what that is, as `needs` tells it. `variants` and `cases` draw what a recipe of anybody's own made.
+mapping from legend to them; a summary by `analysis.by_head` stands for its store where nothing else is needed.
+Recipes may draw figures of their own (`drawing.figure`): those of ours are known by name as all others are, those of a
+user's recipe where its file is given. `variants` and `cases` are the overview of what any recipe made.
 `paper_comparison` stands apart: its second dataset ships with the package.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 from matplotlib.figure import Figure
 
-from selfrepair_nn.errors import UsageError
+from selfrepair_nn.analysis import held, remembering
+from selfrepair_nn.drawing import Drawing
+from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.figures import (
     ablation_kinds,
     cases,
@@ -40,21 +42,23 @@ from selfrepair_nn.figures import (
     residual_norm,
     self_reinforcement,
     self_repair_by_layer,
+    suiting,
     token_noise,
     variants,
 )
-from selfrepair_nn.figures.needs import NEEDS
-from selfrepair_nn.figures.style import Datasets, named, save, share_of, summaries
+from selfrepair_nn.figures.style import Datasets, named, save, settings, share_of, summaries
 from selfrepair_nn.paths import local
-from selfrepair_nn.recipe import find_recipe, recipe_paths
+from selfrepair_nn.recipe import Recipe, find_recipe, present_name, recipe_paths, recipes
+from selfrepair_nn.shown import line, tell
 from selfrepair_nn.values import brief, nearest, several
 
 __all__ = [
-    "DESCRIPTIONS",
     "FIGURES",
     "beside",
     "draw",
     "drawn",
+    "known",
+    "note_unknown",
     "own",
     "plot",
     "require_figures",
@@ -62,8 +66,8 @@ __all__ = [
     "suited",
 ]
 
-_MODULES = {
-    module.__name__.rpartition(".")[2]: module
+FIGURES: dict[str, Drawing] = {
+    module.draw.name: module.draw
     for module in (
         self_repair_by_layer,
         direct_effect_vs_logit_change,
@@ -92,105 +96,141 @@ _MODULES = {
         cases,
     )
 }
-UNSPECIFIC = ("variants", "cases")
+
+Name = str | Drawing
 
 
-def _sharing(figure: Callable[..., Figure]) -> Callable[..., Figure]:
-    """The figure with the share that is usual for what it shows, where none is given."""
+def known(recipe: Recipe | None = None) -> dict[str, Drawing]:
+    """Every figure that has a name here, by name: ours, those of our recipes, and those of this recipe's own file.
 
-    @wraps(figure)
-    def drawn(datasets: Datasets, *, share: float | None = None) -> Figure:
-        return figure(datasets, share=share_of(datasets, share))
+    Raises:
+        UsageError: the recipe calls a figure of its own as another one is called.
+    """
+    found = FIGURES | {name: each for one in recipes() for name, each in one.drawings.items()}
+    for name in recipe.drawings if recipe else ():
+        if name in FIGURES:
+            raise UsageError(
+                f"recipe {str(recipe.path)!r} defines a figure {name}, and there is another of that name: rename it"
+            )
+    return found | dict(recipe.drawings if recipe else {})
 
-    return drawn
 
+def suited(datasets: Datasets, recipe: Recipe | None = None) -> list[str]:
+    """The names of the figures for which each of these datasets holds enough; the overview where there is no other.
 
-FIGURES: dict[str, Callable[..., Figure]] = {name: _sharing(module.draw) for name, module in _MODULES.items()}
-DESCRIPTIONS: dict[str, str] = {name: (module.__doc__ or "").partition("\n")[0] for name, module in _MODULES.items()}
-
-
-def suited(datasets: Datasets) -> list[str]:
-    """The names of the figures for which each of these datasets holds enough; UNSPECIFIC ones where there is no other.
-
-    UsageError if there is no dataset.
+    Those of a recipe's own file are among them where that is given. UsageError if there is no dataset.
     """
     stores = named(datasets).values()
-    found = [name for name, module in _MODULES.items() if all(map(NEEDS[module.TAKES].fits, stores))]
-    return [name for name in found if name not in UNSPECIFIC] or found
+    found = [each for each in known(recipe).values() if all(map(each.suits, stores))]
+    return [each.name for each in found if not each.overview] or [each.name for each in found]
 
 
-def require_figures(names: Iterable[str]) -> tuple[str, ...]:
-    """These names, as a tuple. UsageError unless each is a figure's."""
-    many = several(names)
-    found: tuple[Any, ...] = (names,) if many is None else tuple(many)
-    for name in found:
-        if not isinstance(name, str) or name not in FIGURES:
-            raise UsageError(
-                f"no figure {brief(name)}{nearest(name, FIGURES)}; there are {', '.join(FIGURES)}"
-            )
-    return found
+def require_figures(names: Iterable[Name] | Name, recipe: Recipe | None = None) -> tuple[Drawing, ...]:
+    """The figures of these names, or these themselves. UsageError unless each is one."""
+    listed = (names,) if isinstance(names, Drawing) else several(names)
+    every = known(recipe)
+    found = []
+    for name in (names,) if listed is None else tuple(listed):
+        if not isinstance(name, Drawing) and (not isinstance(name, str) or name not in every):
+            raise UsageError(f"no figure {brief(name)}{nearest(name, every)}; there are {', '.join(every)}")
+        found.append(name if isinstance(name, Drawing) else every[name])
+    return tuple(found)
 
 
-def own(ds: xr.Dataset) -> tuple[str, ...]:
-    """The figures that a store names as its own, as far as it suits them; where there is none, all that it suits.
+def own(ds: xr.Dataset, recipe: Recipe | None = None) -> tuple[str, ...]:
+    """The figures of a recipe, or those that a store names as its own, as far as they suit it.
 
+    Where one is not known here the overview is drawn in its place; where there is none, all that suits.
     An older store names none: it has those of our recipe of that name. Nothing but names is taken from a store: what
     it says of its recipe is neither imported nor run.
     """
+    note_unknown(ds, recipe)
+    every, names = known(recipe), recipe.figures if recipe else _named_by(ds)
+    found = [name for name in names if name in every and every[name].suits(ds)]
+    if not found:
+        return tuple(suited(ds, recipe))
+    overview = [each.name for each in every.values() if each.overview and each.suits(ds)]
+    missing = any(name not in every for name in names)
+    return tuple(dict.fromkeys([*found, *(overview if missing else ())]))
+
+
+def _named_by(ds: xr.Dataset) -> Sequence[str]:
     try:
         names = json.loads(ds.attrs["figures"])
-        names = names if isinstance(names, list) else []
-    except (KeyError, TypeError, ValueError):
-        recipe = ds.attrs.get("recipe")
-        names = find_recipe(recipe).figures if recipe in recipe_paths() else ()
-    found = suited(ds)
-    return tuple(name for name in names if name in found) or tuple(found)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        name = present_name(ds.attrs.get("recipe"))
+        return find_recipe(name).figures if name in recipe_paths() else ()
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def draw(name: str, datasets: Datasets, *, share: float | None = None) -> Figure:
+def note_unknown(ds: xr.Dataset, recipe: Recipe | None = None) -> None:
+    """Say on stderr which figures that a store names are not known here, or which of a recipe's own do not suit."""
+    every, names = known(recipe), recipe.figures if recipe else _named_by(ds)
+    if missing := [name for name in names if name not in every]:
+        told = ", ".join(line(name, 60) for name in missing[:3])
+        tell(
+            f"figure {told} is none of ours: if the recipe's file draws it, give that, --recipe FILE.py, in Python "
+            "recipe=…; the others are drawn"
+        )
+    for name in recipe.drawings if recipe else ():
+        if not every[name].suits(ds):
+            tell(f"figure {name} does not suit this store: it needs {every[name].need.words}")
+
+
+def draw(
+    name: Name, datasets: Datasets, *, share: float | None = None, recipe: Recipe | None = None
+) -> Figure:
     """Draw the figure of this name from one dataset or several; `share` as in `analysis.by_head`.
 
     Raises:
-        UsageError: no figure of this name; a dataset that does not hold what it needs; or datasets of which some count
-            every token and some do not, and no share.
+        UsageError: no figure of this name; a dataset that does not hold what it needs; datasets of which some count
+            every token and some do not, and no share; or a figure of a recipe's own that fails.
     """
-    require_figures([name])
-    figure: Any = None
+    [figure] = require_figures([name], recipe)
+    found: Any = None
     why: Exception | None = None
     try:
-        figure = FIGURES[name](datasets, share=share)
+        with settings():
+            found = figure.draw(named(datasets), share=share_of(datasets, share))
     except Exception as error:
         why = error
     for title, ds in named(datasets).items():
-        if (why or "done" in ds) and not NEEDS[_MODULES[name].TAKES].fits(ds):
-            raise _unsuited(name, title, ds, why) from why
+        if (why or "done" in ds) and not figure.suits(ds):
+            raise _unsuited(figure, title, ds, why) from why
+    if why and figure.name not in FIGURES and not isinstance(why, SelfRepairError):
+        raise UsageError(f"figure {figure.name} fails: {one_line(why)}") from why
     if why:
         raise why
-    return figure
+    if not isinstance(found, Figure):
+        raise UsageError(f"figure {figure.name} gives {brief(found)}, not a matplotlib Figure")
+    return found
 
 
-def _unsuited(name: str, title: str, ds: xr.Dataset, why: Exception | None) -> UsageError:
+def _unsuited(figure: Drawing, title: str, ds: xr.Dataset, why: Exception | None) -> UsageError:
     told = f" ({why})" if isinstance(why, UsageError) else ""
     return UsageError(
-        f"figure {name} does not suit {title!r}: it needs {NEEDS[_MODULES[name].TAKES].words}{told}; "
+        f"figure {figure.name} does not suit {title!r}: it needs {figure.need.words}{told}; "
         f"suited are {', '.join(suited(ds)) or 'none'}"
     )
 
 
 def drawn(
-    datasets: Datasets, names: Iterable[str] | None = None, *, share: float | None = None
-) -> Iterator[tuple[str, Figure]]:
-    """Names and figures, by default of all that the datasets are `suited` to; stores are summarised once for all.
+    datasets: Datasets,
+    names: Iterable[Name] | Name | None = None,
+    *,
+    share: float | None = None,
+    recipe: Recipe | None = None,
+) -> Iterator[tuple[Drawing, Figure]]:
+    """Figures, and what each draws, by default of all that the datasets are `suited` to.
 
-    Errors as in `draw`.
+    Stores are summarised once for all. Errors as in `draw`.
     """
     stores, share = named(datasets), share_of(datasets, share)
-    wanted = suited(stores) if names is None else require_figures(names)
-    plain = all(map(NEEDS["summary"].fits, stores.values()))
-    by_summary = {name for name in wanted if plain and _MODULES[name].TAKES == "summary"}
-    found = summaries(stores, share) if by_summary else {}
-    for name in wanted:
-        yield name, draw(name, found if name in by_summary else stores, share=share)
+    wanted = require_figures(suited(stores, recipe) if names is None else names, recipe)
+    plain = all(map(suiting.grid, stores.values()))
+    found = summaries(stores, share) if plain and any(each.of_summary for each in wanted) else stores
+    for each in wanted:
+        yield each, draw(each, found if each.of_summary else stores, share=share, recipe=recipe)
 
 
 def plot(
@@ -199,15 +239,46 @@ def plot(
     names: Iterable[str] | None = None,
     *,
     share: float | None = None,
+    recipe: str | Path | None = None,
 ) -> list[Path]:
     """Draw and save figures by name, by default all that the datasets are `suited` to.
 
-    They go into `directory`, by default beside the first store, named as it is without .zarr. Returns the files, two
-    for each figure. Errors as in `draw`.
+    They go into `directory`, by default beside the first store, named as it is without .zarr. `recipe` is a recipe's
+    name or the path of your own: then its figures are drawn, those that its file defines among them. Returns the
+    files, two for each figure. Errors as in `draw`, and as for a recipe's file that cannot be read as one.
     """
-    stores = named(datasets)
-    folder = local(beside(next(iter(stores.values()))) if directory is None else directory, "directory")
-    return [path for name, figure in drawn(stores, names, share=share) for path in save(figure, folder, name)]
+    stores = {name: held(ds) for name, ds in named(datasets).items()}
+    found = None if recipe is None else find_recipe(recipe)
+    first = next(iter(stores.values()))
+    wanted = own(first, found) if names is None and found else names
+    if names is None and not found:
+        note_unknown(first)
+    folder = local(beside(first) if directory is None else directory, "directory")
+    with remembering():
+        every = drawn(stores, wanted, share=share, recipe=found)
+        return [path for each, figure in every for path in save(figure, folder, each.name)]
+
+
+def require_own(recipe: Recipe, options: Any) -> list[str]:
+    """What is to be said, before a run, of the figures that could not be drawn after it.
+
+    Raises:
+        UsageError: the recipe calls a figure of its own as another one is called.
+    """
+    every = known(recipe)
+    said = [
+        f"figure {line(name, 60)}, which the recipe names, is none of ours and none of its own{nearest(name, every)}"
+        for name in recipe.figures
+        if name not in every
+    ]
+    needing = [n for n in recipe.figures if n in every and every[n].every_token]
+    if needing and options.selects == "top-share":
+        left_out = "--select all" if options.until_ci is None else "leave --until-ci out"
+        said.append(
+            f"{', '.join(needing)} cannot be drawn from this run: every token is needed, and it keeps each head's top "
+            f"share; to draw it, {left_out}"
+        )
+    return said
 
 
 def beside(ds: xr.Dataset) -> Path:

@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among, token_variants
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import plane, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import plane, style, suiting
 
-TAKES = "ablation"
 READING = (
     "Dots: tokens; blue: the head's {top}. Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head "
     "writes nothing to the logit.",
@@ -17,7 +17,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.ABLATIONS, name=__name__, about=__doc__, every_token=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each ablation; several stores have a row each.
 

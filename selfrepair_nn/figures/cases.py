@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, by_case
-from selfrepair_nn.figures import style
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import style, suiting
 
-TAKES = "cases"
 MOST = 40
 READING = (
     "Self-repair: logit change less the change of the direct effect of what is ablated itself. "
@@ -20,8 +20,12 @@ PARTS = {
     "top_self_repair": "self-repair",
 }
 
+NEED = Need(
+    "cases: sites that are ablated together", lambda ds: "case" in ds.dims and suiting.axis(ds) is None
+)
 
-@style.settings()
+
+@figure(*NEED, name=__name__, about=__doc__, overview=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each store with a row for each case; of more than forty, those of largest self-repair.
 

@@ -11,10 +11,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from selfrepair_nn.analysis import SHARE, contrast_by_head, percent
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import plane, style
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import plane, style, suiting
 from selfrepair_nn.wording import intervals, task
 
-TAKES = "contrast"
 LABELS = 6
 NAMES = {"resample": "another text", "counterfactual": "the edited text"}
 READING = (
@@ -24,8 +24,16 @@ READING = (
     "bars: 95% intervals.",
 )
 
+NEED = Need(
+    "resample beside counterfactual ablation, as in `contrastive`",
+    lambda ds: (
+        suiting.along(ds, "ablation", "resample", "counterfactual")
+        and {"counterfactual", "counted"} <= {*ds.variables}
+    ),
+)
 
-@style.settings()
+
+@figure(*NEED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a row for each store: both ablations in the plane, and the repaired share under one against the other.
 

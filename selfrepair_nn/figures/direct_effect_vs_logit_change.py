@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from selfrepair_nn import wording
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, every_token, throughout
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import plane, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import plane, style, suiting
 
-TAKES = "summary"
 LABELS = 8
 READING = (
     "Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head writes nothing to the logit.",
@@ -23,7 +23,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.HEADS_ALONE, name=__name__, about=__doc__, of_summary=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each store, means over all tokens; heads in the wedge are self-repaired (section 2.2).
 

@@ -3,9 +3,9 @@
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among, every_token, throughout
-from selfrepair_nn.figures import depth, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import depth, style, suiting
 
-TAKES = "summary"
 READING = (
     "Distance: (logit change + direct effect) / √2. Of a head of positive direct effect, above zero is repaired, "
     "below zero is broken.",
@@ -14,7 +14,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.HEADS_ALONE, name=__name__, about=__doc__, of_summary=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw two panels, means over all tokens and over the top share; several stores by depth in percent.
 

@@ -9,9 +9,9 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, erasure_neurons
-from selfrepair_nn.figures import panels, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import panels, style, suiting
 
-TAKES = "neurons"
 BINS = 60
 READING = (
     "Dots: for each head the {share} of tokens on which {mlp} repairs most; of each the one neuron that repairs most.",
@@ -20,7 +20,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.NEURONS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `erasure_neurons` takes; several stores have a row each.
 

@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, by_variant
-from selfrepair_nn.figures import depth, style
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import depth, style, suiting
 
-TAKES = "frozen"
 ROOM = 0.25  # above the dots, for the legend
 READING = (
     "Left: dots are heads, lines the means of each layer with their 95% intervals; with everything frozen self-repair "
@@ -17,8 +17,13 @@ READING = (
     "Dashed: y = x. Thin bars: 95% intervals.",
 )
 
+NEED = Need(
+    "three degrees of freezing, as in `freeze`",
+    lambda ds: suiting.along(ds, "frozen", "nothing", "all but the final norm", "everything"),
+)
 
-@style.settings()
+
+@figure(*NEED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw two panels for each store: self-repair by layer, and the norm alone against the norm in the whole.
 

@@ -3,16 +3,18 @@
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE
-from selfrepair_nn.figures import changes, style
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import changes, style, suiting
 
-TAKES = "norm"
 READING = (
     "Each norm by itself keeps its clean scale; all: all of them together. Below zero: freezing it takes "
     "self-repair away. Bars: 95% intervals, token by token against nothing frozen."
 )
 
+NEED = Need("norms frozen one by one, as in `freeze_norms`", lambda ds: suiting.first(ds, "norm"))
 
-@style.settings()
+
+@figure(*NEED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw for each store of the freeze_norms recipe the change of self-repair, norm by norm.
 

@@ -7,11 +7,13 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn import wording
 from selfrepair_nn.analysis import HALF_WIDTH, KINDS, SHARE, by_kind, induction_by_head
+from selfrepair_nn.blocks import counted_tokens
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import RATE
-from selfrepair_nn.figures import plane, style
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import plane, style, suiting
+from selfrepair_nn.quantities import TOKEN
 
-TAKES = "attention"
 LABELS = 6
 LOOKS = dict(
     zip(KINDS, ((style.COLOURS[1], "D", 34), (style.COLOURS[0], "s", 30), ("#8A8A8A", "o", 12)), strict=True)
@@ -23,8 +25,25 @@ READING = (
     "Repaired: heads whose self-repair surely is repair (false discovery rate {rate:.0%}), of those with an interval.",
 )
 
+NEED = Need(
+    "attention on repeated tokens, as `induction` records",
+    lambda ds: suiting.grid(ds) and ("induction" in ds or ("attention" in ds and _repeated(ds))),
+)
 
-@style.settings()
+
+def _repeated(ds: xr.Dataset) -> bool:
+    """Whether the tokens that count are repeated ones, at the distance that is looked at."""
+    if "counted" not in ds or "distance" not in ds.coords:
+        return False
+    if ds.sizes["distance"] != 2 or int(ds.distance[0]) != 1:
+        return False
+    period, counted, token = int(ds.distance[1]) + 1, counted_tokens(ds), ds.token.transpose(*TOKEN).values
+    repeated = np.zeros(token.shape, bool)
+    repeated[:, period:] = token[:, period:] == token[:, :-period]
+    return bool(repeated[counted].all())
+
+
+@figure(*NEED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a row for each store: every head's two scores, and its direct effect against the logit change.
 

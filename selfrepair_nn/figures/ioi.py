@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn import wording
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, backups, name_movers
-from selfrepair_nn.figures import style
+from selfrepair_nn.case_sites import sites_of
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import style, suiting
 from selfrepair_nn.wording import intervals
 
-TAKES = "movers"
 BAR = 0.36
 READING = (
     "Left: the direct effect that is taken away, and what the logit difference loses; if less, the others repair.",
@@ -23,8 +24,17 @@ LOOKS = {
     "moved": ("reading what the name mover reads", style.COLOURS[1], "D"),
 }
 
+NEED = Need(
+    "heads ablated one by one and together, and a second token, as in `ioi`",
+    lambda ds: _together(ds) and {"other", "component_change", "counted"} <= {*ds.variables},
+)
 
-@style.settings()
+
+def _together(ds: xr.Dataset) -> bool:
+    return suiting.axis(ds) is None and any(len(case) > 1 for case in sites_of(ds))
+
+
+@figure(*NEED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a row for each store of the ioi recipe: the ablations, and the heads that back up.
 
@@ -66,7 +76,7 @@ def _draw_movers(axes: Axes, movers: xr.Dataset) -> None:
     )
     axes.barh(rows + BAR / 2, lost, xerr=next(widths), color=style.COLOURS[0], label="lost", **look)
     axes.axvline(0, color="black", linewidth=0.8, zorder=4)
-    axes.set_yticks(rows, [str(label).replace("+", "\n") for label in shown.case.values])
+    axes.set_yticks(rows, ["\n".join(site.label for site in case) for case in sites_of(shown)])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("logit of the indirect object \N{MINUS SIGN} of the subject")

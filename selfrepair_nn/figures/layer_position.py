@@ -6,11 +6,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, by_case, throughout
-from selfrepair_nn.errors import UsageError
-from selfrepair_nn.figures import depth, style
+from selfrepair_nn.case_sites import sites_of
+from selfrepair_nn.components import Layers, Swap
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import depth, style, suiting
 
-TAKES = "case"
-KINDS = {"layer": "a layer deleted", "swap": "two neighbours swapped"}
+KINDS = {Layers: "a layer deleted", Swap: "two neighbours swapped"}
 PARTS = {
     "own": "change of its own direct effect",
     "logit_change": "logit change",
@@ -24,8 +25,13 @@ READING = (
 )
 TICKS = [sign * size for sign in (-1, 1) for size in (0.5, 1, 2, 5, 10, 20, 50)]
 
+NEED = Need(
+    "layers deleted and swapped, as in `layer_position`",
+    lambda ds: suiting.axis(ds) is None and all(_of_kind(ds, kind).size for kind in KINDS),
+)
 
-@style.settings()
+
+@figure(*NEED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for deletion and one for swaps, by layer; several stores have a row each.
 
@@ -37,7 +43,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     grid = figure.subplots(len(found), 2, squeeze=False, sharey="row")
     for row, (name, cases) in zip(grid, found.items(), strict=True):
         for axes, (kind, told) in zip(row, KINDS.items(), strict=True):
-            _draw_kind(axes, cases.isel(case=_of_kind(cases, kind)), 0.5 * (kind == "swap"))
+            _draw_kind(axes, cases.isel(case=_of_kind(cases, kind)), 0.5 * (kind is Swap))
             axes.set_title(told if len(found) == 1 else f"{name}: {told}")
         row[0].set_ylabel("logits")
         row[0].legend()
@@ -47,12 +53,11 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     return figure
 
 
-def _of_kind(cases: xr.Dataset, kind: str) -> np.ndarray:
-    """Which cases delete a layer, or swap two."""
-    chosen = np.flatnonzero([str(label).startswith(f"{kind} ") for label in cases["case"].values])
-    if not chosen.size:
-        raise UsageError("this store holds no deleted and swapped layers: run the layer_position recipe")
-    return chosen
+def _of_kind(cases: xr.Dataset, kind: type) -> np.ndarray:
+    """Which cases delete one layer, or swap two."""
+    alone = [case[0] if len(case) == 1 else None for case in sites_of(cases)]
+    one = [isinstance(site, kind) and (kind is Swap or site.stop == site.layer + 1) for site in alone]
+    return np.flatnonzero(one)
 
 
 def _draw_kind(axes: Axes, cases: xr.Dataset, shift: float) -> None:

@@ -4,9 +4,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, neuron_changes
-from selfrepair_nn.figures import panels, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import panels, style, suiting
 
-TAKES = "neurons"
 READING = (
     "All neurons of {mlp}, in order of the mean change of their direct effect on the head's {top}:",
     "before the dotted line they repair on average, behind it they break. Height: absolute changes up to there.",
@@ -14,7 +14,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.NEURONS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `neuron_changes` takes; several stores have a row each.
 

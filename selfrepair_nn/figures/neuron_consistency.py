@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, neuron_consistency
-from selfrepair_nn.figures import panels, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import panels, style, suiting
 
-TAKES = "neurons"
 PLACES = 30
 READING = (
     "For each head the {share} of tokens on which it is repaired most, and on each the ten neurons of {mlp} that",
@@ -17,7 +17,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.NEURONS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw for each store how often neurons recur for the heads of `neuron_consistency`, and what two tokens share.
 

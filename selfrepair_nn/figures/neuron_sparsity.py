@@ -4,9 +4,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, neuron_sparsity, percent
-from selfrepair_nn.figures import panels, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import panels, style, suiting
 
-TAKES = "neurons"
 READING = (
     "On each of a head's {top}, the neurons of {mlp} are ordered by their change of direct effect.",
     "Lines: on how many of these tokens the neuron at a place alone repairs so much of the head's direct effect; "
@@ -15,7 +15,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.NEURONS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `neuron_sparsity` takes; several stores have a row each.
 

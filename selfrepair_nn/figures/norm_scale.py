@@ -4,16 +4,16 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among, token_variants
-from selfrepair_nn.figures import histograms, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import histograms, style, suiting
 
-TAKES = "ablation"
 READING = (
     "S/S': the final norm's scale in the clean run divided by that in the ablated run. Above 1 (dashed) the norm "
     "amplifies what is left. What lies beyond the axis counts in its outermost bins."
 )
 
 
-@style.settings()
+@figure(*suiting.ABLATIONS, name=__name__, about=__doc__, every_token=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `token_noise` chooses, with a histogram of its top share for each ablation.
 

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among, every_token, norm_by_head, throughout
-from selfrepair_nn.figures import depth, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import depth, style, suiting
 
-TAKES = "tokens"
 MINUS = "\N{MINUS SIGN}"
 READING = (
     "Lines: means of each layer, with their 95% intervals. Dots: attention heads (hollow where the interval of logits "
@@ -21,7 +21,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.ON_EVERY_TOKEN, name=__name__, about=__doc__, every_token=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw four panels: the norm's repair, its two parts (Appendix B), its clipped and its unclipped share of DE.
 

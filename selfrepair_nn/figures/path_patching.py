@@ -3,16 +3,18 @@
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE
-from selfrepair_nn.figures import changes, style
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import changes, style, suiting
 
-TAKES = "receiver"
 READING = (
     "Self-repair with only this receiver live, less that with only the final norm live: what it makes of the sender's "
     "change by the direct path; all: nothing frozen. Bars: 95% intervals, token by token."
 )
 
+NEED = Need("receivers one by one, as in `path_patching`", lambda ds: suiting.first(ds, "receiver"))
 
-@style.settings()
+
+@figure(*NEED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw for each store of the path_patching recipe what each receiver adds to self-repair.
 

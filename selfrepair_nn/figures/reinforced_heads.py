@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, reinforcement_by_head, strongest_responses
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import depth, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import depth, style, suiting
 
-TAKES = "scale"
 NAMED = 3
 SHOWN = 80  # percentile of the bars' lengths for which there is room
 READING = (
@@ -20,7 +20,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.REINFORCED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each scale with every head's slope; several stores have a row each.
 

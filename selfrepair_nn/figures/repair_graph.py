@@ -14,9 +14,9 @@ from matplotlib.path import Path
 from selfrepair_nn.analysis import SHARE, among, strongest_repairs, who_repairs
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import RATE
-from selfrepair_nn.figures import style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import style, suiting
 
-TAKES = "components"
 REPAIRS, BREAKS = style.COLOURS[:2]
 THIN, THICK = 0.7, 4.5  # arrows, in points
 SLOT = 0.62  # inches for each label of a row
@@ -54,7 +54,7 @@ class Arrow:
         return ("ablated", self.ablated.label), ("reacting", self.component)
 
 
-@style.settings()
+@figure(*suiting.COMPONENTS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each store: blue arrows repair, orange ones break.
 

@@ -12,9 +12,9 @@ from matplotlib.image import AxesImage
 
 from selfrepair_nn.analysis import SHARE, among, who_repairs
 from selfrepair_nn.confidence import RATE
-from selfrepair_nn.figures import style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import style, suiting
 
-TAKES = "components"
 READING = (
     "Rows: ablated heads, layer by layer. Columns: what changes its direct effect; blue repairs, red breaks, grey is "
     "the ablated head itself. A row adds up to the head's self-repair.",
@@ -29,7 +29,7 @@ SHOWN = 98  # percentile of a panel's sizes at which the colours may end
 LABELS = {"head": 16, "mlp": 8}  # numbers of layers that have room on an axis
 
 
-@style.settings()
+@figure(*suiting.COMPONENTS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw for each store three panels: mean changes of the heads, of the MLPs, and of the final norm.
 

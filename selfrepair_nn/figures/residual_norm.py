@@ -4,16 +4,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, throughout, token_variants
-from selfrepair_nn.figures import histograms, style
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import histograms, style, suiting
 
-TAKES = "lengths"
 READING = (
     "Length of the residual stream before the final norm, ablated divided by clean. Below 1 (dashed) the ablation "
     "shortens it. What lies beyond the axis counts in its outermost bins."
 )
 
+NEED = Need(
+    "the residual stream's length under several ablations, as `ablation_kinds` records",
+    lambda ds: suiting.ABLATIONS.fits(ds) and ("residual_norm" in ds or "residual_ratio" in ds),
+)
 
-@style.settings()
+
+@figure(*NEED, name=__name__, about=__doc__, every_token=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `token_noise` chooses, with a histogram of all tokens for each ablation.
 

@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import HEADS, SHARE, reinforcement_by_head
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import style, suiting
 
-TAKES = "scale"
 KINDS = {-1: "self-repressing", 0: "no clear response", 1: "self-reinforcing"}
 READING = (
     "Dots: one edited position of each prompt. Upper row: the steepest self-repressing head; lower: self-reinforcing.",
@@ -18,7 +18,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.REINFORCED, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each scale, for the most repressed and the most reinforced head of each store.
 

@@ -3,16 +3,16 @@
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among
-from selfrepair_nn.figures import depth, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import depth, style, suiting
 
-TAKES = "summary"
 READING = (
     "Lines: means of each layer, with their 95% intervals. Dots: attention heads{typical}; hollow where the interval "
     "holds zero or there is none, or under the noise floor (grey band where it is wide enough to be seen)."
 )
 
 
-@style.settings()
+@figure(*suiting.HEADS_ALONE, name=__name__, about=__doc__, of_summary=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw one store by layer index, or several by depth in percent; hollow dots may be zero.
 

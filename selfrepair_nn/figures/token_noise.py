@@ -1,5 +1,7 @@
 """Direct effect against logit change on single tokens, for the strongest late heads (the paper's Figure 3)."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -8,10 +10,12 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among, percent, token_noise
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import plane, style
+from selfrepair_nn.drawing import figure
+from selfrepair_nn.figures import plane, style, suiting
 
-TAKES = "tokens"
 CELLS = 80
+WIDE, LINE = 68, 10  # characters over a panel, and points of a line of them
+MANY, PIXELS = 50_000, 700  # tokens of a panel that are all drawn, and pixels of its sides
 READING = (
     "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's {top}. "
     "Dashed: y = \N{MINUS SIGN}x, no repair.",
@@ -20,7 +24,7 @@ READING = (
 )
 
 
-@style.settings()
+@figure(*suiting.ON_EVERY_TOKEN, name=__name__, about=__doc__, every_token=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `token_noise` chooses; several stores have a row each.
 
@@ -42,6 +46,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
                 axes.remove()
     style.heading(figure, found)
     reading = [line.format(top=among(share)) for line in READING]
+    if any(tokens.direct_effect[0].size > MANY for tokens in found.values() if tokens.sizes["rank"]):
+        reading.append("Of tokens that lie on one spot, one is drawn.")
     style.caption(figure, found, [*style.captions(found, of="under"), *reading])
     return figure
 
@@ -54,15 +60,31 @@ def _draw_head(axes: Axes, tokens: xr.Dataset, share: float, prefix: str) -> Non
     axes.axvline(x[tokens.top.values[known]].min(), color=style.MUTED, linestyle=":", linewidth=1, zorder=2)
     density = _density(axes, x, y)
     order = np.argsort(density, kind="stable")
+    order = order[_seen(axes, x[order], y[order])]
     look = {"cmap": style.LAYERS, "norm": LogNorm(1, max(density.max(), 2)), "s": 5, "linewidth": 0}
     axes.scatter(x[order], y[order], c=density[order], rasterized=True, zorder=1, **look)
     axes.set_xlabel("direct effect (logits)")
     axes.set_ylabel("logit change when ablated (logits)")
-    axes.set_title(prefix + Head(int(tokens["layer"]), int(tokens["head"])).label, pad=27)
     said = [_said(tokens, "", f"all {int(tokens.tokens):,} tokens")]
     said.append(_said(tokens, "top_", f"top {percent(share)}"))
+    said = [part for line in said for part in _fitting(line)]
+    label = Head(int(tokens["layer"]), int(tokens["head"])).label
+    axes.set_title(prefix + label, pad=27 + LINE * (len(said) - 2))
     place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     axes.text(0, 1.02, "\n".join(said), linespacing=1.3, **place)
+
+
+def _seen(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which tokens are drawn, in order: all, or where they are very many the last on each spot of a pixel's size."""
+    if x.size <= MANY:
+        return np.arange(x.size)
+    spots = [np.floor(PIXELS * (v - low) / (high - low)) for v, (low, high) in _limits(axes, x, y)]
+    _, last = np.unique((spots[0] * PIXELS + spots[1])[::-1], return_index=True)
+    return np.sort(x.size - 1 - last)
+
+
+def _limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> Iterable[tuple[np.ndarray, tuple[float, float]]]:
+    return zip((x, y), (axes.get_xlim(), axes.get_ylim()), strict=True)
 
 
 def _density(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -71,6 +93,11 @@ def _density(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     counts, *_ = np.histogram2d(x, y, edges)
     cells = (np.digitize(v, e[1:-1]) for v, e in zip((x, y), edges, strict=True))
     return counts[tuple(cells)]
+
+
+def _fitting(line: str) -> list[str]:
+    """A line over a panel, or two where it is too long."""
+    return line.replace("; ", ";\n", 1).split("\n") if len(line) > WIDE else [line]
 
 
 def _said(tokens: xr.Dataset, prefix: str, which: str) -> str:

@@ -5,16 +5,21 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, axis_of, by_case, by_head, by_variant
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, axis_of, by_case, by_head, by_variant, reinforced
 from selfrepair_nn.components import Head
-from selfrepair_nn.figures import changes, style
+from selfrepair_nn.drawing import Need, figure
+from selfrepair_nn.figures import changes, style, suiting
 
-TAKES = "variants"
 COUNT = 4
 READING = ("Marks: the {count} of largest mean direct effect. Grey: the mean over all. Bars: 95% intervals.",)
 
+NEED = Need(
+    "several variants, side by side",
+    lambda ds: suiting.axis(ds) is not None and not reinforced(ds),
+)
 
-@style.settings()
+
+@figure(*NEED, name=__name__, about=__doc__, overview=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each store: mean self-repair on the top share, variant by variant, of up to four heads or cases.
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from selfrepair_nn.case_sites import written
 from selfrepair_nn.components import Head
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
@@ -230,7 +231,12 @@ class Experiment:
     def _sites(self) -> dict[str, Any]:
         if self.grid:
             return {"layer": self.layers, "head": self._head_indices}
-        return {"case": self.graph.labels, "case_layer": [_first_layer(case) for case in self.graph.ablate]}
+        cases = self.graph.ablate
+        return {
+            "case": self.graph.labels,
+            "case_sites": [written(case) for case in cases],
+            "case_layer": [_first_layer(case) for case in cases],
+        }
 
     def _requested(self) -> dict[str, Any]:
         """Labels of what the graph records beyond the sums."""

@@ -15,7 +15,7 @@ from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.shown import tell
 from selfrepair_nn.store import Store, explained, take_notes
 
-DECIDING = ("layer", "head", "case", "selected")
+DECIDING = ("layer", "head", "case", "case_sites", "selected")
 """What says which heads a clean pass found when the store was begun."""
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from selfrepair_nn import provenance
-from selfrepair_nn.components import Head, Mlp, select_heads
+from selfrepair_nn.case_sites import read as case_sites
+from selfrepair_nn.components import Head, Mlp
 from selfrepair_nn.door import require_same
 from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.errors import StoreError
@@ -133,8 +134,9 @@ def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
     if experiment.graph.then is None:
         layers, heads = store.read("layer"), store.read("head")
         return [Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))]
-    s, labels = experiment.description.structure, store.read("case")[: experiment.graph.strongest]
-    return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
+    labels = store.read("case")
+    held = store.read("case_sites") if "case_sites" in store.names else [None] * len(labels)
+    return [head for (head,) in case_sites(labels, held)[: experiment.graph.strongest]]
 
 
 class Hold:

@@ -27,6 +27,7 @@ from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options, current, require_known
+from selfrepair_nn.recipe import recipe_paths, renamed
 from selfrepair_nn.running.filling import Filling, finished, learn
 from selfrepair_nn.running.interruption import interruptible
 from selfrepair_nn.running.mending import mend, undecided
@@ -77,6 +78,9 @@ def run(
     experiment = prepare(recipe, options)
     if experiment.idle:
         tell(f"{' and '.join(experiment.idle)}: chosen, but nothing in this run depends on it")
+    for told in (renamed(recipe), *_undrawable(experiment)):
+        if told:
+            tell(told)
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as hold:
@@ -96,6 +100,15 @@ def run(
                 mend(store, experiment, damage)
                 _run(store, experiment, model, progress, hold)
     return open_store(experiment.path)
+
+
+def _undrawable(experiment: Experiment) -> list[str]:
+    """What is to be said of figures that could not be drawn afterwards; those of our recipes can, of every token."""
+    if not experiment.selective and experiment.recipe.path in recipe_paths().values():
+        return []
+    from selfrepair_nn.figures import require_own
+
+    return require_own(experiment.recipe, experiment.options)
 
 
 def _looked_at(model: Model, store: Store | None) -> dict[str, Any]:

@@ -9,10 +9,8 @@ FIGURES = ("token_noise",)
 def graph(structure, options):
     """Each head of the last third of the layers is one ablated run, unless layers or heads are chosen."""
     if options.selects == "top-share":
-        raise UsageError("noise shows every token of a head, not the top share: choose --select all")
-    chosen = options.layers or options.heads
-    layers = options.layers if chosen else f"{2 * structure.n_layers // 3}:"
-    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+        raise UsageError("token_scatter shows every token of a head, not the top share: choose --select all")
+    heads = sr.late_heads(structure, options)
     return sr.Graph(
         ablate=sr.sweep(heads),
         replacement=options.ablation,

@@ -1,0 +1,75 @@
+"""The overview of a store, its summary and its figures, is there whatever the store holds: any axis, any cases."""
+
+import numpy as np
+import pytest
+from made import AXES, CASES, any_store
+
+import selfrepair_nn as sr
+from selfrepair_nn import figures
+from selfrepair_nn.report import render
+from selfrepair_nn.wording import WIDTH
+
+STATES = {
+    "whole": {},
+    "one prompt": {"prompts": 1},
+    "one token": {"prompts": 1, "positions": 1},
+    "many prompts": {"prompts": 25, "positions": 3},
+    "interrupted": {"done": np.arange(3) < 1},
+    "all zero": {"size": 0.0},
+    "huge": {"size": 1e30},
+    "beyond any number": {"size": 1e200},
+    "tiny": {"size": 1e-30},
+    "few count": {"counted": np.arange(3) < 1},
+    "edited": {"edited": True},
+}
+"""What a store can be like, whatever its cases and its axis."""
+
+EVERY = [(cases, axis) for cases in (None, *CASES) for axis in AXES]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(("cases", "axis"), EVERY, ids=str)
+def test_every_store_has_a_summary_of_one_screen(cases, axis, state):
+    ds = any_store(cases, axis, **STATES[state])
+    lines = sr.summary(ds).splitlines()
+    assert lines[0].startswith("made, ")
+    assert "nothing is done yet" not in lines
+    assert max(map(len, lines)) <= WIDTH
+    assert len(lines) <= 50
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_every_store_of_cases_and_of_variants_is_drawn(state):
+    """Each case with each axis in turn, so that all of both and all states are drawn."""
+    first = list(STATES).index(state)
+    for cases, axis in EVERY[first :: len(STATES)]:
+        ds = any_store(cases, axis, **STATES[state])
+        names = figures.suited(ds)
+        assert names, (cases, axis)
+        for name in names:
+            figure = figures.draw(name, ds)
+            figure.set_dpi(30)
+            figure.canvas.draw()
+
+
+def test_every_state_of_every_kind_of_store_is_suited_to_the_overview():
+    for cases, axis in EVERY:
+        for state in STATES.values():
+            ds = any_store(cases, axis, **state)
+            expected = "variants" if axis else "cases"
+            reads_itself = axis == "scale" and "edited" in state and cases is None
+            single = cases is None and axis is None
+            assert figures.FIGURES[expected].suits(ds) == (not reads_itself and not single), (cases, axis)
+            assert figures.own(ds)
+
+
+@pytest.mark.parametrize(("cases", "axis"), [("pairs", None), ("mixed", "dose"), (None, "last mlp")], ids=str)
+def test_a_page_of_any_store(cases, axis, monkeypatch):
+    monkeypatch.setattr(figures, "drawn", lambda *_, **__: ())
+    for state in STATES.values():
+        assert "<h2>Summary</h2>" in render(any_store(cases, axis, **state))
+
+
+def test_nothing_done_is_said():
+    for cases, axis in EVERY:
+        assert "nothing is done yet" in sr.summary(any_store(cases, axis, done=False))
