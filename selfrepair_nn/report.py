@@ -27,6 +27,7 @@ from selfrepair_nn.analysis import (
 )
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.figures import style
 from selfrepair_nn.figures.needs import NEEDS
 from selfrepair_nn.figures.needs import axis as variants_axis
@@ -122,6 +123,7 @@ def _summed_up(ds: xr.Dataset, share: float | None) -> xr.Dataset:
     return one(ds, share) if variants_axis(ds) is None else by_variant(ds, share, one)
 
 
+@public
 def report(
     ds: xr.Dataset, path: str | Path | None = None, *, share: float | None = None, store: str | None = None
 ) -> Path:

@@ -22,11 +22,13 @@ from selfrepair_nn.blocks import (
 )
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.variables import TOKEN, VARIABLES
 
 BACKUPS = 6
 
 
+@public
 def name_movers(ds: xr.Dataset) -> xr.Dataset:
     """What each ablation does to the logit difference of the two names, over (case), means over tokens, in logits.
 
@@ -68,6 +70,7 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     return described_widths(found).assign_attrs(ds.attrs | clean_run | told)
 
 
+@public
 def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     """The heads that rise most when the name movers are ablated together, over (rank), the strongest first.
 

@@ -11,11 +11,13 @@ from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
 from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
 from selfrepair_nn.confidence import RATE, Tally, q_values
+from selfrepair_nn.face import public
 from selfrepair_nn.variables import VARIABLES
 
 ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
 
 
+@public
 def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Summaries of each head over (layer, head), NaN where nothing is done; in logits unless said.
 
@@ -57,6 +59,7 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     return summed_up(of_heads(ds), share)
 
 
+@public
 def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """What `by_head` gives, over (case): where several heads are ablated at once, or layers, or MLPs.
 

@@ -16,6 +16,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.figures import (
     ablation_kinds,
     cases,
@@ -193,6 +194,7 @@ def drawn(
         yield name, draw(name, found if name in by_summary else stores, share=share)
 
 
+@public
 def plot(
     datasets: Datasets,
     directory: str | Path | None = None,

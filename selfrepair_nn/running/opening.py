@@ -132,7 +132,7 @@ def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
     """The heads that a clean pass found; where more follows from them they are the first cases, the strongest first."""
     if experiment.graph.then is None:
         layers, heads = store.read("layer"), store.read("head")
-        return [Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))]
+        return [Head(int(layers[i]), int(heads[j])) for i, j in np.argwhere(store.read("selected"))]
     s, labels = experiment.description.structure, store.read("case")[: experiment.graph.strongest]
     return [select_heads(None, str(label), s.n_layers, s.n_heads)[0] for label in labels]
 
