@@ -2,14 +2,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-alone test-served env server bench clean
+QUICK = $(addprefix tests/test_, $(addsuffix .py, equations components units models recipe norm public types cli door recipes docs store))
+
+.PHONY: demo check test lint test-alone test-served env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
 	$(BIN)/selfrepair run heads --model tiny-neox
 	$(BIN)/selfrepair plot outputs/heads-tiny-neox.zarr
 
-test: env server     ## set up, then pass all tests; those that need a real server run beside the others
+check: env lint      ## in under two minutes: style, types, and the tests that are quick and telling
+	$(BIN)/python -m pytest -x -m "not slow and not served" $(QUICK)
+
+lint: env            ## style, and types of the package
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: env server lint ## set up, then pass all tests; those that need a real server run beside the others
 	$(MAKE) -j2 -k -O test-alone test-served
 
 test-alone test-served: test-%:
