@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-QUICK = $(addprefix tests/test_, $(addsuffix .py, equations components units models recipe norm public types cli door recipes docs store))
+QUICK = equations components units engine recipe norm public types versions cli door docs
+QUICK_ONLY = not slow and not served
+ONE_FAMILY = not test_engine or gpt2
 
 .PHONY: demo check test lint test-alone test-served env server bench clean
 
@@ -11,7 +13,7 @@ demo: env            ## set up, then run the main job offline on an embedded mod
 	$(BIN)/selfrepair plot outputs/heads-tiny-neox.zarr
 
 check: env lint      ## in under two minutes: style, types, and the tests that are quick and telling
-	$(BIN)/python -m pytest -x -m "not slow and not served" $(QUICK)
+	$(BIN)/python -m pytest -x -m "$(QUICK_ONLY)" -k "$(ONE_FAMILY)" $(QUICK:%=tests/test_%.py)
 
 lint: env            ## style, and types of the package
 	$(BIN)/ruff check .
