@@ -2,14 +2,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-alone test-served env server bench clean
+QUICK = equations components units engine recipe norm public types versions cli door docs
+QUICK_ONLY = not slow and not served
+ONE_FAMILY = not test_engine or gpt2
+
+.PHONY: demo check test lint test-alone test-served env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
 	$(BIN)/selfrepair run heads --model tiny-neox
 	$(BIN)/selfrepair plot outputs/heads-tiny-neox.zarr
 
-test: env server     ## set up, then pass all tests; those that need a real server run beside the others
+check: env lint      ## in under two minutes: style, types, and the tests that are quick and telling
+	$(BIN)/python -m pytest -x -m "$(QUICK_ONLY)" -k "$(ONE_FAMILY)" $(QUICK:%=tests/test_%.py)
+
+lint: env            ## style, and types of the package
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: env server lint ## set up, then pass all tests; those that need a real server run beside the others
 	$(MAKE) -j2 -k -O test-alone test-served
 
 test-alone test-served: test-%:

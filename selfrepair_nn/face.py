@@ -5,22 +5,47 @@ A store's path stands for its dataset. What an annotation says is what is checke
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args, get_origin, overload
 
 from selfrepair_nn import options, values
 from selfrepair_nn.errors import UsageError, one_line
 from selfrepair_nn.given import Given
 
+if TYPE_CHECKING:
+    import xarray as xr
+
+    Stored = xr.Dataset | str | os.PathLike[str]
+    """What a caller may give for a dataset."""
+    Several = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
+    StoredSeveral = Stored | Sequence[Stored] | Mapping[str, Stored]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+GUARDED = "_guarded"
 MISREAD = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 """What a dataset that is no store, or lacks what a function reads, ends in."""
 
 
+@overload
+def public(
+    function: "Callable[Concatenate[Several, P], R]",
+) -> "Callable[Concatenate[StoredSeveral, P], R]": ...
+@overload
+def public(function: "Callable[Concatenate[xr.Dataset, P], R]") -> "Callable[Concatenate[Stored, P], R]": ...
+def public(function: Any) -> Any:
+    """A public function of a dataset, or of several: `guarded`, and for checkers it takes a store's path too."""
+    return guarded(function)
+
+
 def guarded(function: Callable) -> Callable:
     """The function, which opens stores by path, takes any spelling of a number, and raises UsageError for the rest."""
+    if hasattr(function, GUARDED):
+        return function
     signature = inspect.signature(function)
     kinds = [each.annotation for each in signature.parameters.values()]
     open_ended = inspect.Parameter.empty in kinds or (Any in kinds and not _has_keywords(signature))
@@ -47,6 +72,7 @@ def guarded(function: Callable) -> Callable:
                 ) from error
             raise
 
+    setattr(called, GUARDED, True)
     if _takes_options(signature):
         vars(called)["__signature__"] = _with_options(signature)
         called.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{options.described()}\n"

@@ -31,6 +31,7 @@ from selfrepair_nn.analysis import (
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.figures import style, suiting
 from selfrepair_nn.paths import local
 from selfrepair_nn.quantities import TOKEN
@@ -140,6 +141,7 @@ def _summed_up(ds: xr.Dataset, share: float | None) -> xr.Dataset:
     return one(ds, share) if suiting.axis(ds) is None else by_variant(ds, share, one)
 
 
+@public
 def report(
     ds: xr.Dataset,
     path: str | Path | None = None,

@@ -23,6 +23,7 @@ from selfrepair_nn.analysis import (
 )
 from selfrepair_nn.analysis.checks import require
 from selfrepair_nn.confidence import RATE
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import SWEEP
 from selfrepair_nn.wording import (
     WIDTH,
@@ -63,6 +64,7 @@ QUANTITY_NAMES = {
 }
 
 
+@public
 def summary(ds: xr.Dataset, share: float | None = None) -> str:
     """What a user sees after a run: plain text of at most 100 columns; `ds` is a store or its summary.
 

@@ -10,7 +10,7 @@ from inspect import Signature, signature
 from math import log10
 from operator import index
 from reprlib import Repr
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -243,11 +243,13 @@ def several(value: Any) -> list[Any] | None:
 class Declared(type):
     """A class whose instances say something (a place, a graph, prompts): what they cannot say is a UsageError."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().__call__(*args, **kwargs)
-        except (TypeError, AttributeError, ValueError) as error:
-            raise UsageError(f"{cls.__name__}{cls.__signature__}: {one_line(error)}") from error
+    if not TYPE_CHECKING:  # checkers read what each class says of itself
+
+        def __call__(cls, *args, **kwargs):
+            try:
+                return super().__call__(*args, **kwargs)
+            except (TypeError, AttributeError, ValueError) as error:
+                raise UsageError(f"{cls.__name__}{cls.__signature__}: {one_line(error)}") from error
 
     @property
     def __signature__(cls) -> Signature:

@@ -39,7 +39,10 @@ def test_the_stub_offers_what_the_package_offers():
 
 @pytest.mark.parametrize("name", [n for n, (room, _) in sr._PLACES.items() if room.endswith(".analysis")])
 def test_analysis_is_a_room_too(name):
-    assert getattr(sr.analysis, name).__doc__ == getattr(sr, name).__doc__
+    """Its functions take and refuse what those of the package do, a store's path too: they are the same ones."""
+    assert getattr(sr.analysis, name) is getattr(sr, name)
+    with pytest.raises(sr.UsageError, match="must be a dataset or the path of a store"):
+        getattr(sr.analysis, name)(5)
 
 
 # Options, for people and checkers

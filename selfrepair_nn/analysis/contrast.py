@@ -13,11 +13,13 @@ from selfrepair_nn.analysis.tokens import HALF_WIDTH, clustering, clusters
 from selfrepair_nn.blocks import counted_tokens, done_cases, together, token_counts
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES
 
 READ = ("direct_effect", "ablated_direct_effect", "logit_change")
 
 
+@public
 def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     """Every head under both ablations, over (ablation, layer, head), on the tokens that count.
 

@@ -9,11 +9,13 @@ from selfrepair_nn.analysis.tokens import HALF_WIDTH, Groups, clusters
 from selfrepair_nn.blocks import done_cases, sums, token_counts
 from selfrepair_nn.confidence import Estimate, Tally
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 
 LEAST = 0.4
 KINDS = ("induction", "previous token", "other")
 
 
+@public
 def induction_by_head(ds: xr.Dataset, share: float | None = None, least: float = LEAST) -> xr.Dataset:
     """The summary of `by_head`, and over (layer, head):
 
@@ -50,6 +52,7 @@ def induction_by_head(ds: xr.Dataset, share: float | None = None, least: float =
     return heads.assign_attrs(least=least, period=int(ds.distance[-1]) + 1)
 
 
+@public
 def by_kind(ds: xr.Dataset, share: float | None = None, least: float = LEAST) -> xr.Dataset:
     """Heads of each kind together, over (kind): means over heads of means over the tokens that count, in logits.
 

@@ -23,12 +23,14 @@ from selfrepair_nn.case_sites import Case, sites_of
 from selfrepair_nn.components import Head, Layers
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES, TOKEN
 
 BACKUPS = 6
 CASES = ("case", "case_sites", "case_layer")
 
 
+@public
 def name_movers(ds: xr.Dataset) -> xr.Dataset:
     """What each ablation does to the logit difference of the two names, over (case), means over tokens, in logits.
 
@@ -70,6 +72,7 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     return described_widths(found).assign_attrs(ds.attrs | clean_run | told)
 
 
+@public
 def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     """The heads that rise most when the name movers are ablated together, over (rank), the strongest first.
 

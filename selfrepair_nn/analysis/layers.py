@@ -6,11 +6,13 @@ import xarray as xr
 from selfrepair_nn.analysis.checks import HEADS
 from selfrepair_nn.analysis.summaries import ESTIMATED, by_head
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
+from selfrepair_nn.face import public
 
 OF_SELF_REPAIR = ("self_repair_se", "p_value", "q_value", "repaired", "broken")
 """What is said of a head's mean self-repair besides its interval, with top_ before it or not."""
 
 
+@public
 def by_layer(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Means over each layer's heads of what `by_head` gives, over (layer); `ds` is a store or its summary.
 
@@ -62,6 +64,7 @@ def _shares(heads: xr.Dataset, prefix: str) -> dict[str, xr.DataArray]:
     return found
 
 
+@public
 def most_repaired(ds: xr.Dataset, count: int = 5, share: float | None = None) -> xr.Dataset:
     """The heads of highest mean self-repair on their top share, as in `by_head` but over (rank), best first.
 

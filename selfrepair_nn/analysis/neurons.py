@@ -18,6 +18,7 @@ from selfrepair_nn.analysis.tokens import HALF_WIDTH, batches, clusters, entry_t
 from selfrepair_nn.blocks import BLOCK, Top, clean_values, direct_effects, done_cases, entries_of, stored_rows
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import recorded
 
 PLACES = 50
@@ -25,6 +26,7 @@ PARTS = (0.5, 0.1, 0.05, 0.02, 0.01)
 SHARED = ("shared_within", "shared_between", "shared_by_chance")
 
 
+@public
 def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """The most repairing neuron on each of the tokens that the MLP repairs most, for a few heads (Figure 7).
 
@@ -71,6 +73,7 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
     return _described(found, units)
 
 
+@public
 def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """How often a token's Nth most repairing neuron alone repairs a part of the head's direct effect (Figure 8).
 
@@ -105,6 +108,7 @@ def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COU
     return _described(heads.assign(found), {"repairs": "1", "stored_tokens": "1"})
 
 
+@public
 def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """What every neuron does on a head's top tokens, the most repairing first (Appendix C, Figures 12 to 15).
 
@@ -145,6 +149,7 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     return _described(found, units)
 
 
+@public
 def neuron_consistency(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """Whether the same neurons repair a head again and again (section 4.2.2).
 

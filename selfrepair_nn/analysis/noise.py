@@ -8,6 +8,7 @@ from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, clusters
 from selfrepair_nn.blocks import counted_tokens, done_cases, in_top, ratios, tokens_of
 from selfrepair_nn.confidence import Tally
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES
 
 COUNT = 4
@@ -18,6 +19,7 @@ FATES = {
 }
 
 
+@public
 def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """Direct effect and logit change of every token of a few heads, and how they go together, over (rank).
 

@@ -8,11 +8,13 @@ from selfrepair_nn.analysis.checks import among, of_heads, share_of
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import Tokens
 from selfrepair_nn.blocks import ratio_sums, ratios, read
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES
 
 PARTS = ("norm_on_existing", "norm_on_change")
 
 
+@public
 def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """The summary of `by_head`, and over (layer, head), x over all counted tokens and top_x over the top share:
 

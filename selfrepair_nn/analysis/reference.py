@@ -13,6 +13,7 @@ from selfrepair_nn.analysis.layers import by_layer
 from selfrepair_nn.analysis.summaries import by_head
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import SHARE
 
 PUBLISHED = Path(__file__).parents[1] / "paper" / "layer_means.json"
@@ -30,6 +31,7 @@ SETTINGS = {"ablation": "resample", "target": "centred", "value_bias": "output",
 """How the published numbers were measured."""
 
 
+@public
 def compare_paper(ds: xr.Dataset, reference: str | None = None) -> xr.Dataset:
     """A store's means of each layer beside the published ones, over (source, layer), source "store" and "paper".
 

@@ -11,6 +11,7 @@ from selfrepair_nn.analysis.tokens import clustering, clusters
 from selfrepair_nn.blocks import edited_cases, edited_of
 from selfrepair_nn.confidence import CLUSTERS, Tally
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 
 CONFIDENCE = 0.95
 NEEDED = (
@@ -24,6 +25,7 @@ NEEDED = (
 )
 
 
+@public
 def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
     """How each head's direct effect answers to its own write: one edited position for each prompt.
 
@@ -83,6 +85,7 @@ def reinforced(ds: xr.Dataset) -> bool:
     return "slope" in ds or (scaled and "edited_position" in ds.coords)
 
 
+@public
 def strongest_responses(ds: xr.Dataset, count: int = 5, confidence: float = CONFIDENCE) -> xr.Dataset:
     """The self-repressing heads of steepest mean slope over scales, as in `reinforcement_by_head` but over (rank).
 

@@ -11,11 +11,13 @@ from selfrepair_nn.analysis.tokens import batches, clusters
 from selfrepair_nn.blocks import Top, component_sums, direct_effects, done_cases
 from selfrepair_nn.confidence import RATE, Tally, q_values
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 
 PAIRS = (*HEADS, "component")
 COUNT = 24
 
 
+@public
 def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """The summary of `by_head`, and what every component does for each ablated head, on its top share of tokens.
 
@@ -80,6 +82,7 @@ def _pairs(ds: xr.Dataset, top: Top) -> dict[str, tuple]:
     return {name: (PAIRS, values) for name, values in found.items()} | {"repair_tokens": (HEADS, tokens)}
 
 
+@public
 def strongest_repairs(ds: xr.Dataset, count: int = COUNT, share: float | None = None) -> xr.Dataset:
     """The `count` largest mean changes that an ablation makes of another component, by size, over (rank).
 

@@ -10,11 +10,13 @@ from selfrepair_nn.analysis.tokens import HALF_WIDTH, Tokens, clusters
 from selfrepair_nn.analysis.variants import axis_of, by_variant
 from selfrepair_nn.blocks import clean_ratios, clean_values, tokens_of
 from selfrepair_nn.confidence import Tally
+from selfrepair_nn.face import public
 
 RATIO = "S/S', clean to ablated scale of the final norm"
 LENGTH = "length of the residual stream, ablated to clean"
 
 
+@public
 def scale_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """The summary of `by_head`, and over (layer, head), x over all counted tokens and top_x over the top share:
 
@@ -38,6 +40,7 @@ def scale_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     return described_widths(heads)
 
 
+@public
 def token_variants(ds: xr.Dataset, share: float | None = None, count: int = COUNT) -> xr.Dataset:
     """What `token_noise` gives, of the same heads under every variant, along the store's axis; and on each token
 

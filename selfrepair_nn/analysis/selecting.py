@@ -9,6 +9,7 @@ from selfrepair_nn.analysis.checks import HEADS, REQUIRED, among, of_heads, requ
 from selfrepair_nn.blocks import direct_effects, done_cases
 from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import SWEEP
 
 
@@ -22,6 +23,7 @@ def done_share(ds: xr.Dataset) -> xr.DataArray:
     return (ds.done & ds.selected).mean("prompt").where(ds.selected)
 
 
+@public
 def only(ds: xr.Dataset, layers: Any = None, heads: Any = None) -> xr.Dataset:
     """The store as if no other heads had been run; `layers` and `heads` as in `select_heads` ("8:12", "9.6,10.*").
 
@@ -43,6 +45,7 @@ def every_token(ds: xr.Dataset) -> bool:
     return ds.attrs.get("kept_share", 1) == 1
 
 
+@public
 def top_share(ds: xr.Dataset, share: float | None = None) -> xr.DataArray:
     """Whether a token is among a head's tokens of highest direct effect over the whole run (section 2.2).
 

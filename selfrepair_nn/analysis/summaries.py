@@ -12,11 +12,13 @@ from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
 from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
 from selfrepair_nn.confidence import RATE, Tally, q_values
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES
 
 ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
 
 
+@public
 def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Summaries of each head over (layer, head), NaN where nothing is done; in logits unless said.
 
@@ -59,6 +61,7 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     return once(("heads", share), heads, lambda: summed_up(heads, share))
 
 
+@public
 def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """What `by_head` gives, over (case): where several heads are ablated at once, or layers, or MLPs.
 

@@ -9,12 +9,14 @@ from scipy.stats import binomtest
 from selfrepair_nn.blocks import counted_tokens, done_cases
 from selfrepair_nn.confidence import LEVEL
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import TOKEN
 
 CHANCE, MOST = 0.5, 0.9
 """A model that knows nothing is right on half of the tokens; one that does a task, on most of them."""
 
 
+@public
 def does_task(ds: xr.Dataset) -> xr.Dataset:
     """On how many tokens the clean run does what its prompts ask, beside the half that chance would give.
 

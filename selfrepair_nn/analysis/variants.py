@@ -11,6 +11,7 @@ from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Tokens
 from selfrepair_nn.blocks import read, sites
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.face import public
 from selfrepair_nn.quantities import TOKEN
 
 Summary = Callable[[xr.Dataset, float], xr.Dataset]
@@ -34,6 +35,7 @@ def axis_of(ds: xr.Dataset) -> str:
     return str(found[0])
 
 
+@public
 def by_variant(ds: xr.Dataset, share: float | None = None, summarise: Summary = by_head) -> xr.Dataset:
     """`summarise(variant, share)` of every variant along the store's axis; what all have in common is there once.
 
@@ -64,6 +66,7 @@ def _is_shared(name: str) -> bool:
     return name in SHARED or own.removeprefix("top_") in SHARED
 
 
+@public
 def differences(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """What each variant changes against the first, over (axis, layer, head) or (axis, case), in logits.
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from selfrepair_nn.analysis import held, remembering
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
+from selfrepair_nn.face import public
 from selfrepair_nn.figures import (
     ablation_kinds,
     cases,
@@ -233,6 +234,7 @@ def drawn(
         yield each, draw(each, found if each.of_summary else stores, share=share, recipe=recipe)
 
 
+@public
 def plot(
     datasets: Datasets,
     directory: str | Path | None = None,

@@ -133,10 +133,10 @@ def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
     """The heads that a clean pass found; where more follows from them they are the first cases, the strongest first."""
     if experiment.graph.then is None:
         layers, heads = store.read("layer"), store.read("head")
-        return [Head(layers[i], heads[j]) for i, j in np.argwhere(store.read("selected"))]
-    labels = store.read("case")
-    held = store.read("case_sites") if "case_sites" in store.names else [None] * len(labels)
-    return [head for (head,) in case_sites(labels, held)[: experiment.graph.strongest]]
+        return [Head(int(layers[i]), int(heads[j])) for i, j in np.argwhere(store.read("selected"))]
+    labels = store.read("case").tolist()
+    held = store.read("case_sites").tolist() if "case_sites" in store.names else [None] * len(labels)
+    return [head for (head,) in case_sites(labels, held)[: experiment.graph.strongest] if isinstance(head, Head)]
 
 
 class Hold:
