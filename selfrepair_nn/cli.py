@@ -14,7 +14,7 @@ from typing import Any, get_args
 import click
 
 from selfrepair_nn import __version__
-from selfrepair_nn.ending import ENDING
+from selfrepair_nn.ending import heard
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import Options
 from selfrepair_nn.shown import line, message, shown
@@ -115,7 +115,7 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
     if dry_run:
         _plan(recipe, choices, calibrate=False)
         return
-    for number in ENDING:
+    for number in heard():
         signal.signal(number, _interrupt)
     _knock(recipe, choices)
     _quiet_libraries()

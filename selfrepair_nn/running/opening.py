@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ from selfrepair_nn.running.mending import require_mendable, restore
 from selfrepair_nn.store import Store, explained
 
 
-def existing(experiment: Experiment) -> Store | None:
-    """The run's store, if there is one; StoreError if what is there is another run's. No weight is loaded for it."""
+def existing(experiment: Experiment, alone: bool) -> Store | None:
+    """The run's store, if there is one; StoreError if what is there is another run's. No weight is loaded for it.
+
+    What a kill left half written is cleared, if this run is `alone` and nobody is still at it.
+    """
     path = experiment.path
     if not path.exists():
         return None
@@ -35,7 +38,7 @@ def existing(experiment: Experiment) -> Store | None:
     require_mendable(found)
     require_same(experiment.request, found.attributes, experiment.settings)
     restore(found)
-    if experiment.options.part is None:
+    if alone:
         sweep_partial(path)
     return Store(path)
 
@@ -138,32 +141,68 @@ def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
 
 
 class Hold:
-    """The locks that a run holds. One whose file was removed, with the directory that it lay in, holds off nobody."""
+    """The locks that a run holds. One whose file was removed, with the directory that it lay in, holds off nobody.
+
+    `alone`: whether nobody else can be writing the store, nor any other part of the run.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._held: list[tuple[FileLock, os.stat_result]] = []
+        self.alone = False
 
-    def add(self, lock: FileLock) -> None:
-        """Know of a lock that was just acquired."""
-        self._held.append((lock, os.stat(lock.lock_file)))
+    def take(self, file: Path, wait: bool = False) -> None:
+        """Hold a lock. Raises StoreError if somebody else does, unless that one is to be waited for."""
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise _busy(self._path) from None
+        self._held.append((lock, os.stat(file)))
 
     def share(self) -> None:
         """Let other parts of the run begin: they write only what is their own."""
-        self._held.pop(0)[0].release()
+        self.alone = False
+        _let_go(*self._held.pop(0))
+
+    def close(self) -> None:
+        """Let go of all of them."""
+        while self._held:
+            _let_go(*self._held.pop())
 
     def require(self) -> None:
-        """Raise StoreError if another run may have begun at the store's path."""
+        """Raise StoreError if another run may have begun at the store's path, or could."""
+        if not self._held:
+            raise StoreError(
+                f"cannot write in {str(self._path.parent)!r}: a run keeps a lock there, beside its store "
+                f"{str(self._path)!r}, which is not finished or not whole. Allow it, or copy the store elsewhere"
+            )
         for lock, known in self._held:
-            try:
-                same = os.path.samestat(known, os.stat(lock.lock_file))
-            except OSError:
-                same = False
-            if not same:
+            if not _same(lock, known):
                 raise StoreError(
                     f"{lock.lock_file!r} was removed while this run was writing {str(self._path)!r}: another run may "
                     "have begun there, so nothing more is written. If none has, the same command resumes this one"
                 )
+
+
+def _busy(path: Path) -> StoreError:
+    return StoreError(f"another run is writing {str(path)!r}: wait for it, or choose another --out")
+
+
+def _same(lock: FileLock, known: os.stat_result) -> bool:
+    """Whether a lock's file is still the one that was locked."""
+    try:
+        return os.path.samestat(known, os.stat(lock.lock_file))
+    except OSError:
+        return False
+
+
+def _let_go(lock: FileLock, known: os.stat_result) -> None:
+    """Remove a lock's file, then release it. Whoever opened that file meanwhile is told that it is none any more."""
+    if _same(lock, known):
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+    lock.release()
 
 
 @contextmanager
@@ -175,34 +214,37 @@ def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[Hold]:
     """
     hold = Hold(path)
     if path.exists() and not os.access(path.parent, os.W_OK):
-        yield hold  # nobody writes there: a finished store answers all the same, for what is missing there is no room
+        yield hold  # a finished store answers all the same; for what is missing there is no room
         return
-    with ExitStack() as held:
+    try:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
-            held.enter_context(_acquired(lock, path, wait=part is not None))
-            hold.add(lock)
+            hold.take(path.with_name(f".{path.name}.lock"), wait=part is not None)
+            hold.alone = not _parts_at_work(path)
             if part:
-                own = FileLock(path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock"))
-                held.enter_context(_acquired(own, path))
-                hold.add(own)
-            else:
-                _require_no_part(path)
+                hold.take(path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock"))
+            elif not hold.alone:
+                raise _busy(path)
         yield hold
+    finally:
+        hold.close()
 
 
-def _require_no_part(path: Path) -> None:
+def _parts_at_work(path: Path) -> bool:
+    """Whether a part of a run holds its lock; none can begin meanwhile. Locks that nobody holds are removed."""
+    found = False
     for each in path.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+-of-\d+\.lock", each.name):
-            with _acquired(FileLock(each), path):
-                pass
+            found |= not _left_behind(each)
+    return found
 
 
-def _acquired(lock: FileLock, path: Path, wait: bool = False) -> AbstractContextManager:
+def _left_behind(file: Path) -> bool:
+    """Whether nobody holds a lock; its file is then removed."""
     try:
-        return lock.acquire(timeout=-1 if wait else 0)
+        lock = FileLock(file)
+        lock.acquire(timeout=0)
     except Timeout:
-        raise StoreError(
-            f"another run is writing {str(path)!r}: wait for it, or choose another --out"
-        ) from None
+        return False
+    _let_go(lock, os.stat(file))
+    return True

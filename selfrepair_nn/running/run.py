@@ -4,7 +4,7 @@ import json
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from hashlib import sha256
 from typing import Any
@@ -78,7 +78,7 @@ def run(
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as hold:
-        store = existing(experiment)
+        store = existing(experiment, hold.alone)
         with with_enough_memory("loading the model"):
             model = loaded(experiment)
         with evaluating(model):
@@ -89,11 +89,31 @@ def run(
                 if undecided(experiment, damage) or (store is None and experiment.undecided):
                     experiment = _decided(experiment, model)
                 hold.require()
+                new = store is None
                 store = store or create(experiment, command or _call(recipe, options), record)
                 experiment = as_stored(experiment, store)
                 mend(store, experiment, damage)
-                _run(store, experiment, model, progress, hold)
+                with _gone_if_empty(store, hold) if new else nullcontext():
+                    _run(store, experiment, model, progress, hold)
     return open_store(experiment.path)
+
+
+@contextmanager
+def _gone_if_empty(store: Store, hold: Hold) -> Iterator[None]:
+    """Within, what fails before anything was kept leaves no store: it would refuse the choices that mend the failure.
+
+    One that was interrupted stays; so does one that others may be filling, or whose jobs a server may still have.
+    """
+    try:
+        yield
+    except Incomplete:
+        raise
+    except Exception:
+        if hold.alone and "run" not in store.attributes:
+            with suppress(StoreError):
+                hold.require()
+                store.discard_empty()
+        raise
 
 
 def _looked_at(model: Model, store: Store | None) -> dict[str, Any]:

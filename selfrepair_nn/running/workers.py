@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from selfrepair_nn.backends.local import backend, loaded
+from selfrepair_nn.ending import SENT_TO_ALL
 from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
 from selfrepair_nn.layout.experiment import Experiment, prepare
 from selfrepair_nn.layout.packing import fitting_threads
@@ -133,9 +134,8 @@ def _load(source: str, options: Any, path: Any, known: Known, threads: int, devi
     """Load the model in a new process; it ends when the process that started it does, whatever ends that."""
     import torch
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to all; the blocks under way are still finished
+    for number in SENT_TO_ALL:
+        signal.signal(number, signal.SIG_IGN)  # the blocks under way are still finished
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(threads)
     device = device_of(options.device, devices.get(), torch.cuda.device_count())
