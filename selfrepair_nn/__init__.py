@@ -8,7 +8,6 @@ sr.plot(dataset, "outputs/figures")
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _PLACES = {
@@ -79,14 +78,11 @@ _PLACES = {
 }
 __all__ = sorted(_PLACES)
 
-try:
-    __version__ = version("selfrepair_nn")
-except PackageNotFoundError:
-    __version__ = "0"
-
 
 def __getattr__(name: str) -> Any:
     """Public names load their room when they are first used: importing the package stays fast."""
+    if name == "__version__":
+        return _version()
     if name not in _PLACES:
         raise AttributeError(f"selfrepair_nn has no {name!r}; it offers {', '.join(__all__)}")
     from selfrepair_nn.face import guarded
@@ -95,6 +91,15 @@ def __getattr__(name: str) -> Any:
     made = getattr(import_module(f"selfrepair_nn.{room}"), found)
     globals()[name] = made if isinstance(made, type) else guarded(made)
     return globals()[name]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("selfrepair_nn")
+    except PackageNotFoundError:
+        return "0"
 
 
 def __dir__() -> list[str]:

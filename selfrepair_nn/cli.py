@@ -14,7 +14,7 @@ from typing import Any, get_args
 import click
 
 from selfrepair_nn import __version__
-from selfrepair_nn.ending import heard
+from selfrepair_nn.ending import heard, interrupted
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import Options
 from selfrepair_nn.shown import line, message, shown
@@ -36,6 +36,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except Incomplete as error:
+        interrupted()
         _say(f"{error}:\n  {_command_line()}")
         sys.exit(error.exit_code)
     except SelfRepairError as error:
@@ -44,6 +45,7 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        interrupted()
         resumable = sys.argv[1:2] == ["run"]
         _say(f"interrupted; to go on:\n  {_command_line()}" if resumable else "interrupted")
         sys.exit(Incomplete.exit_code if resumable else INTERRUPTED)

@@ -11,3 +11,12 @@ SENT_TO_ALL = tuple(number for number in (signal.SIGINT, HANGUP) if number)
 def heard() -> tuple[int, ...]:
     """Those that end a run here: under `nohup` a terminal that closes does not."""
     return tuple(n for n in ENDING if n != HANGUP or signal.getsignal(n) is not signal.SIG_IGN)
+
+
+def interrupted() -> None:
+    """To be called once an interrupt was caught: the exit code is then what is chosen.
+
+    Python ends as killed by SIGINT if one fell into code that was made from text, as dataclasses are; running such
+    code again makes it forget that.
+    """
+    exec("")

@@ -41,7 +41,8 @@ class Workers:
         o = experiment.options
         self._bar = bar
         context, self._count = _context(), o.workers
-        devices = context.Queue()
+        with undisturbed():
+            devices = context.Queue()  # which starts a process that keeps count of such things
         alone = replace(o, workers=1, check=False, rows=experiment.work.rows)
         threads = o.threads or fitting_threads(
             experiment.description.structure, max(1, (os.cpu_count() or 1) // o.workers)
