@@ -362,7 +362,10 @@ def _print(text: object) -> None:
 
 
 def _say(text: str) -> None:
-    click.echo(f"selfrepair: {shown(text)}", err=True)
+    try:
+        click.echo(f"selfrepair: {shown(text)}", err=True)
+    except OSError:  # the terminal was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _interrupt(*_: Any) -> None:

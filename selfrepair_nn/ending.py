@@ -14,9 +14,11 @@ def heard() -> tuple[int, ...]:
 
 
 def interrupted() -> None:
-    """To be called once an interrupt was caught: the exit code is then what is chosen.
+    """To be called once an interrupt was caught: the exit code is then what is chosen, and another one changes nothing.
 
     Python ends as killed by SIGINT if one fell into code that was made from text, as dataclasses are; running such
     code again makes it forget that.
     """
+    for number in SENT_TO_ALL:
+        signal.signal(number, signal.SIG_IGN)
     exec("")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -122,8 +122,9 @@ def _free_memory() -> None:
 
 
 def tell(text: str) -> None:
-    """A line for the user, above the progress bar."""
-    tqdm.write(f"selfrepair: {shown(text)}", file=sys.stderr)
+    """A line for the user, above the progress bar; for nobody, if the terminal was closed."""
+    with suppress(OSError):
+        tqdm.write(f"selfrepair: {shown(text)}", file=sys.stderr)
 
 
 def only(runner: Backend, unit: Unit) -> dict[str, Any]:

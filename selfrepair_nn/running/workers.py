@@ -56,9 +56,15 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the blocks under way: they are kept."""
-        if self._pool is not None:
+        """Wait for the blocks under way: they are kept, unless an interrupt says that there is no time for it."""
+        if self._pool is None:
+            return
+        try:
             self._pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            for process in (self._pool._processes or {}).values():
+                process.kill()
+            raise
 
     def __call__(self, blocks: Iterable[slice], open_: np.ndarray) -> Iterator[slice]:
         """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored.
