@@ -167,13 +167,14 @@ def run_options(place: Path) -> list[str]:
 
 @click.command()
 @click.option("--seconds", default=300, help="For how long; every kind of run has its turn.")
+@click.option("--kind", "names", type=click.Choice([*KINDS]), multiple=True, default=[*KINDS], help="Repeatable.")
 @click.option("--seed", default=0, help="Seed of the order in which writes are chosen.")
-def main(seconds: int, seed: int) -> None:
+def main(seconds: int, names: tuple[str, ...], seed: int) -> None:
     """Kill runs, compare what resumes with undisturbed ones bit for bit, and print how many kills there were."""
     chance, end = random.Random(seed), monotonic() + seconds
     with TemporaryDirectory() as folder:
         options = run_options(Path(folder) / "shared")
-        for left, name in zip(range(len(KINDS), 0, -1), reversed(KINDS), strict=True):
+        for left, name in zip(range(len(names), 0, -1), reversed(names), strict=True):
             campaign = Campaign(name, Path(folder) / name.replace(" ", "-"), options)
             order = list(range(1, 1 + campaign.writes))
             chance.shuffle(order)

@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
+from threading import Thread
+from time import sleep
 
 import psutil
 import pytest
@@ -23,7 +26,8 @@ from terminal import (
 from test_errors import read_only
 
 from selfrepair_nn import cli
-from selfrepair_nn.errors import SelfRepairError
+from selfrepair_nn.errors import SelfRepairError, StoreError
+from selfrepair_nn.running.holding import only_writer
 from selfrepair_nn.store import Store
 
 PROMPTS, BLOCK = 24, 2
@@ -143,6 +147,7 @@ def test_what_is_said_to_a_terminal_that_is_gone(command, undisturbed, tmp_path)
 
 INTERRUPTED = """
 import signal, sys
+from selfrepair_nn.__main__ import main
 left = [int(sys.argv.pop(1))]
 def hook(event, args):
     if event in ("import", "exec", "compile"):
@@ -150,12 +155,11 @@ def hook(event, args):
         if left[0] == 0:
             signal.raise_signal(signal.SIGINT)
 sys.addaudithook(hook)
-import runpy
-runpy.run_module("selfrepair_nn", run_name="__main__", alter_sys=True)
+main()
 """
 
 
-@pytest.mark.parametrize("event", [30, 200, 500, 1500, 4000, 9000])
+@pytest.mark.parametrize("event", [1, 30, 200, 500, 1500, 4000, 9000])
 def test_ctrl_c_at_any_moment_of_the_start(command, tmp_path, event):
     """At imports, and at code that is made from text, as dataclasses are: Python would then end as if killed."""
     arguments = [*map(str, command), "--out", str(tmp_path / "s.zarr")]
@@ -169,6 +173,15 @@ def test_ctrl_c_at_any_moment_of_the_start(command, tmp_path, event):
     assert "Traceback" not in ended.stderr
     assert len(ended.stderr.strip().splitlines()) <= 2, ended.stderr
     assert "interrupted" in ended.stderr
+
+
+def test_little_is_loaded_before_an_interrupt_is_heard():
+    program = "import sys; from selfrepair_nn.__main__ import main; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    ).stdout.split()
+    assert "selfrepair_nn.__main__" in loaded
+    assert not {"zipfile", "email", "importlib.metadata", "click", "numpy"} & {*loaded}
 
 
 def test_ctrl_c_in_code_that_is_made_from_text(command, tmp_path):
@@ -261,6 +274,29 @@ def test_a_part_clears_nothing_that_another_part_is_writing(command, tmp_path, m
     before_block(monkeypatch, 2, meanwhile)
     assert selfrepair(*command, "--shard", "1/2", "--out", store).code == 0
     assert left == [True]
+
+
+def test_locks_that_go_hold_off_all_the_same(tmp_path):
+    """Whoever opens a lock's file just before it is removed would hold a lock that nobody else sees."""
+    path, inside, ran, overlaps = tmp_path / "s.zarr", [], [], []
+
+    def one(part):
+        for _ in range(10):
+            with suppress(StoreError), only_writer(path, part):
+                inside.append(part)
+                overlaps.append(len(inside) > 1)
+                sleep(0.0005)
+                ran.append(inside.pop())
+
+    threads = [Thread(target=one, args=(part,)) for part in (None, None, None, (1, 2), (2, 2))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not any(overlaps)
+    assert ran.count((1, 2)) == ran.count((2, 2)) == 10, "a part waits"
+    assert ran.count(None) > 0
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_looking_at_a_store_writes_nothing(undisturbed):

@@ -26,15 +26,14 @@ from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options, require_known
 from selfrepair_nn.running.filling import Filling, finished, learn
+from selfrepair_nn.running.holding import Hold, only_writer
 from selfrepair_nn.running.interruption import interruptible
 from selfrepair_nn.running.mending import mend, undecided
 from selfrepair_nn.running.opening import (
-    Hold,
     as_stored,
     changed_versions,
     create,
     existing,
-    only_writer,
     require_same_model,
 )
 from selfrepair_nn.running.preliminaries import strongest
