@@ -167,7 +167,9 @@ def run_options(place: Path) -> list[str]:
 
 @click.command()
 @click.option("--seconds", default=300, help="For how long; every kind of run has its turn.")
-@click.option("--kind", "names", type=click.Choice([*KINDS]), multiple=True, default=[*KINDS], help="Repeatable.")
+@click.option(
+    "--kind", "names", type=click.Choice([*KINDS]), multiple=True, default=[*KINDS], help="Repeatable."
+)
 @click.option("--seed", default=0, help="Seed of the order in which writes are chosen.")
 def main(seconds: int, names: tuple[str, ...], seed: int) -> None:
     """Kill runs, compare what resumes with undisturbed ones bit for bit, and print how many kills there were."""
@@ -184,7 +186,8 @@ def main(seconds: int, names: tuple[str, ...], seed: int) -> None:
                     break
                 kills += campaign.try_at(number)
             print(
-                f"{name:<18} {kills} kills at {len(order)} writes: every store whole, all resumed bit for bit"
+                f"{name:<18} {kills} kills, of {len(order)} writes: all whole, all resumed bit for bit",
+                flush=True,
             )
 
 

@@ -1,14 +1,12 @@
 """However a run is ended from outside, its exit code is the documented one, one thing is said, and no litter stays."""
 
+import fcntl
 import os
 import select
 import signal
 import subprocess
 import sys
 import textwrap
-from contextlib import suppress
-from threading import Thread
-from time import sleep
 
 import psutil
 import pytest
@@ -27,6 +25,7 @@ from test_errors import read_only
 
 from selfrepair_nn import cli
 from selfrepair_nn.errors import SelfRepairError, StoreError
+from selfrepair_nn.running import holding
 from selfrepair_nn.running.holding import only_writer
 from selfrepair_nn.store import Store
 
@@ -276,27 +275,44 @@ def test_a_part_clears_nothing_that_another_part_is_writing(command, tmp_path, m
     assert left == [True]
 
 
-def test_locks_that_go_hold_off_all_the_same(tmp_path):
-    """Whoever opens a lock's file just before it is removed would hold a lock that nobody else sees."""
-    path, inside, ran, overlaps = tmp_path / "s.zarr", [], [], []
+def held_off(path):
+    """Whether another run is refused at a path."""
+    try:
+        with only_writer(path, None):
+            return False
+    except StoreError:
+        return True
 
-    def one(part):
-        for _ in range(10):
-            with suppress(StoreError), only_writer(path, part):
-                inside.append(part)
-                overlaps.append(len(inside) > 1)
-                sleep(0.0005)
-                ran.append(inside.pop())
 
-    threads = [Thread(target=one, args=(part,)) for part in (None, None, None, (1, 2), (2, 2))]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert not any(overlaps)
-    assert ran.count((1, 2)) == ran.count((2, 2)) == 10, "a part waits"
-    assert ran.count(None) > 0
+def test_a_lock_is_removed_while_it_is_held(tmp_path, monkeypatch):
+    """Else somebody could acquire it in between, and would hold a lock that nobody else sees."""
+    path, seen, unlink = tmp_path / "s.zarr", [], os.unlink
+
+    def removing(file):
+        monkeypatch.undo()
+        seen.append(held_off(path))
+        unlink(file)
+
+    monkeypatch.setattr(holding.os, "unlink", removing)
+    with only_writer(path, None):
+        assert held_off(path)
+    assert seen == [True]
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_lock_whose_file_was_just_removed_is_none(tmp_path, monkeypatch):
+    """It was opened before its run ended, and locked after."""
+    path, flock = tmp_path / "s.zarr", fcntl.flock
+
+    def locking(*given):
+        monkeypatch.undo()
+        (tmp_path / ".s.zarr.lock").unlink()
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", locking)
+    with only_writer(path, (1, 1)):
+        assert (tmp_path / ".s.zarr.lock").exists()
+        assert held_off(path)
 
 
 def test_looking_at_a_store_writes_nothing(undisturbed):
