@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import RLock
 from time import monotonic
 from typing import NamedTuple
 
@@ -111,12 +112,14 @@ class Campaign:
 def _command(arguments: list[str], store: str, number: int, counted: Path, worker: bool) -> None:
     """The command in a process of its own, which or one of whose workers is killed."""
     import torch
+    from tqdm import tqdm
 
     from selfrepair_nn.cli import main
     from selfrepair_nn.running import workers
 
     os.environ |= OFFLINE
     torch.set_num_threads(1)
+    tqdm.set_lock(RLock())  # its default would be reported as leaked
     done, watched = [int(counted.read_text())], partial(_watched, store, number, counted)
     if worker:
         workers._begin = partial(_begin, watched)
