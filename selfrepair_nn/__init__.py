@@ -9,7 +9,6 @@ sr.plot(dataset, "outputs/figures")
 
 import ast
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,11 @@ _PLACES = {
 _ROOMS = {name for name, (room, _) in _PLACES.items() if room == __name__}
 __all__ = sorted(_PLACES.keys() - _ROOMS)
 
-try:
-    __version__ = version("selfrepair_nn")
-except PackageNotFoundError:
-    __version__ = "0"
-
 
 def __getattr__(name: str) -> Any:
     """Public names load their room when they are first used: importing the package stays fast."""
+    if name == "__version__":
+        return _version()
     if name not in _PLACES:
         raise AttributeError(f"selfrepair_nn has no {name!r}; it offers {', '.join(__all__)}")
     room, found = _PLACES[name]
@@ -43,6 +39,15 @@ def __getattr__(name: str) -> Any:
     made = getattr(import_module(room), found)
     globals()[name] = made if isinstance(made, type) else guarded(made)
     return globals()[name]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("selfrepair_nn")
+    except PackageNotFoundError:
+        return "0"
 
 
 def __dir__() -> list[str]:

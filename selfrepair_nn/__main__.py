@@ -8,6 +8,7 @@ def main() -> None:
     try:
         from selfrepair_nn.cli import main as command
     except KeyboardInterrupt:
+        exec("")  # or Python may end as if killed: see `ending.interrupted`, which may not be there yet
         sys.stderr.write("selfrepair: interrupted\n")
         sys.exit(130)
     command()

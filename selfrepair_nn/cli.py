@@ -15,7 +15,7 @@ from typing import Any, get_args
 import click
 
 from selfrepair_nn import __version__
-from selfrepair_nn.ending import ENDING
+from selfrepair_nn.ending import heard, interrupted
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import RENAMED, Options, flag, renamed
 from selfrepair_nn.shown import line, message, shown
@@ -37,6 +37,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except Incomplete as error:
+        interrupted()
         _say(f"{error}:\n  {_command_line()}")
         sys.exit(error.exit_code)
     except SelfRepairError as error:
@@ -45,6 +46,7 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        interrupted()
         resumable = sys.argv[1:2] == ["run"]
         _say(f"interrupted; to go on:\n  {_command_line()}" if resumable else "interrupted")
         sys.exit(Incomplete.exit_code if resumable else INTERRUPTED)
@@ -129,7 +131,7 @@ def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> No
     if dry_run:
         _plan(recipe, choices, calibrate=False)
         return
-    for number in ENDING:
+    for number in heard():
         signal.signal(number, _interrupt)
     _knock(recipe, choices)
     _quiet_libraries()
@@ -390,7 +392,10 @@ def _print(text: object) -> None:
 
 
 def _say(text: str) -> None:
-    click.echo(f"selfrepair: {shown(text)}", err=True)
+    try:
+        click.echo(f"selfrepair: {shown(text)}", err=True)
+    except OSError:  # the terminal was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _interrupt(*_: Any) -> None:

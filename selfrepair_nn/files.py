@@ -160,11 +160,12 @@ def sync_tree(root: Path) -> None:
 
 
 def sweep_partial(root: Path) -> None:
-    """Remove what killed processes left half written. Nobody may be writing."""
+    """Remove what killed processes left half written, where that is allowed. Nobody may be writing."""
     for directory, _, names in os.walk(root):
         for name in names:
             if name.endswith(PARTIAL):
-                Path(directory, name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    Path(directory, name).unlink()
 
 
 def _sync_all(paths: Iterable[Path]) -> None:

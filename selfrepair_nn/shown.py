@@ -6,6 +6,7 @@ writing, or keys. A character that is not printable is written as Python would w
 
 import re
 import sys
+from contextlib import suppress
 
 from selfrepair_nn.secrets import hidden
 
@@ -29,10 +30,11 @@ def message(text: object) -> str:
 
 
 def tell(text: object) -> None:
-    """A line for the user, on stderr, above the progress bar if there is one."""
+    """A line for the user, on stderr, above the progress bar if there is one; none if the terminal was closed."""
     from tqdm import tqdm
 
-    tqdm.write(f"selfrepair: {shown(text)}", file=sys.stderr)
+    with suppress(OSError):
+        tqdm.write(f"selfrepair: {shown(text)}", file=sys.stderr)
 
 
 def _escaped(text: str) -> str:

@@ -6,7 +6,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 from time import monotonic, sleep
@@ -74,7 +74,7 @@ class Store:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_drafts(path)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        draft = _draft(path)
         with explained(path):
             try:
                 labels = xr.Dataset(
@@ -113,6 +113,13 @@ class Store:
     def reopen(self) -> None:
         """Take back that the run has finished: something of it is to be computed again."""
         self._describe(lambda now: {k: v for k, v in now.items() if k != "finished"})
+
+    def discard_empty(self) -> None:
+        """Remove the store, if no block of it was written. Raises StoreError if it is not the one that was opened."""
+        self._require_same()
+        if not any((self.path / NOTES).glob("[0-9]*.json")):
+            with suppress(OSError):
+                shutil.rmtree(self.path.rename(_draft(self.path)))
 
     @property
     def prompts_per_chunk(self) -> int:
@@ -285,6 +292,11 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers, and text without keys; what is nested as JSON. Settings are compared, and hold no free text."""
     flat = {k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in attributes.items()}
     return {k: hidden(v) if isinstance(v, str) and k != "settings" else v for k, v in flat.items()}
+
+
+def _draft(path: Path) -> Path:
+    """A name beside a store's, of what is none yet or no more."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 
 def _sweep_drafts(path: Path) -> None:

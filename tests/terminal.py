@@ -23,14 +23,15 @@ from tqdm import tqdm
 
 import selfrepair_nn
 from selfrepair_nn.cli import main
+from selfrepair_nn.ending import ENDING
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 ENVIRONMENT = {"PYTHONPATH": str(Path(selfrepair_nn.__file__).parents[1]), "OMP_NUM_THREADS": "1"} | OFFLINE
 VOCABULARY = 61
 
 # Children of a server that has imported everything start at once; each is a process of its own all the same.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
     [
         "nnsight.modeling.transformers",
         "selfrepair_nn.running.run",
@@ -52,7 +53,7 @@ class Outcome:
 def selfrepair(*arguments: object) -> Outcome:
     """Run the command in this process. What would print a traceback is raised."""
     out, err, code = StringIO(), StringIO(), 0
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in ENDING}
     try:
         argv = patch.object(sys, "argv", ["selfrepair", *map(str, arguments)])
         with argv, redirect_stdout(out), redirect_stderr(err):
@@ -60,7 +61,8 @@ def selfrepair(*arguments: object) -> Outcome:
     except SystemExit as ended:
         code = ended.code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
@@ -71,7 +73,7 @@ class Process:
         self._out, self._err = directory / "stdout", directory / "stderr"
         self._out.unlink(missing_ok=True)
         streams = (str(self._out), terminal or str(self._err))
-        self._child = _FORKS.Process(target=_command, args=(list(map(str, arguments)), *streams))
+        self._child = FORKS.Process(target=_command, args=(list(map(str, arguments)), *streams))
         self._child.start()
 
     @property

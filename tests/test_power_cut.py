@@ -1,28 +1,33 @@
 """What a kill or a power cut leaves is resumed to the same numbers: at any write, what is not synced torn or lost."""
 
-import multiprocessing
-import os
 import random
-import signal
-import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
-from terminal import OFFLINE, assert_same_numbers, ids, saved, selfrepair
+from kills import Campaign, run_options
+from terminal import assert_same_numbers, ids, saved
 from zarr.storage import _local
 
 import selfrepair_nn as sr
 from selfrepair_nn import files as disk
-from selfrepair_nn.cli import main
 
-STEP = {"heads": 1, "top share": 5, "until an interval": 5}
+STEP = {"heads": 1, "top share": 5, "until an interval": 5, "variants": 9, "shards": 7}
 """One in so many steps is looked at: they are alike in all runs."""
 
 RUNS = {
     "heads": {},
     "top share": {"select": "top-share", "share": 0.1, "components": "top"},
     "until an interval": {"until_ci": 0.5, "share": 0.2},
+    "variants": {"recipe": "freeze", "heads": "1.0", "layers": None},
+    "shards": {"shard": ("1/2", "2/2")},
 }
+
+
+def run(out, choices):
+    """A run, or one after the other all the parts that it is shared out to."""
+    for part in choices.get("shard", (None,)):
+        sr.run(out=out, **choices | {"shard": part})
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +148,7 @@ def recorded(asked, tmp_path_factory):
             root = tmp_path_factory.mktemp("recorded") / "s.zarr"
             with pytest.MonkeyPatch.context() as patch:
                 recorder = Recorder(root, patch)
-                sr.run(out=root, **asked | RUNS[kind])
+                run(root, asked | RUNS[kind])
             made[kind] = root, recorder
         return made[kind]
 
@@ -167,7 +172,8 @@ def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_
         assert sr.verify(store) == [], f"{stop}: {recorder.asked[stop - 1][:2]}"
     for stop in range(0, len(recorder.asked), len(recorder.asked) // 4):
         store = laid_out(after_a_cut(recorder, stop, None), tmp_path / f"again-{stop}.zarr")
-        assert_same_numbers(sr.run(out=store, **asked | RUNS[kind]).encoding["source"], root)
+        run(store, asked | RUNS[kind])
+        assert_same_numbers(store, root)
         assert not [*store.rglob("*.partial")]
 
 
@@ -179,7 +185,8 @@ def test_a_power_cut_leaves_a_store_that_is_whole_and_resumes(recorded, asked, t
         store = laid_out(after_a_cut(recorder, stop, chance), tmp_path / f"{stop}.zarr")
         assert sr.verify(store) == [], f"{stop}: {recorder.asked[stop - 1][:2]}"
         if chance.random() < 10 * STEP[kind] / len(recorder.asked):
-            assert_same_numbers(sr.run(out=store, **asked | RUNS[kind]).encoding["source"], root)
+            run(store, asked | RUNS[kind])
+            assert_same_numbers(store, root)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -191,57 +198,36 @@ def test_on_a_disk_that_does_not_sync_what_is_lost_is_found_and_mended(recorded,
         stop = chance.randrange(len(recorder.asked) // 4, len(recorder.asked))
         store = laid_out(after_a_cut(recorder, stop, chance, lying=True), tmp_path / f"{i}.zarr")
         harmed += bool(sr.verify(store))
-        assert_same_numbers(sr.run(out=store, **asked | RUNS[kind]).encoding["source"], root)
+        run(store, asked | RUNS[kind])
+        assert_same_numbers(store, root)
         assert sr.verify(store) == []
-    assert harmed > 2
+    assert harmed > 1
 
 
 # Killed for real
 
 
-def _counted_and_killed(arguments: list[str], store: str, number: int, counted: str) -> None:
-    """The command, killed at its so-manyth write, or at none; how many there were goes to a file."""
-    os.environ |= OFFLINE
-    seen = [0]
-
-    def hook(event: str, args: tuple) -> None:
-        writes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
-        writes |= event == "open" and isinstance(args[2], int) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
-        if writes and store in str(args[0]):
-            seen[0] += 1
-            if seen[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    sys.argv = ["selfrepair", *arguments]
-    with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
-        main()
-        Path(counted).write_text(str(seen[0]))
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """campaign(name): kills of one kind of run."""
+    place = tmp_path_factory.mktemp("kills")
+    options = run_options(place / "shared")
+    return cache(lambda name: Campaign(name, place / name.replace(" ", "-"), options))
 
 
-def test_killed_by_the_system_at_writes_all_along_a_run(asked, tmp_path):
-    named = (f"--{name.replace('_', '-')}={value}" for name, value in asked.items())
-    command = ["run", "heads", *named]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nnsight.modeling.transformers", "selfrepair_nn.running.run"])
-
-    def run(store: Path, number: int) -> int:
-        given = ([*command, "--out", str(store)], store.name, number, str(tmp_path / "count"))
-        child = context.Process(target=_counted_and_killed, args=given)
-        child.start()
-        child.join(120)
-        return child.exitcode
-
-    whole = tmp_path / "whole.zarr"
-    assert run(whole, 0) == 0
-    count = int((tmp_path / "count").read_text())
-    for number in range(1, count, count // 6):
-        store = tmp_path / f"killed-{number}.zarr"
-        assert run(store, number) == -signal.SIGKILL
-        if store.exists():
-            assert sr.verify(store) == []
-            assert selfrepair("info", store).code == 0
-        ended = selfrepair(*command, "--out", store)
-        assert ended.code == 0, ended.err
-        assert_same_numbers(store, whole)
-    assert not [*tmp_path.rglob("*.partial"), *(p for p in tmp_path.glob(".killed*") if p.is_dir())]
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    {
+        "plain": (0.1, 0.55, 0.68, 0.8, 0.9, 0.99),
+        "variants": (0.6, 0.75, 0.95),
+        "shards": (0.3, 0.7, 0.8, 0.99),
+        "top share": (0.65, 0.85),
+        "until an interval": (0.7, 0.97),
+        "workers": (0.3, 0.97),
+        "a worker": (0.2, 0.9),
+    }.items(),
+)
+def test_killed_by_the_system_at_writes_all_along_a_run(campaign, kind, shares):
+    kills = campaign(kind)
+    for share in shares:
+        assert kills.try_at(round(share * kills.writes)), share

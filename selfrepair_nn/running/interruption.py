@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from selfrepair_nn.ending import ENDING
+from selfrepair_nn.ending import SENT_TO_ALL, heard
 
 POSIX = hasattr(signal, "pthread_sigmask")
 
@@ -30,7 +30,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield check
         return
-    before = {number: signal.signal(number, interrupt) for number in ENDING}
+    before = {number: signal.signal(number, interrupt) for number in heard()}
     try:
         yield check
     finally:
@@ -42,14 +42,14 @@ def interruptible() -> Iterator[Callable[[], None]]:
 def undisturbed() -> Iterator[None]:
     """Within, what ends a run waits until its end: for what must not stop half-way, such as the start of a process.
 
-    Processes that are started within never see a Ctrl-C, which a terminal sends to all: it is for this one.
+    Processes that are started within never see what a terminal sends to all, such as a Ctrl-C: it is for this one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ENDING}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if POSIX else None
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in heard()}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SENT_TO_ALL) if POSIX else None
     try:
         yield
     finally:

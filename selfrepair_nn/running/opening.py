@@ -1,16 +1,10 @@
-"""The store of a run: made for it or found, held against other writers, never another run's."""
+"""The store of a run: made for it or found, never another run's."""
 
 import json
-import os
-import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from selfrepair_nn import provenance
 from selfrepair_nn.case_sites import read as case_sites
@@ -24,11 +18,14 @@ from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.models.identity import differences, fingerprint
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.running.mending import require_mendable, restore
-from selfrepair_nn.store import Store, explained
+from selfrepair_nn.store import Store
 
 
-def existing(experiment: Experiment) -> Store | None:
-    """The run's store, if there is one; StoreError if what is there is another run's. No weight is loaded for it."""
+def existing(experiment: Experiment, alone: bool) -> Store | None:
+    """The run's store, if there is one; StoreError if what is there is another run's. No weight is loaded for it.
+
+    What a kill left half written is cleared, if this run is `alone` and nobody is still at it.
+    """
     path = experiment.path
     if not path.exists():
         return None
@@ -36,7 +33,7 @@ def existing(experiment: Experiment) -> Store | None:
     require_mendable(found)
     require_same(experiment.request, found.attributes, experiment.settings)
     restore(found)
-    if experiment.options.part is None:
+    if alone:
         sweep_partial(path)
     return Store(path)
 
@@ -137,74 +134,3 @@ def _found_heads(store: Store, experiment: Experiment) -> list[Head]:
     labels = store.read("case").tolist()
     held = store.read("case_sites").tolist() if "case_sites" in store.names else [None] * len(labels)
     return [head for (head,) in case_sites(labels, held)[: experiment.graph.strongest] if isinstance(head, Head)]
-
-
-class Hold:
-    """The locks that a run holds. One whose file was removed, with the directory that it lay in, holds off nobody."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._held: list[tuple[FileLock, os.stat_result]] = []
-
-    def add(self, lock: FileLock) -> None:
-        """Know of a lock that was just acquired."""
-        self._held.append((lock, os.stat(lock.lock_file)))
-
-    def share(self) -> None:
-        """Let other parts of the run begin: they write only what is their own."""
-        self._held.pop(0)[0].release()
-
-    def require(self) -> None:
-        """Raise StoreError if another run may have begun at the store's path."""
-        for lock, known in self._held:
-            try:
-                same = os.path.samestat(known, os.stat(lock.lock_file))
-            except OSError:
-                same = False
-            if not same:
-                raise StoreError(
-                    f"{lock.lock_file!r} was removed while this run was writing {str(self._path)!r}: another run may "
-                    "have begun there, so nothing more is written. If none has, the same command resumes this one"
-                )
-
-
-@contextmanager
-def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[Hold]:
-    """Hold the store's lock: two runs never write one store.
-
-    A part of a run waits for that lock; it can release it once it writes only what is its own, and holds one of its
-    own all along, by which others know of it.
-    """
-    hold = Hold(path)
-    if path.exists() and not os.access(path.parent, os.W_OK):
-        yield hold  # nobody writes there: a finished store answers all the same, for what is missing there is no room
-        return
-    with ExitStack() as held:
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
-            held.enter_context(_acquired(lock, path, wait=part is not None))
-            hold.add(lock)
-            if part:
-                own = FileLock(path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock"))
-                held.enter_context(_acquired(own, path))
-                hold.add(own)
-            else:
-                _require_no_part(path)
-        yield hold
-
-
-def _require_no_part(path: Path) -> None:
-    for each in path.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+-of-\d+\.lock", each.name):
-            with _acquired(FileLock(each), path):
-                pass
-
-
-def _acquired(lock: FileLock, path: Path, wait: bool = False) -> AbstractContextManager:
-    try:
-        return lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        raise StoreError(
-            f"another run is writing {str(path)!r}: wait for it, or choose another --out"
-        ) from None

@@ -5,7 +5,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from hashlib import sha256
 from typing import Any, Unpack
@@ -29,15 +29,14 @@ from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options, current, require_known
 from selfrepair_nn.recipe import recipe_paths, renamed
 from selfrepair_nn.running.filling import Filling, finished, learn
+from selfrepair_nn.running.holding import Hold, only_writer
 from selfrepair_nn.running.interruption import interruptible
 from selfrepair_nn.running.mending import mend, undecided
 from selfrepair_nn.running.opening import (
-    Hold,
     as_stored,
     changed_versions,
     create,
     existing,
-    only_writer,
     require_same_model,
 )
 from selfrepair_nn.running.preliminaries import strongest
@@ -84,7 +83,7 @@ def run(
     if experiment.options.served:
         _require_consent(experiment, confirm)
     with only_writer(experiment.path, experiment.options.part) as hold:
-        store = existing(experiment)
+        store = existing(experiment, hold.alone)
         with with_enough_memory("loading the model"):
             model = loaded(experiment)
         with evaluating(model):
@@ -95,10 +94,12 @@ def run(
                 if undecided(experiment, damage) or (store is None and experiment.undecided):
                     experiment = _decided(experiment, model)
                 hold.require()
+                new = store is None
                 store = store or create(experiment, command or _call(recipe, options), record)
                 experiment = as_stored(experiment, store)
                 mend(store, experiment, damage)
-                _run(store, experiment, model, progress, hold)
+                with _gone_if_empty(store, hold) if new else nullcontext():
+                    _run(store, experiment, model, progress, hold)
     return open_store(experiment.path)
 
 
@@ -109,6 +110,24 @@ def _undrawable(experiment: Experiment) -> list[str]:
     from selfrepair_nn.figures import require_own
 
     return require_own(experiment.recipe, experiment.options)
+
+
+@contextmanager
+def _gone_if_empty(store: Store, hold: Hold) -> Iterator[None]:
+    """Within, what fails before anything was kept leaves no store: it would refuse the choices that mend the failure.
+
+    One that was interrupted stays; so does one that others may be filling, or whose jobs a server may still have.
+    """
+    try:
+        yield
+    except Incomplete:
+        raise
+    except Exception:
+        if hold.alone and "run" not in store.attributes:
+            with suppress(StoreError):
+                hold.require()
+                store.discard_empty()
+        raise
 
 
 def _looked_at(model: Model, store: Store | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from selfrepair_nn.backends.local import backend, loaded
+from selfrepair_nn.ending import SENT_TO_ALL
 from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
 from selfrepair_nn.layout.experiment import Experiment, prepare
 from selfrepair_nn.layout.packing import fitting_threads
@@ -40,7 +41,8 @@ class Workers:
         o = experiment.options
         self._bar = bar
         context, self._count = _context(), o.workers
-        devices = context.Queue()
+        with undisturbed():
+            devices = context.Queue()  # which starts a process that keeps count of such things
         alone = replace(o, workers=1, check=False, tokens_per_pass=experiment.work.tokens_per_pass)
         threads = o.threads or fitting_threads(
             experiment.description.structure, max(1, (os.cpu_count() or 1) // o.workers)
@@ -54,9 +56,15 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the blocks under way: they are kept."""
-        if self._pool is not None:
+        """Wait for the blocks under way: they are kept, unless an interrupt says that there is no time for it."""
+        if self._pool is None:
+            return
+        try:
             self._pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            for process in (self._pool._processes or {}).values():
+                process.kill()
+            raise
 
     def __call__(self, blocks: Iterable[slice], open_: np.ndarray) -> Iterator[slice]:
         """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored.
@@ -133,9 +141,8 @@ def _load(source: str, options: Any, path: Any, known: Known, threads: int, devi
     """Load the model in a new process; it ends when the process that started it does, whatever ends that."""
     import torch
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to all; the blocks under way are still finished
+    for number in SENT_TO_ALL:
+        signal.signal(number, signal.SIG_IGN)  # the blocks under way are still finished
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(threads)
     device = device_of(options.device, devices.get(), torch.cuda.device_count())
