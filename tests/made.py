@@ -59,10 +59,11 @@ def any_store(cases=None, axis=None, *, prompts=3, positions=5, size=1.0, done=T
     along, variants = ((axis,), (len(AXES[axis]),)) if axis else ((), ())
     rng = np.random.default_rng(0)
     full, token = (*shape, prompts, positions), ("prompt", "position")
-    one = {name: size * rng.standard_t(3, full) for name in (*MEANS, *PARTS)} | {"closure": np.zeros(full)}
+    one = {name: size * rng.standard_t(3, full) for name in (*MEANS, *PARTS)}
     found = {name: ((*sites, *token), values) for name, values in one.items()}
     for name in found.keys() - {"direct_effect"} if axis else ():
         found[name] = ((*along, *sites, *token), size * rng.standard_t(3, (*variants, *full)))
+    found["closure"] = ((*along, *sites, *token), np.zeros((*variants, *full)))
     found |= {name: (token, size * rng.normal(size=full[-2:])) for name in ("logit", "target_constant")}
     found["norm_scale"] = (token, np.exp(rng.normal(size=full[-2:])))
     found["ablated_norm_scale"] = ((*along, *sites, *token), np.exp(rng.normal(size=(*variants, *full))))
