@@ -56,9 +56,11 @@ def _read(text: Any) -> Case:
 def _labelled(label: str) -> Case:
     found = []
     for part in label.split("+"):
-        match, kind = next(((m, k) for p, k in _LABELS if (m := p.fullmatch(part))), (None, None))
+        known = next(((k, m.groups()) for p, k in _LABELS if (m := p.fullmatch(part))), None)
+        if known is None:
+            return ()
         try:
-            found.append(kind(*map(int, match.groups())))
-        except (TypeError, AttributeError, ValueError, UsageError):
+            found.append(known[0](*map(int, known[1])))
+        except (ValueError, UsageError):
             return ()
     return tuple(found)

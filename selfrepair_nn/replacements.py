@@ -18,12 +18,17 @@ from selfrepair_nn.values import Declared, brief, number
 class Given(Protocol):
     """A run, as a replacement sees it: its prompts, their partners [prompt] and places in the text [prompt]."""
 
-    prompts: Any
-    partners: Any
-    order: Any
-    edited_position: Any
+    @property
+    def prompts(self) -> Any: ...
+    @property
+    def partners(self) -> Any: ...
+    @property
+    def order(self) -> Any: ...
+    @property
+    def edited_position(self) -> Any: ...
 
 
+@dataclass(frozen=True)
 class Replacement(metaclass=Declared):
     """What takes the place of a site's value.
 
@@ -140,7 +145,8 @@ class Constant(Replacement):
     value: float | Sequence[float]
 
     def __post_init__(self) -> None:
-        given = self.value.tolist() if hasattr(self.value, "tolist") else self.value
+        given: Any = self.value
+        given = given.tolist() if hasattr(given, "tolist") else given
         if isinstance(given, list | tuple):
             value = tuple(_finite("value of Constant", each) for each in given)
             object.__setattr__(self, "value", value)
@@ -192,7 +198,7 @@ class Reinforce(_OfHeads):
 
     def require(self, case: tuple[Any, ...]) -> None:
         super().require(case)
-        if len(case) > 1 or isinstance(case[0], Attention):
+        if len(case) > 1 or any(isinstance(site, Attention) for site in case):
             raise UsageError("Reinforce is for one head at a time: let each entry of ablate be a head")
 
     def arrays(self, run: Given, block: Any) -> dict[str, np.ndarray]:

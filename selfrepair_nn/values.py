@@ -32,7 +32,7 @@ def brief(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: object, valid: Iterable[str]) -> str:
     """ "; did you mean …?" where one of the valid names is nearly this one, else nothing."""
     found = get_close_matches(str(name), list(valid), n=2)
     return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -234,14 +234,14 @@ def larger(monkeypatch):
         monkeypatch.setitem(QUANTITIES, row.name, row)
     clean, ablated = decompose.clean_readout, decompose.ablated_readout
 
-    def of_clean(kept, probed, plan):
-        final = kept["input"][plan["model"]["n_layers"]]
-        return clean(kept, probed, plan) | ({"largest": final.amax(-1)} if "largest" in plan["gives"] else {})
+    def of_clean(block):
+        final = block.clean["input"][block.plan["model"]["n_layers"]]
+        return clean(block) | ({"largest": final.amax(-1)} if "largest" in block.plan["gives"] else {})
 
-    def of_ablated(changes, batch, *others):
-        found, plan = ablated(changes, batch, *others), others[-1]
+    def of_ablated(changes, batch, block, state):
         new = {"ablated_largest": changes["final"].amax(-1)}
-        return found | (new if "ablated_largest" in plan["gives"] else {})
+        found = ablated(changes, batch, block, state)
+        return found | (new if "ablated_largest" in block.plan["gives"] else {})
 
     monkeypatch.setattr(jobs, "clean_readout", of_clean)
     monkeypatch.setattr(jobs, "ablated_readout", of_ablated)

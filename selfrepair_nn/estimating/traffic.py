@@ -47,10 +47,11 @@ def traffic(experiment: Experiment) -> dict[str, int]:
 def result_bytes(unit: Unit, precision: str) -> int:
     """Bytes of what an ablation unit without thresholds gives, in this floating-point type, before compression."""
     sizes = {"prompt": unit.prompts.stop - unit.prompts.start, "case": len(unit.plan["cases"])}
-    return sum(
-        prod(sizes.get(size, size) for size in shape) * np.dtype(QUANTITIES[name].dtype(precision)).itemsize
+    counts = {
+        name: prod(size if isinstance(size, int) else sizes[size] for size in shape)
         for name, shape in unit.shapes.items()
-    )
+    }
+    return sum(n * np.dtype(QUANTITIES[name].dtype(precision)).itemsize for name, n in counts.items())
 
 
 def crossing_bytes(work: Work, itemsize: int) -> int:
@@ -59,7 +60,10 @@ def crossing_bytes(work: Work, itemsize: int) -> int:
     `itemsize` is that of the server's dtype. What is read of each pass, what it begins with, and the probed maps; token
     ids and the like are left out.
     """
-    plans = [graph.plan(asdict(work.structure)) | {"tokens_per_pass": work.tokens_per_pass} for graph in work.graphs]
+    plans = [
+        graph.plan(asdict(work.structure)) | {"tokens_per_pass": work.tokens_per_pass}
+        for graph in work.graphs
+    ]
     tokens = [(block.stop - block.start) * work.length for block in work.units]
     return itemsize * sum(_crossing(plan, count) for plan in plans for count in tokens)
 

@@ -108,12 +108,14 @@ def known(recipe: Recipe | None = None) -> dict[str, Drawing]:
         UsageError: the recipe calls a figure of its own as another one is called.
     """
     found = FIGURES | {name: each for one in recipes() for name, each in one.drawings.items()}
-    for name in recipe.drawings if recipe else ():
+    if recipe is None:
+        return found
+    for name in recipe.drawings:
         if name in FIGURES:
             raise UsageError(
                 f"recipe {str(recipe.path)!r} defines a figure {name}, and there is another of that name: rename it"
             )
-    return found | dict(recipe.drawings if recipe else {})
+    return found | dict(recipe.drawings)
 
 
 def suited(datasets: Datasets, recipe: Recipe | None = None) -> list[str]:
@@ -128,9 +130,9 @@ def suited(datasets: Datasets, recipe: Recipe | None = None) -> list[str]:
 
 def require_figures(names: Iterable[Name] | Name, recipe: Recipe | None = None) -> tuple[Drawing, ...]:
     """The figures of these names, or these themselves. UsageError unless each is one."""
-    listed = (names,) if isinstance(names, Drawing) else several(names)
+    listed: Any = (names,) if isinstance(names, Drawing) else several(names)
     every = known(recipe)
-    found = []
+    found: list[Drawing] = []
     for name in (names,) if listed is None else tuple(listed):
         if not isinstance(name, Drawing) and (not isinstance(name, str) or name not in every):
             raise UsageError(f"no figure {brief(name)}{nearest(name, every)}; there are {', '.join(every)}")

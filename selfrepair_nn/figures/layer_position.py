@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, by_case, throughout
 from selfrepair_nn.case_sites import sites_of
-from selfrepair_nn.components import Layers, Swap
+from selfrepair_nn.components import Ablatable, Layers, Swap
 from selfrepair_nn.drawing import Need, figure
 from selfrepair_nn.figures import depth, style, suiting
 
@@ -55,9 +55,11 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 def _of_kind(cases: xr.Dataset, kind: type) -> np.ndarray:
     """Which cases delete one layer, or swap two."""
-    alone = [case[0] if len(case) == 1 else None for case in sites_of(cases)]
-    one = [isinstance(site, kind) and (kind is Swap or site.stop == site.layer + 1) for site in alone]
-    return np.flatnonzero(one)
+    return np.flatnonzero([len(case) == 1 and _alone(case[0], kind) for case in sites_of(cases)])
+
+
+def _alone(site: Ablatable, kind: type) -> bool:
+    return isinstance(site, kind) and not (isinstance(site, Layers) and site.stop > site.layer + 1)
 
 
 def _draw_kind(axes: Axes, cases: xr.Dataset, shift: float) -> None:

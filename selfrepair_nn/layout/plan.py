@@ -80,7 +80,7 @@ class Work:
         first = self._first
         if not first.heads_only:
             return {"case": len(first.ablate)}
-        heads = [case[0] for case in self.graph.ablate]
+        heads = cast(list[Head], [case[0] for case in self.graph.ablate])
         found = {"layer": len({h.layer for h in heads}), "head": len({h.head for h in heads})}
         return {d: min(size, len(first.ablate)) for d, size in found.items()}
 
