@@ -30,6 +30,7 @@ from selfrepair_nn.analysis import (
     top_share,
     who_repairs,
 )
+from selfrepair_nn.case_sites import sites_of
 from selfrepair_nn.components import (
     Attention,
     FinalNorm,
@@ -39,9 +40,11 @@ from selfrepair_nn.components import (
     Neuron,
     Norm,
     Swap,
+    late_heads,
     select_heads,
     site,
 )
+from selfrepair_nn.drawing import figure
 from selfrepair_nn.errors import SelfRepairError, UsageError
 from selfrepair_nn.estimating.preview import preview
 from selfrepair_nn.figures import plot
@@ -99,8 +102,10 @@ __all__ = [
     "does_task",
     "edited_prompts",
     "erasure_neurons",
+    "figure",
     "induction_by_head",
     "ioi_prompts",
+    "late_heads",
     "list_recipes",
     "load",
     "most_repaired",
@@ -120,6 +125,7 @@ __all__ = [
     "select_heads",
     "simulate_heads",
     "site",
+    "sites_of",
     "strongest_repairs",
     "strongest_responses",
     "summary",
