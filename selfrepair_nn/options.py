@@ -132,7 +132,7 @@ class Options:
     seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.", _seed)
     mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.", values.whole)
     batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.", values.whole, decides=False)
-    tokens_per_pass: int | None = option(None, "Tokens in one forward pass: ablated heads ride together until it is full; default: what fits.", values.whole, decides=False)
+    tokens_per_pass: int | None = option(None, "Tokens in one forward pass: ablated heads share it until it is full; default: what fits.", values.whole, decides=False)
     workers: int = option(1, "Processes that share the work, each with its own model.", _processes, decides=False)
     threads: int | None = option(None, "Threads of each process; default: torch's own, with --workers as many as pay.", _processes, decides=False)
     shard: str | None = option(None, "Do only part I of N, as I/N: jobs of a cluster fill one store together.", values.part, decides=False)

@@ -1,4 +1,4 @@
-"""How many tokens ride in one forward pass, and how many threads compute it: what fits this machine."""
+"""How many tokens go into one forward pass, and how many threads compute it: what fits this machine."""
 
 import time
 from collections.abc import Iterator

@@ -227,7 +227,7 @@ def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
         return backend(experiment.options.backend, model)
     from selfrepair_nn.backends.ndif.served import connected
 
-    flight, facts = connected(experiment.options, model, _ledger(store))
+    jobs, facts = connected(experiment.options, model, _ledger(store))
     known = store.attributes["dtype"]
     if known not in (model.dtype, facts["dtype"]):
         raise StoreError(
@@ -235,7 +235,7 @@ def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
             f"{facts['dtype']}: choose another --out"
         )
     store.annotate(**facts)
-    return flight
+    return jobs
 
 
 def _ledger(store: Store) -> Ledger:

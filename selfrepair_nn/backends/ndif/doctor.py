@@ -123,9 +123,9 @@ def _round_trip(served) -> Finding:
     from selfrepair_nn.backends.ndif.served import first_unit
 
     with TemporaryDirectory() as folder:
-        flight = JobsInFlight(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), 1, PATIENCE)
+        jobs = JobsInFlight(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), 1, PATIENCE)
         began = time.perf_counter()
-        found = only(flight, first_unit(served.model.layout))["residual"]
+        found = only(jobs, first_unit(served.model.layout))["residual"]
         seconds = time.perf_counter() - began
     dtype = str(found.dtype).removeprefix("torch.")
     return Finding("round trip", f"{seconds:.2f} s for one token; it computes in {dtype}", True)

@@ -134,12 +134,12 @@ def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFli
     Raises:
         Fault, Incomplete: as the server says, or does not say.
     """
-    flight = jobs_in_flight(options, model, ledger)
-    dtype = str(only(flight, first_unit(model.layout))["residual"].dtype).removeprefix("torch.")
-    server = cast(ServedModel, flight.service).server
+    jobs = jobs_in_flight(options, model, ledger)
+    dtype = str(only(jobs, first_unit(model.layout))["residual"].dtype).removeprefix("torch.")
+    server = cast(ServedModel, jobs.service).server
     versions = server.environment()
     kept = {"host": server.host} | {name: versions[name] for name in SHARED if name in versions}
-    return flight, {"dtype": dtype, "server": kept}
+    return jobs, {"dtype": dtype, "server": kept}
 
 
 def traffic(ledger: Ledger) -> dict[str, int]:
