@@ -55,7 +55,7 @@ def edited(name, target="centred", value_bias="output"):
 def job(wrapped):
     """job(name, ablate, …): the engine on the block of `prompts`, completed by the equations: {name: array}."""
 
-    def run(name, ablate, replacement="resample", rows=10**4, thresholds=None, work=ablation_job, **graph):
+    def run(name, ablate, replacement="resample", tokens_per_pass=10**4, thresholds=None, work=ablation_job, **graph):
         model, arrays = wrapped(name, exact=True), dict(prompts(name))
         if replacement == "mean":
             arrays["means"] = means(name)
@@ -63,7 +63,7 @@ def job(wrapped):
             arrays["thresholds"] = torch.as_tensor(thresholds)
         graph["freeze"] = present(name, graph.get("freeze", frozenset()))
         plan = Graph(ablate=tuple(ablate), replacement=replacement, **graph).plan(model.layout)
-        found = run_session(work, model.nn, arrays, plan | {"tokens_per_pass": rows})
+        found = run_session(work, model.nn, arrays, plan | {"tokens_per_pass": tokens_per_pass})
         found = {name: value.numpy() for name, value in found.items()}
         return complete(found) if work is ablation_job else found
 

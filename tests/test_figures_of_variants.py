@@ -199,7 +199,7 @@ def test_layers_and_swaps_have_a_panel_each():
 
 
 def test_other_cases_are_not_layers():
-    with pytest.raises(UsageError, match="no deleted and swapped layers"):
+    with pytest.raises(UsageError, match="it needs layers deleted and swapped"):
         figures.draw("layer_position", cases_of(simulate_heads(*SIZES, ablation="zero")))
 
 

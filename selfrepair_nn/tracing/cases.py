@@ -1,16 +1,15 @@
 """A case: the sites that one ablated run replaces together, and what must be known before it can run."""
 
-from dataclasses import dataclass
-
 import torch
 
 from selfrepair_nn.tracing.clean import clean_pass
+from selfrepair_nn.tracing.objects import bundle
 from selfrepair_nn.tracing.readouts import widen
 from selfrepair_nn.tracing.replacements import replacement_of
 from selfrepair_nn.tracing.sites import site_of
 
 
-@dataclass(eq=False)
+@bundle
 class Block:
     """A block of prompts, clean.
 
@@ -26,7 +25,7 @@ class Block:
     source: dict
 
 
-@dataclass(eq=False)
+@bundle
 class Prepared:
     """A case ready for a pass: {site: its Edit}, and what is added at its start [prompt, position, d_model]."""
 

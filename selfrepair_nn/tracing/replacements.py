@@ -1,9 +1,8 @@
 """What takes the place of a site's value. A plan names one, with its numbers; arrays hold what varies by prompt."""
 
-from dataclasses import dataclass
-
 import torch
 
+from selfrepair_nn.tracing.objects import bundle
 from selfrepair_nn.tracing.readouts import along, widen
 from selfrepair_nn.tracing.sites import Edit, site_of
 
@@ -26,7 +25,6 @@ class Replacement:
         return site.edit(self, block, start)
 
 
-@dataclass
 class Identity(Replacement):
     """What was there."""
 
@@ -34,21 +32,18 @@ class Identity(Replacement):
         return site.value(block.source, block.plan)
 
 
-@dataclass
 class Resample(Identity):
     """The same site's value on the partner's tokens."""
 
     text = "partner_tokens"
 
 
-@dataclass
 class Counterfactual(Identity):
     """The same site's value on a minimally different text."""
 
     text = "counterfactual_tokens"
 
 
-@dataclass
 class Mean(Replacement):
     """The mean over reference prompts: arrays["means"] {what: {layer: [width]}}."""
 
@@ -57,7 +52,6 @@ class Mean(Replacement):
         return site.value({site.kept: {site.layer: mean}}, block.plan).expand_as(before)
 
 
-@dataclass
 class Zero(Replacement):
     """Nothing but what no input changes."""
 
@@ -65,7 +59,7 @@ class Zero(Replacement):
         return site.constant(block).to(before.dtype).expand_as(before)
 
 
-@dataclass
+@bundle
 class Scale(Replacement):
     """The site's own value times `factor`."""
 
@@ -76,7 +70,7 @@ class Scale(Replacement):
         return constant + self.factor * (before - constant)
 
 
-@dataclass
+@bundle
 class Constant(Replacement):
     """`value` in every entry, or a vector of them."""
 
@@ -86,7 +80,7 @@ class Constant(Replacement):
         return torch.as_tensor(self.value, dtype=before.dtype, device=before.device).expand_as(before)
 
 
-@dataclass
+@bundle
 class OtherHead(Replacement):
     """What another head of the same prompt reads out."""
 
@@ -99,7 +93,7 @@ class OtherHead(Replacement):
         return site_of(self.head).value(block.source, block.plan)
 
 
-@dataclass
+@bundle
 class Reinforce(Replacement):
     """No replacement: `scale` times the head's own write is added to what its layer reads, at the edited position."""
 

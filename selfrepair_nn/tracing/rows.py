@@ -1,13 +1,14 @@
 """Which case runs on which prompt in which pass, and where its numbers go."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from selfrepair_nn.tracing.cases import begins
+from selfrepair_nn.tracing.objects import bundle
 
 
-@dataclass(eq=False)
+@bundle
 class Batch:
     """What one ablated pass computes: some cases, each on some prompts, a row each.
 

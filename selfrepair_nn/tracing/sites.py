@@ -3,13 +3,12 @@
 A place in the order of a pass is (layer, inside): before a layer, or inside it, behind its attention. Places compare.
 """
 
-from dataclasses import dataclass
-
 from selfrepair_nn.tracing.clean import layer_on
+from selfrepair_nn.tracing.objects import bundle, label
 from selfrepair_nn.tracing.readouts import along, per_head, product, widen
 
 
-@dataclass(eq=False)
+@bundle
 class Edit:
     """What a case does at one of its sites.
 
@@ -64,7 +63,7 @@ class Activation:
         """Its own change of a layer's neurons: (which, their change, the MLP's), or None."""
 
 
-@dataclass(frozen=True)
+@label
 class Head(Activation):
     """An attention head: its z, what it reads out before the output projection."""
 
@@ -97,7 +96,7 @@ class Head(Activation):
         return ((widen(value) - self.constant(block)) * through).sum(-1)
 
 
-@dataclass(frozen=True)
+@label
 class Mlp(Activation):
     """A whole MLP: what it writes."""
 
@@ -121,7 +120,7 @@ class Mlp(Activation):
         return along(widen(value), block.probed["direction"])
 
 
-@dataclass(frozen=True)
+@label
 class Neuron(Activation):
     """A neuron of an MLP: its activation before the down projection."""
 
@@ -174,7 +173,7 @@ class Rebuilt:
         """None: what becomes of their neurons is not recorded."""
 
 
-@dataclass(frozen=True)
+@label
 class Layers(Rebuilt):
     """The layers from `layer` up to, not including, `stop`, deleted."""
 
@@ -194,7 +193,7 @@ class Layers(Rebuilt):
         return None
 
 
-@dataclass(frozen=True)
+@label
 class Swap(Rebuilt):
     """A layer and the next one, in each other's place."""
 
