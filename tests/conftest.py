@@ -1,6 +1,7 @@
 """What the tests share: one thread, quiet libraries, the models of `families` wrapped once for the whole session."""
 
 import os
+import signal
 from collections import Counter
 from functools import cache
 
@@ -11,6 +12,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# In the background, or under nohup, these are ignored, and so they would be in what the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -217,13 +217,13 @@ def test_ctrl_c_twice_gives_up_what_workers_are_at(command, undisturbed, tmp_pat
     workers = [p for p in psutil.Process(child.pid).children(recursive=True) if not p.children()]
     for process in workers:
         process.suspend()
+    trackers = [process for process in workers if "resource_tracker" in " ".join(process.cmdline())]
     child.send(signal.SIGINT)
     with pytest.raises(AssertionError, match="nothing happened"):
         child.until(lambda: False, 0.5)
     child.send(signal.SIGINT)
-    for process in workers:
-        if "resource_tracker" in " ".join(process.cmdline()):
-            process.resume()
+    for process in trackers:
+        process.resume()
     ended = child.wait(30)
     assert ended.code == 75, ended
     assert "Traceback" not in ended.err
