@@ -6,7 +6,9 @@ QUICK = equations components units engine recipe norm public types versions cli 
 QUICK_ONLY = not slow and not served
 ONE_FAMILY = not test_engine or gpt2
 
-.PHONY: demo check test lint test-alone test-served env server bench clean
+BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview)
+
+.PHONY: demo check test lint test-alone test-beside env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
 	$(BIN)/selfrepair run heads --model tiny-neox
@@ -19,11 +21,14 @@ lint: env            ## style, and types of the package
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: env server lint ## set up, then pass all tests; those that need a real server run beside the others
-	$(MAKE) -j2 -k -O test-alone test-served
+test: env server lint ## set up, then pass all tests, in two processes side by side
+	$(MAKE) -j2 -k -O test-alone test-beside
 
-test-alone test-served: test-%:
-	$(BIN)/python -m pytest -m "$(if $(filter alone,$*),not )served"
+test-alone:
+	$(BIN)/python -m pytest -m "not served" $(BESIDE:%=--ignore=%)
+
+test-beside:         ## those that need a server, and then so many others that both take about as long
+	$(BIN)/python -m pytest -m served; served=$$?; $(BIN)/python -m pytest -m "not served" $(BESIDE) && exit $$served
 
 server: env          ## what a real NDIF server in the tests needs; without it they are skipped, and say so
 	-$(BIN)/python -m tests.ndif_server install
