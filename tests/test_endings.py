@@ -29,7 +29,7 @@ from selfrepair_nn.running import holding
 from selfrepair_nn.running.holding import only_writer
 from selfrepair_nn.store import Store
 
-PROMPTS, BLOCK = 96, 2
+PROMPTS, BLOCK = 24, 2
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_ctrl_c_twice(command, tmp_path, monkeypatch):
     before_block(monkeypatch, 2, raising(KeyboardInterrupt()))
     ended = selfrepair(*command, "--out", tmp_path / "s.zarr")
     assert ended.code == 75
-    assert "2 of 48 units are kept" in ended.err
+    assert "2 of 12 units are kept" in ended.err
 
 
 def test_ctrl_c_twice_gives_up_what_workers_are_at(command, undisturbed, tmp_path):

@@ -206,6 +206,39 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path, how):
     assert ended.stderr == ""
 
 
+AFTERWARDS = """
+import multiprocessing as mp
+import signal
+
+
+def told():
+    print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), signal.getsignal(signal.SIGINT).__name__, flush=True)
+
+
+if __name__ == "__main__":
+    import selfrepair_nn as sr
+
+    for out in ("one.zarr", "two.zarr"):
+        sr.run(model="tiny-neox", tokens=64, length=8, heads="7.0", workers=2, out=out, progress=False)
+        child = mp.get_context("forkserver").Process(target=told)
+        child.start()
+        child.join()
+"""
+
+
+def test_processes_of_the_user_hear_an_interrupt_afterwards(tmp_path):
+    """Python's helper, which starts processes, passes on what it was started with: that of the workers ends with them.
+
+    The second time it runs already: then it is left as it is.
+    """
+    (tmp_path / "script.py").write_text(AFTERWARDS)
+    ended = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
+    assert ended.stdout.splitlines() == ["[] default_int_handler"] * 2, ended.stderr
+    assert ended.stderr == ""
+
+
 def test_several_gpus_are_shared_out():
     assert [device_of("auto", i, 2) for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [device_of(device, 1, 2) for device in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]

@@ -27,6 +27,7 @@ from selfrepair_nn.running.interruption import undisturbed
 from selfrepair_nn.running.opening import as_stored, require_same_model
 from selfrepair_nn.store import Store
 
+IMPORTED = ["selfrepair_nn.running.workers", "nnsight.modeling.transformers"]
 DEATHS = 3
 """How often processes may die, with nothing done in between, before that is not put down to chance."""
 
@@ -40,7 +41,8 @@ class Workers:
     def __init__(self, experiment: Experiment, known: Known, bar: tqdm) -> None:
         o = experiment.options
         self._bar = bar
-        context, self._count = _context(), o.workers
+        self._helper = _Helper()
+        context, self._count = self._helper.context, o.workers
         with undisturbed():
             devices = context.Queue()  # which starts a process that keeps count of such things
         alone = replace(o, workers=1, check=False, tokens_per_pass=experiment.work.tokens_per_pass)
@@ -57,14 +59,14 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         """Wait for the blocks under way: they are kept, unless an interrupt says that there is no time for it."""
-        if self._pool is None:
-            return
-        try:
-            self._pool.shutdown(cancel_futures=True)
-        except KeyboardInterrupt:
-            for process in (self._pool._processes or {}).values():
-                process.kill()
-            raise
+        if self._pool is not None:
+            try:
+                self._pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:
+                for process in (self._pool._processes or {}).values():
+                    process.kill()
+                raise
+        self._helper.end()
 
     def __call__(self, blocks: Iterable[slice], open_: np.ndarray) -> Iterator[slice]:
         """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored.
@@ -101,13 +103,31 @@ class Workers:
             yield running[future]
 
 
-def _context() -> Any:
-    """How processes are started: from one that has imported all, where the system can."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["selfrepair_nn.running.workers", "nnsight.modeling.transformers"])
-    return context
+class _Helper:
+    """How processes are started: from a helper that has imported all, where the system can.
+
+    Python has one such helper for all that a program starts. It passes on what it was started with, here that it hears
+    no interrupt: so one that was started for the workers ends with them, and one that ran before is left as it is.
+    """
+
+    def __init__(self) -> None:
+        self._server: Any = None
+        if "forkserver" not in get_all_start_methods():
+            self.context: Any = get_context("spawn")
+            return
+        from multiprocessing import forkserver
+
+        self.context = get_context("forkserver")
+        server: Any = forkserver._forkserver
+        if server._forkserver_pid is None:
+            self._server, self._imported = server, server._preload_modules
+            self.context.set_forkserver_preload(IMPORTED)
+
+    def end(self) -> None:
+        """Once no worker is left."""
+        if self._server is not None:
+            self._server._stop()
+            self.context.set_forkserver_preload(self._imported)
 
 
 @contextmanager
