@@ -316,11 +316,23 @@ def _from_prompts(prompts: Prompts, tokens, length, bos, vocab_size, max_length)
         raise UsageError(
             f"of {name} {kept.n} rows of {kept.length} tokens hold none that counts: take more, or longer ones"
         )
-    for part in ("counterfactual", "other"):
-        if part in cut:
-            _check_ids(cut[part], vocab_size, name)
     asked = {name: kept.source[name] for name in ("length", "tokens_asked")}
-    return replace(prompts, **cut, source=prompts.source | asked)
+    found = replace(prompts, **cut, source=prompts.source | asked)
+    require_readable(found, vocab_size, max_length)
+    return found
+
+
+def require_readable(prompts: Prompts, vocab_size: int | None, max_length: int | None) -> None:
+    """UsageError unless a model of this vocabulary and context reads the prompts, and all that goes with them."""
+    name = prompts.source.get("name", "prompts")
+    for part in ("tokens", "counterfactual", "other"):
+        ids = getattr(prompts, part)
+        if ids is not None:
+            _check_ids(ids, vocab_size, name)
+    if max_length is not None and prompts.length > max_length:
+        raise UsageError(
+            f"{name} has prompts of {prompts.length} tokens, beyond the model: it reads {max_length} at most"
+        )
 
 
 def _read_ids(source, what: str) -> tuple[str, np.ndarray]:

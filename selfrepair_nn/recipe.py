@@ -14,7 +14,7 @@ from selfrepair_nn.drawing import Drawing, drawings
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.options import Options, current
-from selfrepair_nn.prompts import Prompts
+from selfrepair_nn.prompts import Prompts, require_readable
 from selfrepair_nn.values import brief, nearest, place, require_sane
 
 PACKAGE = Path(__file__).parent
@@ -85,7 +85,8 @@ class Recipe:
         """The recipe's own prompts, or None where it takes those of the options.
 
         Raises:
-            UsageError: its function fails, gives no Prompts, or leaves unread what was chosen for them.
+            UsageError: its function fails, gives no Prompts or such as the model does not read, or leaves unread what
+                was chosen for them.
         """
         if self.make_prompts is None:
             return None
@@ -95,6 +96,7 @@ class Recipe:
             raise UsageError(f"recipe {str(self.path)!r}: {PROMPTS} gives {found!r}, not Prompts")
         if found is not None:
             self._require_read(options, read)
+            require_readable(found, structure.vocab_size, structure.max_length)
         return found
 
     def _require_read(self, options: Options, read: set[str]) -> None:
@@ -153,7 +155,8 @@ class Recipe:
         if beyond := graph.beyond(structure):
             raise UsageError(
                 f"recipe {str(self.path)!r} names {beyond}: the model has layers 0 to {structure.n_layers - 1} "
-                f"of heads 0 to {structure.n_heads - 1} and neurons 0 to {structure.d_mlp - 1}"
+                f"of heads 0 to {structure.n_heads - 1} and neurons 0 to {structure.d_mlp - 1}, and in each a norm "
+                f"before {' and before '.join(structure.norms)}"
             )
         if misfit := graph.misfit(structure):
             raise UsageError(f"recipe {str(self.path)!r}: {misfit}")

@@ -15,7 +15,7 @@ from selfrepair_nn.errors import UsageError
 from selfrepair_nn.values import Declared, brief, number
 
 
-class Given(Protocol):
+class Run(Protocol):
     """A run, as a replacement sees it: its prompts, their partners [prompt] and places in the text [prompt]."""
 
     @property
@@ -74,7 +74,7 @@ class Replacement(metaclass=Declared):
         """Why it does not fit these sites of a model of this structure, or None."""
         return None
 
-    def arrays(self, run: Given, block: Any) -> dict[str, np.ndarray]:
+    def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
         """What varies by prompt and travels with the block's tokens: {name: array [prompt, …]}."""
         return {}
 
@@ -95,7 +95,7 @@ class Resample(Replacement):
 
     reads_text = takes_away = True
 
-    def arrays(self, run: Given, block: Any) -> dict[str, np.ndarray]:
+    def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
         return {"partner_tokens": run.prompts.tokens[run.partners[block]]}
 
 
@@ -124,7 +124,7 @@ class Counterfactual(Replacement):
 
     reads_text = takes_away = True
 
-    def arrays(self, run: Given, block: Any) -> dict[str, np.ndarray]:
+    def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
         return {"counterfactual_tokens": run.prompts.counterfactual[block]}
 
 
@@ -201,7 +201,7 @@ class Reinforce(_OfHeads):
         if len(case) > 1 or any(isinstance(site, Attention) for site in case):
             raise UsageError("Reinforce is for one head at a time: let each entry of ablate be a head")
 
-    def arrays(self, run: Given, block: Any) -> dict[str, np.ndarray]:
+    def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
         return {"edited_position": run.edited_position[block]}
 
 

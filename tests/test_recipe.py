@@ -2,6 +2,7 @@
 
 import pytest
 
+import selfrepair_nn as sr
 from selfrepair_nn.components import FinalNorm, Head, Mlp
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, freeze_set, sweep
@@ -88,3 +89,34 @@ def test_a_recipes_defaults_give_way_to_what_is_asked_for(tmp_path):
     path.write_text("\n".join(lines).replace("ablation", "ablate"))
     with pytest.raises(UsageError, match="DEFAULTS names ablate, which is no option"):
         find_recipe(str(path)).resolved(Options())
+
+
+OWN = '''"""Prompts of its own."""
+
+import numpy as np
+
+import selfrepair_nn as sr
+
+
+def prompts(structure, tokenizer, options):
+    return sr.Prompts(np.full((2, {length}), {token}), np.arange(2), {{"name": "counts"}})
+
+
+def graph(structure, options):
+    return sr.Graph(ablate=sr.sweep([sr.Head(0, 0)]), freeze={{sr.Norm(1, "{norm}")}})
+'''
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "said"),
+    [
+        ("gpt2", {"length": 25}, "counts has prompts of 25 tokens, beyond the model: it reads 24 at most"),
+        ("gpt2", {"token": 61}, "counts: token id 61 at prompt 0, position 0 is not one of 0 to 60"),
+        ("gptj", {"norm": "mlp"}, r"names L1.mlp_norm: .* and in each a norm before attention$"),
+    ],
+)
+def test_what_a_recipe_of_ones_own_asks_that_a_model_does_not_have(wrapped, tmp_path, family, wrong, said):
+    """Told before anything is computed, for prompts that a recipe makes as for those that are given."""
+    (tmp_path / "own.py").write_text(OWN.format(**{"length": 8, "token": 5, "norm": "attention"} | wrong))
+    with pytest.raises(UsageError, match=said):
+        sr.run(str(tmp_path / "own.py"), model=wrapped(family), out=tmp_path / "s.zarr", progress=False)

@@ -100,7 +100,7 @@ class Experiment:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides every number in the store: two runs with the same settings are the same run."""
-        o, kinds = self.options, {graph.ablation for graph in self.work.graphs}
+        o = self.options
         return {
             "recipe": self.recipe.name,
             "model": self.description.source.name,
@@ -118,7 +118,7 @@ class Experiment:
             "freeze": o.freeze,
             "components": o.components,
             "share": self.share if self.shared or self.ranked else None,
-            "mean_prompts": min(o.mean_prompts, self.prompts.n) if "mean" in kinds else None,
+            "mean_prompts": min(o.mean_prompts, self.prompts.n) if self.reads_means else None,
             "seed": o.seed if self.reinforces else None,
             "select": "top-share" if self.selective else None,
             "until_ci": None if o.until_ci is None else [o.until_ci, o.ci_of],
@@ -127,15 +127,20 @@ class Experiment:
     @property
     def idle(self) -> list[str]:
         """The options that were chosen and change nothing here."""
-        o, kinds = self.options, {graph.ablation for graph in self.work.graphs}
-        draws = "resample" in kinds and o.partners is None
+        o = self.options
+        draws = self.partners is not None and o.partners is None
         random = draws or self.reinforces or o.until_ci is not None or self.recipe.make_prompts is not None
         chosen = {
             "seed": o.seed != 0 and not random,
-            "mean_prompts": o.mean_prompts != type(o).mean_prompts and "mean" not in kinds,
+            "mean_prompts": o.mean_prompts != type(o).mean_prompts and not self.reads_means,
             "share": o.share is not None and not (self.shared or self.ranked),
         }
         return [name for name, without in chosen.items() if without]
+
+    @property
+    def reads_means(self) -> bool:
+        """Whether mean values are found before the first block."""
+        return any(graph.replaced_by.reads_means for graph in self.work.graphs)
 
     @property
     def reinforces(self) -> bool:

@@ -37,7 +37,7 @@ class Known:
 def learn(store: Store, experiment: Experiment, layout: dict[str, Any], runner: Backend) -> Known:
     """Find out what must be known, and keep in the store what belongs there."""
     run_plans, constants = plans(experiment, layout), {}
-    if any(graph.replaced_by.reads_means for graph in experiment.work.graphs):
+    if experiment.reads_means:
         constants["means"] = means(experiment, layout, runner)
     if np.isnan(store.read("noise_floor")).any():
         store.write("noise_floor", noise_floor(experiment, layout, runner))

@@ -166,9 +166,6 @@ class Rebuilt:
         effects = tuple(along(x - entering, block.probed["direction"]) for x in (leaving, new))
         return Edit(effects, written=new - leaving)
 
-    def component_changes(self, index, pair, clean):
-        raise ValueError("components are not followed into layers that are made anew")
-
     def neuron_changes(self, layer, pair, clean):
         """None: what becomes of their neurons is not recorded."""
 
