@@ -50,8 +50,7 @@ from selfrepair_nn.estimating.preview import preview
 from selfrepair_nn.figures import plot
 from selfrepair_nn.graph import Graph, Variants, sweep
 from selfrepair_nn.integrity import verify
-from selfrepair_nn.models.check import check
-from selfrepair_nn.models.load import load
+from selfrepair_nn.models.load import check, load
 from selfrepair_nn.models.model import wrap
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts, text_prompts

@@ -290,7 +290,7 @@ def check(model: str, dtype: str, device: str, revision: str | None) -> None:
     """Test on a short random input whether MODEL is decomposed exactly. Exit code 1 if not."""
     _knock("heads", {"model": model, "dtype": dtype, "device": device, "revision": revision})
     _quiet_libraries()
-    from selfrepair_nn.models.check import check as measure
+    from selfrepair_nn.models.load import check as measure
     from selfrepair_nn.models.load import load
 
     findings = measure(load(model, dtype=dtype, device=device, revision=revision, check=False))

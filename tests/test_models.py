@@ -8,8 +8,8 @@ import torch
 
 from selfrepair_nn.errors import UnsupportedModel, UsageError
 from selfrepair_nn.models.architectures import SUPPORTED, structure_of
-from selfrepair_nn.models.check import check, require
-from selfrepair_nn.models.load import EMBEDDED, describe, find, load, wrap
+from selfrepair_nn.models.check import require
+from selfrepair_nn.models.load import EMBEDDED, check, describe, find, load, wrap
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

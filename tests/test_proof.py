@@ -11,8 +11,7 @@ from transformers import LlamaForCausalLM
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import SelfRepairError, UnsupportedModel, UsageError
-from selfrepair_nn.models.check import check
-from selfrepair_nn.models.load import load
+from selfrepair_nn.models.load import check, load
 
 
 @pytest.fixture

@@ -30,40 +30,13 @@ class Finding:
         return self.error <= self.limit
 
 
-def check(model, tokens=None) -> list[Finding]:
-    """Measure what must hold for a model to be decomposed exactly, in the state it is in.
-
-    On a few short random prompts:
-
-    - the direct effects of all components and the constant add up to the logits that the model returns
-    - an ablation that starts at its own layer changes these as a whole pass does, for a head of each layer
-    - the parts of the self-repair add up
-
-    and on `tokens` [prompt, position], a run's own, at their full length (the random ones again, if None):
-
-    - a pass gives the logits that the model returns
-    - replacing a head by itself changes nothing
-
-    `model` is a loaded one, a module, or a name or directory, which is loaded for it.
-
-    Raises:
-        UsageError: no model of that name, or nothing that is one.
-    """
-    model = _loaded(model)
+def findings(model: Model, tokens=None) -> list[Finding]:
+    """What `models.load.check` tells, of a model that is here."""
     with evaluating(model):
         logits, errors = _on_random_tokens(model)
         errors |= _on_whole_prompts(model, drawn_tokens(model) if tokens is None else tokens)
     spread, limit = _spread(logits), TOLERANCE[model.dtype]
     return [Finding(name, _worst(error) / spread, limit) for name, error in errors.items()]
-
-
-def _loaded(model):
-    if isinstance(model, Model):
-        return model
-    from selfrepair_nn.models.load import accepted, load
-
-    given = accepted(model)
-    return load(given, check=False) if isinstance(given, str) else given
 
 
 def _on_random_tokens(model):
@@ -96,8 +69,8 @@ def _on_whole_prompts(model, tokens):
 
 
 def require(model, tokens=None) -> None:
-    """Raise UnsupportedModel, naming what fails, unless every finding of `check` passes."""
-    failed = [f for f in check(model, tokens) if not f.passed]
+    """Raise UnsupportedModel, naming what fails, unless every finding passes."""
+    failed = [f for f in findings(model, tokens) if not f.passed]
     if not failed:
         return
     what = "; ".join(f"{f.name}: {_off(f.error)} (limit {f.limit:g})" for f in failed)

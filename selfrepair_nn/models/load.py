@@ -10,6 +10,7 @@ from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.models.architectures import architecture_of, structure_of
+from selfrepair_nn.models.check import Finding, findings, require
 from selfrepair_nn.models.model import (
     AS_SERVED,
     Description,
@@ -121,8 +122,6 @@ def load(
 
 def load_described(description: Description, tokenizer: Any, dtype: str, device: str, check: bool) -> Model:
     """Load the weights of a model that is described already; see `load`."""
-    from selfrepair_nn.models.check import require
-
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model = wrap(_module(description, dtype, _device(device, dtype)).eval(), tokenizer, description)
@@ -155,6 +154,29 @@ def structure_only(description: Description, tokenizer: Any) -> Model:
             **SAFE,
         )
     return Model(description, nn, tokenizer, AS_SERVED, "server")
+
+
+def check(model, tokens=None) -> list[Finding]:
+    """Measure what must hold for a model to be decomposed exactly, in the state it is in.
+
+    On a few short random prompts:
+
+    - the direct effects of all components and the constant add up to the logits that the model returns
+    - an ablation that starts at its own layer changes these as a whole pass does, for a head of each layer
+    - the parts of the self-repair add up
+
+    and on `tokens` [prompt, position], a run's own, at their full length (the random ones again, if None):
+
+    - a pass gives the logits that the model returns
+    - replacing a head by itself changes nothing
+
+    `model` is a loaded one, a module, or a name or directory, which is loaded for it.
+
+    Raises:
+        UsageError: no model of that name, or nothing that is one.
+    """
+    given = accepted(model)
+    return findings(load(given, check=False) if isinstance(given, str) else given, tokens)
 
 
 def accepted(model: Any) -> Any:
