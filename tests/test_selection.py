@@ -1,7 +1,6 @@
 """Fewer passes, the same numbers: only the top share is ablated, or only as many prompts as an answer needs."""
 
 import json
-from dataclasses import replace
 
 import families
 import numpy as np
@@ -23,6 +22,7 @@ from selfrepair_nn.models.load import wrap
 from selfrepair_nn.quantities import QUANTITIES, SWEEP
 from selfrepair_nn.running.rounds import schedule
 from selfrepair_nn.store import Store
+from selfrepair_nn.tracing.replacements import Zero
 from selfrepair_nn.tracing.rows import Batch, batches
 from selfrepair_nn.tracing.sites import Head
 
@@ -144,7 +144,7 @@ def test_several_variants(asked, tmp_path):
 def test_rows_end_after_what_is_wanted_and_others_are_left_out():
     cases = [[Head(0, 0)], [Head(0, 1)], [Head(2, 0)]]
     wanted = torch.tensor([[0, 3, 10], [2, 0, 0], [0, 0, 4]])
-    plan = {"tokens_per_pass": 6, "model": {"parallel": False}, "replacement": {"kind": "zero"}}
+    plan = {"tokens_per_pass": 6, "model": {"parallel": False}, "replacement": Zero()}
     found = batches(cases, plan, torch.arange(30).reshape(3, 10), wanted)
     rows = [[(i, p) for i, prompts in each.cases for p in prompts.tolist()] for each in found]
     assert rows == [[(0, 2)], [(0, 1), (1, 0)], [(2, 2)]]
@@ -158,7 +158,7 @@ def test_every_prompt_under_every_case_needs_no_copy_of_what_is_kept():
     batch = Batch((0, False), [], torch.tensor([0, 1, 2, 0, 1, 2]), True, torch.zeros(6, 4), 4)
     gathered = x * batch.of(kept)
     assert torch.equal(batch.against(torch.mul, x, kept), gathered)
-    assert torch.equal(replace(batch, whole=False).against(torch.mul, x, kept), gathered)
+    assert torch.equal(Batch(**vars(batch) | {"whole": False}).against(torch.mul, x, kept), gathered)
 
 
 def test_less_is_ablated(asked, tmp_path, monkeypatch):

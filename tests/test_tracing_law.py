@@ -19,7 +19,7 @@ from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 
 MODULES = sorted(Path(tracing.__file__).parent.glob("*.py"))
-ALLOWED = {"torch": None, "nnsight": {"save"}, "functools": None, "dataclasses": None}
+ALLOWED = {"torch": None, "nnsight": {"save"}, "functools": None}
 FORBIDDEN = {"weight", "bias", "parameters", "named_parameters", "state_dict", "buffers", "grad", "backward"}
 FAMILIES = ["gpt2", "gptj", "neox-parallel", "neox-sequential", "llama-gqa", "opt"]
 
@@ -37,7 +37,7 @@ def imports(tree):
 
 
 def lawful_import(module, names):
-    """torch, functools, dataclasses, nnsight's save, and each other."""
+    """torch, functools, nnsight's save, and each other."""
     if module.startswith("selfrepair_nn.tracing."):
         return True
     root = module.split(".")[0]

@@ -70,13 +70,13 @@ def crossing_bytes(work: Work, itemsize: int) -> int:
 
 def _crossing(plan: dict[str, Any], tokens: int) -> int:
     """Numbers that cross in one job on so many tokens."""
-    from selfrepair_nn.tracing.cases import begins, cases_of, needs
-    from selfrepair_nn.tracing.replacements import replacement_of
+    from selfrepair_nn.tracing.cases import begins, needs, realised
 
-    cases, width = cases_of(plan), _widths(plan["model"])
+    plan = realised(plan)
+    cases, width = plan["cases"], _widths(plan["model"])
     kept = needs(plan, cases)
     crossing = READ * tokens * sum(len(layers) * width[what] for what, layers in kept.items())
-    if replacement_of(plan).text is not None:
+    if plan["replacement"].text is not None:
         lent = {(site.kept, site.layer) for case in cases for site in case if site.kept}
         crossing += READ * tokens * sum(width[what] for what, _ in lent)
     for (start, inside), group in groupby(cases, lambda case: begins(case, plan)):

@@ -93,12 +93,12 @@ def _first_counted(experiment: Experiment) -> np.ndarray:
 
 def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> dict[str, dict[int, Any]]:
     """Mean activations of the reference prompts over all their positions: {what: {layer: [width]}}, in float64."""
-    from selfrepair_nn.tracing.cases import cases_of
+    from selfrepair_nn.tracing.cases import realised
     from selfrepair_nn.tracing.jobs import mean_job
 
     reference = min(experiment.options.mean_prompts, experiment.prompts.n)
     keep: dict[str, set[int]] = {}
-    for site in (site for case in cases_of(experiment.graph.plan(layout)) for site in case if site.kept):
+    for site in (site for case in realised(experiment.graph.plan(layout))["cases"] for site in case if site.kept):
         keep.setdefault(site.kept, set()).add(site.layer)
     if not keep:  # whole layers have no mean
         return {}

@@ -3,14 +3,13 @@
 import torch
 
 from selfrepair_nn.tracing.clean import clean_pass
-from selfrepair_nn.tracing.objects import bundle
+from selfrepair_nn.tracing.objects import Bundle
 from selfrepair_nn.tracing.readouts import widen
 from selfrepair_nn.tracing.replacements import replacement_of
 from selfrepair_nn.tracing.sites import site_of
 
 
-@bundle
-class Block:
+class Block(Bundle):
     """A block of prompts, clean.
 
     `clean` is what `clean_pass` kept of its tokens, `probed` what `probe` found with the pullbacks, `source` the
@@ -25,22 +24,24 @@ class Block:
     source: dict
 
 
-@bundle
-class Prepared:
+class Prepared(Bundle):
     """A case ready for a pass: {site: its Edit}, and what is added at its start [prompt, position, d_model]."""
 
     edits: dict
     written: torch.Tensor
 
 
-def cases_of(plan):
-    """The plan's cases: lists of sites."""
-    return [[site_of(entry) for entry in case] for case in plan["cases"]]
+def realised(plan):
+    """The plan with its sites and its replacement as objects, before it travels: no class goes with it but theirs."""
+    if "cases" not in plan:
+        return plan
+    cases = [[site_of(entry) for entry in case] for case in plan["cases"]]
+    return plan | {"cases": cases, "replacement": replacement_of(plan["replacement"])}
 
 
 def begins(case, plan):
     """The place where a case's pass begins. A site before it is not replaced in the pass: its change is added there."""
-    return replacement_of(plan).begins(case, plan)
+    return plan["replacement"].begins(case, plan)
 
 
 def needs(plan, cases):
@@ -54,7 +55,7 @@ def needs(plan, cases):
     if plan["neurons"] is not None:
         keep["neurons"].add(plan["neurons"])
         keep["mlp"].add(plan["neurons"])
-    for needed in [site.needs() for case in cases for site in case] + [replacement_of(plan).needs()]:
+    for needed in [site.needs() for case in cases for site in case] + [plan["replacement"].needs()]:
         for what, layers in needed.items():
             keep[what] |= layers
     for norm in ("attention", "mlp"):
@@ -64,7 +65,7 @@ def needs(plan, cases):
 
 def sources(model, plan, arrays, clean, cases):
     """The activations that replacements are taken from: {what: {layer: tensor}}."""
-    text = replacement_of(plan).text
+    text = plan["replacement"].text
     if text is None:
         return clean
     keep = {}
@@ -75,7 +76,7 @@ def sources(model, plan, arrays, clean, cases):
 
 def prepare(block, case):
     """A case ready for a pass."""
-    by = replacement_of(block.plan)
+    by = block.plan["replacement"]
     start = by.begins(case, block.plan)
     edits = {site: by.edit(site, block, start) for site in case}
     residual = block.clean["input"][start[0]]

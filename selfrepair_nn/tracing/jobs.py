@@ -2,7 +2,7 @@
 
 import torch
 
-from selfrepair_nn.tracing.cases import Block, cases_of, needs, prepare, sources
+from selfrepair_nn.tracing.cases import Block, needs, prepare, sources
 from selfrepair_nn.tracing.clean import attention_paid, clean_pass, embeddings
 from selfrepair_nn.tracing.decompose import (
     ablated_readout,
@@ -14,6 +14,7 @@ from selfrepair_nn.tracing.decompose import (
 from selfrepair_nn.tracing.passes import ablated_pass
 from selfrepair_nn.tracing.probes import probe
 from selfrepair_nn.tracing.readouts import norm_scale, to_cpu, widen
+from selfrepair_nn.tracing.replacements import Identity
 from selfrepair_nn.tracing.rows import batches, gathered
 
 
@@ -28,7 +29,7 @@ def ablation_job(model, arrays, plan, tick=None):
             "thresholds" [case], if given: see below; with them "counted" [prompt, position], if given: which tokens
             count, else all do; "wanted" [case, prompt], if given: how many positions of each
             prompt are wanted for each case, the rest being NaN.
-        plan: what graph.Graph.plan gives, and "tokens_per_pass".
+        plan: what graph.Graph.plan gives, `realised`, and "tokens_per_pass".
         tick: called with the number of rows, a case on a prompt each, after each pass (only in
             the caller's process).
 
@@ -37,7 +38,7 @@ def ablation_job(model, arrays, plan, tick=None):
     What `plan["large"]` names comes as [token, …] where thresholds are given: only counted tokens whose direct effect
     reaches their case's, in order.
     """
-    tokens, cases = arrays["tokens"], cases_of(plan)
+    tokens, cases = arrays["tokens"], plan["cases"]
     block = _block(model, plan, arrays, cases)
     state = clean_readout(block)
     if plan["record"] == "full":
@@ -86,8 +87,8 @@ def _of_clean_run(state, probed, plan):
 
 def effects_job(model, arrays, plan, tick=None):
     """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
-    same = plan | {"replacement": {"kind": "identity"}, "record": "sums", "neurons": None, "attention": []}
-    cases = cases_of(plan)
+    same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": []}
+    cases = plan["cases"]
     block = _block(model, same, arrays, cases)
     scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)
     effects = []

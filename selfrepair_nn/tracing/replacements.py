@@ -2,7 +2,7 @@
 
 import torch
 
-from selfrepair_nn.tracing.objects import bundle
+from selfrepair_nn.tracing.objects import Bundle
 from selfrepair_nn.tracing.readouts import along, widen
 from selfrepair_nn.tracing.sites import Edit, site_of
 
@@ -59,8 +59,7 @@ class Zero(Replacement):
         return site.constant(block).to(before.dtype).expand_as(before)
 
 
-@bundle
-class Scale(Replacement):
+class Scale(Bundle, Replacement):
     """The site's own value times `factor`."""
 
     factor: float
@@ -70,8 +69,7 @@ class Scale(Replacement):
         return constant + self.factor * (before - constant)
 
 
-@bundle
-class Constant(Replacement):
+class Constant(Bundle, Replacement):
     """`value` in every entry, or a vector of them."""
 
     value: object
@@ -80,8 +78,7 @@ class Constant(Replacement):
         return torch.as_tensor(self.value, dtype=before.dtype, device=before.device).expand_as(before)
 
 
-@bundle
-class OtherHead(Replacement):
+class OtherHead(Bundle, Replacement):
     """What another head of the same prompt reads out."""
 
     head: list
@@ -93,8 +90,7 @@ class OtherHead(Replacement):
         return site_of(self.head).value(block.source, block.plan)
 
 
-@bundle
-class Reinforce(Replacement):
+class Reinforce(Bundle, Replacement):
     """No replacement: `scale` times the head's own write is added to what its layer reads, at the edited position."""
 
     scale: float
@@ -125,7 +121,7 @@ KINDS = {
 """By the word that a plan has for each."""
 
 
-def replacement_of(plan):
-    """The plan's replacement."""
-    numbers = dict(plan["replacement"])
+def replacement_of(entry):
+    """A replacement from its kind and its numbers, as plans write it."""
+    numbers = dict(entry)
     return KINDS[numbers.pop("kind")](**numbers)

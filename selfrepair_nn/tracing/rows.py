@@ -1,15 +1,12 @@
 """Which case runs on which prompt in which pass, and where its numbers go."""
 
-from dataclasses import replace
-
 import torch
 
 from selfrepair_nn.tracing.cases import begins
-from selfrepair_nn.tracing.objects import bundle
+from selfrepair_nn.tracing.objects import Bundle
 
 
-@bundle
-class Batch:
+class Batch(Bundle):
     """What one ablated pass computes: some cases, each on some prompts, a row each.
 
     `start` is the place where all of them begin; `cases` lists (index of the case, or the case prepared, its prompts);
@@ -33,7 +30,8 @@ class Batch:
 
     def prepared(self, ready):
         """The same with each case, by its index, prepared."""
-        return replace(self, cases=[(ready[index], prompts) for index, prompts in self.cases])
+        cases = [(ready[index], prompts) for index, prompts in self.cases]
+        return Batch(**vars(self) | {"cases": cases})
 
     def of(self, x, prompts=None):
         """What belongs to each row (or to a row for each of `prompts`), from x [prompt, position, …]."""

@@ -2,6 +2,8 @@
 
 from nnsight import save
 
+from selfrepair_nn.tracing.cases import realised
+
 
 def run_session(job, model, arrays, plan, tick=None, remote=False):
     """The result of `job(model, arrays, plan)` run as one nnsight session.
@@ -9,6 +11,7 @@ def run_session(job, model, arrays, plan, tick=None, remote=False):
     `remote=False` runs it in this process; "local" ships the code and the arrays by value, as to a server, and runs
     them here. `tick` cannot travel and is only passed on in this process.
     """
+    plan = realised(plan)
     if remote:
         with model.session(remote=remote):
             result = save(job(model, arrays, plan))
@@ -20,6 +23,7 @@ def run_session(job, model, arrays, plan, tick=None, remote=False):
 
 def hand_over(job, model, arrays, plan, backend):
     """Give the same session, unrun, to an nnsight backend. What it saves is called `RESULT` there."""
+    plan = realised(plan)
     with model.session(backend=backend):
         result = save(job(model, arrays, plan))  # noqa: F841 - the name of what comes back
 

@@ -4,12 +4,11 @@ A place in the order of a pass is (layer, inside): before a layer, or inside it,
 """
 
 from selfrepair_nn.tracing.clean import layer_on
-from selfrepair_nn.tracing.objects import bundle, label
+from selfrepair_nn.tracing.objects import Bundle, Label
 from selfrepair_nn.tracing.readouts import along, per_head, product, widen
 
 
-@bundle
-class Edit:
+class Edit(Bundle):
     """What a case does at one of its sites.
 
     `effects` is ⟨x, d_t⟩ of the site before and after, [prompt, position] each. `written` [prompt, position, d_model]
@@ -63,8 +62,7 @@ class Activation:
         """Its own change of a layer's neurons: (which, their change, the MLP's), or None."""
 
 
-@label
-class Head(Activation):
+class Head(Label, Activation):
     """An attention head: its z, what it reads out before the output projection."""
 
     layer: int
@@ -96,8 +94,7 @@ class Head(Activation):
         return ((widen(value) - self.constant(block)) * through).sum(-1)
 
 
-@label
-class Mlp(Activation):
+class Mlp(Label, Activation):
     """A whole MLP: what it writes."""
 
     layer: int
@@ -120,8 +117,7 @@ class Mlp(Activation):
         return along(widen(value), block.probed["direction"])
 
 
-@label
-class Neuron(Activation):
+class Neuron(Label, Activation):
     """A neuron of an MLP: its activation before the down projection."""
 
     layer: int
@@ -170,8 +166,7 @@ class Rebuilt:
         """None: what becomes of their neurons is not recorded."""
 
 
-@label
-class Layers(Rebuilt):
+class Layers(Label, Rebuilt):
     """The layers from `layer` up to, not including, `stop`, deleted."""
 
     layer: int
@@ -190,8 +185,7 @@ class Layers(Rebuilt):
         return None
 
 
-@label
-class Swap(Rebuilt):
+class Swap(Label, Rebuilt):
     """A layer and the next one, in each other's place."""
 
     layer: int
