@@ -129,7 +129,7 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
 
 
-def _spread(module: nn.Module, name: str) -> tuple[float, float]:
+def _spread(module: nn.Module, name: str, shape: torch.Size) -> tuple[float, float]:
     """Mean and standard deviation from which a module's parameter is drawn."""
     if _is_norm(module):
         return (1.0, 0.3) if name == "weight" else (0.0, 0.3)
@@ -137,8 +137,10 @@ def _spread(module: nn.Module, name: str) -> tuple[float, float]:
         return 0.0, 2.0 / module.embedding_dim**0.5
     if name == "bias":
         return 0.0, 0.3
-    inputs = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
-    return 0.0, 1.5 / inputs**0.5
+    if len(shape) < 2:  # of an activation, or one for each head
+        return 0.3, 0.1
+    transposed = not isinstance(module, nn.Linear) and len(shape) == 2
+    return 0.0, 1.5 / shape[0 if transposed else -1] ** 0.5
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> None:
@@ -148,7 +150,7 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                mean, std = _spread(module, name)
+                mean, std = _spread(module, name, parameter.shape)
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.data = (mean + std * drawn).to(parameter.dtype)
 

@@ -1,7 +1,7 @@
 """Where each family of causal language models keeps its parts. A new family is one more entry here."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from selfrepair_nn.errors import UnsupportedModel
@@ -14,13 +14,15 @@ Config = Any
 class Architecture:
     """Module paths of one family: the first group from the model, the second from one decoder layer.
 
-    `value_layout` says how the value projection's output holds the heads: "own" (it is the values),
-    "stacked" (queries, keys and values one after the other) or "interleaved" (per head: query, key, value).
+    `value_layout` says how the value projection's output holds the heads: "last" (values alone, or behind queries and
+    keys) or "interleaved" (per head: query, key, value).
     `mlp_norm` is None where one norm serves attention and MLP. `returns` says of the modules ("layer", "attention",
     "mlp") that return a tuple how many it holds; what they write is the first.
     `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
     its own layer.
-    `refuse(config)` gives the reason why this configuration cannot be decomposed, or None.
+    `write_scale(config)` multiplies what attention and MLP give before it is written, `logit_scale(config)` the logits.
+    `fits(config)` chooses among entries of one model type. `refuse(config)` gives the reason why this configuration
+    cannot be decomposed, or None.
     """
 
     model_types: tuple[str, ...]
@@ -36,10 +38,13 @@ class Architecture:
     output_projection: str
     mlp_norm: str | None
     mlp: str
-    down_projection: str
+    down_projection: str | None
     centred_norm: bool = True
     returns: Mapping[str, int] = field(default_factory=lambda: {"attention": 2})
     parallel: Callable[[Config], bool] = lambda config: False
+    write_scale: Callable[[Config], float] = lambda config: 1.0
+    logit_scale: Callable[[Config], float] = lambda config: 1.0
+    fits: Callable[[Config], bool] = lambda config: True
     refuse: Callable[[Config], str | None] = lambda config: None
 
 
@@ -55,6 +60,51 @@ def _refuse_gpt2(config: Config) -> str | None:
     return "it attends to an encoder (add_cross_attention)" if config.add_cross_attention else None
 
 
+def _residual_multiplier(config: Config) -> float:
+    return config.residual_multiplier
+
+
+def _granite_logits(config: Config) -> float:
+    return 1 / config.logits_scaling
+
+
+UNNAMED_EPSILON = 1e-5
+
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Whose MLP is a mixture of experts: one component, shared experts included, without neurons of its own."""
+
+LLAMA = Architecture(
+    model_types=(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "smollm3",
+        "ministral3",
+        "seed_oss",
+        "helium",
+        "arcee",
+    ),
+    layers="model.layers",
+    token_embedding="model.embed_tokens",
+    position_embedding=None,
+    final_norm="model.norm",
+    unembedding="lm_head",
+    attention="self_attn",
+    attention_norm="input_layernorm",
+    value="self_attn.v_proj",
+    value_layout="last",
+    output_projection="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    mlp="mlp",
+    down_projection="mlp.down_proj",
+    centred_norm=False,
+)
+
+SIDE_BY_SIDE = replace(LLAMA, mlp_norm=None, centred_norm=True, parallel=lambda config: True)
+"""Named as Llama, with one LayerNorm before attention and MLP, which do not see each other."""
+
 ARCHITECTURES = (
     Architecture(
         model_types=("gpt2",),
@@ -66,7 +116,7 @@ ARCHITECTURES = (
         attention="attn",
         attention_norm="ln_1",
         value="attn.c_attn",
-        value_layout="stacked",
+        value_layout="last",
         output_projection="attn.c_proj",
         mlp_norm="ln_2",
         mlp="mlp",
@@ -100,7 +150,7 @@ ARCHITECTURES = (
         attention="attn",
         attention_norm="ln_1",
         value="attn.v_proj",
-        value_layout="own",
+        value_layout="last",
         output_projection="attn.out_proj",
         mlp_norm=None,
         mlp="mlp",
@@ -108,23 +158,28 @@ ARCHITECTURES = (
         returns={"layer": 2, "attention": 2},
         parallel=lambda config: True,
     ),
-    Architecture(
-        model_types=("llama", "mistral", "qwen2", "qwen3"),
-        layers="model.layers",
-        token_embedding="model.embed_tokens",
-        position_embedding=None,
-        final_norm="model.norm",
-        unembedding="lm_head",
-        attention="self_attn",
-        attention_norm="input_layernorm",
-        value="self_attn.v_proj",
-        value_layout="own",
-        output_projection="self_attn.o_proj",
-        mlp_norm="post_attention_layernorm",
-        mlp="mlp",
-        down_projection="mlp.down_proj",
-        centred_norm=False,
+    LLAMA,
+    replace(LLAMA, model_types=("granite",), write_scale=_residual_multiplier, logit_scale=_granite_logits),
+    replace(LLAMA, model_types=("phi3",), value="self_attn.qkv_proj"),
+    replace(
+        LLAMA,
+        model_types=("apertus",),
+        attention_norm="attention_layernorm",
+        mlp_norm="feedforward_layernorm",
     ),
+    replace(LLAMA, model_types=("nemotron", "olmo"), centred_norm=True),
+    replace(LLAMA, model_types=("starcoder2",), centred_norm=True, down_projection="mlp.c_proj"),
+    replace(LLAMA, model_types=("stablelm",), centred_norm=True, fits=lambda c: not c.use_parallel_residual),
+    replace(SIDE_BY_SIDE, model_types=("stablelm",), fits=lambda config: config.use_parallel_residual),
+    replace(SIDE_BY_SIDE, model_types=("cohere", "cohere2"), logit_scale=lambda config: config.logit_scale),
+    replace(
+        SIDE_BY_SIDE,
+        model_types=("phi",),
+        final_norm="model.final_layernorm",
+        output_projection="self_attn.dense",
+        down_projection="mlp.fc2",
+    ),
+    replace(LLAMA, model_types=MIXTURES, down_projection=None),
     Architecture(
         model_types=("opt",),
         layers="model.decoder.layers",
@@ -135,7 +190,7 @@ ARCHITECTURES = (
         attention="self_attn",
         attention_norm="self_attn_layer_norm",
         value="self_attn.v_proj",
-        value_layout="own",
+        value_layout="last",
         output_projection="self_attn.out_proj",
         mlp_norm="final_layer_norm",
         mlp="fc2",
@@ -144,7 +199,7 @@ ARCHITECTURES = (
     ),
 )
 
-SUPPORTED = tuple(t for a in ARCHITECTURES for t in a.model_types)
+SUPPORTED = tuple(dict.fromkeys(t for a in ARCHITECTURES for t in a.model_types))
 
 
 @dataclass(frozen=True)
@@ -154,6 +209,7 @@ class Structure:
     model_type: str
     n_layers: int
     n_heads: int
+    n_kv_heads: int
     d_head: int
     d_model: int
     d_mlp: int
@@ -166,6 +222,8 @@ class Structure:
     position_embedding: bool
     attention_bias: bool
     value_bias: bool
+    write_scale: float
+    logit_scale: float
     returns: dict[str, int]
     places: dict[str, Any]
 
@@ -178,7 +236,7 @@ class Structure:
 def architecture_of(config: Config) -> Architecture:
     """The entry for a Hugging Face configuration. Raises UnsupportedModel with the reason and the supported list."""
     for architecture in ARCHITECTURES:
-        if config.model_type in architecture.model_types:
+        if config.model_type in architecture.model_types and architecture.fits(config):
             if reason := architecture.refuse(config):
                 raise UnsupportedModel(
                     f"this {config.model_type} model cannot be decomposed head by head: {reason}"
@@ -203,21 +261,30 @@ def structure_of(module: Any) -> Structure:
         model_type=config.model_type,
         n_layers=len(layers),
         n_heads=config.num_attention_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         d_head=width // config.num_attention_heads,
         d_model=d_model,
-        d_mlp=_widths(at(layer, architecture.down_projection))[0],
+        d_mlp=_widths(at(layer, architecture.down_projection))[0] if architecture.down_projection else 0,
         vocab_size=at(module, architecture.unembedding).weight.shape[0],
         layer_parameters=sum(p.numel() for p in layers.parameters()),
         max_length=getattr(config, "max_position_embeddings", None),
         parallel=bool(architecture.parallel(config)),
-        norm_epsilon=float(getattr(norm, "eps", None) or norm.variance_epsilon),
+        norm_epsilon=_epsilon(norm),
         centred_norm=architecture.centred_norm,
         position_embedding=architecture.position_embedding is not None,
         attention_bias=projection.bias is not None,
         value_bias=input_norm_bias or at(layer, architecture.value).bias is not None,
+        write_scale=float(architecture.write_scale(config)),
+        logit_scale=float(architecture.logit_scale(config)),
         returns=dict(architecture.returns),
         places=_places(architecture),
     )
+
+
+def _epsilon(norm: Any) -> float:
+    """What a norm adds before the root; OLMo's says it nowhere but in its code."""
+    named = (getattr(norm, name, None) for name in ("eps", "variance_epsilon"))
+    return float(next((value for value in named if value is not None), UNNAMED_EPSILON))
 
 
 def _places(architecture: Architecture) -> dict[str, str]:

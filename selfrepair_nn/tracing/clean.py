@@ -4,7 +4,7 @@ import torch
 from nnsight import save
 
 from selfrepair_nn.tracing.places import part, place, skip, written
-from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
+from selfrepair_nn.tracing.readouts import norm_scale, per_head, values_in, widen
 
 
 def no_logits():
@@ -78,11 +78,17 @@ READS = (
 
 
 def embeddings(model, plan, tokens):
-    """What the token embedding, and the position embedding where there is one, write: [prompt, position, d_model]."""
+    """What the token embedding, and the position embedding where there is one, write: [prompt, position, d_model].
+
+    Without one the stream that enters the first layer is the token embedding, multiplied or normed as the model does.
+    """
     with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
-        found = save([place(model, plan, "token_embedding").output])
+        found = save([])
         if plan["model"]["position_embedding"]:
+            found.append(place(model, plan, "token_embedding").output)
             found.append(place(model, plan, "position_embedding").output.expand_as(found[0]))
+        else:
+            found.append(place(model, plan, "layers")[0].input)
     return found
 
 
@@ -121,7 +127,7 @@ def _indicated(model, plan, tokens, clean, layers, start):
     with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
         kept = save({})
         for layer in layers:
-            values = _values(part(model, plan, layer, "value").output, plan)
+            values = values_in(part(model, plan, layer, "value").output, plan)
             code = torch.zeros(tokens.shape[1], width, dtype=values.dtype, device=values.device)
             stop = min(start + width, tokens.shape[1])
             code[range(start, stop), range(stop - start)] = 1
@@ -130,16 +136,6 @@ def _indicated(model, plan, tokens, clean, layers, start):
             kept[layer] = z.clone()
             z[:] = clean["z"][layer]
     return kept
-
-
-def _values(out, plan):
-    """The values within the value projection's output, as a view: [prompt, position, heads, d_head]."""
-    width, layout = plan["model"]["d_head"], plan["model"]["places"]["value_layout"]
-    if layout == "interleaved":
-        return out.unflatten(-1, (-1, 3, width))[:, :, :, 2]
-    if layout == "stacked":
-        out = out.chunk(3, -1)[2]
-    return out.unflatten(-1, (-1, width))
 
 
 def take_up(model, plan, start, residual):

@@ -35,7 +35,7 @@ def clean_readout(block):
         layer = plan["neurons"]
         neurons = widen(clean["neurons"][layer])
         state["neuron_effects"] = neurons * probed["neuron_pullback"][layer] / scale[..., None]
-        state["mlp_direct_effect"] = along(clean["mlp"][layer], probed["direction"]) / scale
+        state["mlp_direct_effect"] = along(clean["mlp"][layer], probed["mlp_direction"]) / scale
     return state
 
 
@@ -165,7 +165,7 @@ def component_effects(embedded, block, scale):
         if plan["attention_bias"]:
             constant = (probed["value_constant"][layer] * through).sum((-1, -2))
             effects.append(along(probed["output_bias"][layer], direction) + constant)
-        effects.append(along(clean["mlp"][layer], direction))
+        effects.append(along(clean["mlp"][layer], probed["mlp_direction"]))
     return torch.stack(effects, -1) / scale[..., None]
 
 

@@ -33,7 +33,7 @@ def ablated_pass(block, batch):
             take_up(model, plan, start, taken_up if inside else taken_up + added)
         for layer in range(start, plan["model"]["n_layers"]):
             if layer == start and inside:
-                attention = batch.against(torch.add, added, clean["attention"][start])
+                attention = batch.against(torch.add, added / plan["model"]["write_scale"], clean["attention"][start])
                 part(model, plan, start, "attention_norm").skip(stub(taken_up))
                 skip(part(model, plan, start, "attention"), plan, "attention", attention)
             else:
@@ -78,7 +78,7 @@ def _through_mlp(block, layer, batch, changes):
         out[:] = batch.of(clean["mlp"][layer])
     _replace(out, "mlp", layer, batch, plan)
     change = widen(batch.against(torch.sub, out, clean["mlp"][layer]))
-    changes["mlps"][layer] = batch.against(torch.mul, change, probed["direction"]).sum(-1)
+    changes["mlps"][layer] = batch.against(torch.mul, change, probed["mlp_direction"]).sum(-1)
 
 
 def _new(batch, kept, layer):

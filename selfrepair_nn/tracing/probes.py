@@ -4,7 +4,7 @@ import torch
 from nnsight import save
 
 from selfrepair_nn.tracing.places import part, place
-from selfrepair_nn.tracing.readouts import centre, norm_scale, per_head, product, widen
+from selfrepair_nn.tracing.readouts import centre, norm_scale, product, values_in, widen
 
 UNEMBEDDING_ELEMENTS = 2**23
 LARGE = 1024.0
@@ -24,7 +24,8 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
         output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
         value_constant {layer: [heads, d_head]}  the part of z that no input changes (zero if value_bias is "head")
         down_projection {layer: [neurons, d_model]}, norm_bias {(layer, which): [d_model]} of frozen norms
-        direction [prompt, position, d_model]    d_t = C(gamma * u_t)
+        direction [prompt, position, d_model]    d_t = C(gamma * u_t); mlp_direction the same for what an MLP gives,
+                                                 which the model may multiply before it writes it
         constant [prompt, position]              k_t = <beta, u_t> + b_U[t]
         mean_direction [d_model], mean_constant [] the same for the mean row of the vocabulary
     """
@@ -42,7 +43,8 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
             _probe_layer(model, plan, layer, like, found)
         for layer in neurons:
             down = part(model, plan, layer, "down_projection")
-            found["down_projection"][layer] = _linear(down, like, plan["model"]["d_mlp"])[0]
+            rows = _linear(down, like, plan["model"]["d_mlp"])[0]
+            found["down_projection"][layer] = plan["model"]["write_scale"] * rows
         found["norm_bias"] = {
             (layer, which): widen(part(model, plan, layer, f"{which}_norm")(torch.zeros_like(like)))[0]
             for layer, which in plan["frozen_norms"]
@@ -56,8 +58,8 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
 def _probe_layer(model, plan, layer, like, found):
     projection = part(model, plan, layer, "output_projection")
     heads, width = plan["model"]["n_heads"], plan["model"]["d_head"]
-    rows, found["output_bias"][layer] = _linear(projection, like, heads * width)
-    found["output_projection"][layer] = rows.unflatten(0, (heads, width))
+    rows, bias = (plan["model"]["write_scale"] * x for x in _linear(projection, like, heads * width))
+    found["output_projection"][layer], found["output_bias"][layer] = rows.unflatten(0, (heads, width)), bias
     found["value_constant"][layer] = _value_constant(model, plan, layer, like)
 
 
@@ -74,13 +76,7 @@ def _value_constant(model, plan, layer, like):
     if plan["value_bias"] == "head" or not plan["model"]["value_bias"]:
         return widen(like.new_zeros(heads, width))
     norm, value = part(model, plan, layer, "attention_norm"), part(model, plan, layer, "value")
-    out = widen(value(norm(torch.zeros_like(like))))[0]
-    layout = plan["model"]["places"]["value_layout"]
-    if layout == "stacked":
-        return per_head(out.chunk(3)[2], plan)
-    if layout == "interleaved":
-        return out.view(heads, 3, width)[:, 2]
-    own = out.view(-1, width)
+    own = values_in(widen(value(norm(torch.zeros_like(like))))[0], plan)
     return own.repeat_interleave(heads // own.shape[0], 0)
 
 
@@ -121,7 +117,7 @@ def _pull_back(plan, found, wanted, prompts):
     beta = found["norm_at_zero"]
     known = widen(_known(beta[None]))
     gamma = (found["norm_at_known"] - beta) / (known / norm_scale(known, plan)[..., None])[0]
-    rows, biases = found["rows"], found["biases"]
+    rows, biases = (plan["model"]["logit_scale"] * found[name] for name in ("rows", "biases"))
     mean_row, mean_bias = rows[-1], biases[-1]
     shift = 1.0 if plan["target"] == "centred" else 0.0
     rows, biases = rows[:-1] - shift * mean_row, biases[:-1] - shift * mean_bias
@@ -133,6 +129,7 @@ def _pull_back(plan, found, wanted, prompts):
         constants = constants[:prompts] - constants[prompts:]
     return {
         "direction": directions,
+        "mlp_direction": plan["model"]["write_scale"] * directions,
         "constant": constants,
         "mean_direction": centre(gamma * mean_row, plan),
         "mean_constant": (beta * mean_row).sum() + mean_bias,

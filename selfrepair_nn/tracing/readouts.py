@@ -28,6 +28,17 @@ def centre(x, plan):
     return x - x.mean(-1, keepdim=True) if plan["model"]["centred_norm"] else x
 
 
+def values_in(out, plan):
+    """The values within the value projection's output, as a view: [..., key-value heads, d_head].
+
+    It may hold the values alone or behind queries and keys, or a query, a key and a value for each head in turn.
+    """
+    width = plan["model"]["d_head"]
+    if plan["model"]["places"]["value_layout"] == "interleaved":
+        return out.unflatten(-1, (-1, 3, width))[..., 2, :]
+    return out[..., -plan["model"]["n_kv_heads"] * width :].unflatten(-1, (-1, width))
+
+
 def to_cpu(found):
     """Tensors by name, on the CPU: from a GPU all at once, through pinned memory."""
     out = {name: value.cpu() for name, value in found.items() if not value.is_cuda}

@@ -111,10 +111,10 @@ class Mlp(Label, Activation):
         out[rows] = new.to(out.dtype)
 
     def write(self, change, block):
-        return change
+        return block.plan["model"]["write_scale"] * change
 
     def effect(self, value, block):
-        return along(widen(value), block.probed["direction"])
+        return along(widen(value), block.probed["mlp_direction"])
 
 
 class Neuron(Label, Activation):
