@@ -15,11 +15,13 @@ class Architecture:
     """Module paths of one family: the first group from the model, the second from one decoder layer.
 
     `value_layout` says how the value projection's output holds the heads: "last" (values alone, or behind queries and
-    keys) or "interleaved" (per head: query, key, value).
+    keys) or "interleaved" (per key-value head: its queries, its key, its value). `kv_heads(config)` counts these heads.
     `mlp_norm` is None where one norm serves attention and MLP. `returns` says of the modules ("layer", "attention",
     "mlp") that return a tuple how many it holds; what they write is the first.
     `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
     its own layer.
+    `sinks` says that attention weights add up to less than 1, so that no part of z is constant. `residual_inside` says that what the attention returns has the stream that enters the layer in it; `mlp_in_place`
+    that the layer changes what its MLP gave.
     `write_scale(config)` multiplies what attention and MLP give before it is written, `logit_scale(config)` the logits.
     `fits(config)` chooses among entries of one model type. `refuse(config)` gives the reason why this configuration
     cannot be decomposed, or None.
@@ -42,6 +44,12 @@ class Architecture:
     centred_norm: bool = True
     returns: Mapping[str, int] = field(default_factory=lambda: {"attention": 2})
     parallel: Callable[[Config], bool] = lambda config: False
+    sinks: bool = False
+    residual_inside: bool = False
+    mlp_in_place: bool = False
+    kv_heads: Callable[[Config], int] = lambda config: (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )
     write_scale: Callable[[Config], float] = lambda config: 1.0
     logit_scale: Callable[[Config], float] = lambda config: 1.0
     fits: Callable[[Config], bool] = lambda config: True
@@ -60,6 +68,22 @@ def _refuse_gpt2(config: Config) -> str | None:
     return "it attends to an encoder (add_cross_attention)" if config.add_cross_attention else None
 
 
+def _refuse_bloom(config: Config) -> str | None:
+    if config.apply_residual_connection_post_layernorm:
+        return "its residual connections start behind the norms (apply_residual_connection_post_layernorm)"
+    if config.pretraining_tp > 1 and config.slow_but_exact:
+        return "it multiplies slices of its weights instead of calling its modules (slow_but_exact)"
+    return None
+
+
+def _two_norms(config: Config) -> bool:
+    return config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
+
+
+def _falcon_values(config: Config) -> int:
+    return 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads
+
+
 def _residual_multiplier(config: Config) -> float:
     return config.residual_multiplier
 
@@ -70,7 +94,7 @@ def _granite_logits(config: Config) -> float:
 
 UNNAMED_EPSILON = 1e-5
 
-MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "minimax_m2")
 """Whose MLP is a mixture of experts: one component, shared experts included, without neurons of its own."""
 
 LLAMA = Architecture(
@@ -102,27 +126,62 @@ LLAMA = Architecture(
     centred_norm=False,
 )
 
+GPT2 = Architecture(
+    model_types=("gpt2",),
+    layers="transformer.h",
+    token_embedding="transformer.wte",
+    position_embedding="transformer.wpe",
+    final_norm="transformer.ln_f",
+    unembedding="lm_head",
+    attention="attn",
+    attention_norm="ln_1",
+    value="attn.c_attn",
+    value_layout="last",
+    output_projection="attn.c_proj",
+    mlp_norm="ln_2",
+    mlp="mlp",
+    down_projection="mlp.c_proj",
+    refuse=_refuse_gpt2,
+)
+
+BLOOM = Architecture(
+    model_types=("bloom",),
+    layers="transformer.h",
+    token_embedding="transformer.word_embeddings",
+    position_embedding=None,
+    final_norm="transformer.ln_f",
+    unembedding="lm_head",
+    attention="self_attention",
+    attention_norm="input_layernorm",
+    value="self_attention.query_key_value",
+    value_layout="interleaved",
+    output_projection="self_attention.dense",
+    mlp_norm="post_attention_layernorm",
+    mlp="mlp.dense_4h_to_h",
+    down_projection="mlp.dense_4h_to_h",
+    returns={"layer": 2, "attention": 2},
+    residual_inside=True,
+    refuse=_refuse_bloom,
+)
+
+FALCON = replace(
+    BLOOM,
+    model_types=("falcon",),
+    residual_inside=False,
+    mlp="mlp",
+    mlp_norm=None,
+    mlp_in_place=True,
+    parallel=lambda config: True,
+    kv_heads=_falcon_values,
+    fits=lambda config: config.parallel_attn and not _two_norms(config),
+    refuse=lambda config: None,
+)
+
 SIDE_BY_SIDE = replace(LLAMA, mlp_norm=None, centred_norm=True, parallel=lambda config: True)
 """Named as Llama, with one LayerNorm before attention and MLP, which do not see each other."""
 
 ARCHITECTURES = (
-    Architecture(
-        model_types=("gpt2",),
-        layers="transformer.h",
-        token_embedding="transformer.wte",
-        position_embedding="transformer.wpe",
-        final_norm="transformer.ln_f",
-        unembedding="lm_head",
-        attention="attn",
-        attention_norm="ln_1",
-        value="attn.c_attn",
-        value_layout="last",
-        output_projection="attn.c_proj",
-        mlp_norm="ln_2",
-        mlp="mlp",
-        down_projection="mlp.c_proj",
-        refuse=_refuse_gpt2,
-    ),
+    GPT2,
     Architecture(
         model_types=("gpt_neox",),
         layers="gpt_neox.layers",
@@ -180,6 +239,70 @@ ARCHITECTURES = (
         down_projection="mlp.fc2",
     ),
     replace(LLAMA, model_types=MIXTURES, down_projection=None),
+    replace(LLAMA, model_types=("phimoe",), down_projection=None, centred_norm=True),
+    replace(
+        LLAMA,
+        model_types=("granitemoe",),
+        mlp="block_sparse_moe",
+        down_projection=None,
+        write_scale=_residual_multiplier,
+        logit_scale=_granite_logits,
+    ),
+    replace(LLAMA, model_types=("llama4_text",), mlp="feed_forward", down_projection=None),
+    replace(
+        LLAMA,
+        model_types=("deepseek_v2", "deepseek_v3"),
+        value="self_attn.kv_b_proj",
+        value_layout="interleaved",
+        down_projection=None,
+        kv_heads=lambda config: config.num_attention_heads,
+    ),
+    replace(
+        GPT2,
+        model_types=("gpt_neo",),
+        attention="attn",
+        value="attn.attention.v_proj",
+        output_projection="attn.attention.out_proj",
+        returns={"layer": 2, "attention": 2},
+        refuse=lambda config: None,
+    ),
+    replace(
+        LLAMA,
+        model_types=("gpt_oss",),
+        down_projection=None,
+        returns={"attention": 2, "mlp": 2},
+        sinks=True,
+    ),
+    replace(
+        BLOOM,
+        model_types=("falcon",),
+        token_embedding="transformer.word_embeddings",
+        residual_inside=False,
+        mlp="mlp",
+        kv_heads=_falcon_values,
+        fits=lambda config: not config.parallel_attn and not config.new_decoder_architecture,
+        refuse=lambda config: None,
+    ),
+    FALCON,
+    replace(FALCON, attention_norm="ln_attn", mlp_norm="ln_mlp", fits=_two_norms),
+    BLOOM,
+    Architecture(
+        model_types=("mpt",),
+        layers="transformer.blocks",
+        token_embedding="transformer.wte",
+        position_embedding=None,
+        final_norm="transformer.norm_f",
+        unembedding="lm_head",
+        attention="attn",
+        attention_norm="norm_1",
+        value="attn.Wqkv",
+        value_layout="last",
+        output_projection="attn.out_proj",
+        mlp_norm="norm_2",
+        mlp="ffn.down_proj",
+        down_projection="ffn.down_proj",
+        returns={"layer": 2, "attention": 2},
+    ),
     Architecture(
         model_types=("opt",),
         layers="model.decoder.layers",
@@ -222,6 +345,8 @@ class Structure:
     position_embedding: bool
     attention_bias: bool
     value_bias: bool
+    residual_inside: bool
+    mlp_in_place: bool
     write_scale: float
     logit_scale: float
     returns: dict[str, int]
@@ -261,7 +386,7 @@ def structure_of(module: Any) -> Structure:
         model_type=config.model_type,
         n_layers=len(layers),
         n_heads=config.num_attention_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        n_kv_heads=architecture.kv_heads(config),
         d_head=width // config.num_attention_heads,
         d_model=d_model,
         d_mlp=_widths(at(layer, architecture.down_projection))[0] if architecture.down_projection else 0,
@@ -273,7 +398,10 @@ def structure_of(module: Any) -> Structure:
         centred_norm=architecture.centred_norm,
         position_embedding=architecture.position_embedding is not None,
         attention_bias=projection.bias is not None,
-        value_bias=input_norm_bias or at(layer, architecture.value).bias is not None,
+        value_bias=not architecture.sinks
+        and (input_norm_bias or at(layer, architecture.value).bias is not None),
+        residual_inside=architecture.residual_inside,
+        mlp_in_place=architecture.mlp_in_place,
         write_scale=float(architecture.write_scale(config)),
         logit_scale=float(architecture.logit_scale(config)),
         returns=dict(architecture.returns),

@@ -62,7 +62,9 @@ def neurons_of(model, plan, layer, tokens):
 
 
 def _mlp(model, plan, layer, tokens):
-    return like_rows(written(part(model, plan, layer, "mlp"), plan, "mlp"), tokens)
+    """A copy where the model goes on to change it in place."""
+    found = like_rows(written(part(model, plan, layer, "mlp")), tokens)
+    return found.clone() if plan["model"]["mlp_in_place"] else found
 
 
 READS = (
@@ -96,7 +98,7 @@ def layer_on(model, plan, tokens, layer, residual):
     """What a layer makes of any residual stream that enters it: [prompt, position, d_model]."""
     with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
         take_up(model, plan, layer, residual)
-        made = save([written(place(model, plan, "layers")[layer], plan, "layer")])
+        made = save([written(place(model, plan, "layers")[layer])])
     return made[0]
 
 

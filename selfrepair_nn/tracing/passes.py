@@ -35,6 +35,8 @@ def ablated_pass(block, batch):
             if layer == start and inside:
                 attention = batch.against(torch.add, added / plan["model"]["write_scale"], clean["attention"][start])
                 part(model, plan, start, "attention_norm").skip(stub(taken_up))
+                if plan["model"]["residual_inside"]:
+                    attention = attention + taken_up
                 skip(part(model, plan, start, "attention"), plan, "attention", attention)
             else:
                 _freeze_norm(block, layer, "attention", batch)
@@ -73,7 +75,7 @@ def _through_mlp(block, layer, batch, changes):
         if plan["neurons"] == layer:
             change = widen(batch.against(torch.sub, neurons, clean["neurons"][layer]))
             changes["neurons"] = batch.against(torch.mul, change, probed["neuron_pullback"][layer])
-    out = like_rows(written(part(model, plan, layer, "mlp"), plan, "mlp"), batch.tokens)
+    out = like_rows(written(part(model, plan, layer, "mlp")), batch.tokens)
     if frozen and not edited:
         out[:] = batch.of(clean["mlp"][layer])
     _replace(out, "mlp", layer, batch, plan)

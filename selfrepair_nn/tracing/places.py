@@ -18,9 +18,10 @@ def part(model, plan, layer, name):
     return at(place(model, plan, "layers")[layer], plan["model"]["places"][name])
 
 
-def written(module, plan, name):
+def written(module):
     """The tensor that a module gives: what it returns, or the first of what it returns."""
-    return module.output[0] if name in plan["model"]["returns"] else module.output
+    found = module.output
+    return found[0] if isinstance(found, tuple) else found
 
 
 def skip(module, plan, name, x):

@@ -31,12 +31,12 @@ def centre(x, plan):
 def values_in(out, plan):
     """The values within the value projection's output, as a view: [..., key-value heads, d_head].
 
-    It may hold the values alone or behind queries and keys, or a query, a key and a value for each head in turn.
+    Values come last: of all that it gives, or of what it gives for each of these heads in turn.
     """
-    width = plan["model"]["d_head"]
+    width, count = plan["model"]["d_head"], plan["model"]["n_kv_heads"]
     if plan["model"]["places"]["value_layout"] == "interleaved":
-        return out.unflatten(-1, (-1, 3, width))[..., 2, :]
-    return out[..., -plan["model"]["n_kv_heads"] * width :].unflatten(-1, (-1, width))
+        return out.unflatten(-1, (count, -1))[..., -width:]
+    return out[..., -count * width :].unflatten(-1, (count, width))
 
 
 def to_cpu(found):
