@@ -7,6 +7,7 @@ moves a logit: a test on such a model would not see a forgotten bias. So every p
 from collections.abc import Callable
 from functools import partial
 
+import further
 import numpy as np
 import torch
 from torch import nn
@@ -19,8 +20,6 @@ from transformers import (
     GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -117,10 +116,6 @@ REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
     "opt-postnorm": partial(_opt, do_layer_norm_before=False),
     # A matrix at either end of the stream.
     "opt-projected": partial(_opt, word_embed_proj_dim=16),
-    # Every module is named as Llama's, but each write and the logits are multiplied by a number.
-    "granite": partial(
-        _llama_like, GraniteForCausalLM, GraniteConfig, 4, 2, 32, residual_multiplier=0.4, logits_scaling=2.0
-    ),
 }
 
 
@@ -176,7 +171,7 @@ def build(name: str, seed: int = 0, *, exact: bool = False, attention: str | Non
     attention: by default what users get, "sdpa", which keeps float64 throughout (Gemma 2 has only "eager");
     "eager" gives the same to about 1e-6, as the softmax of all but GPT-2 is then float32.
     """
-    model = (FAMILIES | REFUSED)[name]().double().eval()
+    model = (FAMILIES | REFUSED | further.MODELS)[name]().double().eval()
     randomise(model, seed)
     if attention is not None:
         model.set_attn_implementation(attention)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import further
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Layer:
 
     W_O [head * head_dim, d_model] and b_O [d_model] (or None) are the output projection;
     W_V [d_model, head, head_dim] and b_V [head, head_dim] (or None) the value projection, one copy for each
-    query head.
+    query head; or `constant` [head, head_dim] (or None) what they make of the norm's beta.
     """
 
     norm: nn.Module
@@ -50,8 +51,9 @@ class Layer:
     mlp: nn.Module
     W_O: Tensor
     b_O: Tensor | None
-    W_V: Tensor
-    b_V: Tensor | None
+    W_V: Tensor | None = None
+    b_V: Tensor | None = None
+    constant: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class Parts:
     layers: list[Layer]
     final_norm: nn.Module
     n_heads: int
+    first: nn.Module | None = None  # the layer whose input is the embedding, where no module gives that
+    multiplier: float = 1.0  # of what attention and MLP give, before it is written
+    logit_multiplier: float = 1.0
 
 
 def _matrix(linear: nn.Module) -> Tensor:
@@ -149,10 +154,65 @@ def find_parts(model: nn.Module) -> Parts:
     elif kind == "opt" and model.config.do_layer_norm_before and model.model.decoder.project_in is None:
         body, block = model.model.decoder, _opt_layer
         ends = body.embed_tokens, body.embed_positions, body.layers, body.final_layer_norm
+    elif kind in further.PLACES:
+        return _further(model)
     else:
         raise ValueError(f"the oracle has no definition for this {kind!r} model")
     embed, pos_embed, blocks, final_norm = ends
     return Parts(model, embed, pos_embed, [block(b, n_heads) for b in blocks], final_norm, n_heads)
+
+
+def _further(model: nn.Module) -> Parts:
+    """A family of which no more is known than where its parts are: heads' constants are seen, not read off."""
+    config, places = model.config, further.places(model)
+    blocks = list(model.get_submodule(places.layers))
+    projections = [block.get_submodule(places.projection) for block in blocks]
+    norms = [block.get_submodule(places.norm) for block in blocks]
+    constants = _seen_constants(model, norms, projections) if places.constants else [None] * len(blocks)
+    multiplier = getattr(config, "residual_multiplier", 1.0)
+    layers = [
+        Layer(
+            norm,
+            projection,
+            block.get_submodule(places.mlp),
+            _matrix(projection) * multiplier,
+            None if projection.bias is None else _bias(projection) * multiplier,
+            constant=constant,
+        )
+        for block, norm, projection, constant in zip(blocks, norms, projections, constants, strict=True)
+    ]
+    logits = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+    if config.model_type == "mpt":  # which has the word, and does nothing with it
+        logits = 1.0
+    return Parts(
+        model,
+        model.get_input_embeddings(),
+        model.get_submodule(places.positions) if places.positions else None,
+        layers,
+        model.get_submodule(places.final_norm),
+        config.num_attention_heads,
+        None if places.positions else blocks[0],
+        multiplier,
+        logits,
+    )
+
+
+def _seen_constants(model, norms, projections) -> list[Tensor | None]:
+    """z of every head where every position reads the norm's output at zero: attention weights add up to 1."""
+    seen = {}
+
+    def zero(module, args, output):
+        return module(torch.zeros_like(args[0])) if args[0].any() else output
+
+    def note(layer):
+        return lambda module, args: seen.update({layer: args[0][0, 0].double()})
+
+    pairs = [(norm.register_forward_hook, zero) for norm in norms]
+    pairs += [(p.register_forward_pre_hook, note(i)) for i, p in enumerate(projections)]
+    with torch.no_grad(), _hooked(pairs):
+        model(torch.arange(4)[None] % model.config.vocab_size, use_cache=False)
+    heads = model.config.num_attention_heads
+    return [seen[i].unflatten(0, (heads, -1)) if seen[i].any() else None for i in range(len(norms))]
 
 
 # ---------------------------------------------------------------- one forward pass, watched and edited
@@ -199,10 +259,13 @@ def _mlp_hook(seen: Pass, layer: int, shape: tuple[int, int], set_mlps: dict) ->
     """After the MLP: replace its output if asked, note what is then added to the residual stream."""
 
     def hook(module, args, output):
+        first, *others = output if isinstance(output, tuple) else (output,)
         if layer in set_mlps:
-            output = set_mlps[layer].reshape(output.shape).to(output.dtype)
-        seen.mlp[layer] = output.double().reshape(*shape, -1)
-        return output
+            first = set_mlps[layer].reshape(first.shape).to(first.dtype)
+        seen.mlp[layer] = (
+            first.double().reshape(*shape, -1).clone()
+        )  # some models go on to change it in place
+        return (first, *others) if isinstance(output, tuple) else first
 
     return hook
 
@@ -212,6 +275,15 @@ def _note_hook(seen: Pass, name: str, shape: tuple[int, int]) -> Callable:
 
     def hook(module, args, output):
         setattr(seen, name, output.double().expand(*shape, -1))
+
+    return hook
+
+
+def _stream_hook(seen: Pass) -> Callable:
+    """Before the first layer: note the stream that enters it, all of it the embedding."""
+
+    def hook(module, args):
+        seen.embed = args[0].double()
 
     return hook
 
@@ -237,6 +309,8 @@ def run(parts: Parts, ids: Tensor, *, set_heads=None, set_mlps=None, set_scale=N
     shape = tuple(ids.shape)
     seen = Pass({}, {})
     pairs = [(parts.embed.register_forward_hook, _note_hook(seen, "embed", shape))]
+    if parts.first is not None:
+        pairs = [(parts.first.register_forward_pre_hook, _stream_hook(seen))]
     if parts.pos_embed is not None:
         pairs.append((parts.pos_embed.register_forward_hook, _note_hook(seen, "pos_embed", shape)))
     for i, layer in enumerate(parts.layers):
@@ -254,7 +328,9 @@ def run(parts: Parts, ids: Tensor, *, set_heads=None, set_mlps=None, set_scale=N
 
 def gain(norm: nn.Module) -> Tensor | float:
     """The norm's gamma."""
-    return 1.0 if norm.weight is None else norm.weight.detach().double()
+    if getattr(norm, "weight", None) is None:
+        return 1.0
+    return norm.weight.detach().double() + (type(norm).__name__ in further.ABOUT_ONE)
 
 
 def offset(norm: nn.Module) -> Tensor | float:
@@ -265,19 +341,25 @@ def offset(norm: nn.Module) -> Tensor | float:
 
 def centre(norm: nn.Module, x: Tensor) -> Tensor:
     """C: mean-centring over d_model for LayerNorm, nothing for RMSNorm."""
-    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+    return x - x.mean(-1, keepdim=True) if _is_centred(norm) else x
+
+
+def _is_centred(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm) or type(norm).__name__ in further.CENTRED
 
 
 def scale(norm: nn.Module, x: Tensor) -> Tensor:
     """S: sqrt(var + eps) for LayerNorm, sqrt(mean square + eps) for RMSNorm."""
-    if isinstance(norm, nn.LayerNorm):
-        return (x.var(-1, unbiased=False) + norm.eps).sqrt()
-    return (x.pow(2).mean(-1) + norm.variance_epsilon).sqrt()
+    named = (getattr(norm, name, None) for name in ("eps", "variance_epsilon"))
+    epsilon = next((value for value in named if value is not None), 1e-5)
+    return (centre(norm, x).pow(2).mean(-1) + epsilon).sqrt()
 
 
 def value_constant(layer: Layer) -> Tensor | None:
     """c_h = W_V beta + b_V of every head [head, head_dim]: None where the model has neither beta nor b_V."""
     beta = _bias(layer.norm)
+    if layer.W_V is None:
+        return layer.constant
     if beta is None and layer.b_V is None:
         return None
     constant = torch.zeros(layer.W_V.shape[1:], dtype=torch.float64)
@@ -320,7 +402,7 @@ def component_writes(parts: Parts, seen: Pass, value_bias: str) -> list[Write]:
         writes.append(Write("pos_embed", "pos_embed", seen.pos_embed))
     for i, layer in enumerate(parts.layers):
         writes += _attention_writes(layer, i, seen.z[i], value_bias)
-        writes.append(Write(f"L{i}.mlp", "mlp", seen.mlp[i]))
+        writes.append(Write(f"L{i}.mlp", "mlp", parts.multiplier * seen.mlp[i]))
     return writes
 
 
@@ -361,10 +443,10 @@ class Target:
 def _target(parts: Parts, ids: Tensor, target) -> Target:
     """d_t = C(gamma u_t) and k_t = <beta, u_t> + b_U[t]."""
     unembed = parts.model.get_output_embeddings()
-    u = _of_target(unembed.weight.detach().double(), ids, target)
+    u = parts.logit_multiplier * _of_target(unembed.weight.detach().double(), ids, target)
     k = (u * offset(parts.final_norm)).sum(-1)
     if unembed.bias is not None:
-        k = k + _of_target(unembed.bias.detach().double(), ids, target)
+        k = k + parts.logit_multiplier * _of_target(unembed.bias.detach().double(), ids, target)
     return Target(centre(parts.final_norm, gain(parts.final_norm) * u), k)
 
 

@@ -15,13 +15,15 @@ class Architecture:
     """Module paths of one family: the first group from the model, the second from one decoder layer.
 
     `value_layout` says how the value projection's output holds the heads: "last" (values alone, or behind queries and
-    keys) or "interleaved" (per key-value head: its queries, its key, its value). `kv_heads(config)` counts these heads.
+    keys) or "interleaved" (per key-value head: its queries, its key, its value); `kv_heads(config)` counts
+    these heads where the projection's width does not.
     `mlp_norm` is None where one norm serves attention and MLP. `returns` says of the modules ("layer", "attention",
     "mlp") that return a tuple how many it holds; what they write is the first.
     `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
     its own layer.
-    `sinks` says that attention weights add up to less than 1, so that no part of z is constant. `residual_inside` says that what the attention returns has the stream that enters the layer in it; `mlp_in_place`
-    that the layer changes what its MLP gave.
+    `sinks` says that attention weights add up to less than 1, so that no part of z is constant; `residual_inside` that
+    what the attention returns has the stream that enters the layer in it; `mlp_in_place` that the layer changes what
+    its MLP gave.
     `write_scale(config)` multiplies what attention and MLP give before it is written, `logit_scale(config)` the logits.
     `fits(config)` chooses among entries of one model type. `refuse(config)` gives the reason why this configuration
     cannot be decomposed, or None.
@@ -47,9 +49,7 @@ class Architecture:
     sinks: bool = False
     residual_inside: bool = False
     mlp_in_place: bool = False
-    kv_heads: Callable[[Config], int] = lambda config: (
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    )
+    kv_heads: Callable[[Config], int] | None = None
     write_scale: Callable[[Config], float] = lambda config: 1.0
     logit_scale: Callable[[Config], float] = lambda config: 1.0
     fits: Callable[[Config], bool] = lambda config: True
@@ -78,10 +78,6 @@ def _refuse_bloom(config: Config) -> str | None:
 
 def _two_norms(config: Config) -> bool:
     return config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
-
-
-def _falcon_values(config: Config) -> int:
-    return 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads
 
 
 def _residual_multiplier(config: Config) -> float:
@@ -172,7 +168,6 @@ FALCON = replace(
     mlp_norm=None,
     mlp_in_place=True,
     parallel=lambda config: True,
-    kv_heads=_falcon_values,
     fits=lambda config: config.parallel_attn and not _two_norms(config),
     refuse=lambda config: None,
 )
@@ -279,7 +274,6 @@ ARCHITECTURES = (
         token_embedding="transformer.word_embeddings",
         residual_inside=False,
         mlp="mlp",
-        kv_heads=_falcon_values,
         fits=lambda config: not config.parallel_attn and not config.new_decoder_architecture,
         refuse=lambda config: None,
     ),
@@ -386,7 +380,7 @@ def structure_of(module: Any) -> Structure:
         model_type=config.model_type,
         n_layers=len(layers),
         n_heads=config.num_attention_heads,
-        n_kv_heads=architecture.kv_heads(config),
+        n_kv_heads=_kv_heads(architecture, config, at(layer, architecture.value), width),
         d_head=width // config.num_attention_heads,
         d_model=d_model,
         d_mlp=_widths(at(layer, architecture.down_projection))[0] if architecture.down_projection else 0,
@@ -407,6 +401,15 @@ def structure_of(module: Any) -> Structure:
         returns=dict(architecture.returns),
         places=_places(architecture),
     )
+
+
+def _kv_heads(architecture: Architecture, config: Config, value: Any, width: int) -> int:
+    """How many heads have values of their own, by the width of what gives them: maybe queries and keys too."""
+    if architecture.kv_heads is not None:
+        return architecture.kv_heads(config)
+    heads = config.num_attention_heads
+    count = _widths(value)[1] * heads // width
+    return count if count <= heads else (count - heads) // 2
 
 
 def _epsilon(norm: Any) -> float:

@@ -1,0 +1,34 @@
+"""Every further family against the independent oracle: all quantities, both conventions of the value bias."""
+
+import families
+import further
+import numpy as np
+import oracle
+import pytest
+from test_engine import STOCK, TIGHT, agree
+
+CONFIGURATIONS = [("resample", "centred", "output"), ("zero", "raw", "head"), ("mean", "raw", "output")]
+IN_FLOAT64 = {
+    "nemotron",
+    "starcoder2",
+    "stablelm-sequential",
+    "stablelm-parallel",
+    "phi",
+    "gpt-neo",
+    "bloom",
+    "mpt",
+}
+IN_FLOAT64 |= {"falcon-multi-query", "falcon-two-norms", "falcon-sequential", "phi-moe"}
+"""Those of which nothing is computed in float32 whatever is asked."""
+
+
+@pytest.mark.parametrize(("ablation", "target", "value_bias"), CONFIGURATIONS)
+@pytest.mark.parametrize("name", further.MODELS)
+def test_every_quantity(measure, wrapped, seeded, name, ablation, target, value_bias):
+    choices = {"ablation": ablation, "target": target, "value_bias": value_bias}
+    dataset, ids = measure(name, exact=False, **choices), seeded(name)
+    model = wrapped(name).nn._module
+    expected = oracle.reference(model, ids, partners=families.derangement(len(ids)), **choices)
+    agree(dataset, expected, TIGHT if name in IN_FLOAT64 else STOCK)
+    assert np.abs(dataset.closure).max() < TIGHT
+    assert np.abs(dataset.logit_change).mean() > 1e-3
