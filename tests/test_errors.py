@@ -112,7 +112,6 @@ def test_an_impossible_configuration(place, good, change):
     [
         ("gemma2", ["'gemma2'", "not supported", "gpt2, gpt_neox, gptj, llama"]),
         ("olmo2", ["'olmo2'", "not supported"]),
-        ("granite", ["'granite'", "not supported"]),
         ("opt-postnorm", ["opt", "norms come after", "do_layer_norm_before"]),
         ("opt-projected", ["opt", "word_embed_proj_dim"]),
     ],
