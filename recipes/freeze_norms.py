@@ -24,6 +24,7 @@ def graph(structure, options):
         for before in structure.norms
         if layer > first or (before == "mlp" and not structure.parallel)
     ]
+    norms += [sr.PostNorms()] if structure.post_norms else []
     norms.append(sr.FinalNorm())
     graphs = {"none": plain} | {norm.label: plain.freezing((norm,)) for norm in norms}
     return sr.Variants("norm", graphs | {"all": plain.freezing(norms)})

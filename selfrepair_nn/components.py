@@ -198,11 +198,20 @@ class FinalNorm(_Site):
         return "final_norm"
 
 
+@dataclass(frozen=True, order=True)
+class PostNorms(_Site):
+    """The scales of all norms behind attention, in a model that has them (Gemma 2, OLMo 2 and others)."""
+
+    @property
+    def label(self) -> str:
+        return "post_norms"
+
+
 _ENDLESS = re.compile(r"\d{10}")
 """A number of more digits than layers, heads or neurons have."""
 
 Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
-Freezable = Head | Attention | Mlp | Norm | FinalNorm
+Freezable = Head | Attention | Mlp | Norm | PostNorms | FinalNorm
 
 
 def site(label: str) -> Head | Attention | Mlp:

@@ -14,6 +14,7 @@ from selfrepair_nn.components import (
     Head,
     Mlp,
     Norm,
+    PostNorms,
     Swap,
 )
 from selfrepair_nn.errors import UsageError
@@ -34,7 +35,7 @@ VALUE_BIASES = {
 FREEZES = {
     "none": "everything reacts to the ablation",
     "downstream": "every other head and MLP keeps its clean value; the final norm is live",
-    "all": "the final norm's scale too",
+    "all": "the scale of the final norm too, and of norms behind attention where a model has them",
 }
 RECORDS = {"sums": "heads, MLPs and norm", "full": "every component by itself"}
 
@@ -201,20 +202,24 @@ class Graph(metaclass=Declared):
         frozen_heads: dict[int, list[int]] = {}
         for site in sorted(s for s in frozen if isinstance(s, Head)):
             frozen_heads.setdefault(site.layer, []).append(site.head)
+        frozen_norms = [[s.layer, s.before] for s in frozen if isinstance(s, Norm)]
+        if PostNorms() in frozen and "post_norm" in structure["places"]:
+            frozen_norms += [[layer, "post"] for layer in range(structure["n_layers"])]
+        given = measured(self.records | of_model(structure))
         return {
             "model": structure,
             "cases": [[s.entry for site in case for s in site.parts(n_heads)] for case in self.ablate],
             "replacement": self.replaced_by.plan,
             "frozen_heads": frozen_heads,
             "frozen_mlps": sorted(s.layer for s in frozen if isinstance(s, Mlp)),
-            "frozen_norms": sorted([s.layer, s.before] for s in frozen if isinstance(s, Norm)),
+            "frozen_norms": sorted(frozen_norms),
             "frozen_norm": FinalNorm() in frozen,
             "record": self.record,
             "neurons": self.neurons,
             "ranks": RANKS,
             "attention": list(self.attention),
-            "gives": [each.name for each in measured(self.records)],
-            "large": [each.name for each in measured(self.records) if each.large],
+            "gives": [each.name for each in given],
+            "large": [each.name for each in given if each.large],
             "target": self.target,
             "value_bias": self.value_bias,
             "attention_bias": writes_attention_bias(structure, self.value_bias),
@@ -265,12 +270,21 @@ def freeze_set(name: str, n_layers: int, n_heads: int) -> frozenset[Freezable]:
         return frozenset()
     sites: set[Freezable] = {Head(layer, h) for layer in range(n_layers) for h in range(n_heads)}
     sites |= {Mlp(layer) for layer in range(n_layers)}
-    return frozenset(sites | {FinalNorm()} if name == "all" else sites)
+    return frozenset(sites | {PostNorms(), FinalNorm()} if name == "all" else sites)
 
 
 def writes_attention_bias(structure: dict[str, Any], value_bias: str) -> bool:
     """Whether the attention's output bias is a component: it has one, or it takes in the heads' constant part."""
     return structure["attention_bias"] or (value_bias == "output" and structure["value_bias"])
+
+
+def of_model(structure: Mapping[str, Any]) -> frozenset[str]:
+    """The conditions for a quantity to be recorded (quantities.WHEN) that a model fulfils; a Structure as a dict."""
+    fulfilled = {
+        "post_norms": "post_norm" in structure["places"],
+        "capped": structure["logit_cap"] is not None,
+    }
+    return frozenset(name for name, given in fulfilled.items() if given)
 
 
 def _require_sites(case: tuple[Ablatable, ...]) -> None:
@@ -294,7 +308,9 @@ def _require_sites(case: tuple[Ablatable, ...]) -> None:
 def _require_freezable(sites: frozenset[Freezable]) -> None:
     for site in sites:
         if not isinstance(site, Freezable):
-            raise UsageError(f"{site} cannot be frozen; choose a Head, Attention, Mlp, Norm or FinalNorm")
+            raise UsageError(
+                f"{site} cannot be frozen; choose a Head, Attention, Mlp, Norm, PostNorms or FinalNorm"
+            )
 
 
 def _require_recordable(graph: Graph) -> None:

@@ -23,6 +23,8 @@ WHEN = {
     "grid": "where each run ablates one head",
     "cases": "where runs ablate something else",
     "other": "prompts that name another token",
+    "post_norms": "models with norms behind their sublayers",
+    "capped": "models that cap their logits",
     "counterfactual": "prompts with a counterfactual",
     "components": '`record="full"`',
     "neurons": "`neurons=`",
@@ -35,6 +37,9 @@ WHEN = {
 
 Any other name, which is that of a row, is one that `Graph.also` switches on.
 """
+
+OF_MODELS = ("post_norms", "capped")
+"""Those that a model fulfils by what it is."""
 
 SOURCES = ("label", "run", "clean", "ablated", "derived")
 
@@ -149,14 +154,16 @@ _ALL = (
     Quantity("ablated_direct_effect", "ablated", SWEEP, "logit", "ablated direct effect", "DE of the head after its own ablation, still under the clean norm scale."),
     Quantity("logit_change", "ablated", SWEEP, "logit", "logit change", "Ablated minus clean logit of the target, whole model."),
     Quantity("mean_logit_change", "ablated", SWEEP, "logit", "mean logit change", "Ablated minus clean mean over the vocabulary of the logits: raw change = centred change + mean change."),
+    Quantity("logit_change_capped", "ablated", SWEEP, "logit", "change of the capped logit", "Ablated minus clean logit of the target as the model returns it, behind its soft cap; every other quantity is of the logit before the cap.", when="capped"),
     Quantity("self_repair", "derived", SWEEP, "logit", "self-repair", "logit_change minus the change of the ablated head's own direct effect (Equation 1)."),
     Quantity("from_heads", "ablated", SWEEP, "logit", "self-repair from heads", "Summed change of direct effect of all other attention heads."),
     Quantity("from_mlps", "ablated", SWEEP, "logit", "self-repair from MLPs", "Summed change of direct effect of all MLPs."),
+    Quantity("from_post_norms", "ablated", SWEEP, "logit", "self-repair from the norms behind attention", "What the change of the scales of the norms behind attention adds to what the heads of their layers write.", when="post_norms"),
     Quantity("from_norm", "derived", SWEEP, "logit", "self-repair from the final norm", "(S/S' - 1) R', with R' the summed ablated direct effects of all components."),
     Quantity("norm_on_existing", "derived", SWEEP, "logit", "final norm on existing logits", "(S/S' - 1)(logit - k): the part of from_norm that rescales what was there (Appendix B)."),
     Quantity("norm_on_change", "derived", SWEEP, "logit", "final norm on the change", "(S/S' - 1)(R' - R): the part of from_norm that rescales what changed (Appendix B)."),
     Quantity("ablated_norm_scale", "ablated", SWEEP, "1", "ablated final norm scale", "S': the final norm's scale in the ablated run."),
-    Quantity("closure", "derived", SWEEP, "logit", "closure", "self_repair - (from_heads + from_mlps + from_norm): zero up to rounding, measured not assumed."),
+    Quantity("closure", "derived", SWEEP, "logit", "closure", "self_repair minus all its parts (from_heads, from_mlps, from_norm and, where it is stored, from_post_norms): zero up to rounding, measured not assumed."),
     Quantity("noise_floor", "run", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
     # where only the top share is ablated, or only as much as an answer needs
     Quantity("threshold", "run", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all counted tokens of the run, of which direct_effect then holds every one.", when="ranked"),

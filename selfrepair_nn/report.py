@@ -46,6 +46,7 @@ HEAD_COLUMNS = {
     "95%": "top_self_repair_half_width",
     "from heads": "top_from_heads",
     "from MLPs": "top_from_mlps",
+    "from post-norms": "top_from_post_norms",
     "from norm": "top_from_norm",
 }
 
@@ -220,7 +221,7 @@ def _share_of(layer: xr.Dataset, name: str) -> str:
 
 def _numbers(one: xr.Dataset) -> dict[str, str]:
     """The cells that heads and layers have in common."""
-    cells = {name: wording.number(float(one[key])) for name, key in HEAD_COLUMNS.items()}
+    cells = {name: wording.number(float(one[key])) for name, key in HEAD_COLUMNS.items() if key in one}
     cells["95%"] = wording.reach(float(one.top_self_repair_half_width)) or "-"
     return cells | {"norm share": style.shown_share(one, "norm_share")}
 

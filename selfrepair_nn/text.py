@@ -50,6 +50,7 @@ COLUMNS = {
     "self-repair": "top_self_repair",
     "= heads": "top_from_heads",
     "+ MLPs": "top_from_mlps",
+    "+ post": "top_from_post_norms",
     "+ norm": "top_from_norm",
 }
 QUANTITY_NAMES = {
@@ -96,7 +97,7 @@ def _of_heads(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str
     if not layers.sizes["layer"]:
         return heads, [*opening[:-1], "nothing is done yet"]
     rows = [
-        f"layer heads{_header()}",
+        f"layer heads{_header(layers)}",
         *(_row(layers.isel(layer=i)) for i in range(layers.sizes["layer"])),
         "",
     ]
@@ -172,7 +173,7 @@ def _of_others(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[st
     what = "Means" if single else f"Means over all {'cases' if cases else 'heads'}"
     names = [str(label) for label in found[along].values]
     width = min(max(map(len, [along, *names])), LABEL)
-    table, shown = [along.ljust(width) + _header()], _largest(found, along)
+    table, shown = [along.ljust(width) + _header(found)], _largest(found, along)
     for i in shown:
         label, cells = names[i], _cells(*_of_one(found.isel({along: i}), single))
         table += [label.ljust(width) + cells] if len(label) <= width else [label, " " * width + cells]
@@ -199,7 +200,7 @@ def _of_one(one: xr.Dataset, case: bool) -> tuple[xr.Dataset, float, str]:
         return one, float(one.top_self_repair_half_width), said
     width = float(one.overall_top_self_repair_half_width)
     tested = int(one.top_p_value.notnull().sum())
-    return one[[*COLUMNS.values()]].mean(), width, _count(int(one.top_repaired.sum()), tested)
+    return one[[*_columns(one).values()]].mean(), width, _count(int(one.top_repaired.sum()), tested)
 
 
 def _closing_of_variants(found: xr.Dataset) -> list[str]:
@@ -237,20 +238,27 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
     return "\n".join([*loud, *lines, *loud])
 
 
-def _header() -> str:
-    effect, change, repair, *parts = COLUMNS
-    return (
-        f"{effect:>14}{change:>13}{repair:>12}{'':>9}"
-        + "".join(f"{n:>9}" for n in parts)
-        + f"{'repaired':>11}"
-    )
+def _columns(found: xr.Dataset) -> dict[str, str]:
+    """Those of the COLUMNS that a summary has, some of which only some models have."""
+    return {name: of for name, of in COLUMNS.items() if of in found}
+
+
+def _header(found: xr.Dataset) -> str:
+    effect, change, repair, *parts = _columns(found)
+    return f"{effect:>14}{change:>13}{repair:>12}{'':>9}{_parts(parts)}{'repaired':>11}"
+
+
+def _parts(cells: list[str]) -> str:
+    """The last columns, closer together where there are more of them."""
+    width = 9 if len(cells) < 4 else 7
+    return "".join(f"{each:>{width}}" for each in cells)
 
 
 def _cells(one: xr.Dataset, half_width: float, repaired: str, mark: str = " ") -> str:
     """A row's numbers; `mark` is set behind the self-repair."""
-    effect, change, repair, *parts = (number(float(one[name])) for name in COLUMNS.values())
+    effect, change, repair, *parts = (number(float(one[name])) for name in _columns(one).values())
     shown = f"{effect:>14}{change:>13}{repair:>11} {reach(half_width):<8}{mark}"
-    return shown + "".join(f"{each:>9}" for each in parts) + f"{repaired:>11}"
+    return f"{shown}{_parts(parts)}{repaired:>11}"
 
 
 def _count(repaired: int, tested: int) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -24,8 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -106,12 +106,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 
 # Heads that do not write straight into the stream, or logits that are not linear in the normed stream.
 REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
-    # Norms after attention and MLP, and soft-capped logits.
-    "gemma2": partial(
-        _llama_like, Gemma2ForCausalLM, Gemma2Config, 4, 2, 32, head_dim=8, query_pre_attn_scalar=8
-    ),
-    # Norms after attention and MLP only.
-    "olmo2": partial(_llama_like, Olmo2ForCausalLM, Olmo2Config, 4, 4, 32),
+    # The final norm normalises the embeddings too.
+    "nanochat": partial(_llama_like, NanoChatForCausalLM, NanoChatConfig, 4, 2, 32),
+    # What enters the output projection is a difference of two normed attentions.
+    "diffllama": partial(_llama_like, DiffLlamaForCausalLM, DiffLlamaConfig, 4, 2, 32),
     # The stream itself is normed in every layer, and there is no final norm.
     "opt-postnorm": partial(_opt, do_layer_norm_before=False),
     # A matrix at either end of the stream.
@@ -168,7 +166,7 @@ def build(name: str, seed: int = 0, *, exact: bool = False, attention: str | Non
     """A tiny model of FAMILIES or REFUSED: float64, in eval mode, every parameter random from `seed`.
 
     exact: RMSNorms compute in float64 too, so that Llama-like models can be held to 1e-10 and not only 1e-5.
-    attention: by default what users get, "sdpa", which keeps float64 throughout (Gemma 2 has only "eager");
+    attention: by default what users get, "sdpa", which keeps float64 throughout (some have only "eager");
     "eager" gives the same to about 1e-6, as the softmax of all but GPT-2 is then float32.
     """
     model = (FAMILIES | REFUSED | further.MODELS)[name]().double().eval()

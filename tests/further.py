@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-ABOUT_ONE = ("GemmaRMSNorm", "NemotronLayerNorm1P")
+ABOUT_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "NemotronLayerNorm1P")
 """Norms whose gain is 1 plus their weight."""
 
 CENTRED = ("OlmoLayerNorm", "CohereLayerNorm", "Cohere2LayerNorm")
@@ -23,10 +23,11 @@ class Places:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     positions: str | None = None
-    norm: str = "input_layernorm"
+    norm: str | None = "input_layernorm"
     projection: str = "self_attn.o_proj"
     mlp: str = "mlp"
     constants: bool = True
+    post: str | None = None
 
 
 _BLOOM = Places(
@@ -35,6 +36,7 @@ _BLOOM = Places(
     projection="self_attention.dense",
     mlp="mlp.dense_4h_to_h",
 )
+_BEHIND = Places(mlp="post_feedforward_layernorm", post="post_attention_layernorm")
 _LIKE_LLAMA = (
     "gemma phi3 smollm3 ministral3 seed_oss helium arcee nemotron olmo starcoder2 stablelm cohere cohere2 granite "
     "mixtral olmoe qwen2_moe qwen3_moe glm4_moe minimax_m2 phimoe deepseek_v2 deepseek_v3"
@@ -45,6 +47,9 @@ PLACES = dict.fromkeys(_LIKE_LLAMA.split(), Places()) | {
     "granitemoe": Places(mlp="block_sparse_moe"),
     "llama4_text": Places(mlp="feed_forward"),
     "gpt_oss": Places(constants=False),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), replace(_BEHIND, norm=None)),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _BEHIND),
+    "glm4": Places(mlp="post_mlp_layernorm", post="post_self_attn_layernorm"),
     "gpt_neo": Places(
         layers="transformer.h",
         final_norm="transformer.ln_f",
@@ -103,6 +108,8 @@ _LATENT = {
 _LATENT |= {"num_key_value_heads": 4}
 _MULTIPLIED = {"residual_multiplier": 0.4, "logits_scaling": 2.0, "embedding_multiplier": 3.0}
 _MULTIPLIED |= {"attention_multiplier": 0.3}
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_CAPS = {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 12}
 _PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -137,6 +144,15 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "falcon-sequential": partial(_made, "Falcon", multi_query=False, parallel_attn=False, alibi=True),
     "bloom": partial(_made, "Bloom", n_layer=3, n_head=4),
     "mpt": partial(_made, "Mpt", d_model=32, n_heads=4, n_layers=3, max_seq_len=24),
+    "olmo2": partial(_made, "Olmo2"),
+    "olmo2-biased": partial(_made, "Olmo2", attention_bias=True),
+    "olmo3": partial(_made, "Olmo3", sliding_window=4, layer_types=_SLIDING),
+    "exaone4": partial(_made, "Exaone4", sliding_window=4, layer_types=_SLIDING),
+    "gemma2": partial(_made, "Gemma2", head_dim=12, sliding_window=4, **_CAPS),
+    "gemma3": partial(
+        _made, "Gemma3", config="Gemma3Text", head_dim=12, sliding_window=4, layer_types=_SLIDING
+    ),
+    "glm4": partial(_made, "Glm4", head_dim=8, attention_bias=True),
     "mixtral": partial(_made, "Mixtral", **_EXPERTS),
     "olmoe": partial(_made, "Olmoe", num_experts=4, num_experts_per_tok=2),
     "qwen2-moe": partial(

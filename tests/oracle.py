@@ -32,6 +32,7 @@ PER_HEAD = (
     "ablated_norm_scale",
     "closure",
 )
+OF_SOME_MODELS = ("from_post_norms", "logit_change_capped")
 
 
 # ---------------------------------------------------------------- where each family keeps its parts
@@ -54,6 +55,7 @@ class Layer:
     W_V: Tensor | None = None
     b_V: Tensor | None = None
     constant: Tensor | None = None
+    post: nn.Module | None = None  # the norm behind the attention
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,11 @@ def _further(model: nn.Module) -> Parts:
     config, places = model.config, further.places(model)
     blocks = list(model.get_submodule(places.layers))
     projections = [block.get_submodule(places.projection) for block in blocks]
-    norms = [block.get_submodule(places.norm) for block in blocks]
-    constants = _seen_constants(model, norms, projections) if places.constants else [None] * len(blocks)
+    norms = [block.get_submodule(places.norm) if places.norm else None for block in blocks]
+    attentions = [block.get_submodule(places.projection.rpartition(".")[0]) for block in blocks]
+    constants = (
+        _seen_constants(model, attentions, norms, projections) if places.constants else [None] * len(blocks)
+    )
     multiplier = getattr(config, "residual_multiplier", 1.0)
     layers = [
         Layer(
@@ -178,6 +183,7 @@ def _further(model: nn.Module) -> Parts:
             _matrix(projection) * multiplier,
             None if projection.bias is None else _bias(projection) * multiplier,
             constant=constant,
+            post=block.get_submodule(places.post) if places.post else None,
         )
         for block, norm, projection, constant in zip(blocks, norms, projections, constants, strict=True)
     ]
@@ -197,8 +203,11 @@ def _further(model: nn.Module) -> Parts:
     )
 
 
-def _seen_constants(model, norms, projections) -> list[Tensor | None]:
-    """z of every head where every position reads the norm's output at zero: attention weights add up to 1."""
+def _seen_constants(model, attentions, norms, projections) -> list[Tensor | None]:
+    """z of every head where every position reads the norm's output at zero, or zero where the attention has no norm.
+
+    For attention weights add up to 1.
+    """
     seen = {}
 
     def zero(module, args, output):
@@ -207,7 +216,14 @@ def _seen_constants(model, norms, projections) -> list[Tensor | None]:
     def note(layer):
         return lambda module, args: seen.update({layer: args[0][0, 0].double()})
 
-    pairs = [(norm.register_forward_hook, zero) for norm in norms]
+    def silent(module, args, kwargs):
+        return args, kwargs | {"hidden_states": torch.zeros_like(kwargs["hidden_states"])}
+
+    def into(attention):
+        return lambda hook: attention.register_forward_pre_hook(hook, with_kwargs=True)
+
+    pairs = [(norm.register_forward_hook, zero) for norm in norms if norm is not None]
+    pairs += [(into(a), silent) for a, norm in zip(attentions, norms, strict=True) if norm is None]
     pairs += [(p.register_forward_pre_hook, note(i)) for i, p in enumerate(projections)]
     with torch.no_grad(), _hooked(pairs):
         model(torch.arange(4)[None] % model.config.vocab_size, use_cache=False)
@@ -224,10 +240,12 @@ class Pass:
 
     z: dict[int, Tensor]
     mlp: dict[int, Tensor]
+    post: dict[int, Tensor]
     embed: Tensor | None = None
     pos_embed: Tensor | None = None
     final: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Tensor | None = None  # before a soft cap, if there is one
+    returned: Tensor | None = None
 
 
 @contextmanager
@@ -300,14 +318,26 @@ def _final_hook(seen: Pass, set_scale: Tensor | None) -> Callable:
     return hook
 
 
-def run(parts: Parts, ids: Tensor, *, set_heads=None, set_mlps=None, set_scale=None) -> Pass:
+def _post_hook(seen: Pass, layer: int, set_scale: Tensor | None) -> Callable:
+    """After the norm behind an attention: note its input; with set_scale, normalise by that scale."""
+
+    def hook(module, args, output):
+        seen.post[layer] = args[0].double()
+        if set_scale is not None:
+            return (gain(module) * seen.post[layer] / set_scale[..., None]).to(output.dtype)
+
+    return hook
+
+
+def run(parts: Parts, ids: Tensor, *, set_heads=None, set_mlps=None, set_scale=None, set_posts=None) -> Pass:
     """One full forward pass of the real model on ids [prompt, T].
 
     set_heads {(layer, head): z [prompt, T, head_dim]}, set_mlps {layer: output [prompt, T, d_model]} and
-    set_scale [prompt, T] (of the final norm) are written in place of what the model computes.
+    set_scale [prompt, T] (of the final norm), set_posts {layer: [prompt, T]} (of the norms behind attention) are
+    written in place of what the model computes.
     """
     shape = tuple(ids.shape)
-    seen = Pass({}, {})
+    seen = Pass({}, {}, {})
     pairs = [(parts.embed.register_forward_hook, _note_hook(seen, "embed", shape))]
     if parts.first is not None:
         pairs = [(parts.first.register_forward_pre_hook, _stream_hook(seen))]
@@ -317,9 +347,16 @@ def run(parts: Parts, ids: Tensor, *, set_heads=None, set_mlps=None, set_scale=N
         attention = _attention_hook(seen, i, parts.n_heads, set_heads or {})
         pairs.append((layer.projection.register_forward_pre_hook, attention))
         pairs.append((layer.mlp.register_forward_hook, _mlp_hook(seen, i, shape, set_mlps or {})))
+        if layer.post is not None:
+            hook = _post_hook(seen, i, (set_posts or {}).get(i))
+            pairs.append((layer.post.register_forward_hook, hook))
     pairs.append((parts.final_norm.register_forward_hook, _final_hook(seen, set_scale)))
+    if getattr(parts.model.config, "final_logit_softcapping", None):
+        pairs.append((parts.model.lm_head.register_forward_hook, _note_hook(seen, "logits", shape)))
     with torch.no_grad(), _hooked(pairs):
-        seen.logits = parts.model(ids, use_cache=False).logits.double()
+        seen.returned = parts.model(ids, use_cache=False).logits.double()
+    if seen.logits is None:
+        seen.logits = seen.returned
     return seen
 
 
@@ -357,9 +394,9 @@ def scale(norm: nn.Module, x: Tensor) -> Tensor:
 
 def value_constant(layer: Layer) -> Tensor | None:
     """c_h = W_V beta + b_V of every head [head, head_dim]: None where the model has neither beta nor b_V."""
-    beta = _bias(layer.norm)
     if layer.W_V is None:
         return layer.constant
+    beta = _bias(layer.norm)
     if beta is None and layer.b_V is None:
         return None
     constant = torch.zeros(layer.W_V.shape[1:], dtype=torch.float64)
@@ -379,8 +416,10 @@ class Write:
     x: Tensor
 
 
-def _attention_writes(layer: Layer, index: int, z: Tensor, value_bias: str) -> list[Write]:
-    """Each head's write, and the attention's bias where there is one."""
+def _attention_writes(
+    layer: Layer, index: int, z: Tensor, value_bias: str, post: Tensor | None
+) -> list[Write]:
+    """Each head's write, and the attention's bias where there is one; `post` is what sets a norm behind it."""
     constant = value_constant(layer) if value_bias == "output" else None
     bias, writes = layer.b_O, []
     for head in range(z.shape[2]):
@@ -392,16 +431,22 @@ def _attention_writes(layer: Layer, index: int, z: Tensor, value_bias: str) -> l
         writes.append(Write(f"L{index}H{head}", "head", z_h @ W))
     if bias is not None:
         writes.append(Write(f"L{index}.attention_bias", "attention_bias", bias.expand_as(writes[0].x)))
-    return writes
+    if post is None:
+        return writes
+    factor = gain(layer.post) / scale(layer.post, post)[..., None]
+    return [Write(w.label, w.kind, w.x * factor) for w in writes]
 
 
-def component_writes(parts: Parts, seen: Pass, value_bias: str) -> list[Write]:
-    """Every component's write, in the order of the labels; they sum to the final residual stream."""
+def component_writes(parts: Parts, seen: Pass, value_bias: str, clean: Pass) -> list[Write]:
+    """Every component's write, in the order of the labels; of a clean pass they sum to the final residual stream.
+
+    The scales of norms behind attention are those of the clean pass.
+    """
     writes = [Write("embed", "embed", seen.embed)]
     if parts.pos_embed is not None:
         writes.append(Write("pos_embed", "pos_embed", seen.pos_embed))
     for i, layer in enumerate(parts.layers):
-        writes += _attention_writes(layer, i, seen.z[i], value_bias)
+        writes += _attention_writes(layer, i, seen.z[i], value_bias, clean.post.get(i))
         writes.append(Write(f"L{i}.mlp", "mlp", parts.multiplier * seen.mlp[i]))
     return writes
 
@@ -472,9 +517,19 @@ class Setting:
         """The target's logit, from the model's own output."""
         return _target_logit(seen.logits, self.ids, self.target)
 
-    def writes(self, seen: Pass) -> list[Write]:
+    def writes(self, seen: Pass, clean: Pass) -> list[Write]:
         """Every component's write."""
-        return component_writes(self.parts, seen, self.value_bias)
+        return component_writes(self.parts, seen, self.value_bias, clean)
+
+    def from_post_norms(self, seen: Pass, clean: Pass, goal: "Target", S: Tensor) -> Tensor | float:
+        """What the norms behind attention add to a head's ablation by their change of scale."""
+        total = 0.0
+        for i, layer in enumerate(self.parts.layers):
+            if layer.post is not None and self.freeze != "all":
+                change = 1 / scale(layer.post, seen.post[i]) - 1 / scale(layer.post, clean.post[i])
+                extra = change[..., None] * gain(layer.post) * seen.post[i]
+                total = total + (extra[:, :-1] * goal.d).sum(-1) / S
+        return total
 
     def scale(self, seen: Pass) -> Tensor:
         """The final norm's scale [prompt, T]."""
@@ -502,7 +557,7 @@ class Clean:
 def _clean(setting: Setting) -> Clean:
     """The clean run and its direct effects."""
     seen = run(setting.parts, setting.ids)
-    S, writes = setting.scale(seen), setting.writes(seen)
+    S, writes = setting.scale(seen), setting.writes(seen, seen)
     goal = _target(setting.parts, setting.ids, setting.target)
     effects = _direct_effects(writes, goal, S[:, :-1])
     labels, kinds = [w.label for w in writes], [w.kind for w in writes]
@@ -531,25 +586,30 @@ def _ablated(setting: Setting, clean: Clean, layer: int, head: int, new_z: Tenso
         for later in range(layer + 1, len(parts.layers)):
             for other in range(parts.n_heads):
                 set_heads[later, other] = clean.seen.z[later][:, :, other]
-    set_scale = clean.S_all if setting.freeze == "all" else None
-    return run(parts, setting.ids, set_heads=set_heads, set_mlps=set_mlps, set_scale=set_scale)
+    held = {}
+    if setting.freeze == "all":
+        posts = {i: scale(parts.layers[i].post, x) for i, x in clean.seen.post.items()}
+        held = {"set_scale": clean.S_all, "set_posts": posts}
+    return run(parts, setting.ids, set_heads=set_heads, set_mlps=set_mlps, **held)
 
 
 def _measure(setting: Setting, clean: Clean, seen: Pass, own: int) -> dict[str, Tensor]:
     """Equations 1 and 2 for one ablated head, which is component number `own`."""
-    effects = _direct_effects(setting.writes(seen), clean.goal, clean.S)
+    effects = _direct_effects(setting.writes(seen, clean.seen), clean.goal, clean.S)
     change = effects - clean.effects
     heads = [i for i, kind in enumerate(clean.kinds) if kind == "head" and i != own]
     mlps = [i for i, kind in enumerate(clean.kinds) if kind == "mlp"]
     S = clean.S
     S_new = S if setting.freeze == "all" else setting.scale(seen)[:, :-1]
-    R, R_new = clean.logit - clean.goal.k, effects.sum(-1)
+    post = setting.from_post_norms(seen, clean.seen, clean.goal, S) + torch.zeros_like(S)
+    R, R_new = clean.logit - clean.goal.k, effects.sum(-1) + post
     out = {
         "direct_effect": clean.effects[..., own],
         "ablated_direct_effect": effects[..., own],
         "logit_change": setting.logit(seen) - clean.logit,
         "from_heads": change[..., heads].sum(-1),
         "from_mlps": change[..., mlps].sum(-1),
+        "from_post_norms": post,
         "from_norm": (S / S_new - 1) * R_new,
         "norm_on_existing": (S / S_new - 1) * R,
         "norm_on_change": (S / S_new - 1) * (R_new - R),
@@ -557,7 +617,10 @@ def _measure(setting: Setting, clean: Clean, seen: Pass, own: int) -> dict[str, 
         "component_change": change,
     }
     out["self_repair"] = out["logit_change"] - change[..., own]
-    out["closure"] = out["self_repair"] - (out["from_heads"] + out["from_mlps"] + out["from_norm"])
+    parts = ("from_heads", "from_mlps", "from_post_norms", "from_norm")
+    out["closure"] = out["self_repair"] - sum(out[part] for part in parts)
+    raw = [_target_logit(p.returned, setting.ids, "raw") for p in (seen, clean.seen)]
+    out["logit_change_capped"] = raw[0] - raw[1]
     return out
 
 
@@ -578,7 +641,7 @@ def _check(ablation: str, partners, target, value_bias: str, freeze) -> None:
 def _empty(parts: Parts, ids: Tensor, n_components: int) -> dict[str, np.ndarray]:
     """NaN arrays for all heads, of which only those asked for are filled."""
     shape = (len(parts.layers), parts.n_heads, ids.shape[0], ids.shape[1] - 1)
-    out = {name: np.full(shape, np.nan) for name in PER_HEAD}
+    out = {name: np.full(shape, np.nan) for name in (*PER_HEAD, *OF_SOME_MODELS)}
     out["component_change"] = np.full((*shape, n_components), np.nan)
     return out
 
@@ -609,9 +672,10 @@ def reference(
                 ablated_norm_scale is then the clean one and from_norm is 0.
 
     Returns float64 arrays, in logits but for the two scales, for the positions 0 .. T-2:
-    logit, norm_scale and constant (k_t) [prompt, position]; the variables of PER_HEAD [layer, head, prompt,
-    position]; component_direct_effect [prompt, position, component]; component_change [layer, head, prompt,
-    position, component]; and under "components" the list of labels.
+    logit, norm_scale and constant (k_t) [prompt, position]; the variables of PER_HEAD and OF_SOME_MODELS [layer, head,
+    prompt, position]; component_direct_effect [prompt, position, component]; component_change [layer, head, prompt,
+    position, component]; under "components" the list of labels, and under "of_this_model" the names of what not every
+    model has.
     """
     _check(ablation, partners, target, value_bias, freeze)
     setting = Setting(find_parts(model), torch.as_tensor(np.asarray(ids)), target, value_bias, freeze)
@@ -627,4 +691,7 @@ def reference(
             out[name][layer, head] = value.numpy()
     out["logit"], out["norm_scale"] = clean.logit.numpy(), clean.S.numpy()
     out["constant"], out["component_direct_effect"] = clean.goal.k.numpy(), clean.effects.numpy()
-    return out | {"components": clean.labels}
+    of_this_model = set() if setting.parts.layers[0].post is None else {"from_post_norms"}
+    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        of_this_model.add("logit_change_capped")
+    return out | {"components": clean.labels, "of_this_model": of_this_model}

@@ -2,7 +2,8 @@
 
 Like `oracle`, on which it builds, it imports nothing of the package and reads the weights directly. Sites are plain
 tuples: ("head", layer, head), ("attention", layer), ("mlp", layer), ("neuron", layer, neuron), ("layers", first, stop),
-("swap", layer); what can only be frozen: ("norm", layer, "attention" or "mlp"), ("finalnorm",). Replacements are
+("swap", layer); what can only be frozen: ("norm", layer, "attention" or "mlp"), ("postnorms",),
+("finalnorm",). Replacements are
 words, or ("scale", factor), ("constant", value), ("otherhead", head), ("reinforce", scale). Layers are deleted and
 swapped by doing so in the model's own list of layers.
 """
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 HOLDERS = {"gpt2": "transformer", "gptj": "transformer", "gpt_neox": "gpt_neox", "opt": "model.decoder"}
 LISTS = {"gpt2": "h", "gptj": "h"}
 MLP_NORMS = {"gpt2": "ln_2", "opt": "final_layer_norm"}
-ONE_NORM = ("gptj",)
-"""Where attention and MLP read the same normed stream."""
+NO_OTHER_NORM = ("gptj", "olmo2")
+"""Where the MLP reads what the attention reads, or the stream as it is."""
 
 DOWN_PROJECTIONS = {
     "gpt2": "mlp.c_proj",
@@ -65,7 +66,11 @@ class Edited:
         self.list = LISTS.get(kind, "layers")
         self.blocks = list(getattr(self.body, self.list))
         named = MLP_NORMS.get(kind, "post_attention_layernorm")
-        self.mlp_norms = [] if kind in ONE_NORM else [b.get_submodule(named) for b in self.blocks]
+        self.mlp_norms = [] if kind in NO_OTHER_NORM else [b.get_submodule(named) for b in self.blocks]
+        own = [(i, layer.norm, layer.post) for i, layer in enumerate(self.parts.layers)]
+        norms = {(i, "attention"): norm for i, norm, _ in own} | {(i, "post"): norm for i, _, norm in own}
+        norms |= {(i, "mlp"): norm for i, norm in enumerate(self.mlp_norms)}
+        self.norms = {name: norm for name, norm in norms.items() if norm is not None}
         self.downs = [b.get_submodule(DOWN_PROJECTIONS.get(kind, "mlp.down_proj")) for b in self.blocks]
         goal = (self.ids[:, 1:], arrays["other"]) if target == "difference" else target
         self.setting = oracle.Setting(self.parts, self.ids, goal, value_bias, None)
@@ -77,15 +82,15 @@ class Edited:
         }
         self.S_all = self.setting.scale(self.clean)
         self.S = self.S_all[:, :-1]
-        self.labels = [w.label for w in self.setting.writes(self.clean)]
-        self.kinds = [w.kind for w in self.setting.writes(self.clean)]
+        self.labels = [w.label for w in self.setting.writes(self.clean, self.clean)]
+        self.kinds = [w.kind for w in self.setting.writes(self.clean, self.clean)]
         self.effects = self._effects(self.clean)
 
     # ------------------------------------------------------------ passes
 
     def run(self, ids: Tensor, edits: Edits) -> Seen:
         """One full forward pass of the real model, with its own logits."""
-        seen, shape = Seen({}, {}), tuple(ids.shape)
+        seen, shape = Seen({}, {}, {}), tuple(ids.shape)
         parts = self.parts
         pairs = [(parts.embed.register_forward_hook, oracle._note_hook(seen, "embed", shape))]
         if parts.pos_embed is not None:
@@ -94,16 +99,16 @@ class Edited:
             attention = oracle._attention_hook(seen, i, parts.n_heads, edits.heads)
             pairs += [
                 (self.blocks[i].register_forward_pre_hook, _insert_hook(edits.inserted.get(i))),
-                (layer.norm.register_forward_hook, _norm_hook(seen, (i, "attention"), shape, edits)),
                 (layer.projection.register_forward_pre_hook, attention),
                 (self.downs[i].register_forward_pre_hook, _hidden_hook(seen, i, shape, edits)),
                 (layer.mlp.register_forward_hook, oracle._mlp_hook(seen, i, shape, edits.mlps)),
             ]
-        for i, norm in enumerate(self.mlp_norms):
-            pairs.append((norm.register_forward_hook, _norm_hook(seen, (i, "mlp"), shape, edits)))
+        for name, norm in self.norms.items():
+            pairs.append((norm.register_forward_hook, _norm_hook(seen, name, shape, edits)))
         pairs.append((parts.final_norm.register_forward_hook, oracle._final_hook(seen, edits.final_scale)))
         with torch.no_grad(), oracle._hooked(pairs), self._ordered(edits.order):
             seen.logits = parts.model(ids, use_cache=False).logits.double()
+        seen.post = {i: x for (i, which), x in seen.norm_inputs.items() if which == "post"}
         return seen
 
     @contextmanager
@@ -154,8 +159,24 @@ class Edited:
                 for layer in seen.hidden
             },
         }
+        if self.clean.post:
+            terms = self._from_post_norms(seen, edits)
+            whole = {layer for s in sites if s[0] in ("layers", "swap") for layer in self._whole(s)}
+            found["ablated_direct_effect"] += sum(terms.pop(layer, 0) for layer in whole)
+            found["from_post_norms"] = sum(terms.values(), torch.zeros_like(self.S))
         if inserted is not None:
             found["inserted_direct_effect"] = (inserted[:, :-1] * self.goal.d).sum(-1) / self.S
+        return found
+
+    def _from_post_norms(self, seen: Seen, edits: Edits) -> dict[int, Tensor]:
+        """What the norm behind each layer's attention adds; swapped layers count it with what they write."""
+        found = {}
+        for i, x in seen.post.items():
+            if (i, "post") not in edits.scales:
+                norm = self.norms[i, "post"]
+                change = 1 / oracle.scale(norm, x) - 1 / oracle.scale(norm, self.clean.post[i])
+                extra = change[..., None] * oracle.gain(norm) * x
+                found[i] = (extra[:, :-1] * self.goal.d).sum(-1) / self.S
         return found
 
     def clean_values(self) -> dict[str, Tensor]:
@@ -179,7 +200,7 @@ class Edited:
         gone = [i for i in range(len(self.blocks)) if i not in seen.z]
         for layer in gone:
             seen.z[layer], seen.mlp[layer] = self.clean.z[layer], self.clean.mlp[layer]
-        effects = oracle._direct_effects(self.setting.writes(seen), self.goal, self.S)
+        effects = oracle._direct_effects(self.setting.writes(seen, self.clean), self.goal, self.S)
         for layer in gone:
             effects[..., [i for i, label in enumerate(self.labels) if _layer(label) == layer]] = 0
         return effects
@@ -236,8 +257,10 @@ class Edited:
         elif kind == "mlp":
             edits.hidden[site[1]] = clean.hidden[site[1]]
         elif kind == "norm":
-            norm = self.parts.layers[site[1]].norm if site[2] == "attention" else self.mlp_norms[site[1]]
-            edits.scales[site[1:]] = oracle.scale(norm, clean.norm_inputs[site[1:]])
+            edits.scales[site[1:]] = oracle.scale(self.norms[site[1:]], clean.norm_inputs[site[1:]])
+        elif kind == "postnorms":
+            for layer, x in clean.post.items():
+                edits.scales[layer, "post"] = oracle.scale(self.norms[layer, "post"], x)
         elif kind == "finalnorm":
             edits.final_scale = self.S_all
         else:
@@ -277,6 +300,8 @@ class Edited:
         layer = self.parts.layers[site[1]]
         W = layer.W_O.unflatten(0, (self.parts.n_heads, -1))[site[2]]
         own = (self._value(site, self.clean) - self._constant(site)) @ W
+        if layer.post is not None:
+            own = own * oracle.gain(layer.post) / oracle.scale(layer.post, self.clean.post[site[1]])[..., None]
         added = torch.zeros_like(own)
         for prompt, position in enumerate(self.arrays["edited_position"].tolist()):
             added[prompt, position] = scale * own[prompt, position]

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from terminal import assert_same_numbers
 
 import selfrepair_nn as sr
-from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Norm, Swap
+from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Norm, PostNorms, Swap
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import Incomplete, UsageError
 from selfrepair_nn.graph import Graph, Variants, freeze_set, sweep
@@ -232,6 +232,24 @@ def test_the_other_families(job, name):
     for site in (Layers(0, 1), Layers(1, 2), Swap(0)):
         agree(name, job(name, [(site,)], "zero"), [(site,)], "zero")
     reinforced = sweep([Head(0, 1), Head(1, 2)])
+    agree(name, job(name, reinforced, Reinforce(2.0)), reinforced, Reinforce(2.0))
+
+
+@pytest.mark.parametrize("name", ["olmo2", "glm4"])
+def test_norms_behind_sublayers(job, name):
+    """Their scales react in the head's own layer too; they can be frozen; what a head writes has passed them."""
+    ablate = [case for case in CASES if not any(isinstance(site, Neuron) for site in case)]
+    for replacement, freeze in (
+        ("counterfactual", frozenset()),
+        ("mean", FREEZES["some"]),
+        (Scale(0.5), frozenset({PostNorms(), Mlp(1), Norm(2, "attention")})),
+    ):
+        found = job(name, ablate, replacement, record="full", freeze=freeze, tokens_per_pass=100)
+        agree(name, found, ablate, replacement, freeze)
+        assert (np.abs(found["from_post_norms"]).max() > 1e-3) == (PostNorms() not in freeze)
+    for site in (Layers(0, 1), Layers(1, 3), Swap(0), Swap(1)):
+        agree(name, job(name, [(site,)], "zero"), [(site,)], "zero")
+    reinforced = sweep([Head(0, 1), Head(1, 2), Head(2, 0)])
     agree(name, job(name, reinforced, Reinforce(2.0)), reinforced, Reinforce(2.0))
 
 
@@ -551,7 +569,7 @@ WHOLE = st.one_of(st.builds(Layers, LAYER, st.integers(1, 4)), st.builds(Swap, L
 ONE_CASE = (
     st.lists(PARTS, min_size=1, max_size=3) | st.tuples(PARTS) | st.lists(WHOLE, min_size=1, max_size=2)
 )
-FREEZABLE = st.builds(Head, LAYER, st.integers(0, 4)) | st.sampled_from([*sorted(NORMS), FinalNorm()])
+FREEZABLE = st.builds(Head, LAYER, st.integers(0, 4)) | st.sampled_from([*sorted(NORMS), PostNorms(), FinalNorm()])
 FREEZABLE |= st.builds(Mlp, LAYER) | st.builds(Attention, LAYER)
 ANY_REPLACEMENT = st.just("zero") | st.sampled_from(
     [*REPLACEMENTS, Reinforce(1.0), OtherHead(Head(9, 0)), "noise", None]

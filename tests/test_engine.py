@@ -20,6 +20,7 @@ THOROUGH = ["gpt2", "neox-parallel", "llama-biases"]
 LAYER_NORM = ["gpt2", "gptj", "neox-parallel", "neox-sequential", "opt", "opt-biasless"]
 NAMES = {"logit": "logit", "norm_scale": "norm_scale", "target_constant": "constant"}
 NAMES |= {name: name for name in (*oracle.PER_HEAD, "component_direct_effect", "component_change")}
+NAMES |= {name: name for name in oracle.OF_SOME_MODELS}
 # Every ablation with every target and every value bias.
 CONFIGURATIONS = [
     ("resample", "centred", "output"),
@@ -59,7 +60,9 @@ def close(actual, desired, atol=TIGHT):
 
 def agree(dataset, expected, atol=TIGHT):
     """Every stored quantity that the oracle knows, and the labels of the components."""
-    for name, theirs in NAMES.items():
+    missing = {*oracle.OF_SOME_MODELS} - expected["of_this_model"]
+    assert missing.isdisjoint(dataset)
+    for name, theirs in ((name, of) for name, of in NAMES.items() if name not in missing):
         assert np.isfinite(dataset[name]).all(), name
         assert_allclose(dataset[name], expected[theirs], rtol=0, atol=atol, err_msg=name)
     assert dataset.component.values.tolist() == expected["components"]
@@ -238,7 +241,7 @@ def joint(model, ids, case, replacement, freeze=frozenset(), target="centred", v
     set_mlps = {s.layer: clean.seen.mlp[s.layer] for s in freeze if type(s) is Mlp}
     set_scale = clean.S_all if FinalNorm() in freeze else None
     seen = oracle.run(parts, setting.ids, set_heads=set_heads, set_mlps=set_mlps, set_scale=set_scale)
-    effects = oracle._direct_effects(setting.writes(seen), clean.goal, clean.S)
+    effects = oracle._direct_effects(setting.writes(seen, clean.seen), clean.goal, clean.S)
     change = effects - clean.effects
     own = [clean.labels.index(h.label) for h in case]
     others = [i for i, kind in enumerate(clean.kinds) if kind == "head" and i not in own]

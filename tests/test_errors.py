@@ -110,8 +110,8 @@ def test_an_impossible_configuration(place, good, change):
 @pytest.mark.parametrize(
     ("family", "fragments"),
     [
-        ("gemma2", ["'gemma2'", "not supported", "gpt2, gpt_neox, gptj, llama"]),
-        ("olmo2", ["'olmo2'", "not supported"]),
+        ("nanochat", ["'nanochat'", "not supported", "gpt2, gpt_neox, gptj, llama"]),
+        ("diffllama", ["'diffllama'", "not supported"]),
         ("opt-postnorm", ["opt", "norms come after", "do_layer_norm_before"]),
         ("opt-projected", ["opt", "word_embed_proj_dim"]),
     ],

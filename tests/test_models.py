@@ -28,7 +28,7 @@ def test_what_cannot_be_decomposed_is_refused_with_the_reason(name):
 
 def test_an_unknown_family_lists_the_supported():
     with pytest.raises(UnsupportedModel) as refused:
-        wrap(families.REFUSED["gemma2"]())
+        wrap(families.REFUSED["nanochat"]())
     assert all(name in str(refused.value) for name in SUPPORTED)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import selfrepair_nn as sr
-from selfrepair_nn.components import FinalNorm, Head, Mlp
+from selfrepair_nn.components import FinalNorm, Head, Mlp, PostNorms
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, freeze_set, sweep
 from selfrepair_nn.options import Options
@@ -56,7 +56,7 @@ def test_unknown_recipe_lists_ours():
 def test_freezing_downstream_and_all():
     down, everything = (freeze_set(name, 2, 2) for name in ("downstream", "all"))
     assert down == {Head(0, 0), Head(0, 1), Head(1, 0), Head(1, 1), Mlp(0), Mlp(1)}
-    assert everything == down | {FinalNorm()}
+    assert everything == down | {PostNorms(), FinalNorm()}
 
 
 def test_a_graph_names_what_it_does_not_know():

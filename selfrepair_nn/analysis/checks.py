@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.quantities import QUANTITIES, SWEEP, usual_share
+from selfrepair_nn.quantities import OF_MODELS, QUANTITIES, SWEEP, usual_share
 
 MEANS = (
     "direct_effect",
@@ -17,9 +17,16 @@ MEANS = (
     "from_mlps",
     "from_norm",
 )
+"""What every store has means of."""
+OF_SOME = tuple(name for name, q in QUANTITIES.items() if q.when in OF_MODELS)
 REQUIRED = ("selected", "done", *MEANS, "closure")
 HEADS = SWEEP[:2]
 DIMS = ("case", *SWEEP)
+
+
+def meant(ds: xr.Dataset) -> tuple[str, ...]:
+    """MEANS, and what models of some families have beside them: from_post_norms, logit_change_capped."""
+    return MEANS + tuple(name for name in OF_SOME if name in ds)
 
 
 def restored(ds: xr.Dataset) -> xr.Dataset:

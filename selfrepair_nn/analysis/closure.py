@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.blocks import counted_tokens, done_cases, largest, sites
-from selfrepair_nn.equations import CLOSURE
+from selfrepair_nn.equations import CLOSURE, TOLERANCE
 from selfrepair_nn.quantities import TOKEN
 
 
@@ -31,9 +31,13 @@ def _worst(ds: xr.Dataset) -> np.ndarray:
 
 
 def closure_limit(ds: xr.Dataset) -> float:
-    """The largest |closure| that the store's dtype allows, in logits."""
+    """The largest |closure| that the store's dtype allows, in logits.
+
+    Where norms come behind sublayers it has in it how exactly the model computes these, whatever is asked of it.
+    """
     dtype = str(ds.attrs.get("dtype", ds.closure.dtype))
-    return CLOSURE.get(dtype, CLOSURE["float32"]) * _spread(ds)
+    limits = TOLERANCE if "from_post_norms" in ds else CLOSURE
+    return limits.get(dtype, limits["float32"]) * _spread(ds)
 
 
 def _spread(ds: xr.Dataset) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.checks import MEANS, require_counted, restored
+from selfrepair_nn.analysis.checks import meant, require_counted, restored
 from selfrepair_nn.analysis.closure import closure
 from selfrepair_nn.analysis.summaries import described_widths
 from selfrepair_nn.analysis.task import verdict
@@ -34,7 +34,7 @@ CASES = ("case", "case_sites", "case_layer")
 def name_movers(ds: xr.Dataset) -> xr.Dataset:
     """What each ablation does to the logit difference of the two names, over (case), means over tokens, in logits.
 
-    Variables are those of MEANS, and:
+    Variables are those that `by_head` has means of, and:
 
     - kind: "single" for one head, "joint" for several, "moved" for deleted layers;
     - removed = direct_effect - ablated_direct_effect; x_half_width, of each mean: half the width of its 95% interval,
@@ -52,7 +52,7 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     ds, done = _done(ds)
     counts, groups = token_counts(ds, done), clusters(ds)
     cases = sites_of(ds)
-    tallies = {name: Tally.of_prompts(sums(ds, name, done), counts, groups) for name in MEANS}
+    tallies = {name: Tally.of_prompts(sums(ds, name, done), counts, groups) for name in meant(ds)}
     before, after = (tallies[name] for name in ("direct_effect", "ablated_direct_effect"))
     tallies["removed"] = Tally(before.sums - after.sums, before.counts)
     found: Any = {}
@@ -64,7 +64,7 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     clean, correct = _answers(ds, done)
     found |= {"correct": ("case", correct), "kind": ("case", np.array([*map(_kind, cases)], object))}
     found = xr.Dataset(found, {name: ds[name].variable for name in CASES if name in ds.coords})
-    for name in MEANS:
+    for name in meant(ds):
         found[name].attrs = {"units": "logit", "long_name": f"mean {QUANTITIES[name].long_name}"}
     found.removed.attrs = {"units": "logit", "long_name": "mean direct effect removed"}
     clean_run = {"logit_difference": clean.mean(), "clean_correct": float((clean > 0).mean())}

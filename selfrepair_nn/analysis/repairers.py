@@ -30,8 +30,8 @@ def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     - repair_tokens(layer, head): how many tokens that is over. Of a finished run it is top_tokens; of an unfinished
       one with components="top" it can be fewer, for what is stored is the top share of the whole run.
 
-    For each head, the sum of repair over all components but its own, and top_from_norm, is top_self_repair
-    (Equation 2). A result of this function is returned as it is.
+    For each head, the sum of repair over all components but its own, top_from_norm and, of a model that has it,
+    top_from_post_norms, is top_self_repair (Equation 2). A result of this function is returned as it is.
 
     Raises:
         UsageError: the store holds no component changes, or only those of a smaller share; else as by_head.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.checks import MEANS, among, of_cases, of_heads, same_share, share_of
+from selfrepair_nn.analysis.checks import among, meant, of_cases, of_heads, same_share, share_of
 from selfrepair_nn.analysis.closure import closure
 from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.task import verdict
@@ -22,9 +22,9 @@ ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
 def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Summaries of each head over (layer, head), NaN where nothing is done; in logits unless said.
 
-    - x and top_x, for x in MEANS: mean over all counted tokens, and over the top share (Equations 1 and 2); so also
-      removed = direct_effect - ablated_direct_effect, what the ablation takes away, and distance = (logit_change +
-      direct_effect) / sqrt 2, from the line y = -x of Figure 2;
+    - x and top_x, for x in MEANS, and of some models from_post_norms and logit_change_capped: mean over all counted
+      tokens, and over the top share (Equations 1 and 2); so also removed = direct_effect - ablated_direct_effect, what
+      the ablation takes away, and distance = (logit_change + direct_effect) / sqrt 2, from the line y = -x of Figure 2;
     - norm_share: mean over the top share of clip(from_norm / direct_effect, 0, 1), no unit (Appendix A);
     - x_half_width, of each of these: half the width of its 95% interval, infinite where there is none: where fewer
       than 20 clusters hold a token. layer_x_half_width(layer) and overall_x_half_width: of the means over the heads of
@@ -96,7 +96,7 @@ def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Ite
     tokens, sums = Tokens.of(ds, share, groups)
     effects = chosen = tokens.top.effect
     plane: dict[str, Tally] = {}
-    for name in MEANS:
+    for name in meant(ds):
         if name != "direct_effect":
             sums, chosen = read(ds, name, tokens.done, tokens.top)
         found = tokens.both(name, sums, chosen)
@@ -157,7 +157,7 @@ def _noise_floor(ds: xr.Dataset) -> xr.Variable:
 
 def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
     """The summary with units and a name on each variable."""
-    known = {n: (QUANTITIES[n].units, f"mean {QUANTITIES[n].long_name}") for n in MEANS} | {
+    known = {n: (QUANTITIES[n].units, f"mean {QUANTITIES[n].long_name}") for n in meant(heads)} | {
         "self_repair_se": ("logit", "standard error of the mean self-repair"),
         "removed": ("logit", "mean direct effect removed"),
         "distance": ("logit", "distance from y = -x"),

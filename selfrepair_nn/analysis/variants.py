@@ -10,12 +10,13 @@ from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Tokens
 from selfrepair_nn.blocks import read, sites
+from selfrepair_nn.equations import PARTS
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import TOKEN
 
 Summary = Callable[[xr.Dataset, float], xr.Dataset]
-PAIRED = ("logit_change", "self_repair", "from_heads", "from_mlps", "from_norm")
+PAIRED = ("logit_change", "self_repair", *PARTS, "from_norm")
 
 SHARED = ("selected", "noise_floor", "tokens", "direct_effect", "top", "layer", "head")
 """What does not depend on the ablation, with top_ before it or not; half-widths of these do not either."""
@@ -70,9 +71,10 @@ def _is_shared(name: str) -> bool:
 def differences(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """What each variant changes against the first, over (axis, layer, head) or (axis, case), in logits.
 
-    x and top_x, for x in PAIRED: mean over all counted tokens, and over each head's top share, of the variant's value
-    minus the first's; x_se and top_x_se: standard errors of these means, token by token: smaller than those of two
-    separate means; x_half_width: half the width of the 95% interval, and of the means over heads, as in `by_head`.
+    x and top_x, for x in PAIRED as far as the store has it: mean over all counted tokens, and over each head's top
+    share, of the variant's value minus the first's; x_se and top_x_se: standard errors of these means, token by token:
+    smaller than those of two separate means; x_half_width: half the width of the 95% interval, and of the means over
+    heads, as in `by_head`.
     Memory: one block of prompts of all variants.
 
     Raises:
@@ -83,7 +85,7 @@ def differences(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     axis = axis_of(ds)
     tokens, _ = Tokens.of(ds, share)
     variants = [ds.isel({axis: i}) for i in range(ds.sizes[axis])]
-    first = {name: read(variants[0], name, tokens.done, tokens.top) for name in PAIRED}
+    first = {name: read(variants[0], name, tokens.done, tokens.top) for name in PAIRED if name in ds}
     rows = [_against(one, first, tokens) for one in variants]
     found = {
         name: ((axis, *dims), np.stack([row[name][1] for row in rows])) for name, (dims, _) in rows[0].items()

@@ -92,7 +92,8 @@ def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:
     begun = (TAKEN_UP_INSIDE if inside else TAKEN_UP) * model["d_model"]
     layers = model["n_layers"] - start
     z = READ * (layers - inside) * model["n_heads"] * model["d_head"]
-    return begun + z + READ * (layers + 1) * model["d_model"]
+    read = layers + 1 + (layers if "post_norm" in model["places"] else 0)
+    return begun + z + READ * read * model["d_model"]
 
 
 def _probe(plan: dict[str, Any], layers: int) -> int:
@@ -106,6 +107,6 @@ def _probe(plan: dict[str, Any], layers: int) -> int:
 
 def _widths(model: dict[str, Any]) -> dict[str, int]:
     """Numbers for each token of what a clean pass keeps."""
-    ends = ("input", "attention", "mlp", "attention_scale", "mlp_scale")
+    ends = ("input", "attention", "mlp", "attention_scale", "mlp_scale", "post_scale")
     residual: dict[str, int] = dict.fromkeys(ends, model["d_model"])
     return residual | {"z": model["n_heads"] * model["d_head"], "neurons": model["d_mlp"]}

@@ -10,7 +10,7 @@ from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from selfrepair_nn.analysis import SHARE, among, who_repairs
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, who_repairs
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import style, suiting
@@ -25,13 +25,15 @@ READING = (
 COLOURS = colormaps["RdBu"].with_extremes(bad="#9A9A9A")
 PALE = 0.25  # how much colour is left of what may be zero
 HALF = 0.5  # from the middle of a cell to its edge
+NORMS = {"top_from_post_norms": "post", "top_from_norm": "final"}
+"""What norms do; some models have norms behind their attention too."""
 SHOWN = 98  # percentile of a panel's sizes at which the colours may end
 LABELS = {"head": 16, "mlp": 8}  # numbers of layers that have room on an axis
 
 
 @figure(*suiting.COMPONENTS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
-    """Draw for each store three panels: mean changes of the heads, of the MLPs, and of the final norm.
+    """Draw for each store three panels: mean changes of the heads, of the MLPs, and of the norms.
 
     `datasets` is a store or a result of `who_repairs`, a sequence of them, or a mapping from title to them.
     Raises UsageError as `who_repairs` does, and if there is nothing to draw.
@@ -63,15 +65,17 @@ def _draw_store(panels: np.ndarray, pairs: xr.Dataset) -> AxesImage:
     repair = np.where(pairs.own.values, np.nan, pairs.repair.values)[layer, head]
     clear = np.where(pairs.own.values | pairs.repair_known.values, 1, PALE)[layer, head]
     at, kind = pairs.component_layer.values, pairs.component_kind.values
-    norm = pairs.top_from_norm.values[layer, head][:, None]
-    norm_clear = np.where(abs(norm) > pairs.top_from_norm_half_width.values[layer, head][:, None], 1, PALE)
+    norms = [name for name in NORMS if name in pairs]
+    norm, width = (_side_by_side(pairs, norms, end)[layer, head] for end in ("", HALF_WIDTH))
+    norm_clear = np.where(abs(norm) > width, 1, PALE)
     parts = []
     for name in ("head", "mlp"):
         columns = (kind == name) & (at >= rows.min())
         ends = _middles(at[columns], LABELS[name]), _edges(at[columns])
         parts.append((repair[:, columns], clear[:, columns], *ends))
     scale = _scale([*(values for values, *_ in parts), norm])
-    parts.append((norm, norm_clear, ([], []), []))
+    names = ([], []) if len(norms) == 1 else (range(len(norms)), [NORMS[name] for name in norms])
+    parts.append((norm, norm_clear, names, []))
     images = []
     for axes, (values, alpha, labels, edges) in zip(panels, parts, strict=True):
         look = {"cmap": COLOURS, "norm": scale, "aspect": "auto", "interpolation": "nearest"}
@@ -81,12 +85,18 @@ def _draw_store(panels: np.ndarray, pairs: xr.Dataset) -> AxesImage:
         axes.yaxis.set_ticks(*_middles(rows, LABELS["head"]))
         axes.tick_params(left=axes is panels[0])
         _mark(axes, _edges(rows), edges if values.shape[1] > len(edges) + 1 else [])
-    for axes, title in zip(panels[1:], ("MLPs", "norm"), strict=True):
+    for axes, title in zip(panels[1:], ("MLPs", "norms" if len(norms) > 1 else "norm"), strict=True):
         axes.set_title(title)
+    panels[2].tick_params(axis="x", rotation=90)
     for axes in panels[:2]:
         axes.set_xlabel("layer")
     panels[0].set_ylabel("layer of the ablated head")
     return images[-1]
+
+
+def _side_by_side(pairs: xr.Dataset, names: list[str], end: str) -> np.ndarray:
+    """Some means, or their half-widths, side by side: [layer, head, name]."""
+    return np.stack([pairs[name + end].values for name in names], -1)
 
 
 def _mark(axes: Axes, rows: np.ndarray, columns: Any) -> None:

@@ -13,7 +13,7 @@ from selfrepair_nn.case_sites import written
 from selfrepair_nn.components import Head
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.graph import Graph, Variants
+from selfrepair_nn.graph import Graph, Variants, of_model
 from selfrepair_nn.layout.packing import TOKENS_PER_PASS
 from selfrepair_nn.layout.plan import Work, default_block
 from selfrepair_nn.models.load import accepted, describe, load_tokenizer
@@ -197,7 +197,7 @@ class Experiment:
             "ranked": self.ranked,
             "estimated": self.options.until_ci is not None,
         }
-        asked = frozenset().union(*(graph.records for graph in self.work.graphs))
+        asked = of_model(vars(self.description.structure)).union(*(graph.records for graph in self.work.graphs))
         return asked | {name for name, given in fulfilled.items() if given}
 
     @property

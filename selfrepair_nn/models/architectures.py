@@ -17,16 +17,19 @@ class Architecture:
     `value_layout` says how the value projection's output holds the heads: "last" (values alone, or behind queries and
     keys) or "interleaved" (per key-value head: its queries, its key, its value); `kv_heads(config)` counts
     these heads where the projection's width does not.
-    `mlp_norm` is None where one norm serves attention and MLP. `returns` says of the modules ("layer", "attention",
+    `attention_norm` is None where the attention reads the stream as it is, `mlp_norm` where the MLP does, or where one
+    norm serves both. `post_norm` is the norm behind the attention, if there is one; then `mlp` is the norm behind the
+    MLP, for what the MLP writes is what leaves that. `returns` says of the modules ("layer", "attention",
     "mlp") that return a tuple how many it holds; what they write is the first.
     `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
     its own layer.
     `sinks` says that attention weights add up to less than 1, so that no part of z is constant; `residual_inside` that
     what the attention returns has the stream that enters the layer in it; `mlp_in_place` that the layer changes what
     its MLP gave.
-    `write_scale(config)` multiplies what attention and MLP give before it is written, `logit_scale(config)` the logits.
-    `fits(config)` chooses among entries of one model type. `refuse(config)` gives the reason why this configuration
-    cannot be decomposed, or None.
+    `write_scale(config)` multiplies what attention and MLP give before it is written, `logit_scale(config)` the
+    logits; `logit_cap(config)` is the c of logits that are returned as c tanh(logit / c), or None. `fits(config)`
+    chooses among entries of one model type. `refuse(config)` gives the reason why this configuration cannot be
+    decomposed, or None.
     """
 
     model_types: tuple[str, ...]
@@ -36,13 +39,14 @@ class Architecture:
     final_norm: str
     unembedding: str
     attention: str
-    attention_norm: str
+    attention_norm: str | None
     value: str
     value_layout: str
     output_projection: str
     mlp_norm: str | None
     mlp: str
     down_projection: str | None
+    post_norm: str | None = None
     centred_norm: bool = True
     returns: Mapping[str, int] = field(default_factory=lambda: {"attention": 2})
     parallel: Callable[[Config], bool] = lambda config: False
@@ -52,6 +56,7 @@ class Architecture:
     kv_heads: Callable[[Config], int] | None = None
     write_scale: Callable[[Config], float] = lambda config: 1.0
     logit_scale: Callable[[Config], float] = lambda config: 1.0
+    logit_cap: Callable[[Config], float | None] = lambda config: None
     fits: Callable[[Config], bool] = lambda config: True
     refuse: Callable[[Config], str | None] = lambda config: None
 
@@ -86,6 +91,16 @@ def _residual_multiplier(config: Config) -> float:
 
 def _granite_logits(config: Config) -> float:
     return 1 / config.logits_scaling
+
+
+def _refuse_gemma3(config: Config) -> str | None:
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its tokens see later ones, so it predicts no next token (use_bidirectional_attention)"
+    return None
+
+
+def _final_cap(config: Config) -> float | None:
+    return config.final_logit_softcapping
 
 
 UNNAMED_EPSILON = 1e-5
@@ -172,6 +187,25 @@ FALCON = replace(
     refuse=lambda config: None,
 )
 
+NORMED_BEHIND = replace(
+    LLAMA,
+    model_types=("olmo2", "olmo3", "exaone4"),
+    attention_norm=None,
+    mlp_norm=None,
+    post_norm="post_attention_layernorm",
+    mlp="post_feedforward_layernorm",
+    down_projection=None,
+)
+"""Named as Llama, with norms behind attention and MLP and none before."""
+
+GEMMA2 = replace(
+    NORMED_BEHIND,
+    model_types=("gemma2",),
+    attention_norm="input_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    logit_cap=_final_cap,
+)
+
 SIDE_BY_SIDE = replace(LLAMA, mlp_norm=None, centred_norm=True, parallel=lambda config: True)
 """Named as Llama, with one LayerNorm before attention and MLP, which do not see each other."""
 
@@ -215,6 +249,17 @@ ARCHITECTURES = (
     LLAMA,
     replace(LLAMA, model_types=("granite",), write_scale=_residual_multiplier, logit_scale=_granite_logits),
     replace(LLAMA, model_types=("phi3",), value="self_attn.qkv_proj"),
+    NORMED_BEHIND,
+    GEMMA2,
+    replace(GEMMA2, model_types=("gemma3_text",), refuse=_refuse_gemma3),
+    replace(
+        NORMED_BEHIND,
+        model_types=("glm4",),
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        post_norm="post_self_attn_layernorm",
+        mlp="post_mlp_layernorm",
+    ),
     replace(
         LLAMA,
         model_types=("apertus",),
@@ -343,6 +388,7 @@ class Structure:
     mlp_in_place: bool
     write_scale: float
     logit_scale: float
+    logit_cap: float | None
     returns: dict[str, int]
     places: dict[str, Any]
 
@@ -350,6 +396,11 @@ class Structure:
     def norms(self) -> tuple[str, ...]:
         """The parts of a layer that have a norm of their own before them."""
         return tuple(part for part in ("attention", "mlp") if f"{part}_norm" in self.places)
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether norms come behind attention and MLP."""
+        return "post_norm" in self.places
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -375,7 +426,8 @@ def structure_of(module: Any) -> Structure:
     projection = at(layer, architecture.output_projection)
     norm = at(module, architecture.final_norm)
     width, d_model = _widths(projection)
-    input_norm_bias = getattr(at(layer, architecture.attention_norm), "bias", None) is not None
+    input_norm = architecture.attention_norm and at(layer, architecture.attention_norm)
+    input_norm_bias = getattr(input_norm, "bias", None) is not None
     return Structure(
         model_type=config.model_type,
         n_layers=len(layers),
@@ -398,6 +450,7 @@ def structure_of(module: Any) -> Structure:
         mlp_in_place=architecture.mlp_in_place,
         write_scale=float(architecture.write_scale(config)),
         logit_scale=float(architecture.logit_scale(config)),
+        logit_cap=architecture.logit_cap(config),
         returns=dict(architecture.returns),
         places=_places(architecture),
     )

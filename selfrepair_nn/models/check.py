@@ -49,9 +49,10 @@ def _on_random_tokens(model):
     found = _ablate(model, tokens, heads, "resample", "full")
     changes = torch.stack(list(whole_passes(model, tokens, heads))) - logits
     summed = found["component_direct_effect"].sum(-1) + found["target_constant"] + found["mean_logit"]
+    summed = _returned(summed, model)
     return logits, {
         "components add up to the logit": summed - logits,
-        "an ablation from its own layer on equals the whole pass": _raw_change(found) - changes,
+        "an ablation from its own layer on equals the whole pass": _returned_change(found, model) - changes,
         "the parts of self-repair add up": _closure(found),
     }
 
@@ -61,10 +62,10 @@ def _on_whole_prompts(model, tokens):
     last = min(tokens.shape[1] - 1, max(1, LOGITS // (len(tokens) * model.structure.vocab_size)))
     layers = sorted({0, model.structure.n_layers // 2, model.structure.n_layers - 1})
     found = _ablate(model, tokens, [Head(layer, 0) for layer in layers], "identity", "sums")
-    logits = (found["logit"] + found["mean_logit"])[:, -last:]
+    logits = _returned(found["logit"] + found["mean_logit"], model)[:, -last:]
     return {
         "a pass gives the logits that the model returns": logits - own_logits(model, tokens, last),
-        "replacing a head by itself changes nothing": _raw_change(found),
+        "replacing a head by itself changes nothing": _returned_change(found, model),
     }
 
 
@@ -84,8 +85,17 @@ def _off(error: float) -> str:
     return f"off by {error:.2g} of the logits' spread" if error < float("inf") else "logits are not finite"
 
 
-def _raw_change(found):
+def _returned(logits, model):
+    """The target's own logits as the model returns them."""
+    from selfrepair_nn.tracing.readouts import capped
+
+    return capped(logits, {"model": model.layout})
+
+
+def _returned_change(found, model):
     """Change of the logits as they are returned, of which the target's may be a difference from the mean."""
+    if "logit_change_capped" in found:
+        return found["logit_change_capped"]
     return found["logit_change"] + found["mean_logit_change"]
 
 
@@ -110,6 +120,7 @@ def _closure(found):
     """What the summed changes of all components leave unexplained of the change of the logit."""
     scale, after = found["norm_scale"], found["ablated_norm_scale"]
     effects = found["logit"] - found["target_constant"] + found["component_change"].sum(-1)
+    effects = effects + found.get("from_post_norms", 0)
     return effects * scale / after - (found["logit"] - found["target_constant"]) - found["logit_change"]
 
 

@@ -25,10 +25,14 @@ class Block(Bundle):
 
 
 class Prepared(Bundle):
-    """A case ready for a pass: {site: its Edit}, and what is added at its start [prompt, position, d_model]."""
+    """A case ready for a pass: {site: its Edit}, and what it begins with, [prompt, position, d_model] each.
+
+    `stream` is the residual stream that is taken up, `attention` what the attention gives where that is inside a layer.
+    """
 
     edits: dict
-    written: torch.Tensor
+    stream: torch.Tensor
+    attention: object = None
 
 
 def realised(plan):
@@ -58,8 +62,11 @@ def needs(plan, cases):
     for needed in [site.needs() for case in cases for site in case] + [plan["replacement"].needs()]:
         for what, layers in needed.items():
             keep[what] |= layers
-    for norm in ("attention", "mlp"):
-        keep[f"{norm}_scale"] = {layer for layer, before in plan["frozen_norms"] if before == norm}
+    for norm in ("attention", "mlp", "post"):
+        keep[f"{norm}_scale"] = {layer for layer, which in plan["frozen_norms"] if which == norm}
+    if "post_norm" in plan["model"]["places"]:
+        first = min([first, *(site.layer for case in cases for site in case)])
+        keep["post_scale"] |= set(range(first, count))
     return keep
 
 
@@ -79,12 +86,15 @@ def prepare(block, case):
     by = block.plan["replacement"]
     start = by.begins(case, block.plan)
     edits = {site: by.edit(site, block, start) for site in case}
-    residual = block.clean["input"][start[0]]
+    layer, inside = start
+    stream = block.clean["input"][layer]
     written = [edit.written for edit in edits.values() if edit.written is not None]
-    written = sum(written[1:], written[0]).to(residual.dtype)
+    written = sum(written[1:], written[0]).to(stream.dtype)
     if block.plan.get("shaken"):
-        written = written + _rounding_steps(residual)
-    return Prepared(edits, written)
+        stream = stream + _rounding_steps(stream)
+    if inside:
+        return Prepared(edits, stream, block.clean["attention"][layer] + written)
+    return Prepared(edits, stream + written)
 
 
 def _rounding_steps(x):

@@ -19,9 +19,10 @@ def clean_pass(model, plan, tokens, keep):
         keep: {what: layers}, for any of
             input: the residual stream that enters the layer; layer `n_layers` means the final norm's input
             z: the input of the attention's output projection, [prompt, position, heads * d_head]
-            attention, mlp: what they write, [prompt, position, d_model]
+            attention, mlp: what they give, [prompt, position, d_model]; the attention before a norm behind it
             neurons: the input of the MLP's output projection, [prompt, position, neurons]
             attention_scale, mlp_scale: S of the norm before them, [prompt, position]
+            post_scale: S of the norm behind the attention
 
     Returns {what: {layer: tensor}}.
     """
@@ -53,6 +54,10 @@ def _attention(model, plan, layer, tokens):
     return part(model, plan, layer, "output_projection").output
 
 
+def _post_scale(model, plan, layer, tokens):
+    return norm_scale(part(model, plan, layer, "post_norm").input, plan)
+
+
 def _mlp_scale(model, plan, layer, tokens):
     return norm_scale(like_rows(part(model, plan, layer, "mlp_norm").input, tokens), plan)
 
@@ -72,6 +77,7 @@ READS = (
     ("attention_scale", _attention_scale),
     ("z", _z),
     ("attention", _attention),
+    ("post_scale", _post_scale),
     ("mlp_scale", _mlp_scale),
     ("neurons", neurons_of),
     ("mlp", _mlp),

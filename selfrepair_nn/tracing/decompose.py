@@ -2,12 +2,13 @@
 
 import torch
 
-from selfrepair_nn.tracing.readouts import along, norm_scale, per_head, product, widen
+from selfrepair_nn.tracing.readouts import along, behind_norm, capped, norm_scale, per_head, product, widen
 
 
-def pullback(probed, layer):
+def pullback(probed, clean, layer):
     """d_t pulled back through W_O: [prompt, position, heads * d_head], so that z times it is every head's effect."""
-    return product(probed["direction"], probed["output_projection"][layer].flatten(0, 1).T)
+    direction = behind_norm(probed["given_direction"], probed, clean, layer)
+    return product(direction, probed["output_projection"][layer].flatten(0, 1).T)
 
 
 def neuron_pullback(probed, layer):
@@ -31,11 +32,14 @@ def clean_readout(block):
     }
     if "residual_norm" in plan["gives"]:
         state["residual_norm"] = final.norm(dim=-1)
+    if "logit_change_capped" in plan["gives"]:
+        state["raw_effects"] = along(final, probed["raw_direction"]) / scale
+        state["raw_logit"] = state["raw_effects"] + probed["raw_constant"]
     if plan["neurons"] is not None:
         layer = plan["neurons"]
         neurons = widen(clean["neurons"][layer])
         state["neuron_effects"] = neurons * probed["neuron_pullback"][layer] / scale[..., None]
-        state["mlp_direct_effect"] = along(clean["mlp"][layer], probed["mlp_direction"]) / scale
+        state["mlp_direct_effect"] = along(clean["mlp"][layer], probed["given_direction"]) / scale
     return state
 
 
@@ -62,6 +66,13 @@ def ablated_readout(changes, batch, block, state):
         "from_mlps": mlps - _own_seen(effects, batch, "mlps"),
         "ablated_norm_scale": ablated_scale,
     }
+    if "from_post_norms" in plan["gives"]:
+        out["from_post_norms"] = sum((x / scale for x in changes["post_norms"]), torch.zeros_like(before))
+    if "logit_change_capped" in plan["gives"]:
+        raw_change = along(difference, batch.of(probed["raw_direction"])) / scale
+        raw_change = _rescaled(batch.of(state["raw_effects"]), raw_change, scale, ablated_scale)
+        raw = batch.of(state["raw_logit"])
+        out["logit_change_capped"] = capped(raw + raw_change, plan) - capped(raw, plan)
     if "ablated_residual_norm" in plan["gives"]:
         out["ablated_residual_norm"] = final.norm(dim=-1)
     inserted = [
@@ -164,8 +175,9 @@ def component_effects(embedded, block, scale):
         effects += (z * through).sum(-1).unbind(-1)
         if plan["attention_bias"]:
             constant = (probed["value_constant"][layer] * through).sum((-1, -2))
-            effects.append(along(probed["output_bias"][layer], direction) + constant)
-        effects.append(along(clean["mlp"][layer], probed["mlp_direction"]))
+            given = behind_norm(probed["given_direction"], probed, clean, layer)
+            effects.append(along(probed["output_bias"][layer], given) + constant)
+        effects.append(along(clean["mlp"][layer], probed["given_direction"]))
     return torch.stack(effects, -1) / scale[..., None]
 
 

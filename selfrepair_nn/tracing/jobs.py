@@ -67,7 +67,7 @@ def ablation_job(model, arrays, plan, tick=None):
 def _block(model, plan, arrays, cases):
     """A block of prompts, with what its cases need of the clean run and of the weights."""
     clean = clean_pass(model, plan, arrays["tokens"], needs(plan, cases))
-    probed = _probed(model, plan, arrays, cases)
+    probed = _probed(model, plan, arrays, cases, clean)
     return Block(model, plan, arrays, clean, probed, sources(model, plan, arrays, clean, cases))
 
 
@@ -123,7 +123,7 @@ def mean_job(model, arrays, plan, tick=None):
     }
 
 
-def _probed(model, plan, arrays, cases):
+def _probed(model, plan, arrays, cases, clean):
     """What the probe finds, with the target directions pulled back through every projection that is read."""
     sites = [site for case in cases for site in case]
     first = 0 if plan["record"] == "full" else min(site.layer for site in sites)
@@ -132,7 +132,7 @@ def _probed(model, plan, arrays, cases):
     neurons |= set() if plan["neurons"] is None else {plan["neurons"]}
     others = _to_the_end(arrays["other"]) if plan["target"] == "difference" else None
     probed = probe(model, plan, layers, _to_the_end(arrays["tokens"][:, 1:]), others, sorted(neurons))
-    probed["pullback"] = {layer: pullback(probed, layer) for layer in layers}
+    probed["pullback"] = {layer: pullback(probed, clean, layer) for layer in layers}
     probed["neuron_pullback"] = {layer: neuron_pullback(probed, layer) for layer in neurons}
     return probed
 

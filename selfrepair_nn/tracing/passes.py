@@ -13,7 +13,7 @@ def ablated_pass(block, batch):
     """One forward pass in which every row is one case on one prompt.
 
     All cases begin at the same place: the layers below are skipped, and the pass takes up the clean residual stream
-    with what the case writes there added; sites further up are replaced on the way. What comes after the longest
+    with what the case changes there added; sites further up are replaced on the way. What comes after the longest
     row's last wanted token is left out: by causality it changes nothing before.
 
     Args:
@@ -22,29 +22,50 @@ def ablated_pass(block, batch):
 
     Returns a dict of changes of ⟨x_c, d_t⟩ (not yet divided by S), over the rows of the pass:
         heads {layer: [row, position, heads]}, mlps {layer: [row, position]}, neurons [row, position, neurons],
+        post_norms [[row, position]] what the scales of the norms behind the attention change, layer by layer,
         final [row, position, d_model].
     """
-    model, plan, clean, (start, inside) = block.model, block.plan, block.clean, batch.start
-    added = torch.cat([batch.of(case.written, prompts) for case, prompts in batch.cases])
+    model, plan, (start, inside) = block.model, block.plan, batch.start
+    stream = torch.cat([batch.of(case.stream, prompts) for case, prompts in batch.cases])
     with torch.no_grad(), model.trace(batch.tokens, use_cache=False, logits_to_keep=no_logits()):
-        changes = save({"heads": {}, "mlps": {}})
-        taken_up = batch.of(clean["input"][start])
-        if start or not inside:
-            take_up(model, plan, start, taken_up if inside else taken_up + added)
+        changes = save({"heads": {}, "mlps": {}, "post_norms": []})
+        if start or not inside or plan.get("shaken"):
+            take_up(model, plan, start, stream)
         for layer in range(start, plan["model"]["n_layers"]):
             if layer == start and inside:
-                attention = batch.against(torch.add, added / plan["model"]["write_scale"], clean["attention"][start])
-                part(model, plan, start, "attention_norm").skip(stub(taken_up))
-                if plan["model"]["residual_inside"]:
-                    attention = attention + taken_up
-                skip(part(model, plan, start, "attention"), plan, "attention", attention)
+                _begin_inside(block, start, batch, stream)
             else:
                 _freeze_norm(block, layer, "attention", batch)
                 _through_heads(block, layer, batch, changes)
+            _through_post_norm(block, layer, batch, changes)
             _freeze_norm(block, layer, "mlp", batch)
             _through_mlp(block, layer, batch, changes)
         changes["final"] = place(model, plan, "final_norm").input
     return changes
+
+
+def _begin_inside(block, layer, batch, stream):
+    """Let what the cases make of the layer's attention stand for it."""
+    model, plan = block.model, block.plan
+    attention = torch.cat([batch.of(case.attention, prompts) for case, prompts in batch.cases])
+    if "attention_norm" in plan["model"]["places"]:
+        part(model, plan, layer, "attention_norm").skip(stub(stream))
+    if plan["model"]["residual_inside"]:
+        attention = attention + stream
+    skip(part(model, plan, layer, "attention"), plan, "attention", attention)
+
+
+def _through_post_norm(block, layer, batch, changes):
+    """Freeze the scale of the norm behind the attention, if there is one, or read what its change does."""
+    if "post_norm" not in block.plan["model"]["places"]:
+        return
+    if [layer, "post"] in block.plan["frozen_norms"]:
+        _freeze_norm(block, layer, "post", batch)
+        return
+    given = widen(part(block.model, block.plan, layer, "post_norm").input)
+    clean, gain = batch.of(block.clean["post_scale"][layer]), block.probed["post_gain"][layer]
+    effect = batch.against(torch.mul, given * gain, block.probed["given_direction"]).sum(-1)
+    changes["post_norms"].append((1 / norm_scale(given, block.plan) - 1 / clean) * effect)
 
 
 def _through_heads(block, layer, batch, changes):
@@ -80,7 +101,7 @@ def _through_mlp(block, layer, batch, changes):
         out[:] = batch.of(clean["mlp"][layer])
     _replace(out, "mlp", layer, batch, plan)
     change = widen(batch.against(torch.sub, out, clean["mlp"][layer]))
-    changes["mlps"][layer] = batch.against(torch.mul, change, probed["mlp_direction"]).sum(-1)
+    changes["mlps"][layer] = batch.against(torch.mul, change, probed["given_direction"]).sum(-1)
 
 
 def _new(batch, kept, layer):
@@ -97,13 +118,13 @@ def _replace(x, kept, layer, batch, plan):
         site.put(x, rows, batch.of(new, prompts), plan)
 
 
-def _freeze_norm(block, layer, before, batch):
+def _freeze_norm(block, layer, which, batch):
     """Give a norm's output the clean scale: what it divides by does not react."""
-    if [layer, before] not in block.plan["frozen_norms"]:
+    if [layer, which] not in block.plan["frozen_norms"]:
         return
-    norm = part(block.model, block.plan, layer, f"{before}_norm")
-    kept = batch.of(block.clean[f"{before}_scale"][layer]).flatten()
+    norm = part(block.model, block.plan, layer, f"{which}_norm")
+    kept = batch.of(block.clean[f"{which}_scale"][layer]).flatten()
     ratio = (norm_scale(norm.input, block.plan).flatten() / kept)[:, None]
-    out, bias = norm.output, block.probed["norm_bias"][layer, before]
+    out, bias = norm.output, block.probed["norm_bias"][layer, which]
     flat = widen(out).reshape(-1, out.shape[-1])
     out[:] = ((flat - bias) * ratio + bias).to(out.dtype).reshape(out.shape)

@@ -22,12 +22,14 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
 
     Returns a dict:
         output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
+        post_gain {layer: [d_model]}             gamma of the norm behind the attention, where there is one
         value_constant {layer: [heads, d_head]}  the part of z that no input changes (zero if value_bias is "head")
         down_projection {layer: [neurons, d_model]}, norm_bias {(layer, which): [d_model]} of frozen norms
-        direction [prompt, position, d_model]    d_t = C(gamma * u_t); mlp_direction the same for what an MLP gives,
-                                                 which the model may multiply before it writes it
+        direction [prompt, position, d_model]    d_t = C(gamma * u_t); given_direction the same for what attention and
+                                                 MLP give, which the model may multiply before it writes it
         constant [prompt, position]              k_t = <beta, u_t> + b_U[t]
         mean_direction [d_model], mean_constant [] the same for the mean row of the vocabulary
+        raw_direction, raw_constant              those of the target's own row, where the model caps its logits
     """
     size = plan["model"]["d_model"]
     with (
@@ -37,7 +39,13 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
         like = place(model, plan, "final_norm").input[0, :1]
         eye = torch.eye(size, dtype=like.dtype, device=like.device)
         found = save(
-            {"output_projection": {}, "output_bias": {}, "value_constant": {}, "down_projection": {}}
+            {
+                "output_projection": {},
+                "output_bias": {},
+                "value_constant": {},
+                "down_projection": {},
+                "post_gain": {},
+            }
         )
         for layer in layers:
             _probe_layer(model, plan, layer, like, found)
@@ -49,7 +57,9 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
             (layer, which): widen(part(model, plan, layer, f"{which}_norm")(torch.zeros_like(like)))[0]
             for layer, which in plan["frozen_norms"]
         }
-        found["norm_at_zero"], found["norm_at_known"] = _probe_norm(model, plan, like)
+        found["norm_bias_final"], found["norm_gain_final"] = _probe_norm(
+            place(model, plan, "final_norm"), like, plan
+        )
         wanted = targets if others is None else torch.cat([targets, others])
         found["rows"], found["biases"] = _probe_unembedding(model, plan, eye, wanted.to(like.device))
     return found | _pull_back(plan, found, wanted, len(targets))
@@ -58,9 +68,11 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
 def _probe_layer(model, plan, layer, like, found):
     projection = part(model, plan, layer, "output_projection")
     heads, width = plan["model"]["n_heads"], plan["model"]["d_head"]
-    rows, bias = (plan["model"]["write_scale"] * x for x in _linear(projection, like, heads * width))
+    rows, bias = _linear(projection, like, heads * width)
     found["output_projection"][layer], found["output_bias"][layer] = rows.unflatten(0, (heads, width)), bias
     found["value_constant"][layer] = _value_constant(model, plan, layer, like)
+    if "post_norm" in plan["model"]["places"]:
+        found["post_gain"][layer] = _probe_norm(part(model, plan, layer, "post_norm"), like, plan)[1]
 
 
 def _linear(projection, like, width):
@@ -75,15 +87,18 @@ def _value_constant(model, plan, layer, like):
     heads, width = plan["model"]["n_heads"], plan["model"]["d_head"]
     if plan["value_bias"] == "head" or not plan["model"]["value_bias"]:
         return widen(like.new_zeros(heads, width))
-    norm, value = part(model, plan, layer, "attention_norm"), part(model, plan, layer, "value")
-    own = values_in(widen(value(norm(torch.zeros_like(like))))[0], plan)
+    constant = torch.zeros_like(like)
+    if "attention_norm" in plan["model"]["places"]:
+        constant = part(model, plan, layer, "attention_norm")(constant)
+    own = values_in(widen(part(model, plan, layer, "value")(constant))[0], plan)
     return own.repeat_interleave(heads // own.shape[0], 0)
 
 
-def _probe_norm(model, plan, like):
-    """The final norm's output on zero (its bias) and on a large vector with no zero entry and mean zero."""
-    norm = place(model, plan, "final_norm")
-    return widen(norm(torch.zeros_like(like)))[0], widen(norm(_known(like)))[0]
+def _probe_norm(norm, like, plan):
+    """A norm's bias, its output on zero, and its gain: from a large vector with no zero entry and mean zero."""
+    bias, known = widen(norm(torch.zeros_like(like)))[0], _known(like)
+    normed = widen(known) / norm_scale(known, plan)[..., None]
+    return bias, (widen(norm(known))[0] - bias) / normed[0]
 
 
 def _known(like):
@@ -114,22 +129,25 @@ def _pull_back(plan, found, wanted, prompts):
 
     `wanted` holds the targets of the `prompts`, followed, for the target "difference", by what is subtracted.
     """
-    beta = found["norm_at_zero"]
-    known = widen(_known(beta[None]))
-    gamma = (found["norm_at_known"] - beta) / (known / norm_scale(known, plan)[..., None])[0]
+    beta, gamma = found["norm_bias_final"], found["norm_gain_final"]
     rows, biases = (plan["model"]["logit_scale"] * found[name] for name in ("rows", "biases"))
     mean_row, mean_bias = rows[-1], biases[-1]
-    shift = 1.0 if plan["target"] == "centred" else 0.0
-    rows, biases = rows[:-1] - shift * mean_row, biases[:-1] - shift * mean_bias
-    directions, constants = centre(gamma * rows, plan), product(rows, beta) + biases
     inverse = wanted.to(beta.device).unique(return_inverse=True)[1]
-    directions, constants = directions[inverse], constants[inverse]
+
+    def pulled_back(shift):
+        own, bias = rows[:-1] - shift * mean_row, biases[:-1] - shift * mean_bias
+        return centre(gamma * own, plan)[inverse], (product(own, beta) + bias)[inverse]
+
+    directions, constants = pulled_back(1.0 if plan["target"] == "centred" else 0.0)
     if plan["target"] == "difference":
         directions = directions[:prompts] - directions[prompts:]
         constants = constants[:prompts] - constants[prompts:]
-    return {
+    raw = {}
+    if plan["model"]["logit_cap"] is not None:
+        raw["raw_direction"], raw["raw_constant"] = (x[:prompts] for x in pulled_back(0.0))
+    return raw | {
         "direction": directions,
-        "mlp_direction": plan["model"]["write_scale"] * directions,
+        "given_direction": plan["model"]["write_scale"] * directions,
         "constant": constants,
         "mean_direction": centre(gamma * mean_row, plan),
         "mean_constant": (beta * mean_row).sum() + mean_bias,

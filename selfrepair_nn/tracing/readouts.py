@@ -39,6 +39,22 @@ def values_in(out, plan):
     return out[..., -count * width :].unflatten(-1, (count, width))
 
 
+def behind_norm(x, probed, clean, layer):
+    """`x` [prompt, position, d] as a norm behind a layer's attention, if there is one, multiplies it in the clean run.
+
+    It does the same to what the attention gives and, being diagonal, to a direction that is pulled back through it.
+    """
+    if layer not in probed["post_gain"]:
+        return x
+    return x * (probed["post_gain"][layer] / clean["post_scale"][layer][..., None])
+
+
+def capped(logit, plan):
+    """A logit as the model returns it, where it has a soft cap."""
+    cap = plan["model"]["logit_cap"]
+    return logit if cap is None else cap * torch.tanh(logit / cap)
+
+
 def to_cpu(found):
     """Tensors by name, on the CPU: from a GPU all at once, through pinned memory."""
     out = {name: value.cpu() for name, value in found.items() if not value.is_cuda}

@@ -5,15 +5,16 @@ A place in the order of a pass is (layer, inside): before a layer, or inside it,
 
 from selfrepair_nn.tracing.clean import layer_on
 from selfrepair_nn.tracing.objects import Bundle, Label
-from selfrepair_nn.tracing.readouts import along, per_head, product, widen
+from selfrepair_nn.tracing.readouts import along, behind_norm, per_head, product, widen
 
 
 class Edit(Bundle):
     """What a case does at one of its sites.
 
     `effects` is ⟨x, d_t⟩ of the site before and after, [prompt, position] each. `written` [prompt, position, d_model]
-    is added where the case's pass begins; or else `new` takes the site's place when the pass comes to it. With
-    `inserted`, ⟨written, d_t⟩, nothing is replaced, and what the site does afterwards is what the pass shows.
+    is added where the case's pass begins: to what the attention gives where that is inside a layer, else to the
+    stream. Or else `new` takes the site's place when the pass comes to it. With `inserted`, ⟨written, d_t⟩, nothing is
+    replaced, and what the site does afterwards is what the pass shows.
     """
 
     effects: tuple
@@ -51,8 +52,12 @@ class Activation:
         new = replacement.new(self, before, block)
         effects = self.effect(before, block), self.effect(new, block)
         if self.behind(block.plan) <= start:
-            return Edit(effects, written=self.write(widen(new) - widen(before), block))
+            return Edit(effects, written=self.added(widen(new) - widen(before), block))
         return Edit(effects, new=new)
+
+    def added(self, change, block):
+        """What a change of it adds where its pass begins."""
+        return self.write(change, block)
 
     def component_changes(self, index, pair, clean):
         """Its own change of direct effect: (where it stands among the components, the change)."""
@@ -86,8 +91,17 @@ class Head(Label, Activation):
     def constant(self, block):
         return block.probed["value_constant"][self.layer][self.head]
 
-    def write(self, change, block):
+    def given(self, change, block):
+        """What the output projection makes of a change of z."""
         return product(change, block.probed["output_projection"][self.layer][self.head])
+
+    def added(self, change, block):
+        inside = self.behind(block.plan)[1]
+        return self.given(change, block) if inside else self.write(change, block)
+
+    def write(self, change, block):
+        scaled = block.plan["model"]["write_scale"] * self.given(change, block)
+        return behind_norm(scaled, block.probed, block.clean, self.layer)
 
     def effect(self, value, block):
         through = per_head(block.probed["pullback"][self.layer], block.plan)[:, :, self.head]
@@ -114,7 +128,7 @@ class Mlp(Label, Activation):
         return block.plan["model"]["write_scale"] * change
 
     def effect(self, value, block):
-        return along(widen(value), block.probed["mlp_direction"])
+        return along(widen(value), block.probed["given_direction"])
 
 
 class Neuron(Label, Activation):
