@@ -14,7 +14,7 @@ def prompts(structure, tokenizer, options):
 
 def graph(structure, options):
     """Each selected head is one ablated run; recorded is what it attends to: the last token, and the one to copy."""
-    heads = sr.select_heads(options.layers, options.heads, structure.n_layers, structure.n_heads)
+    heads = sr.chosen_heads(structure, options)
     return sr.Graph(
         ablate=sr.sweep(heads),
         replacement=options.ablation,

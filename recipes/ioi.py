@@ -16,7 +16,7 @@ def graph(structure, options):
 
     Then later heads read what the first of them reads, as all layers between are deleted.
     """
-    heads = sr.select_heads(options.layers, options.heads, structure.n_layers, structure.n_heads)
+    heads = sr.chosen_heads(structure, options)
 
     def then(movers):
         first = movers[0].layer

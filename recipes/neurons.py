@@ -11,7 +11,7 @@ def graph(structure, options):
     last = structure.n_layers - 1
     late = f"{structure.n_layers // 2}:{last if structure.parallel else structure.n_layers}"
     layers = options.layers if options.layers or options.heads else late
-    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads)
+    heads = sr.select_heads(layers, options.heads, structure.n_layers, structure.n_heads, structure.headless)
     return sr.Graph(
         ablate=sr.sweep(heads),
         strongest=None if options.heads else options.param["count"],

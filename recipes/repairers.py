@@ -8,7 +8,7 @@ DEFAULTS = {"components": "top"}
 
 def graph(structure, options):
     """Each selected head is one ablated run that keeps every component's change."""
-    heads = sr.select_heads(options.layers, options.heads, structure.n_layers, structure.n_heads)
+    heads = sr.chosen_heads(structure, options)
     return sr.Graph(
         ablate=sr.sweep(heads),
         replacement=options.ablation,

@@ -1,13 +1,14 @@
 """Names of the places in a model: what can be ablated, frozen or recorded, and how a user writes it."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from selfrepair_nn import values
 from selfrepair_nn.errors import UsageError
 
-KINDS = ("embedding", "position_embedding", "head", "attention_bias", "mlp")
+KINDS = ("embedding", "position_embedding", "head", "attention_bias", "mixer", "mlp")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Head(_Site):
         return self == other or other == Attention(self.layer)
 
     def lies_in(self, structure: Any) -> bool:
-        return super().lies_in(structure) and self.head in range(structure.n_heads)
+        has_heads = super().lies_in(structure) and self.layer not in structure.headless
+        return has_heads and self.head in range(structure.n_heads)
 
     def width(self, structure: Any) -> int:
         return structure.d_head
@@ -90,6 +92,9 @@ class Attention(_Site):
 
     def overlaps(self, other: _Site) -> bool:
         return isinstance(other, Attention | Head) and other.layer == self.layer
+
+    def lies_in(self, structure: Any) -> bool:
+        return super().lies_in(structure) and self.layer not in structure.headless
 
     def width(self, structure: Any) -> int:
         return structure.d_head
@@ -207,11 +212,20 @@ class PostNorms(_Site):
         return "post_norms"
 
 
+@dataclass(frozen=True, order=True)
+class Mixers(_Site):
+    """All mixers without heads, in a model that has them in some of its layers (LFM2, Jamba)."""
+
+    @property
+    def label(self) -> str:
+        return "mixers"
+
+
 _ENDLESS = re.compile(r"\d{10}")
 """A number of more digits than layers, heads or neurons have."""
 
 Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
-Freezable = Head | Attention | Mlp | Norm | PostNorms | FinalNorm
+Freezable = Head | Attention | Mlp | Mixers | Norm | PostNorms | FinalNorm
 
 
 def site(label: str) -> Head | Attention | Mlp:
@@ -240,26 +254,38 @@ class Component:
 
 
 def components(
-    n_layers: int, n_heads: int, position_embedding: bool, attention_bias: bool
+    n_layers: int,
+    n_heads: int,
+    position_embedding: bool,
+    attention_bias: bool,
+    headless: Collection[int] = (),
 ) -> list[Component]:
-    """Every component of a model, in the order of the `component` dimension: they add up to the residual stream."""
+    """Every component of a model, in the order of the `component` dimension: they add up to the residual stream.
+
+    `headless` are the layers that have a mixer without heads in the attention's place.
+    """
     found = [Component("embed", "embedding")]
     if position_embedding:
         found.append(Component("pos_embed", "position_embedding"))
     for layer in range(n_layers):
-        found += [Component(Head(layer, h).label, "head", layer, h) for h in range(n_heads)]
-        if attention_bias:
+        if layer in headless:
+            found.append(Component(f"L{layer}.mixer", "mixer", layer))
+        else:
+            found += [Component(Head(layer, h).label, "head", layer, h) for h in range(n_heads)]
+        if attention_bias and layer not in headless:
             found.append(Component(f"L{layer}.attention_bias", "attention_bias", layer))
         found.append(Component(Mlp(layer).label, "mlp", layer))
     return found
 
 
-def select_heads(layers: Any, heads: Any, n_layers: int, n_heads: int) -> tuple[Head, ...]:
+def select_heads(
+    layers: Any, heads: Any, n_layers: int, n_heads: int, headless: Collection[int] = ()
+) -> tuple[Head, ...]:
     """The heads that two specifications leave, in order of layer and head.
 
     `layers` is a list of numbers and half-open ranges ("8:12", "0,5,-1"), a number, a range, or several of these;
     `heads` a list of "layer.head", "layer.*" or "L9H6", a Head, a pair (layer, head), or several. Both None means
-    every head.
+    every head. `headless` are the layers that have none, as `structure.headless` says.
 
     Raises:
         UsageError: a specification is misspelt, names a place the model does not have, or leaves nothing.
@@ -268,22 +294,35 @@ def select_heads(layers: Any, heads: Any, n_layers: int, n_heads: int) -> tuple[
     heads = heads if heads is None else values.heads("heads", heads)
     in_layers = set(_layers(layers, n_layers)) if layers is not None else set(range(n_layers))
     wanted = _heads(heads, n_layers, n_heads) if heads is not None else None
-    offered = [Head(layer, head) for layer in sorted(in_layers) for head in range(n_heads)]
+    for head in sorted(wanted or ()):
+        if head.layer in headless:
+            having = ", ".join(str(n) for n in range(n_layers) if n not in headless)
+            raise UsageError(f"{head.label}: layer {head.layer} has no attention heads; layers {having} have")
+    offered = [Head(layer, head) for layer in sorted(in_layers - {*headless}) for head in range(n_heads)]
     kept = [head for head in offered if wanted is None or head in wanted]
     if not kept:
         raise UsageError(f"no head is both in layers {layers!r} and in heads {heads!r}: widen one of them")
     return tuple(kept)
 
 
-def late_heads(structure: Any, options: Any) -> tuple[Head, ...]:
-    """The heads that `options` choose; those of the last third of the layers where neither layers nor heads are chosen.
+def chosen_heads(structure: Any, options: Any) -> tuple[Head, ...]:
+    """The heads that `options` choose; all of them where neither layers nor heads are chosen.
 
-    `structure` has n_layers and n_heads, as a model's has. Errors as in `select_heads`.
+    `structure` has n_layers, n_heads and headless, as a model's has. Errors as in `select_heads`.
     """
+    return _chosen(structure, options.layers, options.heads)
+
+
+def _chosen(structure: Any, layers: Any, heads: Any) -> tuple[Head, ...]:
+    return select_heads(layers, heads, structure.n_layers, structure.n_heads, structure.headless)
+
+
+def late_heads(structure: Any, options: Any) -> tuple[Head, ...]:
+    """As `chosen_heads`, but those of the last third of the layers where neither layers nor heads are chosen."""
     layers, heads = options.layers, options.heads
     if layers is None and heads is None:
         layers = f"{2 * structure.n_layers // 3}:"
-    return select_heads(layers, heads, structure.n_layers, structure.n_heads)
+    return _chosen(structure, layers, heads)
 
 
 def _layers(spec: str, n_layers: int) -> list[int]:

@@ -12,7 +12,7 @@ CLOSURE = TOLERANCE | {"float64": 1e-8}
 """The largest |closure| that rounding explains, as such a share: both sides of it are computed from the same pass."""
 
 
-PARTS = ("from_heads", "from_mlps", "from_post_norms")
+PARTS = ("from_heads", "from_mlps", "from_mixers", "from_post_norms")
 """The parts of the self-repair that are measured, in a model that has all of them; from_norm follows."""
 
 

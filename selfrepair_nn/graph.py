@@ -12,6 +12,7 @@ from selfrepair_nn.components import (
     FinalNorm,
     Freezable,
     Head,
+    Mixers,
     Mlp,
     Norm,
     PostNorms,
@@ -34,7 +35,7 @@ VALUE_BIASES = {
 }
 FREEZES = {
     "none": "everything reacts to the ablation",
-    "downstream": "every other head and MLP keeps its clean value; the final norm is live",
+    "downstream": "every other head, mixer and MLP keeps its clean value; the final norm is live",
     "all": "the scale of the final norm too, and of norms behind attention where a model has them",
 }
 RECORDS = {"sums": "heads, MLPs and norm", "full": "every component by itself"}
@@ -161,14 +162,24 @@ class Graph(metaclass=Declared):
         return replace(self, ablate=cases, strongest=None, then=None)
 
     def beyond(self, structure: Any) -> str | None:
-        """The label of a site that a model of this structure does not have, or None."""
-        sites = [*(site for case in self.ablate for site in case), *sorted(self.freeze, key=str)]
+        """The label of a site that a model of this structure does not have, or None.
+
+        Where all mixers are frozen, the heads that layers with a mixer do not have may be too.
+        """
+        frozen = sorted(self.freeze, key=str)
+        if Mixers() in self.freeze:
+            frozen = [s for s in frozen if not (isinstance(s, Head) and s.layer in structure.headless)]
+        sites = [*(site for case in self.ablate for site in case), *frozen]
         sites += [Mlp(self.neurons)] if self.neurons is not None else []
         sites += self.replaced_by.sites
         return next((site.label for site in sites if not site.lies_in(structure)), None)
 
     def misfit(self, structure: Any) -> str | None:
-        """Why its replacement does not fit its sites in a model of this structure, or None."""
+        """Why its replacement or its record does not fit a model of this structure, or None."""
+        if self.neurons is not None and not structure.d_mlp:
+            return (
+                "neurons of this model cannot be recorded: its MLPs are mixtures of experts, or have a norm behind them"
+            )
         found = (self.replaced_by.misfit(case, structure) for case in self.ablate)
         return next(filter(None, found), None)
 
@@ -211,6 +222,7 @@ class Graph(metaclass=Declared):
             "cases": [[s.entry for site in case for s in site.parts(n_heads)] for case in self.ablate],
             "replacement": self.replaced_by.plan,
             "frozen_heads": frozen_heads,
+            "frozen_mixers": list(structure["headless"]) if Mixers() in frozen else [],
             "frozen_mlps": sorted(s.layer for s in frozen if isinstance(s, Mlp)),
             "frozen_norms": sorted(frozen_norms),
             "frozen_norm": FinalNorm() in frozen,
@@ -269,7 +281,7 @@ def freeze_set(name: str, n_layers: int, n_heads: int) -> frozenset[Freezable]:
     if name == "none":
         return frozenset()
     sites: set[Freezable] = {Head(layer, h) for layer in range(n_layers) for h in range(n_heads)}
-    sites |= {Mlp(layer) for layer in range(n_layers)}
+    sites |= {Mlp(layer) for layer in range(n_layers)} | {Mixers()}
     return frozenset(sites | {PostNorms(), FinalNorm()} if name == "all" else sites)
 
 
@@ -281,6 +293,7 @@ def writes_attention_bias(structure: dict[str, Any], value_bias: str) -> bool:
 def of_model(structure: Mapping[str, Any]) -> frozenset[str]:
     """The conditions for a quantity to be recorded (quantities.WHEN) that a model fulfils; a Structure as a dict."""
     fulfilled = {
+        "mixers": bool(structure["headless"]),
         "post_norms": "post_norm" in structure["places"],
         "capped": structure["logit_cap"] is not None,
     }
@@ -309,7 +322,7 @@ def _require_freezable(sites: frozenset[Freezable]) -> None:
     for site in sites:
         if not isinstance(site, Freezable):
             raise UsageError(
-                f"{site} cannot be frozen; choose a Head, Attention, Mlp, Norm, PostNorms or FinalNorm"
+                f"{site} cannot be frozen; choose a Head, Attention, Mlp, Mixers, Norm, PostNorms or FinalNorm"
             )
 
 

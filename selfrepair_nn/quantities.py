@@ -23,6 +23,7 @@ WHEN = {
     "grid": "where each run ablates one head",
     "cases": "where runs ablate something else",
     "other": "prompts that name another token",
+    "mixers": "models with mixers without heads",
     "post_norms": "models with norms behind their sublayers",
     "capped": "models that cap their logits",
     "counterfactual": "prompts with a counterfactual",
@@ -38,7 +39,7 @@ WHEN = {
 Any other name, which is that of a row, is one that `Graph.also` switches on.
 """
 
-OF_MODELS = ("post_norms", "capped")
+OF_MODELS = ("mixers", "post_norms", "capped")
 """Those that a model fulfils by what it is."""
 
 SOURCES = ("label", "run", "clean", "ablated", "derived")
@@ -138,7 +139,7 @@ _ALL = (
     Quantity("rank", "label", ("rank",), "1", "rank", "Place among the token's most repairing neurons, from 0.", "int", when="neurons"),
     Quantity("neuron", "label", ("neuron",), "1", "neuron", "Index of the neuron in the recorded MLP.", "int", when="neurons"),
     Quantity("component", "label", ("component",), "1", "component", "Label of one term of the residual stream's sum.", "string", when="components"),
-    Quantity("component_kind", "label", ("component",), "1", "kind of component", "embedding, position_embedding, head, attention_bias or mlp.", "string", when="components"),
+    Quantity("component_kind", "label", ("component",), "1", "kind of component", "embedding, position_embedding, head, attention_bias, mixer or mlp.", "string", when="components"),
     Quantity("component_layer", "label", ("component",), "1", "layer of the component", "Layer that writes the component; -1 for embeddings.", "int", when="components"),
     Quantity("component_head", "label", ("component",), "1", "head of the component", "Head that writes the component; -1 where it is not a head.", "int", when="components"),
     # bookkeeping
@@ -158,12 +159,13 @@ _ALL = (
     Quantity("self_repair", "derived", SWEEP, "logit", "self-repair", "logit_change minus the change of the ablated head's own direct effect (Equation 1)."),
     Quantity("from_heads", "ablated", SWEEP, "logit", "self-repair from heads", "Summed change of direct effect of all other attention heads."),
     Quantity("from_mlps", "ablated", SWEEP, "logit", "self-repair from MLPs", "Summed change of direct effect of all MLPs."),
+    Quantity("from_mixers", "ablated", SWEEP, "logit", "self-repair from mixers", "Summed change of direct effect of all mixers without heads (convolutions, state spaces).", when="mixers"),
     Quantity("from_post_norms", "ablated", SWEEP, "logit", "self-repair from the norms behind attention", "What the change of the scales of the norms behind attention adds to what the heads of their layers write.", when="post_norms"),
     Quantity("from_norm", "derived", SWEEP, "logit", "self-repair from the final norm", "(S/S' - 1) R', with R' the summed ablated direct effects of all components."),
     Quantity("norm_on_existing", "derived", SWEEP, "logit", "final norm on existing logits", "(S/S' - 1)(logit - k): the part of from_norm that rescales what was there (Appendix B)."),
     Quantity("norm_on_change", "derived", SWEEP, "logit", "final norm on the change", "(S/S' - 1)(R' - R): the part of from_norm that rescales what changed (Appendix B)."),
     Quantity("ablated_norm_scale", "ablated", SWEEP, "1", "ablated final norm scale", "S': the final norm's scale in the ablated run."),
-    Quantity("closure", "derived", SWEEP, "logit", "closure", "self_repair minus all its parts (from_heads, from_mlps, from_norm and, where it is stored, from_post_norms): zero up to rounding, measured not assumed."),
+    Quantity("closure", "derived", SWEEP, "logit", "closure", "self_repair minus all its parts (from_heads, from_mlps, from_norm and, where they are stored, from_mixers and from_post_norms): zero up to rounding, measured not assumed."),
     Quantity("noise_floor", "run", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
     # where only the top share is ablated, or only as much as an answer needs
     Quantity("threshold", "run", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all counted tokens of the run, of which direct_effect then holds every one.", when="ranked"),

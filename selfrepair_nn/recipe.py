@@ -154,12 +154,21 @@ class Recipe:
             )
         if beyond := graph.beyond(structure):
             raise UsageError(
-                f"recipe {str(self.path)!r} names {beyond}: the model has layers 0 to {structure.n_layers - 1} "
-                f"of heads 0 to {structure.n_heads - 1} and neurons 0 to {structure.d_mlp - 1}, and in each a norm "
-                f"before {' and before '.join(structure.norms)}"
+                f"recipe {str(self.path)!r} names {beyond}: the model has {_said(structure)}"
             )
         if misfit := graph.misfit(structure):
             raise UsageError(f"recipe {str(self.path)!r}: {misfit}")
+
+
+def _said(structure: Any) -> str:
+    """What can be named in a model."""
+    neurons = f"neurons 0 to {structure.d_mlp - 1}" if structure.d_mlp else "MLPs not split into neurons"
+    found = [f"layers 0 to {structure.n_layers - 1} of heads 0 to {structure.n_heads - 1} and {neurons}"]
+    if structure.headless:
+        found.append(f"no heads in layers {', '.join(map(str, structure.headless))}")
+    if structure.norms:
+        found.append(f"in each a norm before {' and before '.join(structure.norms)}")
+    return ", and ".join(found)
 
 
 def _watched(options: Options) -> tuple[Options, set[str]]:

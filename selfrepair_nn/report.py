@@ -46,6 +46,7 @@ HEAD_COLUMNS = {
     "95%": "top_self_repair_half_width",
     "from heads": "top_from_heads",
     "from MLPs": "top_from_mlps",
+    "from mixers": "top_from_mixers",
     "from post-norms": "top_from_post_norms",
     "from norm": "top_from_norm",
 }

@@ -50,6 +50,7 @@ COLUMNS = {
     "self-repair": "top_self_repair",
     "= heads": "top_from_heads",
     "+ MLPs": "top_from_mlps",
+    "+ mixers": "top_from_mixers",
     "+ post": "top_from_post_norms",
     "+ norm": "top_from_norm",
 }

@@ -169,7 +169,7 @@ def build(name: str, seed: int = 0, *, exact: bool = False, attention: str | Non
     attention: by default what users get, "sdpa", which keeps float64 throughout (some have only "eager");
     "eager" gives the same to about 1e-6, as the softmax of all but GPT-2 is then float32.
     """
-    model = (FAMILIES | REFUSED | further.MODELS)[name]().double().eval()
+    model = (FAMILIES | REFUSED | further.MODELS | further.HYBRIDS)[name]().double().eval()
     randomise(model, seed)
     if attention is not None:
         model.set_attn_implementation(attention)

@@ -28,6 +28,7 @@ class Places:
     mlp: str = "mlp"
     constants: bool = True
     post: str | None = None
+    mixer: str | None = None
 
 
 _BLOOM = Places(
@@ -49,6 +50,14 @@ PLACES = dict.fromkeys(_LIKE_LLAMA.split(), Places()) | {
     "gpt_oss": Places(constants=False),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), replace(_BEHIND, norm=None)),
     **dict.fromkeys(("gemma2", "gemma3_text"), _BEHIND),
+    "lfm2": Places(
+        final_norm="model.embedding_norm",
+        norm="operator_norm",
+        projection="self_attn.out_proj",
+        mlp="feed_forward",
+        mixer="conv",
+    ),
+    "jamba": Places(final_norm="model.final_layernorm", mlp="feed_forward", mixer="mamba"),
     "glm4": Places(mlp="post_mlp_layernorm", post="post_self_attn_layernorm"),
     "gpt_neo": Places(
         layers="transformer.h",
@@ -183,3 +192,20 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         head_dim=8,
     ),
 }
+
+HYBRIDS: dict[str, Callable[[], PreTrainedModel]] = {
+    "lfm2": partial(_made, "Lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2),
+    "jamba": partial(
+        _made,
+        "Jamba",
+        num_hidden_layers=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+    ),
+}
+"""Models of which some layers have no heads."""

@@ -12,7 +12,8 @@ float32 softmax as well; with "sdpa", the default, none has.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 
 import further
 import numpy as np
@@ -32,7 +33,7 @@ PER_HEAD = (
     "ablated_norm_scale",
     "closure",
 )
-OF_SOME_MODELS = ("from_post_norms", "logit_change_capped")
+OF_SOME_MODELS = ("from_mixers", "from_post_norms", "logit_change_capped")
 
 
 # ---------------------------------------------------------------- where each family keeps its parts
@@ -48,14 +49,15 @@ class Layer:
     """
 
     norm: nn.Module
-    projection: nn.Module
+    projection: nn.Module | None
     mlp: nn.Module
-    W_O: Tensor
+    W_O: Tensor | None
     b_O: Tensor | None
     W_V: Tensor | None = None
     b_V: Tensor | None = None
     constant: Tensor | None = None
     post: nn.Module | None = None  # the norm behind the attention
+    mixer: nn.Module | None = None  # in a layer without heads, what stands in the attention's place
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,16 @@ def _further(model: nn.Module) -> Parts:
     """A family of which no more is known than where its parts are: heads' constants are seen, not read off."""
     config, places = model.config, further.places(model)
     blocks = list(model.get_submodule(places.layers))
-    projections = [block.get_submodule(places.projection) for block in blocks]
+    mixers = [getattr(block, places.mixer, None) if places.mixer else None for block in blocks]
+    projections = [
+        block.get_submodule(places.projection) if mixer is None else None
+        for block, mixer in zip(blocks, mixers, strict=True)
+    ]
     norms = [block.get_submodule(places.norm) if places.norm else None for block in blocks]
-    attentions = [block.get_submodule(places.projection.rpartition(".")[0]) for block in blocks]
+    attentions = [
+        block.get_submodule(places.projection.rpartition(".")[0]) if norm is None else None
+        for block, norm in zip(blocks, norms, strict=True)
+    ]
     constants = (
         _seen_constants(model, attentions, norms, projections) if places.constants else [None] * len(blocks)
     )
@@ -180,12 +189,15 @@ def _further(model: nn.Module) -> Parts:
             norm,
             projection,
             block.get_submodule(places.mlp),
-            _matrix(projection) * multiplier,
-            None if projection.bias is None else _bias(projection) * multiplier,
+            None if projection is None else _matrix(projection) * multiplier,
+            None if projection is None or projection.bias is None else _bias(projection) * multiplier,
             constant=constant,
             post=block.get_submodule(places.post) if places.post else None,
+            mixer=mixer,
         )
-        for block, norm, projection, constant in zip(blocks, norms, projections, constants, strict=True)
+        for block, norm, projection, constant, mixer in zip(
+            blocks, norms, projections, constants, mixers, strict=True
+        )
     ]
     logits = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     if config.model_type == "mpt":  # which has the word, and does nothing with it
@@ -224,11 +236,13 @@ def _seen_constants(model, attentions, norms, projections) -> list[Tensor | None
 
     pairs = [(norm.register_forward_hook, zero) for norm in norms if norm is not None]
     pairs += [(into(a), silent) for a, norm in zip(attentions, norms, strict=True) if norm is None]
-    pairs += [(p.register_forward_pre_hook, note(i)) for i, p in enumerate(projections)]
+    pairs += [(p.register_forward_pre_hook, note(i)) for i, p in enumerate(projections) if p is not None]
     with torch.no_grad(), _hooked(pairs):
         model(torch.arange(4)[None] % model.config.vocab_size, use_cache=False)
     heads = model.config.num_attention_heads
-    return [seen[i].unflatten(0, (heads, -1)) if seen[i].any() else None for i in range(len(norms))]
+    return [
+        seen[i].unflatten(0, (heads, -1)) if i in seen and seen[i].any() else None for i in range(len(norms))
+    ]
 
 
 # ---------------------------------------------------------------- one forward pass, watched and edited
@@ -241,6 +255,7 @@ class Pass:
     z: dict[int, Tensor]
     mlp: dict[int, Tensor]
     post: dict[int, Tensor]
+    mixer: dict[int, Tensor] = field(default_factory=dict)
     embed: Tensor | None = None
     pos_embed: Tensor | None = None
     final: Tensor | None = None
@@ -273,16 +288,14 @@ def _attention_hook(seen: Pass, layer: int, n_heads: int, set_heads: dict) -> Ca
     return hook
 
 
-def _mlp_hook(seen: Pass, layer: int, shape: tuple[int, int], set_mlps: dict) -> Callable:
-    """After the MLP: replace its output if asked, note what is then added to the residual stream."""
+def _mlp_hook(seen: dict, layer: int, shape: tuple[int, int], set_mlps: dict) -> Callable:
+    """After an MLP or mixer: replace its output if asked, note what is then added to the residual stream."""
 
     def hook(module, args, output):
         first, *others = output if isinstance(output, tuple) else (output,)
         if layer in set_mlps:
             first = set_mlps[layer].reshape(first.shape).to(first.dtype)
-        seen.mlp[layer] = (
-            first.double().reshape(*shape, -1).clone()
-        )  # some models go on to change it in place
+        seen[layer] = first.double().reshape(*shape, -1).clone()  # some models go on to change it in place
         return (first, *others) if isinstance(output, tuple) else first
 
     return hook
@@ -329,10 +342,19 @@ def _post_hook(seen: Pass, layer: int, set_scale: Tensor | None) -> Callable:
     return hook
 
 
-def run(parts: Parts, ids: Tensor, *, set_heads=None, set_mlps=None, set_scale=None, set_posts=None) -> Pass:
+def run(
+    parts: Parts,
+    ids: Tensor,
+    *,
+    set_heads=None,
+    set_mlps=None,
+    set_scale=None,
+    set_posts=None,
+    set_mixers=None,
+) -> Pass:
     """One full forward pass of the real model on ids [prompt, T].
 
-    set_heads {(layer, head): z [prompt, T, head_dim]}, set_mlps {layer: output [prompt, T, d_model]} and
+    set_heads {(layer, head): z [prompt, T, head_dim]}, set_mlps and set_mixers {layer: output [prompt, T, d_model]},
     set_scale [prompt, T] (of the final norm), set_posts {layer: [prompt, T]} (of the norms behind attention) are
     written in place of what the model computes.
     """
@@ -344,9 +366,13 @@ def run(parts: Parts, ids: Tensor, *, set_heads=None, set_mlps=None, set_scale=N
     if parts.pos_embed is not None:
         pairs.append((parts.pos_embed.register_forward_hook, _note_hook(seen, "pos_embed", shape)))
     for i, layer in enumerate(parts.layers):
-        attention = _attention_hook(seen, i, parts.n_heads, set_heads or {})
-        pairs.append((layer.projection.register_forward_pre_hook, attention))
-        pairs.append((layer.mlp.register_forward_hook, _mlp_hook(seen, i, shape, set_mlps or {})))
+        if layer.mixer is None:
+            attention = _attention_hook(seen, i, parts.n_heads, set_heads or {})
+            pairs.append((layer.projection.register_forward_pre_hook, attention))
+        else:
+            mixer = _mlp_hook(seen.mixer, i, shape, set_mixers or {})
+            pairs.append((layer.mixer.register_forward_hook, mixer))
+        pairs.append((layer.mlp.register_forward_hook, _mlp_hook(seen.mlp, i, shape, set_mlps or {})))
         if layer.post is not None:
             hook = _post_hook(seen, i, (set_posts or {}).get(i))
             pairs.append((layer.post.register_forward_hook, hook))
@@ -446,7 +472,10 @@ def component_writes(parts: Parts, seen: Pass, value_bias: str, clean: Pass) -> 
     if parts.pos_embed is not None:
         writes.append(Write("pos_embed", "pos_embed", seen.pos_embed))
     for i, layer in enumerate(parts.layers):
-        writes += _attention_writes(layer, i, seen.z[i], value_bias, clean.post.get(i))
+        if layer.mixer is None:
+            writes += _attention_writes(layer, i, seen.z[i], value_bias, clean.post.get(i))
+        else:
+            writes.append(Write(f"L{i}.mixer", "mixer", seen.mixer[i]))
         writes.append(Write(f"L{i}.mlp", "mlp", parts.multiplier * seen.mlp[i]))
     return writes
 
@@ -584,12 +613,12 @@ def _ablated(setting: Setting, clean: Clean, layer: int, head: int, new_z: Tenso
         for later in range(layer, len(parts.layers)):
             set_mlps[later] = clean.seen.mlp[later]
         for later in range(layer + 1, len(parts.layers)):
-            for other in range(parts.n_heads):
+            for other in range(parts.n_heads if later in clean.seen.z else 0):
                 set_heads[later, other] = clean.seen.z[later][:, :, other]
-    held = {}
+    held = {"set_mixers": clean.seen.mixer} if setting.freeze else {}
     if setting.freeze == "all":
         posts = {i: scale(parts.layers[i].post, x) for i, x in clean.seen.post.items()}
-        held = {"set_scale": clean.S_all, "set_posts": posts}
+        held |= {"set_scale": clean.S_all, "set_posts": posts}
     return run(parts, setting.ids, set_heads=set_heads, set_mlps=set_mlps, **held)
 
 
@@ -609,6 +638,7 @@ def _measure(setting: Setting, clean: Clean, seen: Pass, own: int) -> dict[str, 
         "logit_change": setting.logit(seen) - clean.logit,
         "from_heads": change[..., heads].sum(-1),
         "from_mlps": change[..., mlps].sum(-1),
+        "from_mixers": change[..., [i for i, kind in enumerate(clean.kinds) if kind == "mixer"]].sum(-1),
         "from_post_norms": post,
         "from_norm": (S / S_new - 1) * R_new,
         "norm_on_existing": (S / S_new - 1) * R,
@@ -617,7 +647,7 @@ def _measure(setting: Setting, clean: Clean, seen: Pass, own: int) -> dict[str, 
         "component_change": change,
     }
     out["self_repair"] = out["logit_change"] - change[..., own]
-    parts = ("from_heads", "from_mlps", "from_post_norms", "from_norm")
+    parts = ("from_heads", "from_mlps", "from_mixers", "from_post_norms", "from_norm")
     out["closure"] = out["self_repair"] - sum(out[part] for part in parts)
     raw = [_target_logit(p.returned, setting.ids, "raw") for p in (seen, clean.seen)]
     out["logit_change_capped"] = raw[0] - raw[1]
@@ -674,8 +704,8 @@ def reference(
     Returns float64 arrays, in logits but for the two scales, for the positions 0 .. T-2:
     logit, norm_scale and constant (k_t) [prompt, position]; the variables of PER_HEAD and OF_SOME_MODELS [layer, head,
     prompt, position]; component_direct_effect [prompt, position, component]; component_change [layer, head, prompt,
-    position, component]; under "components" the list of labels, and under "of_this_model" the names of what not every
-    model has.
+    position, component]; under "components" the list of labels, under "of_this_model" the names of what not every
+    model has, under "having" the layers that have heads; of others there are none.
     """
     _check(ablation, partners, target, value_bias, freeze)
     setting = Setting(find_parts(model), torch.as_tensor(np.asarray(ids)), target, value_bias, freeze)
@@ -684,7 +714,8 @@ def reference(
         over = setting.ids[:256] if mean_ids is None else torch.as_tensor(np.asarray(mean_ids))
         means = {layer: z.mean(dim=(0, 1)) for layer, z in run(setting.parts, over).z.items()}
     out = _empty(setting.parts, setting.ids, len(clean.labels))
-    for layer, head in np.ndindex(*out["closure"].shape[:2]) if heads is None else heads:
+    having = [i for i, layer in enumerate(setting.parts.layers) if layer.mixer is None]
+    for layer, head in product(having, range(setting.parts.n_heads)) if heads is None else heads:
         new_z = _new_z(setting, clean, ablation, partners, means, layer, head)
         seen = _ablated(setting, clean, layer, head, new_z)
         for name, value in _measure(setting, clean, seen, clean.labels.index(f"L{layer}H{head}")).items():
@@ -692,6 +723,8 @@ def reference(
     out["logit"], out["norm_scale"] = clean.logit.numpy(), clean.S.numpy()
     out["constant"], out["component_direct_effect"] = clean.goal.k.numpy(), clean.effects.numpy()
     of_this_model = set() if setting.parts.layers[0].post is None else {"from_post_norms"}
+    if len(having) < len(setting.parts.layers):
+        of_this_model.add("from_mixers")
     if getattr(model.config, "final_logit_softcapping", None) is not None:
         of_this_model.add("logit_change_capped")
-    return out | {"components": clean.labels, "of_this_model": of_this_model}
+    return out | {"components": clean.labels, "of_this_model": of_this_model, "having": having}

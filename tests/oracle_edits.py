@@ -2,7 +2,7 @@
 
 Like `oracle`, on which it builds, it imports nothing of the package and reads the weights directly. Sites are plain
 tuples: ("head", layer, head), ("attention", layer), ("mlp", layer), ("neuron", layer, neuron), ("layers", first, stop),
-("swap", layer); what can only be frozen: ("norm", layer, "attention" or "mlp"), ("postnorms",),
+("swap", layer); what can only be frozen: ("norm", layer, "attention" or "mlp"), ("mixers",), ("postnorms",),
 ("finalnorm",). Replacements are
 words, or ("scale", factor), ("constant", value), ("otherhead", head), ("reinforce", scale). Layers are deleted and
 swapped by doing so in the model's own list of layers.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 HOLDERS = {"gpt2": "transformer", "gptj": "transformer", "gpt_neox": "gpt_neox", "opt": "model.decoder"}
 LISTS = {"gpt2": "h", "gptj": "h"}
-MLP_NORMS = {"gpt2": "ln_2", "opt": "final_layer_norm"}
+MLP_NORMS = {"lfm2": "ffn_norm", "gpt2": "ln_2", "opt": "final_layer_norm"}
 NO_OTHER_NORM = ("gptj", "olmo2")
 """Where the MLP reads what the attention reads, or the stream as it is."""
 
@@ -27,6 +27,7 @@ DOWN_PROJECTIONS = {
     "gptj": "mlp.fc_out",
     "gpt_neox": "mlp.dense_4h_to_h",
     "opt": "fc2",
+    "lfm2": "feed_forward.w2",
 }
 
 
@@ -36,6 +37,7 @@ class Edits:
 
     heads: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # z [prompt, T, head_dim]
     mlps: dict[int, Tensor] = field(default_factory=dict)  # output [prompt, T, d_model]
+    mixers: dict[int, Tensor] = field(default_factory=dict)  # output [prompt, T, d_model]
     hidden: dict[int, Tensor] = field(default_factory=dict)  # all neurons [prompt, T, neurons]
     neurons: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # over `hidden`: [prompt, T]
     scales: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # what a norm divides by [prompt, T]
@@ -96,12 +98,16 @@ class Edited:
         if parts.pos_embed is not None:
             pairs.append((parts.pos_embed.register_forward_hook, oracle._note_hook(seen, "pos_embed", shape)))
         for i, layer in enumerate(parts.layers):
-            attention = oracle._attention_hook(seen, i, parts.n_heads, edits.heads)
+            if layer.mixer is None:
+                attention = oracle._attention_hook(seen, i, parts.n_heads, edits.heads)
+                pairs.append((layer.projection.register_forward_pre_hook, attention))
+            else:
+                mixer = oracle._mlp_hook(seen.mixer, i, shape, edits.mixers)
+                pairs.append((layer.mixer.register_forward_hook, mixer))
             pairs += [
                 (self.blocks[i].register_forward_pre_hook, _insert_hook(edits.inserted.get(i))),
-                (layer.projection.register_forward_pre_hook, attention),
                 (self.downs[i].register_forward_pre_hook, _hidden_hook(seen, i, shape, edits)),
-                (layer.mlp.register_forward_hook, oracle._mlp_hook(seen, i, shape, edits.mlps)),
+                (layer.mlp.register_forward_hook, oracle._mlp_hook(seen.mlp, i, shape, edits.mlps)),
             ]
         for name, norm in self.norms.items():
             pairs.append((norm.register_forward_hook, _norm_hook(seen, name, shape, edits)))
@@ -159,6 +165,8 @@ class Edited:
                 for layer in seen.hidden
             },
         }
+        if self.clean.mixer:
+            found["from_mixers"] = change[..., rest["mixer"]].sum(-1)
         if self.clean.post:
             terms = self._from_post_norms(seen, edits)
             whole = {layer for s in sites if s[0] in ("layers", "swap") for layer in self._whole(s)}
@@ -197,9 +205,10 @@ class Edited:
 
     def _effects(self, seen: Seen) -> Tensor:
         """DE of every component under the clean scale; what did not run writes nothing."""
-        gone = [i for i in range(len(self.blocks)) if i not in seen.z]
-        for layer in gone:
-            seen.z[layer], seen.mlp[layer] = self.clean.z[layer], self.clean.mlp[layer]
+        gone = [i for i in range(len(self.blocks)) if i not in seen.mlp]
+        for kept in ("z", "mixer", "mlp"):
+            clean = getattr(self.clean, kept)
+            getattr(seen, kept).update({i: clean[i] for i in gone if i in clean})
         effects = oracle._direct_effects(self.setting.writes(seen, self.clean), self.goal, self.S)
         for layer in gone:
             effects[..., [i for i, label in enumerate(self.labels) if _layer(label) == layer]] = 0
@@ -238,6 +247,7 @@ class Edited:
             edits.heads = {k: v for k, v in edits.heads.items() if k[0] not in whole}
             edits.hidden = {k: v for k, v in edits.hidden.items() if k not in whole}
             edits.scales = {k: v for k, v in edits.scales.items() if k[0] not in whole}
+            edits.mixers = {k: v for k, v in edits.mixers.items() if k not in whole}
         return edits, next(iter(edits.inserted.values()), None)
 
     def _whole(self, site) -> range:
@@ -258,6 +268,8 @@ class Edited:
             edits.hidden[site[1]] = clean.hidden[site[1]]
         elif kind == "norm":
             edits.scales[site[1:]] = oracle.scale(self.norms[site[1:]], clean.norm_inputs[site[1:]])
+        elif kind == "mixers":
+            edits.mixers = dict(clean.mixer)
         elif kind == "postnorms":
             for layer, x in clean.post.items():
                 edits.scales[layer, "post"] = oracle.scale(self.norms[layer, "post"], x)

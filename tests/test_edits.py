@@ -15,7 +15,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from terminal import assert_same_numbers
 
 import selfrepair_nn as sr
-from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Norm, PostNorms, Swap
+from selfrepair_nn.components import (
+    Attention,
+    FinalNorm,
+    Head,
+    Layers,
+    Mixers,
+    Mlp,
+    Neuron,
+    Norm,
+    PostNorms,
+    Swap,
+)
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import Incomplete, UsageError
 from selfrepair_nn.graph import Graph, Variants, freeze_set, sweep
@@ -251,6 +262,27 @@ def test_norms_behind_sublayers(job, name):
         agree(name, job(name, [(site,)], "zero"), [(site,)], "zero")
     reinforced = sweep([Head(0, 1), Head(1, 2), Head(2, 0)])
     agree(name, job(name, reinforced, Reinforce(2.0)), reinforced, Reinforce(2.0))
+
+
+def test_mixers_without_heads(job):
+    """Layers of two kinds: ablated beside each other, deleted, swapped; the mixers live and frozen."""
+    ablate = [
+        *sweep([Head(1, 0), Attention(3), Mlp(0), Neuron(2, 3), Mlp(1)]),
+        (Mlp(2), Head(1, 1)),
+        (Head(1, 2), Head(3, 3), Neuron(0, 1)),
+    ]
+    for replacement, freeze in (
+        ("counterfactual", frozenset()),
+        ("mean", frozenset({Mixers(), Mlp(2), Norm(2, "attention")})),
+        ("zero", frozenset({Norm(2, "attention"), Norm(3, "mlp"), Head(3, 1)})),
+    ):
+        found = job("lfm2", ablate, replacement, record="full", freeze=freeze, tokens_per_pass=100)
+        agree("lfm2", found, ablate, replacement, freeze)
+        assert (np.abs(found["from_mixers"]).max() > 1e-3) == (Mixers() not in freeze)
+    for site in (Layers(0, 1), Layers(1, 3), Swap(0), Swap(1), Swap(2)):
+        agree("lfm2", job("lfm2", [(site,)], "zero"), [(site,)], "zero")
+    reinforced = sweep([Head(1, 1), Head(3, 2)])
+    agree("lfm2", job("lfm2", reinforced, Reinforce(2.0)), reinforced, Reinforce(2.0))
 
 
 # ---------------------------------------------------------------- path patching and norms, by their identities

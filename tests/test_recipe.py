@@ -3,7 +3,7 @@
 import pytest
 
 import selfrepair_nn as sr
-from selfrepair_nn.components import FinalNorm, Head, Mlp, PostNorms
+from selfrepair_nn.components import FinalNorm, Head, Mixers, Mlp, PostNorms
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, freeze_set, sweep
 from selfrepair_nn.options import Options
@@ -11,7 +11,7 @@ from selfrepair_nn.recipe import find_recipe, recipes
 
 
 class Sizes:
-    n_layers, n_heads = 3, 2
+    n_layers, n_heads, headless = 3, 2, ()
 
 
 def test_every_recipe_has_a_line_and_figures_that_exist():
@@ -55,7 +55,7 @@ def test_unknown_recipe_lists_ours():
 
 def test_freezing_downstream_and_all():
     down, everything = (freeze_set(name, 2, 2) for name in ("downstream", "all"))
-    assert down == {Head(0, 0), Head(0, 1), Head(1, 0), Head(1, 1), Mlp(0), Mlp(1)}
+    assert down == {Head(0, 0), Head(0, 1), Head(1, 0), Head(1, 1), Mlp(0), Mlp(1), Mixers()}
     assert everything == down | {PostNorms(), FinalNorm()}
 
 

@@ -113,6 +113,27 @@ def test_freezing_is_the_same_there(setting):
     assert found["from_mlps"].abs().max() <= RELATIVE * found["logit"].abs().max()
 
 
+@pytest.mark.parametrize("name", ["gemma2", "lfm2", "falcon-sequential", "gpt-oss"])
+def test_further_families_are_the_same_there(name, tmp_path):
+    """Norms behind sublayers and a soft cap; mixers; a layer that returns a tuple; experts that return one."""
+    from sandbox import Sandbox
+
+    save_with_tokenizer(name, str(tmp_path))
+    model = load(str(tmp_path), check=False)
+    tokens = torch.as_tensor(families.random_ids(model.nn._module))
+    arrays = {"tokens": tokens, "partner_tokens": tokens.roll(1, 0)}
+    heads = select_heads(None, None, model.structure.n_layers, model.structure.n_heads, model.structure.headless)
+    sandbox = Sandbox(model.nn, str(tmp_path))
+    try:
+        for record, replacement in (("sums", "resample"), ("full", "zero")):
+            graph = Graph(ablate=sweep(heads), record=record, replacement=replacement)
+            plan = graph.plan(model.layout) | {"tokens_per_pass": 96}
+            here = run_session(ablation_job, model.nn, arrays, plan)
+            assert_same(sandbox.run(ablation_job, arrays, plan), here)
+    finally:
+        sandbox.close()
+
+
 MIXED = ((Head(0, 1), Mlp(0), Neuron(1, 2)), (Attention(1),), (Neuron(2, 3),), (Mlp(1), Head(1, 0)))
 HEADS = sweep([Head(0, 1), Head(1, 0), Head(2, 1)])
 NORMS = frozenset({Norm(1, "attention"), Norm(2, "mlp"), Norm(0, "mlp")})

@@ -281,7 +281,7 @@ def test_neighbours_swapped_by_hand(stored):
 
 
 class Sizes:
-    n_layers, n_heads, parallel, norms, post_norms = 6, 2, False, ("attention", "mlp"), False
+    n_layers, n_heads, headless, parallel, norms, post_norms = 6, 2, (), False, ("attention", "mlp"), False
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -91,8 +91,9 @@ def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:
     model = plan["model"]
     begun = (TAKEN_UP_INSIDE if inside else TAKEN_UP) * model["d_model"]
     layers = model["n_layers"] - start
-    z = READ * (layers - inside) * model["n_heads"] * model["d_head"]
-    read = layers + 1 + (layers if "post_norm" in model["places"] else 0)
+    headless = sum(layer >= start for layer in model["headless"])
+    z = READ * (layers - inside - headless) * model["n_heads"] * model["d_head"]
+    read = layers + 1 + headless + (layers if "post_norm" in model["places"] else 0)
     return begun + z + READ * read * model["d_model"]
 
 
@@ -107,6 +108,6 @@ def _probe(plan: dict[str, Any], layers: int) -> int:
 
 def _widths(model: dict[str, Any]) -> dict[str, int]:
     """Numbers for each token of what a clean pass keeps."""
-    ends = ("input", "attention", "mlp", "attention_scale", "mlp_scale", "post_scale")
+    ends = ("input", "attention", "mlp", "attention_scale", "mlp_scale", "post_scale", "mixer")
     residual: dict[str, int] = dict.fromkeys(ends, model["d_model"])
     return residual | {"z": model["n_heads"] * model["d_head"], "neurons": model["d_mlp"]}

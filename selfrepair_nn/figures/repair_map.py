@@ -70,7 +70,7 @@ def _draw_store(panels: np.ndarray, pairs: xr.Dataset) -> AxesImage:
     norm_clear = np.where(abs(norm) > width, 1, PALE)
     parts = []
     for name in ("head", "mlp"):
-        columns = (kind == name) & (at >= rows.min())
+        columns = ((kind == name) | ((kind == "mixer") & (name == "head"))) & (at >= rows.min())
         ends = _middles(at[columns], LABELS[name]), _edges(at[columns])
         parts.append((repair[:, columns], clear[:, columns], *ends))
     scale = _scale([*(values for values, *_ in parts), norm])

@@ -60,7 +60,7 @@ class Work:
         """The terms of the model's residual stream, in the order of the store."""
         bias = writes_attention_bias(asdict(self.structure), self.graph.value_bias)
         s = self.structure
-        return components(s.n_layers, s.n_heads, s.position_embedding, bias)
+        return components(s.n_layers, s.n_heads, s.position_embedding, bias, s.headless)
 
     @property
     def sizes(self) -> dict[str, int]:

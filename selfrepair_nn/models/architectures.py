@@ -19,7 +19,8 @@ class Architecture:
     these heads where the projection's width does not.
     `attention_norm` is None where the attention reads the stream as it is, `mlp_norm` where the MLP does, or where one
     norm serves both. `post_norm` is the norm behind the attention, if there is one; then `mlp` is the norm behind the
-    MLP, for what the MLP writes is what leaves that. `returns` says of the modules ("layer", "attention",
+    MLP, for what the MLP writes is what leaves that. `mixer` is what stands in the attention's place in layers without
+    heads: a convolution or a state space, one component. `returns` says of the modules ("layer", "attention",
     "mlp") that return a tuple how many it holds; what they write is the first.
     `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
     its own layer.
@@ -47,6 +48,7 @@ class Architecture:
     mlp: str
     down_projection: str | None
     post_norm: str | None = None
+    mixer: str | None = None
     centred_norm: bool = True
     returns: Mapping[str, int] = field(default_factory=lambda: {"attention": 2})
     parallel: Callable[[Config], bool] = lambda config: False
@@ -266,6 +268,26 @@ ARCHITECTURES = (
         attention_norm="attention_layernorm",
         mlp_norm="feedforward_layernorm",
     ),
+    replace(
+        LLAMA,
+        model_types=("lfm2",),
+        final_norm="model.embedding_norm",
+        attention_norm="operator_norm",
+        output_projection="self_attn.out_proj",
+        mixer="conv",
+        mlp_norm="ffn_norm",
+        mlp="feed_forward",
+        down_projection="feed_forward.w2",
+    ),
+    replace(
+        LLAMA,
+        model_types=("jamba",),
+        final_norm="model.final_layernorm",
+        mixer="mamba",
+        mlp_norm="pre_ff_layernorm",
+        mlp="feed_forward",
+        down_projection=None,
+    ),
     replace(LLAMA, model_types=("nemotron", "olmo"), centred_norm=True),
     replace(LLAMA, model_types=("starcoder2",), centred_norm=True, down_projection="mlp.c_proj"),
     replace(LLAMA, model_types=("stablelm",), centred_norm=True, fits=lambda c: not c.use_parallel_residual),
@@ -384,6 +406,7 @@ class Structure:
     position_embedding: bool
     attention_bias: bool
     value_bias: bool
+    headless: tuple[int, ...]
     residual_inside: bool
     mlp_in_place: bool
     write_scale: float
@@ -422,7 +445,8 @@ def structure_of(module: Any) -> Structure:
     config = module.config
     architecture = architecture_of(config)
     layers = at(module, architecture.layers)
-    layer = layers[0]
+    headless = _headless(architecture, layers)
+    layer = next(layer for index, layer in enumerate(layers) if index not in headless)
     projection = at(layer, architecture.output_projection)
     norm = at(module, architecture.final_norm)
     width, d_model = _widths(projection)
@@ -446,6 +470,7 @@ def structure_of(module: Any) -> Structure:
         attention_bias=projection.bias is not None,
         value_bias=not architecture.sinks
         and (input_norm_bias or at(layer, architecture.value).bias is not None),
+        headless=headless,
         residual_inside=architecture.residual_inside,
         mlp_in_place=architecture.mlp_in_place,
         write_scale=float(architecture.write_scale(config)),
@@ -454,6 +479,16 @@ def structure_of(module: Any) -> Structure:
         returns=dict(architecture.returns),
         places=_places(architecture),
     )
+
+
+def _headless(architecture: Architecture, layers: Any) -> tuple[int, ...]:
+    """The layers that have a mixer without heads in the attention's place. Raises UnsupportedModel if all have."""
+    if architecture.mixer is None:
+        return ()
+    found = tuple(i for i, layer in enumerate(layers) if hasattr(layer, architecture.mixer))
+    if len(found) == len(layers):
+        raise UnsupportedModel("no layer of this model has attention heads")
+    return found
 
 
 def _kv_heads(architecture: Architecture, config: Config, value: Any, width: int) -> int:

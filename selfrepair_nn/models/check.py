@@ -44,7 +44,7 @@ def _on_random_tokens(model):
     import torch
 
     tokens = drawn_tokens(model)
-    heads = [Head(layer, layer % model.structure.n_heads) for layer in range(model.structure.n_layers)]
+    heads = [Head(layer, layer % model.structure.n_heads) for layer in _with_heads(model)]
     logits = own_logits(model, tokens)
     found = _ablate(model, tokens, heads, "resample", "full")
     changes = torch.stack(list(whole_passes(model, tokens, heads))) - logits
@@ -60,13 +60,18 @@ def _on_random_tokens(model):
 def _on_whole_prompts(model, tokens):
     """What is left over where heads of the first, the middle and the last layer are replaced by themselves."""
     last = min(tokens.shape[1] - 1, max(1, LOGITS // (len(tokens) * model.structure.vocab_size)))
-    layers = sorted({0, model.structure.n_layers // 2, model.structure.n_layers - 1})
+    having = _with_heads(model)
+    layers = sorted({having[0], having[len(having) // 2], having[-1]})
     found = _ablate(model, tokens, [Head(layer, 0) for layer in layers], "identity", "sums")
     logits = _returned(found["logit"] + found["mean_logit"], model)[:, -last:]
     return {
         "a pass gives the logits that the model returns": logits - own_logits(model, tokens, last),
         "replacing a head by itself changes nothing": _returned_change(found, model),
     }
+
+
+def _with_heads(model) -> list[int]:
+    return [n for n in range(model.structure.n_layers) if n not in model.structure.headless]
 
 
 def require(model, tokens=None) -> None:

@@ -37,12 +37,12 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
     of the model's dtype. Without that step a clean and an ablated pass round alike, and what is found is 0 however
     coarse the dtype: but where something is really ablated they round differently. It is over the counted tokens of
     the first prompts, at least as many as a prompt has where there are so many in a unit. Where there is no grid of
-    heads it is [case], each as its first layer's.
+    heads it is [case], each as its first layer's; a layer without heads has that of the next that has some.
     """
     from selfrepair_nn.tracing.jobs import ablation_job
 
     graph = Graph(
-        ablate=sweep(Head(layer, 0) for layer in experiment.layers),
+        ablate=sweep(Head(_with_heads(layer, layout), 0) for layer in experiment.layers),
         replacement="identity",
         target=experiment.graph.target,
     )
@@ -62,6 +62,12 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
     if experiment.grid:
         return floor
     return floor[[experiment.layers.index(min(s.layer for s in case)) for case in experiment.graph.ablate]]
+
+
+def _with_heads(layer: int, layout: dict[str, Any]) -> int:
+    """The layer, or the next one that has heads, or else the last that has."""
+    having = [n for n in range(layout["n_layers"]) if n not in layout["headless"]]
+    return next((n for n in having if n >= layer), having[-1])
 
 
 def follows_length(experiment: Experiment, layout: dict[str, Any], dtype: str, runner: Backend) -> bool:

@@ -52,7 +52,8 @@ def needs(plan, cases):
     """What must be kept of a clean pass to prepare the cases and to compare their passes with: {what: layers}."""
     count, starts = plan["model"]["n_layers"], [begins(case, plan) for case in cases]
     first = 0 if plan["record"] == "full" else min(layer for layer, _ in starts)
-    keep = {what: set(range(first, count)) for what in ("z", "mlp")}
+    headless, later = {*plan["model"]["headless"]}, set(range(first, count))
+    keep = {"z": later - headless, "mixer": later & headless, "mlp": set(later)}
     keep["input"] = {layer for layer, _ in starts} | {count}
     keep["attention"] = {layer for layer, inside in starts if inside}
     keep["neurons"] = set()

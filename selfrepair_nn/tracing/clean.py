@@ -23,6 +23,7 @@ def clean_pass(model, plan, tokens, keep):
             neurons: the input of the MLP's output projection, [prompt, position, neurons]
             attention_scale, mlp_scale: S of the norm before them, [prompt, position]
             post_scale: S of the norm behind the attention
+            mixer: what stands in the attention's place in a layer without heads gives, [prompt, position, d_model]
 
     Returns {what: {layer: tensor}}.
     """
@@ -54,6 +55,10 @@ def _attention(model, plan, layer, tokens):
     return part(model, plan, layer, "output_projection").output
 
 
+def _mixer(model, plan, layer, tokens):
+    return written(part(model, plan, layer, "mixer"))
+
+
 def _post_scale(model, plan, layer, tokens):
     return norm_scale(part(model, plan, layer, "post_norm").input, plan)
 
@@ -77,6 +82,7 @@ READS = (
     ("attention_scale", _attention_scale),
     ("z", _z),
     ("attention", _attention),
+    ("mixer", _mixer),
     ("post_scale", _post_scale),
     ("mlp_scale", _mlp_scale),
     ("neurons", neurons_of),

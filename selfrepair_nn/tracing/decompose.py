@@ -66,6 +66,8 @@ def ablated_readout(changes, batch, block, state):
         "from_mlps": mlps - _own_seen(effects, batch, "mlps"),
         "ablated_norm_scale": ablated_scale,
     }
+    if "from_mixers" in plan["gives"]:
+        out["from_mixers"] = sum((x / scale for x in changes["mixers"].values()), torch.zeros_like(before))
     if "from_post_norms" in plan["gives"]:
         out["from_post_norms"] = sum((x / scale for x in changes["post_norms"]), torch.zeros_like(before))
     if "logit_change_capped" in plan["gives"]:
@@ -140,8 +142,9 @@ def _component_changes(changes, batch, effects, scale, state, plan):
     for layer, x in changes["heads"].items():
         first = index["head", layer, 0]
         out[..., first : first + x.shape[-1]] = x / scale[..., None]
-    for layer, x in changes["mlps"].items():
-        out[..., index["mlp", layer]] = x / scale
+    for kind in ("mixer", "mlp"):
+        for layer, x in changes[f"{kind}s"].items():
+            out[..., index[kind, layer]] = x / scale
     for (rows, case, prompts), own in zip(batch.each(), effects, strict=True):
         for site, pair in own.items():
             if not case.edits[site].seen:
@@ -159,8 +162,11 @@ def _component_index(plan):
     """Where each component stands, in the order of components.components."""
     names = [("embed", None), *([("pos_embed", None)] if plan["model"]["position_embedding"] else [])]
     for layer in range(plan["model"]["n_layers"]):
-        names += [("head", layer, head) for head in range(plan["model"]["n_heads"])]
-        names += [("attention_bias", layer)] if plan["attention_bias"] else []
+        if layer in plan["model"]["headless"]:
+            names.append(("mixer", layer))
+        else:
+            names += [("head", layer, head) for head in range(plan["model"]["n_heads"])]
+            names += [("attention_bias", layer)] if plan["attention_bias"] else []
         names.append(("mlp", layer))
     return {name: index for index, name in enumerate(names)}
 
@@ -170,15 +176,25 @@ def component_effects(embedded, block, scale):
     plan, clean, probed, direction = block.plan, block.clean, block.probed, block.probed["direction"]
     effects = [along(x, direction) for x in embedded]
     for layer in range(plan["model"]["n_layers"]):
-        z = per_head(widen(clean["z"][layer]), plan) - probed["value_constant"][layer]
-        through = per_head(probed["pullback"][layer], plan)
-        effects += (z * through).sum(-1).unbind(-1)
-        if plan["attention_bias"]:
-            constant = (probed["value_constant"][layer] * through).sum((-1, -2))
-            given = behind_norm(probed["given_direction"], probed, clean, layer)
-            effects.append(along(probed["output_bias"][layer], given) + constant)
+        if layer in plan["model"]["headless"]:
+            effects.append(along(clean["mixer"][layer], probed["given_direction"]))
+        else:
+            effects += _attention_effects(block, layer)
         effects.append(along(clean["mlp"][layer], probed["given_direction"]))
     return torch.stack(effects, -1) / scale[..., None]
+
+
+def _attention_effects(block, layer):
+    """⟨x, d_t⟩ of each head of a layer and, where it is a component, of the attention's output bias."""
+    plan, clean, probed = block.plan, block.clean, block.probed
+    z = per_head(widen(clean["z"][layer]), plan) - probed["value_constant"][layer]
+    through = per_head(probed["pullback"][layer], plan)
+    effects = [*(z * through).sum(-1).unbind(-1)]
+    if plan["attention_bias"]:
+        constant = (probed["value_constant"][layer] * through).sum((-1, -2))
+        given = behind_norm(probed["given_direction"], probed, clean, layer)
+        effects.append(along(probed["output_bias"][layer], given) + constant)
+    return effects
 
 
 def _neuron_changes(changes, batch, effects, scale, state, plan):

@@ -127,7 +127,7 @@ def _probed(model, plan, arrays, cases, clean):
     """What the probe finds, with the target directions pulled back through every projection that is read."""
     sites = [site for case in cases for site in case]
     first = 0 if plan["record"] == "full" else min(site.layer for site in sites)
-    layers = range(first, plan["model"]["n_layers"])
+    layers = [n for n in range(first, plan["model"]["n_layers"]) if n not in plan["model"]["headless"]]
     neurons = {site.layer for site in sites if site.kept == "neurons"}
     neurons |= set() if plan["neurons"] is None else {plan["neurons"]}
     others = _to_the_end(arrays["other"]) if plan["target"] == "difference" else None

@@ -21,14 +21,15 @@ def ablated_pass(block, batch):
         batch: a `rows.Batch`, its cases prepared.
 
     Returns a dict of changes of ⟨x_c, d_t⟩ (not yet divided by S), over the rows of the pass:
-        heads {layer: [row, position, heads]}, mlps {layer: [row, position]}, neurons [row, position, neurons],
+        heads {layer: [row, position, heads]}, mixers and mlps {layer: [row, position]},
+        neurons [row, position, neurons],
         post_norms [[row, position]] what the scales of the norms behind the attention change, layer by layer,
         final [row, position, d_model].
     """
     model, plan, (start, inside) = block.model, block.plan, batch.start
     stream = torch.cat([batch.of(case.stream, prompts) for case, prompts in batch.cases])
     with torch.no_grad(), model.trace(batch.tokens, use_cache=False, logits_to_keep=no_logits()):
-        changes = save({"heads": {}, "mlps": {}, "post_norms": []})
+        changes = save({"heads": {}, "mixers": {}, "mlps": {}, "post_norms": []})
         if start or not inside or plan.get("shaken"):
             take_up(model, plan, start, stream)
         for layer in range(start, plan["model"]["n_layers"]):
@@ -36,7 +37,8 @@ def ablated_pass(block, batch):
                 _begin_inside(block, start, batch, stream)
             else:
                 _freeze_norm(block, layer, "attention", batch)
-                _through_heads(block, layer, batch, changes)
+                through = _through_mixer if layer in plan["model"]["headless"] else _through_heads
+                through(block, layer, batch, changes)
             _through_post_norm(block, layer, batch, changes)
             _freeze_norm(block, layer, "mlp", batch)
             _through_mlp(block, layer, batch, changes)
@@ -81,6 +83,15 @@ def _through_heads(block, layer, batch, changes):
     change = widen(batch.against(torch.sub, z, kept))
     effects = batch.against(torch.mul, change, block.probed["pullback"][layer])
     changes["heads"][layer] = per_head(effects, plan).sum(-1)
+
+
+def _through_mixer(block, layer, batch, changes):
+    """Freeze what a layer has in place of attention, or read what changed."""
+    out, kept = written(part(block.model, block.plan, layer, "mixer")), block.clean["mixer"][layer]
+    if layer in block.plan["frozen_mixers"]:
+        out[:] = batch.of(kept)
+    change = widen(batch.against(torch.sub, out, kept))
+    changes["mixers"][layer] = batch.against(torch.mul, change, block.probed["given_direction"]).sum(-1)
 
 
 def _through_mlp(block, layer, batch, changes):
