@@ -11,7 +11,7 @@ def graph(structure, options):
     return sr.Graph(
         ablate=sr.sweep(heads),
         replacement=options.ablation,
-        record="sums" if options.components == "none" else "full",
+        record=options.record,
         target=options.target,
         value_bias=options.value_bias,
     ).frozen(options.freeze, structure.n_layers, structure.n_heads)

@@ -53,6 +53,11 @@ class _Site(metaclass=values.Declared):
         return None
 
 
+def headless_in(structure: Any) -> Collection[int]:
+    """The layers without heads, of which most models have none and need not speak."""
+    return getattr(structure, "headless", ())
+
+
 @dataclass(frozen=True, order=True)
 class Head(_Site):
     """Attention head `head` of layer `layer`, both counted from 0."""
@@ -69,7 +74,7 @@ class Head(_Site):
         return self == other or other == Attention(self.layer)
 
     def lies_in(self, structure: Any) -> bool:
-        has_heads = super().lies_in(structure) and self.layer not in structure.headless
+        has_heads = super().lies_in(structure) and self.layer not in headless_in(structure)
         return has_heads and self.head in range(structure.n_heads)
 
     def width(self, structure: Any) -> int:
@@ -94,7 +99,7 @@ class Attention(_Site):
         return isinstance(other, Attention | Head) and other.layer == self.layer
 
     def lies_in(self, structure: Any) -> bool:
-        return super().lies_in(structure) and self.layer not in structure.headless
+        return super().lies_in(structure) and self.layer not in headless_in(structure)
 
     def width(self, structure: Any) -> int:
         return structure.d_head
@@ -308,13 +313,14 @@ def select_heads(
 def chosen_heads(structure: Any, options: Any) -> tuple[Head, ...]:
     """The heads that `options` choose; all of them where neither layers nor heads are chosen.
 
-    `structure` has n_layers, n_heads and headless, as a model's has. Errors as in `select_heads`.
+    `structure` has n_layers and n_heads and, if some of its layers have no heads, headless, as a model's has. Errors as
+    in `select_heads`.
     """
     return _chosen(structure, options.layers, options.heads)
 
 
 def _chosen(structure: Any, layers: Any, heads: Any) -> tuple[Head, ...]:
-    return select_heads(layers, heads, structure.n_layers, structure.n_heads, structure.headless)
+    return select_heads(layers, heads, structure.n_layers, structure.n_heads, headless_in(structure))
 
 
 def late_heads(structure: Any, options: Any) -> tuple[Head, ...]:

@@ -73,7 +73,7 @@ def require_text(text: Any, place: str) -> None:
 
 
 def _require_records(name: str, split: str, revision: str | None) -> None:
-    _require_unset(name, "no dataset", split=(split, SPLIT), prompts_revision=(revision, None))
+    _require_unset(name, "no dataset", dataset_split=(split, SPLIT), prompts_revision=(revision, None))
 
 
 def _require_unset(name: str, what: str, **chosen: tuple[Any, Any]) -> None:

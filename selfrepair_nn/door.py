@@ -13,6 +13,7 @@ from typing import Any
 
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.graph import Graph, Variants
+from selfrepair_nn.models.architectures import HYBRIDS
 from selfrepair_nn.models.load import find
 from selfrepair_nn.models.model import AS_SERVED
 from selfrepair_nn.naming import Request, Sizes
@@ -70,7 +71,7 @@ def _drawn(request: Request) -> Graph | Variants | None:
     """What a recipe of ours does, where that asks no more of the model than its sizes; else None."""
     if request.recipe.path not in recipe_paths().values():
         return None
-    sizes = SimpleNamespace(**asdict(request.sizes))
+    sizes = SimpleNamespace(**asdict(request.sizes), headless=())
     try:
         found = request.recipe.build(sizes, request.options)
     except AttributeError:
@@ -143,11 +144,13 @@ def attributes_of(path: Path) -> dict[str, Any]:
 
 
 def _sizes(source: Any) -> Sizes | None:
-    """A model's sizes as its directory's configuration tells; None where it does not."""
+    """A model's sizes as its configuration tells; None where it does not, or not which layers have heads."""
     try:
         config = json.loads((Path(source.location) / "config.json").read_text())
         found = {name: next((config[k] for k in keys if k in config), None) for name, keys in SIZES.items()}
     except (OSError, ValueError, TypeError):
+        return None
+    if config.get("model_type") in HYBRIDS:
         return None
     found = {name: size if type(size) is int and size > 0 else None for name, size in found.items()}
     return Sizes(**found) if found["n_layers"] and found["n_heads"] else None

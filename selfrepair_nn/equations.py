@@ -12,8 +12,8 @@ CLOSURE = TOLERANCE | {"float64": 1e-8}
 """The largest |closure| that rounding explains, as such a share: both sides of it are computed from the same pass."""
 
 
-PARTS = ("from_heads", "from_mlps", "from_mixers", "from_post_norms")
-"""The parts of the self-repair that are measured, in a model that has all of them; from_norm follows."""
+PARTS = ("from_components", "from_heads", "from_mlps", "from_mixers", "from_post_norms")
+"""The parts of the self-repair that are measured, as far as there are such; from_norm follows."""
 
 
 def complete(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -28,6 +28,9 @@ def complete(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         from_norm = (r - 1) R' = norm_on_existing + norm_on_change   (r - 1) R and (r - 1)(R' - R), Appendix B
         closure = self_repair - (from_heads + from_mlps + … + from_norm)   Equation 2: zero if nothing was missed
 
+    Where the other components are one sum, from_components, the rest of the final residual stream, there is no closure:
+    nothing could be missed.
+
     What a reinforced head's run inserts into the residual stream counts with the head's own change.
     """
     wide = {name: np.asarray(value, dtype=np.float64) for name, value in measured.items()}
@@ -39,10 +42,12 @@ def complete(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     on_existing = stretch * (wide["logit"] - wide["target_constant"])
     on_change = stretch * change
     from_norm = on_existing + on_change
-    return measured | {
+    found = measured | {
         "self_repair": self_repair,
         "from_norm": from_norm,
         "norm_on_existing": on_existing,
         "norm_on_change": on_change,
-        "closure": self_repair - (others + from_norm),
     }
+    if "from_components" in measured:
+        return found
+    return found | {"closure": self_repair - (others + from_norm)}

@@ -30,6 +30,7 @@ class Given(TypedDict, total=False):
     value_bias: Literal["output", "head"] | None
     freeze: str | None
     components: Literal["none", "top", "all"] | None
+    split: Literal["sums", "total"] | None
     share: Real
     select: Literal["all", "top-share"] | None
     until_ci: Real
@@ -38,7 +39,7 @@ class Given(TypedDict, total=False):
     dtype: Any
     device: Any
     revision: str | None
-    split: str | None
+    dataset_split: str | None
     column: str | None
     prompts_revision: str | None
     seed: Whole

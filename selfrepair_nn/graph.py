@@ -17,6 +17,7 @@ from selfrepair_nn.components import (
     Norm,
     PostNorms,
     Swap,
+    headless_in,
 )
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import ASKED, QUANTITIES, RANKS, measured
@@ -38,7 +39,11 @@ FREEZES = {
     "downstream": "every other head, mixer and MLP keeps its clean value; the final norm is live",
     "all": "the scale of the final norm too, and of norms behind attention where a model has them",
 }
-RECORDS = {"sums": "heads, MLPs and norm", "full": "every component by itself"}
+RECORDS = {
+    "total": "all other components as one sum",
+    "sums": "heads, MLPs and norm",
+    "full": "every component by itself",
+}
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ class Graph(metaclass=Declared):
         fulfilled = {
             "grid": self.heads_only,
             "cases": not self.heads_only,
+            "split": self.record != "total",
+            "total": self.record == "total",
             "components": self.record == "full",
             "neurons": self.neurons is not None,
             "attention": bool(self.attention),
@@ -168,7 +175,8 @@ class Graph(metaclass=Declared):
         """
         frozen = sorted(self.freeze, key=str)
         if Mixers() in self.freeze:
-            frozen = [s for s in frozen if not (isinstance(s, Head) and s.layer in structure.headless)]
+            none = headless_in(structure)
+            frozen = [s for s in frozen if not (isinstance(s, Head) and s.layer in none)]
         sites = [*(site for case in self.ablate for site in case), *frozen]
         sites += [Mlp(self.neurons)] if self.neurons is not None else []
         sites += self.replaced_by.sites
@@ -191,8 +199,8 @@ class Graph(metaclass=Declared):
         """This graph with these sites frozen too."""
         return replace(self, freeze=self.freeze | frozenset(sites))
 
-    def path(self, receivers: Iterable[Head | Attention | Mlp], n_layers: int, n_heads: int) -> "Graph":
-        """This graph with every head and MLP frozen but the receivers: path patching. The final norm stays live.
+    def path(self, receivers: Iterable[Head | Attention | Mlp | Mixers], n_layers: int, n_heads: int) -> "Graph":
+        """This graph with every head, mixer and MLP frozen but the receivers: path patching. The final norm stays live.
 
         Raises:
             UsageError: a receiver that is neither a head nor an MLP of the model.
@@ -216,7 +224,7 @@ class Graph(metaclass=Declared):
         frozen_norms = [[s.layer, s.before] for s in frozen if isinstance(s, Norm)]
         if PostNorms() in frozen and "post_norm" in structure["places"]:
             frozen_norms += [[layer, "post"] for layer in range(structure["n_layers"])]
-        given = measured(self.records | of_model(structure))
+        given = measured(self.records | of_model(structure, self.record))
         return {
             "model": structure,
             "cases": [[s.entry for site in case for s in site.parts(n_heads)] for case in self.ablate],
@@ -290,11 +298,12 @@ def writes_attention_bias(structure: dict[str, Any], value_bias: str) -> bool:
     return structure["attention_bias"] or (value_bias == "output" and structure["value_bias"])
 
 
-def of_model(structure: Mapping[str, Any]) -> frozenset[str]:
+def of_model(structure: Mapping[str, Any], record: str) -> frozenset[str]:
     """The conditions for a quantity to be recorded (quantities.WHEN) that a model fulfils; a Structure as a dict."""
+    split = record != "total"
     fulfilled = {
-        "mixers": bool(structure["headless"]),
-        "post_norms": "post_norm" in structure["places"],
+        "mixers": split and bool(structure["headless"]),
+        "post_norms": split and "post_norm" in structure["places"],
         "capped": structure["logit_cap"] is not None,
     }
     return frozenset(name for name, given in fulfilled.items() if given)
@@ -328,6 +337,8 @@ def _require_freezable(sites: frozenset[Freezable]) -> None:
 
 def _require_recordable(graph: Graph) -> None:
     """Attention is of one head; what takes the place of whole MLPs or swapped layers has no parts of its own."""
+    if graph.record == "total" and (graph.neurons is not None or graph.reinforces):
+        raise UsageError('record "total" reads the final residual stream alone: record "sums" for neurons or Reinforce')
     if graph.attention and not graph.heads_only:
         raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
     for distance in graph.attention:

@@ -27,6 +27,10 @@ COMPONENTS = {
     "top": "every component's change, on each head's top share of tokens",
     "all": "every component's change, on every token",
 }
+SPLITS = {
+    "sums": "heads, MLPs and norms by themselves",
+    "total": "all but the ablated site and the final norm as one sum: only the final residual stream is read",
+}
 BACKENDS = {
     "local": "the model in this process",
     "simulated": "the model in this process, behind the serialisation a server needs",
@@ -118,6 +122,7 @@ class Options:
     value_bias: str = option("output", "Where a head's constant part is counted.", choices=VALUE_BIASES)
     freeze: str = option("none", "What keeps its clean value.", choices=FREEZES)
     components: str = option("none", "Store every component's change too; alone: all.", choices=COMPONENTS, alone="all")
+    split: str = option("sums", "Into which parts the self-repair is split (of a dataset: --dataset-split).", choices=SPLITS)
     share: float | None = option(None, "Share of tokens that 'top' and 'top-share' mean, by direct effect; default: 0.02, or 1 where the prompts say which tokens count.", _share)
     select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", choices=SELECTS)
     until_ci: float | None = option(None, "Stop where the mean self-repair on the top share is known to +- this many logits.", _width)
@@ -126,7 +131,7 @@ class Options:
     dtype: str = option("float32", "What the model computes in.", values.named, ("float32", "float64", "bfloat16", "float16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …", values.named, decides=False)
     revision: str | None = option(None, "Branch, tag or commit of a hub model.", values.text)
-    split: str = option(SPLIT, "Split of the dataset.", values.text)
+    dataset_split: str = option(SPLIT, "Split of the dataset.", values.text)
     column: str = option(COLUMN, "Column of the dataset, or of the records, that holds the text.", values.text)
     prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.", values.text)
     seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.", _seed)
@@ -163,6 +168,8 @@ class Options:
             raise UsageError(
                 f"revision {self.revision!r} is for models of the hub: leave it out with a loaded one"
             )
+        if self.split == "total" and self.components != "none":
+            raise UsageError(f"split 'total' follows no component: leave components {self.components!r} out")
         self._require_one_kind_of_sharing()
         self._require_right_place()
         if self.served and self.backend != "local":
@@ -191,6 +198,11 @@ class Options:
             )
         if self.workers > 1 and not isinstance(self.model, str | os.PathLike):
             raise UsageError("workers load the model themselves: give its name or directory")
+
+    @property
+    def record(self) -> str:
+        """What a graph records of each ablation: graph.RECORDS."""
+        return "full" if self.components != "none" else self.split
 
     @property
     def part(self) -> tuple[int, int] | None:
@@ -223,7 +235,10 @@ def require_known(names: Iterable[str], others: Iterable[str] = ()) -> None:
 
 def current(named: Mapping[str, Any]) -> dict[str, Any]:
     """What stands under names that options have, or once had, under those that they have now."""
-    return {RENAMED.get(name, name): value for name, value in named.items()}
+    found = {RENAMED.get(name, name): value for name, value in named.items()}
+    if found.get("split", "sums") not in SPLITS:  # as a dataset's split was once called
+        found |= {"split": "sums", "dataset_split": found["split"]}
+    return found
 
 
 def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,6 +246,9 @@ def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UsageError for an option that is given under both names.
     """
+    if given.get("split") not in (None, *SPLITS):
+        said = values.brief(given["split"])
+        raise UsageError(f"split {said} is not known: choose one of {', '.join(SPLITS)}; a dataset's is dataset_split")
     old = [name for name in given if name in RENAMED and given[name] is not None]
     for name in old:
         if given.get(RENAMED[name]) is not None:

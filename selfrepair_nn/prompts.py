@@ -191,7 +191,7 @@ def text_prompts(structure, tokenizer, options) -> Prompts:
         tokens=options.tokens or (SAMPLE_TOKENS if sample else None),
         length=options.length,
         bos=options.bos,
-        split=options.split,
+        split=options.dataset_split,
         column=options.column,
         revision=options.prompts_revision,
         vocab_size=structure.vocab_size,

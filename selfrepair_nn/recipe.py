@@ -26,8 +26,8 @@ RENAMED = {"noise": "token_scatter"}
 
 LARGEST_PARAMETER = 10**9
 SIGNATURE = "graph(structure, options)"
-OF_PROMPTS = ("prompts", "tokens", "length", "bos", "split", "column", "prompts_revision")
-OF_GRAPHS = ("layers", "heads", "ablation", "target", "value_bias", "freeze", "components")
+OF_PROMPTS = ("prompts", "tokens", "length", "bos", "dataset_split", "column", "prompts_revision")
+OF_GRAPHS = ("layers", "heads", "ablation", "target", "value_bias", "freeze", "components", "split")
 PROMPTS = "prompts(structure, tokenizer, options)"
 
 

@@ -44,6 +44,7 @@ HEAD_COLUMNS = {
     "logit change": "top_logit_change",
     "self-repair": "top_self_repair",
     "95%": "top_self_repair_half_width",
+    "from components": "top_from_components",
     "from heads": "top_from_heads",
     "from MLPs": "top_from_mlps",
     "from mixers": "top_from_mixers",

@@ -48,6 +48,7 @@ COLUMNS = {
     "direct effect": "top_direct_effect",
     "logit change": "top_logit_change",
     "self-repair": "top_self_repair",
+    "= others": "top_from_components",
     "= heads": "top_from_heads",
     "+ MLPs": "top_from_mlps",
     "+ mixers": "top_from_mixers",

@@ -143,6 +143,8 @@ def noise(heads: xr.Dataset) -> str:
 
 
 def worst_closure(heads: xr.Dataset) -> str:
+    if "from_components" in heads:
+        return "none, as nothing is split"
     return f"{heads.attrs['worst_closure']:.1g} logits" if "worst_closure" in heads.attrs else "unknown"
 
 

@@ -159,7 +159,7 @@ def test_none_is_the_default(option):
         ("seed", -1, "0 or more"),
         ("host", "http://a..b", "http://127.0.0.1:8001"),
         ("host", 5, "text"),
-        ("split", "", "text"),
+        ("dataset_split", "", "text"),
         ("shard", (9, 8), "1/8 to 8/8"),
         ("shard", "9" * 5000 + "/1", "1/8 to 8/8"),
     ],

@@ -302,7 +302,7 @@ def test_path_patching(job, wrapped, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_path_patching_to_every_receiver_is_the_plain_ablation(job, wrapped, name):
     sizes = wrapped(name).structure.n_layers, wrapped(name).structure.n_heads
-    every = [*(Attention(layer) for layer in range(LAYERS)), *(Mlp(layer) for layer in range(LAYERS))]
+    every = [*(Attention(layer) for layer in range(LAYERS)), *(Mlp(layer) for layer in range(LAYERS)), Mixers()]
     assert Graph(ablate=CASES).path(every, *sizes).freeze == frozenset()
     none = Graph(ablate=CASES).path((), *sizes)
     assert none.freeze == freeze_set("downstream", *sizes)

@@ -86,7 +86,7 @@ def test_records_are_read_as_records(tmp_path, name):
     assert found.source["sha256"] == sha256(path.read_bytes()).hexdigest()
     with pytest.raises(UsageError, match=r"no column 'text': choose one of id, body"):
         documents(path)
-    with pytest.raises(UsageError, match=r"split 'test' does not apply.*leave --split out"):
+    with pytest.raises(UsageError, match=r"dataset_split 'test' does not apply.*leave --dataset-split out"):
         load_prompts(path, TOY, length=2, column="body", split="test")
 
 
@@ -208,7 +208,8 @@ def test_choices_that_only_datasets_have(tmp_path, kind, choice):
     np.save(tmp_path / "t.npy", ids)
     source = {"sample": "sample", "text": tmp_path / "t.txt", "npy": tmp_path / "t.npy", "array": ids}[kind]
     assert load_prompts(source, TOY, length=4).n >= 1
-    flag = {"revision": "--prompts-revision"}.get(next(iter(choice)), f"--{next(iter(choice))}")
+    flags = {"revision": "--prompts-revision", "split": "--dataset-split", "column": "--column"}
+    flag = flags[next(iter(choice))]
     with pytest.raises(UsageError, match=f"does not apply.*leave {flag} out"):
         load_prompts(source, TOY, length=4, **choice)
 

@@ -87,7 +87,7 @@ def test_the_fuzzer_complains(place, monkeypatch):
         (["--patience", "9"], 2, "patience is for a model on a server"),
         (["--host", "http://127.0.0.1:1", "--device", "cpu"], 2, "device is for a model on this machine"),
         (["--host", "http://127.0.0.1:1", "--threads", "2"], 2, "threads is for a model on this machine"),
-        (["--split", "test"], 2, "split"),
+        (["--dataset-split", "test"], 2, "dataset_split"),
         (["--column", "body"], 2, "column"),
         (["--prompts-revision", "main"], 2, "prompts_revision"),
         (["--revision", "main"], 2, "revision"),

@@ -91,7 +91,7 @@ def test_saved_directory_without_tokenizer(tmp_path):
 def test_layout_is_plain_data():
     layout = wrap(families.build("gpt2")).layout
     assert layout == dataclasses.asdict(structure_of(families.build("gpt2")))
-    assert all(isinstance(v, (str, int, float, bool, dict, type(None))) for v in layout.values())
+    assert all(isinstance(v, (str, int, float, bool, tuple, dict, type(None))) for v in layout.values())
 
 
 @pytest.mark.parametrize(

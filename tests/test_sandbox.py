@@ -256,6 +256,7 @@ def embedded(request):
         {"layers": "3:5", "components": "all"},
         {"layers": "0", "ablation": "zero"},
         {"heads": "5.1"},
+        {"layers": "3:5", "split": "total"},
     ],
     ids=lambda choices: " ".join(map(" ".join, choices.items())),
 )

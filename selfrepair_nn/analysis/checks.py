@@ -17,16 +17,22 @@ MEANS = (
     "from_mlps",
     "from_norm",
 )
-"""What every store has means of."""
-OF_SOME = tuple(name for name, q in QUANTITIES.items() if q.when in OF_MODELS)
+"""What a store of heads, MLPs and norms has means of."""
+OF_SOME = tuple(name for name, q in QUANTITIES.items() if q.when in (*OF_MODELS, "total"))
 REQUIRED = ("selected", "done", *MEANS, "closure")
 HEADS = SWEEP[:2]
 DIMS = ("case", *SWEEP)
 
 
 def meant(ds: xr.Dataset) -> tuple[str, ...]:
-    """MEANS, and what models of some families have beside them: from_post_norms, logit_change_capped."""
-    return MEANS + tuple(name for name in OF_SOME if name in ds)
+    """What a store has means of: MEANS, but for record "total", and what some models have beside them."""
+    return tuple(name for name in (*MEANS, *OF_SOME) if name in ds)
+
+
+def required(ds: xr.Dataset) -> tuple[str, ...]:
+    """Variables without which a dataset is no store of ours."""
+    split = "from_components" not in ds
+    return tuple(name for name in REQUIRED if split or QUANTITIES[name].when != "split")
 
 
 def restored(ds: xr.Dataset) -> xr.Dataset:
@@ -67,7 +73,7 @@ def _with(array: xr.Variable, dims: tuple[str, ...], lost: list[str], flag: bool
 def of_heads(ds: xr.Dataset) -> xr.Dataset:
     """`ds` as a store of single ablated heads, `restored`. Raise UsageError if it is none, or has several variants."""
     ds = restored(ds)
-    require(ds, (*REQUIRED, *HEADS))
+    require(ds, (*required(ds), *HEADS))
     check_axes(ds)
     return ds
 
@@ -77,7 +83,7 @@ def of_cases(ds: xr.Dataset) -> xr.Dataset:
     ds = restored(ds)
     if "case" not in ds.dims:
         raise UsageError("this store has no cases, but a grid of heads: use by_head")
-    require(ds, REQUIRED)
+    require(ds, required(ds))
     check_axes(ds)
     return ds
 

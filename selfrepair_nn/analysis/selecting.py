@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.checks import HEADS, REQUIRED, among, of_heads, require, restored, share_of
+from selfrepair_nn.analysis.checks import HEADS, among, of_heads, require, required, restored, share_of
 from selfrepair_nn.blocks import direct_effects, done_cases
 from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.errors import UsageError
@@ -31,7 +31,7 @@ def only(ds: xr.Dataset, layers: Any = None, heads: Any = None) -> xr.Dataset:
         UsageError: a specification is misspelt or leaves nothing, or `ds` is not a store of the heads recipe.
     """
     ds = restored(ds)
-    require(ds, (*REQUIRED, *HEADS))
+    require(ds, (*required(ds), *HEADS))
     wanted = select_heads(layers, heads, *(ds.attrs.get(f"n_{d}s", int(ds[d].max()) + 1) for d in HEADS))
     named = [[Head(i, j) in wanted for j in ds["head"].values] for i in ds["layer"].values]
     chosen = ds.selected & xr.DataArray(named, dims=HEADS)

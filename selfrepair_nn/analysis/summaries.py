@@ -22,9 +22,10 @@ ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
 def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Summaries of each head over (layer, head), NaN where nothing is done; in logits unless said.
 
-    - x and top_x, for x in MEANS, and of some models from_post_norms and logit_change_capped: mean over all counted
-      tokens, and over the top share (Equations 1 and 2); so also removed = direct_effect - ablated_direct_effect, what
-      the ablation takes away, and distance = (logit_change + direct_effect) / sqrt 2, from the line y = -x of Figure 2;
+    - x and top_x, for x in MEANS and from_components, from_mixers, from_post_norms, logit_change_capped, as far as the
+      store has it: mean over all counted tokens, and over the top share (Equations 1 and 2); so also removed =
+      direct_effect - ablated_direct_effect, what the ablation takes away, and distance = (logit_change +
+      direct_effect) / sqrt 2, from the line y = -x of Figure 2;
     - norm_share: mean over the top share of clip(from_norm / direct_effect, 0, 1), no unit (Appendix A);
     - x_half_width, of each of these: half the width of its 95% interval, infinite where there is none: where fewer
       than 20 clusters hold a token. layer_x_half_width(layer) and overall_x_half_width: of the means over the heads of
@@ -113,7 +114,8 @@ def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Ite
         yield from _in_the_plane(tokens, prefix, plane).items()
     for name, counts in (("tokens", tokens.counts), ("top_tokens", tokens.top_counts)):
         yield name, (tokens.dims, counts.sum(1).reshape(tokens.shape))
-    yield "worst_closure", (tokens.dims, largest(ds, "closure", tokens.done).reshape(tokens.shape))
+    worst = largest(ds, "closure", tokens.done) if "closure" in ds else np.full(tokens.counts.shape[0], np.nan)
+    yield "worst_closure", (tokens.dims, worst.reshape(tokens.shape))
 
 
 def _tested(tokens: Tokens, prefix: str, self_repair: Tally) -> Columns:

@@ -18,8 +18,9 @@ def preview(
 
     `less` says that this is the most it can be: with `select` or `until_ci` the run will find out how much it needs.
 
-    A remote one also has request_bytes, result_bytes and crossing_bytes (if it is sandboxed). `calibrate` runs two
-    small jobs where the run would and adds the estimated hours; only for that are weights loaded or anything sent.
+    A remote one also has request_bytes, result_bytes, crossing_bytes (if it is sandboxed) and total_crossing_bytes (the
+    same with split="total"). `calibrate` runs two small jobs where the run would and adds the estimated hours; only for
+    that are weights loaded or anything sent.
 
     Takes what `run` takes and raises what it raises, and writes nothing.
     """
@@ -84,6 +85,9 @@ def preview_text(found: dict[str, Any]) -> str:
         lines["crossings"] = (
             f"about {_size(found['crossing_bytes'])} within the server, if it is a shared one"
         )
+        if "total_crossing_bytes" in found:
+            less = _size(found["total_crossing_bytes"])
+            lines["crossings"] += f"; {less} with --split total, which is enough for layer trends"
     if "hours" in found:
         lines["time"] = f"about {_time(found['hours'])}, as measured on two small jobs"
     width = max(map(len, lines))

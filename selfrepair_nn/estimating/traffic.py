@@ -1,6 +1,6 @@
 """How many bytes a remote run moves: requests, results, and what crosses into a sandbox that holds no weights."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from math import prod
 from typing import Any
@@ -28,6 +28,8 @@ SERVED_ITEMSIZE = 2
 def traffic(experiment: Experiment) -> dict[str, int]:
     """What a remote run will move, in bytes: request_bytes, result_bytes, and crossing_bytes if it is sandboxed.
 
+    total_crossing_bytes, if the run reads sums, are those if it read the final residual stream alone.
+
     A request's size is measured on the first one, which is put together but not sent. Results are counted before
     compression, and as if every token were a top token where only those come back.
     """
@@ -41,7 +43,14 @@ def traffic(experiment: Experiment) -> dict[str, int]:
         "request_bytes": len(units) * len(packed(model, units[0])),
         "result_bytes": sum(result_bytes(unit, experiment.precision) for unit in whole),
         "crossing_bytes": crossing_bytes(experiment.work, SERVED_ITEMSIZE),
-    }
+    } | _at_the_end_alone(experiment.work)
+
+
+def _at_the_end_alone(work: Work) -> dict[str, int]:
+    if any(g.record != "sums" or g.neurons is not None or g.reinforces for g in work.graphs):
+        return {}
+    graphs = {label: replace(graph, record="total") for label, graph in work.variants.items()}
+    return {"total_crossing_bytes": crossing_bytes(replace(work, variants=graphs), SERVED_ITEMSIZE)}
 
 
 def result_bytes(unit: Unit, precision: str) -> int:
@@ -82,8 +91,7 @@ def _crossing(plan: dict[str, Any], tokens: int) -> int:
     for (start, inside), group in groupby(cases, lambda case: begins(case, plan)):
         count = len(list(group))
         crossing += count * tokens * _pass(plan, start, inside)
-    first = min(kept["z"], default=0)
-    return crossing + _probe(plan, plan["model"]["n_layers"] - first)
+    return crossing + _probe(plan, len(kept["z"]))
 
 
 def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:
@@ -92,6 +100,8 @@ def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:
     begun = (TAKEN_UP_INSIDE if inside else TAKEN_UP) * model["d_model"]
     layers = model["n_layers"] - start
     headless = sum(layer >= start for layer in model["headless"])
+    if plan["record"] == "total":
+        return begun + READ * model["d_model"]
     z = READ * (layers - inside - headless) * model["n_heads"] * model["d_head"]
     read = layers + 1 + headless + (layers if "post_norm" in model["places"] else 0)
     return begun + z + READ * read * model["d_model"]

@@ -197,7 +197,8 @@ class Experiment:
             "ranked": self.ranked,
             "estimated": self.options.until_ci is not None,
         }
-        asked = of_model(vars(self.description.structure)).union(*(graph.records for graph in self.work.graphs))
+        model = of_model(vars(self.description.structure), self.graph.record)
+        asked = model.union(*(graph.records for graph in self.work.graphs))
         return asked | {name for name, given in fulfilled.items() if given}
 
     @property

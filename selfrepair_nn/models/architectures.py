@@ -383,6 +383,9 @@ ARCHITECTURES = (
     ),
 )
 
+HYBRIDS = frozenset(t for a in ARCHITECTURES if a.mixer for t in a.model_types)
+"""Model types of which some layers have no heads."""
+
 SUPPORTED = tuple(dict.fromkeys(t for a in ARCHITECTURES for t in a.model_types))
 
 

@@ -48,12 +48,25 @@ def begins(case, plan):
     return plan["replacement"].begins(case, plan)
 
 
+def compared(plan, first):
+    """The layers that passes from layer `first` on are compared in with the clean run, part by part."""
+    start = {"total": plan["model"]["n_layers"], "sums": first, "full": 0}[plan["record"]]
+    return set(range(start, plan["model"]["n_layers"]))
+
+
+def read_out(plan, cases):
+    """The layers whose heads' direct effects are read: those of the sites, and those that are compared."""
+    own = {site.layer for case in cases for site in case}
+    return own | compared(plan, min(own))
+
+
 def needs(plan, cases):
     """What must be kept of a clean pass to prepare the cases and to compare their passes with: {what: layers}."""
     count, starts = plan["model"]["n_layers"], [begins(case, plan) for case in cases]
-    first = 0 if plan["record"] == "full" else min(layer for layer, _ in starts)
-    headless, later = {*plan["model"]["headless"]}, set(range(first, count))
+    headless, later = {*plan["model"]["headless"]}, compared(plan, min(starts)[0])
     keep = {"z": later - headless, "mixer": later & headless, "mlp": set(later)}
+    for what, frozen in (("z", "frozen_heads"), ("mixer", "frozen_mixers"), ("mlp", "frozen_mlps")):
+        keep[what] |= {layer for layer in plan[frozen] if layer >= min(starts)[0]}
     keep["input"] = {layer for layer, _ in starts} | {count}
     keep["attention"] = {layer for layer, inside in starts if inside}
     keep["neurons"] = set()
@@ -66,8 +79,7 @@ def needs(plan, cases):
     for norm in ("attention", "mlp", "post"):
         keep[f"{norm}_scale"] = {layer for layer, which in plan["frozen_norms"] if which == norm}
     if "post_norm" in plan["model"]["places"]:
-        first = min([first, *(site.layer for case in cases for site in case)])
-        keep["post_scale"] |= set(range(first, count))
+        keep["post_scale"] |= read_out(plan, cases)
     return keep
 
 

@@ -49,8 +49,6 @@ def ablated_readout(changes, batch, block, state):
     scale, direction = batch.of(state["norm_scale"]), batch.of(probed["direction"])
     effects = _effects(changes, batch, state["norm_scale"])
     before, after = (_in_rows(effects, which) for which in (0, 1))
-    heads = sum((x.sum(-1) / scale for x in changes["heads"].values()), torch.zeros_like(before))
-    mlps = sum((x / scale for x in changes["mlps"].values()), torch.zeros_like(before))
     final = widen(changes["final"])
     difference = final - batch.of(widen(block.clean["input"][plan["model"]["n_layers"]]))
     ablated_scale = scale if plan["frozen_norm"] else norm_scale(final, plan)
@@ -62,10 +60,15 @@ def ablated_readout(changes, batch, block, state):
         "mean_logit_change": _rescaled(
             batch.of(state["mean_effects"]), mean_change / scale, scale, ablated_scale
         ),
-        "from_heads": heads - _own_seen(effects, batch, "heads"),
-        "from_mlps": mlps - _own_seen(effects, batch, "mlps"),
         "ablated_norm_scale": ablated_scale,
     }
+    if plan["record"] == "total":
+        out["from_components"] = change / scale - (after - before)
+    else:
+        heads = sum((x.sum(-1) / scale for x in changes["heads"].values()), torch.zeros_like(before))
+        mlps = sum((x / scale for x in changes["mlps"].values()), torch.zeros_like(before))
+        out["from_heads"] = heads - _own_seen(effects, batch, "heads")
+        out["from_mlps"] = mlps - _own_seen(effects, batch, "mlps")
     if "from_mixers" in plan["gives"]:
         out["from_mixers"] = sum((x / scale for x in changes["mixers"].values()), torch.zeros_like(before))
     if "from_post_norms" in plan["gives"]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from selfrepair_nn.tracing.cases import Block, needs, prepare, sources
+from selfrepair_nn.tracing.cases import Block, needs, prepare, read_out, sources
 from selfrepair_nn.tracing.clean import attention_paid, clean_pass, embeddings
 from selfrepair_nn.tracing.decompose import (
     ablated_readout,
@@ -126,8 +126,7 @@ def mean_job(model, arrays, plan, tick=None):
 def _probed(model, plan, arrays, cases, clean):
     """What the probe finds, with the target directions pulled back through every projection that is read."""
     sites = [site for case in cases for site in case]
-    first = 0 if plan["record"] == "full" else min(site.layer for site in sites)
-    layers = [n for n in range(first, plan["model"]["n_layers"]) if n not in plan["model"]["headless"]]
+    layers = sorted(read_out(plan, cases) - {*plan["model"]["headless"]})
     neurons = {site.layer for site in sites if site.kept == "neurons"}
     neurons |= set() if plan["neurons"] is None else {plan["neurons"]}
     others = _to_the_end(arrays["other"]) if plan["target"] == "difference" else None

@@ -64,6 +64,8 @@ def _through_post_norm(block, layer, batch, changes):
     if [layer, "post"] in block.plan["frozen_norms"]:
         _freeze_norm(block, layer, "post", batch)
         return
+    if block.plan["record"] == "total":
+        return
     given = widen(part(block.model, block.plan, layer, "post_norm").input)
     clean, gain = batch.of(block.clean["post_scale"][layer]), block.probed["post_gain"][layer]
     effect = batch.against(torch.mul, given * gain, block.probed["given_direction"]).sum(-1)
@@ -72,33 +74,39 @@ def _through_post_norm(block, layer, batch, changes):
 
 def _through_heads(block, layer, batch, changes):
     """Replace heads, or freeze them, and read what changed."""
-    plan, kept = block.plan, block.clean["z"][layer]
+    plan, compared = block.plan, block.plan["record"] != "total"
+    edited, frozen = any(True for _ in _new(batch, "z", layer)), plan["frozen_heads"].get(layer, ())
+    if not (compared or edited or frozen):
+        return
     z = part(block.model, plan, layer, "output_projection").input
-    for rows, case, prompts in batch.each():
-        frozen = [h for h in plan["frozen_heads"].get(layer, ()) if Head(layer, h) not in case.edits]
-        if frozen:
-            clean = per_head(batch.of(kept, prompts), plan)
-            per_head(z, plan)[rows, :, frozen] = clean[:, :, frozen]
+    for rows, case, prompts in batch.each() if frozen else ():
+        heads = [h for h in frozen if Head(layer, h) not in case.edits]
+        if heads:
+            clean = per_head(batch.of(block.clean["z"][layer], prompts), plan)
+            per_head(z, plan)[rows, :, heads] = clean[:, :, heads]
     _replace(z, "z", layer, batch, plan)
-    change = widen(batch.against(torch.sub, z, kept))
-    effects = batch.against(torch.mul, change, block.probed["pullback"][layer])
-    changes["heads"][layer] = per_head(effects, plan).sum(-1)
+    if compared:
+        change = widen(batch.against(torch.sub, z, block.clean["z"][layer]))
+        effects = batch.against(torch.mul, change, block.probed["pullback"][layer])
+        changes["heads"][layer] = per_head(effects, plan).sum(-1)
 
 
 def _through_mixer(block, layer, batch, changes):
     """Freeze what a layer has in place of attention, or read what changed."""
-    out, kept = written(part(block.model, block.plan, layer, "mixer")), block.clean["mixer"][layer]
-    if layer in block.plan["frozen_mixers"]:
-        out[:] = batch.of(kept)
-    change = widen(batch.against(torch.sub, out, kept))
-    changes["mixers"][layer] = batch.against(torch.mul, change, block.probed["given_direction"]).sum(-1)
+    frozen, compared = layer in block.plan["frozen_mixers"], block.plan["record"] != "total"
+    if not (frozen or compared):
+        return
+    out = written(part(block.model, block.plan, layer, "mixer"))
+    if frozen:
+        out[:] = batch.of(block.clean["mixer"][layer])
+    if compared:
+        changes["mixers"][layer] = _change(out, "mixer", layer, block, batch)
 
 
 def _through_mlp(block, layer, batch, changes):
     """Replace neurons and MLPs, or freeze them, and read what changed."""
     model, plan, clean, probed = block.model, block.plan, block.clean, block.probed
-    edited = any(True for _ in _new(batch, "neurons", layer))
-    frozen = layer in plan["frozen_mlps"]
+    edited, frozen = any(True for _ in _new(batch, "neurons", layer)), layer in plan["frozen_mlps"]
     if edited or plan["neurons"] == layer:
         neurons = neurons_of(model, plan, layer, batch.tokens)
         if frozen:
@@ -107,12 +115,21 @@ def _through_mlp(block, layer, batch, changes):
         if plan["neurons"] == layer:
             change = widen(batch.against(torch.sub, neurons, clean["neurons"][layer]))
             changes["neurons"] = batch.against(torch.mul, change, probed["neuron_pullback"][layer])
+    compared, replaced = plan["record"] != "total", any(True for _ in _new(batch, "mlp", layer))
+    if not (compared or replaced or frozen):
+        return
     out = like_rows(written(part(model, plan, layer, "mlp")), batch.tokens)
     if frozen and not edited:
         out[:] = batch.of(clean["mlp"][layer])
     _replace(out, "mlp", layer, batch, plan)
-    change = widen(batch.against(torch.sub, out, clean["mlp"][layer]))
-    changes["mlps"][layer] = batch.against(torch.mul, change, probed["given_direction"]).sum(-1)
+    if compared:
+        changes["mlps"][layer] = _change(out, "mlp", layer, block, batch)
+
+
+def _change(out, kept, layer, block, batch):
+    """The change of ⟨x, d_t⟩ of what an MLP or mixer gives: [row, position]."""
+    change = widen(batch.against(torch.sub, out, block.clean[kept][layer]))
+    return batch.against(torch.mul, change, block.probed["given_direction"]).sum(-1)
 
 
 def _new(batch, kept, layer):
