@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from typing import Any
 
 from selfrepair_nn.errors import UnsupportedModel
+from selfrepair_nn.models.refused import reason
 from selfrepair_nn.tracing.places import at
 
 Config = Any
@@ -107,7 +109,7 @@ def _final_cap(config: Config) -> float | None:
 
 UNNAMED_EPSILON = 1e-5
 
-MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "minimax_m2")
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "minimax_m2", "qwen3_vl_moe_text")
 """Whose MLP is a mixture of experts: one component, shared experts included, without neurons of its own."""
 
 LLAMA = Architecture(
@@ -122,6 +124,9 @@ LLAMA = Architecture(
         "seed_oss",
         "helium",
         "arcee",
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+        "qwen3_vl_text",
     ),
     layers="model.layers",
     token_embedding="model.embed_tokens",
@@ -429,24 +434,38 @@ class Structure:
         return "post_norm" in self.places
 
 
+def text_config(config: Config) -> Config:
+    """The configuration of what writes text: a part of a multimodal model's, otherwise the whole."""
+    return getattr(config, "text_config", None) or config
+
+
 def architecture_of(config: Config) -> Architecture:
-    """The entry for a Hugging Face configuration. Raises UnsupportedModel with the reason and the supported list."""
-    for architecture in ARCHITECTURES:
-        if config.model_type in architecture.model_types and architecture.fits(config):
-            if reason := architecture.refuse(config):
-                raise UnsupportedModel(
-                    f"this {config.model_type} model cannot be decomposed head by head: {reason}"
-                )
-            return architecture
-    raise UnsupportedModel(
-        f"model type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"
-    )
+    """The entry for a Hugging Face configuration, or for its text part.
+
+    Raises:
+        UnsupportedModel: with the reason, and the supported list.
+    """
+    text = text_config(config)
+    whose = "" if text is config else f", the text part of this {config.model_type} model,"
+    found = next((a for a in ARCHITECTURES if text.model_type in a.model_types and a.fits(text)), None)
+    if why := found.refuse(text) if found else reason(text):
+        raise UnsupportedModel(
+            f"this {text.model_type} model{whose.rstrip(',')} cannot be decomposed head by head: {why}"
+        )
+    if found is None:
+        raise UnsupportedModel(
+            f"model type {text.model_type!r}{whose} is not supported; supported are {', '.join(SUPPORTED)}"
+        )
+    return found
 
 
 def structure_of(module: Any) -> Structure:
-    """Sizes and places of a Hugging Face causal language model. No weight is read: a meta model will do."""
-    config = module.config
-    architecture = architecture_of(config)
+    """Sizes and places of a Hugging Face causal language model, or of the text part of a multimodal one.
+
+    No weight is read: a meta model will do.
+    """
+    config = text_config(module.config)
+    architecture = _inside(module, architecture_of(config))
     layers = at(module, architecture.layers)
     headless = _headless(architecture, layers)
     layer = next(layer for index, layer in enumerate(layers) if index not in headless)
@@ -492,6 +511,30 @@ def _headless(architecture: Architecture, layers: Any) -> tuple[int, ...]:
     if len(found) == len(layers):
         raise UnsupportedModel("no layer of this model has attention heads")
     return found
+
+
+def _inside(module: Any, architecture: Architecture) -> Architecture:
+    """The family's entry with the paths that its parts have in a multimodal model."""
+    if text_config(module.config) is module.config:
+        return architecture
+    names = {id(part): name for name, part in module.named_modules()}
+    try:
+        if next(iter(signature(module.forward).parameters)) != "input_ids":
+            raise NotImplementedError
+        embedding = names[id(module.get_input_embeddings())]
+        unembedding = names[id(module.get_output_embeddings())]
+    except (KeyError, NotImplementedError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{type(module).__name__} gives no logits for text alone: save its text part as a model of its own "
+            "(docs/models.md says how)"
+        ) from error
+    alone, body = (path.rpartition(".")[0] for path in (architecture.token_embedding, embedding))
+    moved = {
+        name: body + path.removeprefix(alone)
+        for name in ("layers", "token_embedding", "position_embedding", "final_norm")
+        if (path := getattr(architecture, name)) is not None
+    }
+    return replace(architecture, unembedding=unembedding, **moved)
 
 
 def _kv_heads(architecture: Architecture, config: Config, value: Any, width: int) -> int:

@@ -50,10 +50,13 @@ def _on_random_tokens(model):
     changes = torch.stack(list(whole_passes(model, tokens, heads))) - logits
     summed = found["component_direct_effect"].sum(-1) + found["target_constant"] + found["mean_logit"]
     summed = _returned(summed, model)
+    other = tokens.clone()
+    other[:, -1] = (tokens[:, -1] + 1) % model.structure.vocab_size
     return logits, {
         "components add up to the logit": summed - logits,
         "an ablation from its own layer on equals the whole pass": _returned_change(found, model) - changes,
         "the parts of self-repair add up": _closure(found),
+        "a later token changes nothing before it": (own_logits(model, other) - logits)[:, :-1],
     }
 
 

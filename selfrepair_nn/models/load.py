@@ -2,21 +2,22 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
-from selfrepair_nn.models.architectures import architecture_of, structure_of
+from selfrepair_nn.models.architectures import architecture_of, structure_of, text_config
 from selfrepair_nn.models.check import Finding, findings, require
+from selfrepair_nn.models.kinds import kind_of, reading
 from selfrepair_nn.models.model import (
     AS_SERVED,
     Description,
     Model,
     Source,
-    no_tokenizer,
+    choose_experts,
     wrap,
 )
 from selfrepair_nn.models.tokenizer import SAFE, load_tokenizer
@@ -79,19 +80,20 @@ def describe(name: str, revision: str | None = None) -> Description:
         UsageError: no model of that name.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = find(name, revision)
     with _explained(source):
         config = AutoConfig.from_pretrained(source.location, **SAFE, **source.arguments)
         architecture_of(config)
+        _, auto = kind_of(config)
         if "/" in str(config._attn_implementation):
             raise SelfRepairError(
                 f"the configuration of {source.name!r} asks for code of the hub (attn_implementation "
                 f"{config._attn_implementation!r}), and {NO_CODE}: take that entry out"
             )
         with torch.device("meta"):
-            structure = structure_of(AutoModelForCausalLM.from_config(config, **SAFE))
+            structure = structure_of(auto.from_config(config, **SAFE))
     return Description(source, config, structure, getattr(config, "_commit_hash", None))
 
 
@@ -125,6 +127,7 @@ def load_described(description: Description, tokenizer: Any, dtype: str, device:
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model = wrap(_module(description, dtype, _device(device, dtype)).eval(), tokenizer, description)
+    choose_experts(model)
     if check:
         require(model)
     return model
@@ -140,6 +143,7 @@ def structure_only(description: Description, tokenizer: Any) -> Model:
     from nnsight.modeling import huggingface
 
     source = description.source
+    task, _ = kind_of(description.config)
     if source.gguf_file:
         raise UsageError(f"a server cannot serve {source.name!r}: name the model as the server knows it")
     if Path(source.location).is_dir():
@@ -149,8 +153,7 @@ def structure_only(description: Description, tokenizer: Any) -> Model:
         nn = TransformersModel(
             source.location,
             revision=source.revision,
-            task="text-generation",
-            tokenizer=tokenizer or no_tokenizer(),
+            **reading(task, tokenizer),
             **SAFE,
         )
     return Model(description, nn, tokenizer, AS_SERVED, "server")
@@ -164,6 +167,7 @@ def check(model, tokens=None) -> list[Finding]:
     - the direct effects of all components and the constant add up to the logits that the model returns
     - an ablation that starts at its own layer changes these as a whole pass does, for a head of each layer
     - the parts of the self-repair add up
+    - a later token changes nothing before it
 
     and on `tokens` [prompt, position], a run's own, at their full length (the random ones again, if None):
 
@@ -199,11 +203,11 @@ def accepted(model: Any) -> Any:
 
 def _module(description: Description, dtype: str, device: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
     source = description.source
+    _, auto = kind_of(description.config)
     with _explained(source):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             source.location, dtype=getattr(torch, dtype), output_loading_info=True, **SAFE, **source.arguments
         )
     module, found = loaded
@@ -212,7 +216,7 @@ def _module(description: Description, dtype: str, device: str) -> Any:
             f"the files of model {source.name!r} lack {len(missing)} of its weights (for example {missing[0]}): "
             "they would be random; give the files that belong to its configuration"
         )
-    if unused := sorted(key for key in found["unexpected_keys"] if not RECOMPUTED.search(key)):
+    if unused := _unused(description.config, found["unexpected_keys"]):
         raise SelfRepairError(
             f"the files of model {source.name!r} hold {len(unused)} weights that its configuration does not use (for "
             f"example {', '.join(unused[:3])}): without them it is not the model that was trained. Give the "
@@ -220,6 +224,24 @@ def _module(description: Description, dtype: str, device: str) -> Any:
             "really not to be used"
         )
     return module.to(device)
+
+
+def _unused(config: Any, unexpected: Iterable[str]) -> list[str]:
+    """Weights of the files that belong to nothing: not made anew, and no other part of a multimodal model."""
+    left = sorted(key for key in unexpected if not RECOMPUTED.search(key))
+    return left if text_config(config) is config or not left else sorted(set(left) - _beside_text(config))
+
+
+def _beside_text(config: Any) -> set[str]:
+    """The names of the weights of a multimodal model that its text part does not have."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config, **SAFE)
+    places = structure_of(whole).places
+    text = places["token_embedding"].rpartition(".")[0], places["unembedding"]
+    return {name for name in whole.state_dict() if not name.startswith(tuple(f"{part}." for part in text))}
 
 
 def _device(name: str, dtype: str) -> str:

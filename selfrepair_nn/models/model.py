@@ -7,8 +7,11 @@ from typing import Any
 
 from selfrepair_nn.errors import UnsupportedModel, UsageError
 from selfrepair_nn.models.architectures import Structure, structure_of
+from selfrepair_nn.models.kinds import reading, task_of
 
 AS_SERVED = "as served"
+PLAIN = (None, "eager")
+"""How experts compute one by one, in every dtype and on every device."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,15 @@ def wrap(module: Any, tokenizer: Any = None, description: Description | None = N
         description = Description(Source(name, name), inner.config, structure_of(inner), None)
     from nnsight import TransformersModel
 
-    nn = TransformersModel(
-        inner, tokenizer=tokenizer or no_tokenizer(), task="text-generation", **_placed(inner)
-    )
+    nn = TransformersModel(inner, **reading(task_of(inner), tokenizer), **_placed(inner))
     return Model(description, nn, tokenizer, _coarsest(inner), _device_of(inner), given)
 
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """Within, the model is in evaluation mode; afterwards every module is in the mode it was in before.
+    """Within, the model is in evaluation mode, and its experts compute in a way that works for its dtype and device.
+
+    Afterwards every module is as it was before.
 
     Raises:
         UsageError: autocast is on, under which the model would not compute in its own dtype.
@@ -116,11 +119,41 @@ def evaluating(model: Model) -> Iterator[None]:
     training = [] if model.served else [part for part in model.given.modules() if part.training]
     for part in training:
         part.training = False
+    chosen = choose_experts(model)
     try:
         yield
     finally:
+        for config, how in chosen:
+            config._experts_implementation = how
         for part in training:
             part.training = True
+
+
+def choose_experts(model: Model) -> list[tuple[Any, str]]:
+    """Let mixtures of experts compute as transformers chose if a pass does; otherwise expert by expert.
+
+    Grouped products, its choice, have no float64, and want rows of certain lengths in other types. Returns the
+    configurations that said otherwise, each with what it said.
+    """
+    parts = [] if model.served else model.given.modules()
+    configs = {id(part.config): part.config for part in parts if hasattr(part, "config")}.values()
+    chosen = [(c, how) for c in configs if (how := getattr(c, "_experts_implementation", None)) not in PLAIN]
+    if not chosen or _passes(model):
+        return []
+    for config, _ in chosen:
+        config._experts_implementation = "eager"
+    return chosen
+
+
+def _passes(model: Model) -> bool:
+    import torch
+
+    try:
+        with torch.no_grad():
+            model.given(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
 
 
 def _out_of_nnsight(module: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -202,11 +235,3 @@ def _coarsest(module: Any) -> str:
     kinds = {x.dtype for x in module.parameters() if x.is_floating_point() and x.element_size() > 1}
     coarsest = max(kinds or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
     return str(coarsest).removeprefix("torch.")
-
-
-def no_tokenizer() -> Any:
-    """nnsight asks for a tokenizer even when only token ids are ever traced."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))

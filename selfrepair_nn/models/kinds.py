@@ -1,0 +1,47 @@
+"""As what transformers and nnsight take a model: one that continues text, or one that sees too and is given text."""
+
+from typing import Any
+
+from selfrepair_nn.errors import UnsupportedModel
+from selfrepair_nn.models.architectures import text_config
+
+TEXT, SIGHT = "text-generation", "image-text-to-text"
+
+
+def kind_of(config: Any) -> tuple[str, Any]:
+    """The task that transformers (and a server) loads a configuration for, and the class that loads it.
+
+    A multimodal model is loaded as its text model where transformers can do that, otherwise whole.
+
+    Raises:
+        UnsupportedModel: transformers has no class of it that gives the logits of text.
+    """
+    import transformers
+
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return TEXT, transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return SIGHT, transformers.AutoModelForImageTextToText
+    raise UnsupportedModel(
+        f"transformers {transformers.__version__} loads no {config.model_type!r} model for text: load it with a class "
+        "of its own and hand in the module, or its text part saved as a model by itself (docs/models.md says how)"
+    )
+
+
+def reading(task: str, tokenizer: Any = None) -> dict[str, Any]:
+    """What nnsight asks for to read a task's input, though only token ids are ever traced."""
+    reader = tokenizer or no_tokenizer()
+    return {"task": task, "tokenizer": reader} | ({"processor": reader} if task == SIGHT else {})
+
+
+def task_of(module: Any) -> str:
+    """The task of a module that is loaded already."""
+    return TEXT if text_config(module.config) is module.config else SIGHT
+
+
+def no_tokenizer() -> Any:
+    """One without a word."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))

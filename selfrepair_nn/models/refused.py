@@ -1,0 +1,42 @@
+"""Families whose components do not add up to what they predict, each with the reason."""
+
+STREAMS = (
+    "it has several residual streams, which each layer mixes by weights that follow the text (hyper-connections): no "
+    "component's write reaches the end as it was written"
+)
+HEADLESS = "some or all of its layers have no attention heads"
+
+REASONS = {
+    **dict.fromkeys(("deepseek_v4", "hy_v4", "qwen4_exp_text", "glm5_next_text"), STREAMS),
+    "gemma3n_text": "every layer predicts and corrects several copies of the residual stream by one another (AltUp)",
+    **dict.fromkeys(
+        ("gemma4_text", "gemma4_unified_text"),
+        "each layer multiplies the whole stream at its end (layer_scalar), and heads' widths differ by layer",
+    ),
+    "muse_spark_text": "gates mix what enters a layer with what it writes (residual gates): earlier writes shrink",
+    "doge": "learned gains multiply the stream that enters a layer (input_residual): earlier writes change",
+    "nanochat": "its final norm also norms its embedding: one module called twice, and a trace sees one call",
+    "openai-gpt": "its norms come after the residual sum, so no component's write is its own",
+    "longcat_flash": "each of its layers has two attentions and two MLPs, beside a mixture that skips one of each",
+    "mllama_text_model": "some of its layers attend to images instead of text",
+    **dict.fromkeys(("zamba", "zamba2"), f"{HEADLESS}, and those that do share one attention"),
+    **dict.fromkeys(
+        (
+            *("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma"),
+            *("jamba", "bamba", "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+            *("nemotron_h", "granitemoehybrid", "kimi_linear", "olmo_hybrid", "minimax"),
+        ),
+        HEADLESS,
+    ),
+    "falcon_h1": "its layers have Mamba beside attention, which writes as no head does",
+}
+"""By model type; of a multimodal model that of its text part."""
+
+ENCODED = "an encoder reads the text, and the decoder attends to that"
+
+
+def reason(config: object) -> str | None:
+    """Why a model of this configuration cannot be decomposed, whatever is said of its family; None if unknown."""
+    if getattr(config, "is_encoder_decoder", False):
+        return ENCODED
+    return REASONS.get(getattr(config, "model_type", ""))
