@@ -40,7 +40,6 @@ class Architecture:
     token_embedding: str
     position_embedding: str | None
     final_norm: str
-    unembedding: str
     attention: str
     attention_norm: str | None
     value: str
@@ -132,7 +131,6 @@ LLAMA = Architecture(
     token_embedding="model.embed_tokens",
     position_embedding=None,
     final_norm="model.norm",
-    unembedding="lm_head",
     attention="self_attn",
     attention_norm="input_layernorm",
     value="self_attn.v_proj",
@@ -150,7 +148,6 @@ GPT2 = Architecture(
     token_embedding="transformer.wte",
     position_embedding="transformer.wpe",
     final_norm="transformer.ln_f",
-    unembedding="lm_head",
     attention="attn",
     attention_norm="ln_1",
     value="attn.c_attn",
@@ -168,7 +165,6 @@ BLOOM = Architecture(
     token_embedding="transformer.word_embeddings",
     position_embedding=None,
     final_norm="transformer.ln_f",
-    unembedding="lm_head",
     attention="self_attention",
     attention_norm="input_layernorm",
     value="self_attention.query_key_value",
@@ -224,7 +220,6 @@ ARCHITECTURES = (
         token_embedding="gpt_neox.embed_in",
         position_embedding=None,
         final_norm="gpt_neox.final_layer_norm",
-        unembedding="lm_head",
         attention="attention",
         attention_norm="input_layernorm",
         value="attention.query_key_value",
@@ -241,7 +236,6 @@ ARCHITECTURES = (
         token_embedding="transformer.wte",
         position_embedding=None,
         final_norm="transformer.ln_f",
-        unembedding="lm_head",
         attention="attn",
         attention_norm="ln_1",
         value="attn.v_proj",
@@ -358,7 +352,6 @@ ARCHITECTURES = (
         token_embedding="transformer.wte",
         position_embedding=None,
         final_norm="transformer.norm_f",
-        unembedding="lm_head",
         attention="attn",
         attention_norm="norm_1",
         value="attn.Wqkv",
@@ -375,7 +368,6 @@ ARCHITECTURES = (
         token_embedding="model.decoder.embed_tokens",
         position_embedding="model.decoder.embed_positions",
         final_norm="model.decoder.final_layer_norm",
-        unembedding="lm_head",
         attention="self_attn",
         attention_norm="self_attn_layer_norm",
         value="self_attn.v_proj",
@@ -465,7 +457,9 @@ def structure_of(module: Any) -> Structure:
     No weight is read: a meta model will do.
     """
     config = text_config(module.config)
-    architecture = _inside(module, architecture_of(config))
+    architecture = architecture_of(config)
+    embedding, unembedding = _ends(module)
+    architecture = _inside(module, architecture, embedding)
     layers = at(module, architecture.layers)
     headless = _headless(architecture, layers)
     layer = next(layer for index, layer in enumerate(layers) if index not in headless)
@@ -482,7 +476,7 @@ def structure_of(module: Any) -> Structure:
         d_head=width // config.num_attention_heads,
         d_model=d_model,
         d_mlp=_widths(at(layer, architecture.down_projection))[0] if architecture.down_projection else 0,
-        vocab_size=at(module, architecture.unembedding).weight.shape[0],
+        vocab_size=at(module, unembedding).weight.shape[0],
         layer_parameters=sum(p.numel() for p in layers.parameters()),
         max_length=getattr(config, "max_position_embeddings", None),
         parallel=bool(architecture.parallel(config)),
@@ -499,7 +493,7 @@ def structure_of(module: Any) -> Structure:
         logit_scale=float(architecture.logit_scale(config)),
         logit_cap=architecture.logit_cap(config),
         returns=dict(architecture.returns),
-        places=_places(architecture),
+        places=_places(architecture) | {"unembedding": unembedding},
     )
 
 
@@ -513,28 +507,31 @@ def _headless(architecture: Architecture, layers: Any) -> tuple[int, ...]:
     return found
 
 
-def _inside(module: Any, architecture: Architecture) -> Architecture:
+def _ends(module: Any) -> tuple[str, str]:
+    """Where a model's token embedding and its unembedding are, whatever it calls them."""
+    names = {id(part): name for name, part in module.named_modules()}
+    try:
+        if list(signature(type(module).forward).parameters)[1] != "input_ids":
+            raise NotImplementedError
+        return names[id(module.get_input_embeddings())], names[id(module.get_output_embeddings())]
+    except (KeyError, NotImplementedError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{type(module).__name__} gives no logits for text alone: load the class that does, or save the text part of a "
+            "multimodal model as a model of its own (docs/models.md says how)"
+        ) from error
+
+
+def _inside(module: Any, architecture: Architecture, embedding: str) -> Architecture:
     """The family's entry with the paths that its parts have in a multimodal model."""
     if text_config(module.config) is module.config:
         return architecture
-    names = {id(part): name for name, part in module.named_modules()}
-    try:
-        if next(iter(signature(module.forward).parameters)) != "input_ids":
-            raise NotImplementedError
-        embedding = names[id(module.get_input_embeddings())]
-        unembedding = names[id(module.get_output_embeddings())]
-    except (KeyError, NotImplementedError, AttributeError) as error:
-        raise UnsupportedModel(
-            f"{type(module).__name__} gives no logits for text alone: save its text part as a model of its own "
-            "(docs/models.md says how)"
-        ) from error
     alone, body = (path.rpartition(".")[0] for path in (architecture.token_embedding, embedding))
     moved = {
         name: body + path.removeprefix(alone)
         for name in ("layers", "token_embedding", "position_embedding", "final_norm")
         if (path := getattr(architecture, name)) is not None
     }
-    return replace(architecture, unembedding=unembedding, **moved)
+    return replace(architecture, **moved)
 
 
 def _kv_heads(architecture: Architecture, config: Config, value: Any, width: int) -> int:
