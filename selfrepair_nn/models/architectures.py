@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from inspect import signature
 from typing import Any
 
 from selfrepair_nn.errors import UnsupportedModel
@@ -511,13 +510,13 @@ def _ends(module: Any) -> tuple[str, str]:
     """Where a model's token embedding and its unembedding are, whatever it calls them."""
     names = {id(part): name for name, part in module.named_modules()}
     try:
-        if list(signature(type(module).forward).parameters)[1] != "input_ids":
+        if getattr(module, "main_input_name", "input_ids") != "input_ids":
             raise NotImplementedError
         return names[id(module.get_input_embeddings())], names[id(module.get_output_embeddings())]
     except (KeyError, NotImplementedError, AttributeError) as error:
         raise UnsupportedModel(
-            f"{type(module).__name__} gives no logits for text alone: load the class that does, or save the text part of a "
-            "multimodal model as a model of its own (docs/models.md says how)"
+            f"{type(module).__name__} gives no logits for text alone: load the class that does, or save the text part "
+            "of a multimodal model as a model of its own (docs/models.md says how)"
         ) from error
 
 
