@@ -68,6 +68,8 @@ def _refuse_opt(config: Config) -> str | None:
         return "its norms come after the residual sum, so no component's write is its own (do_layer_norm_before=False)"
     if config.word_embed_proj_dim != config.hidden_size:
         return "it projects the residual stream between embedding and layers (word_embed_proj_dim)"
+    if config._remove_final_layer_norm:
+        return "it has no final norm (_remove_final_layer_norm)"
     return None
 
 
@@ -80,6 +82,12 @@ def _refuse_bloom(config: Config) -> str | None:
         return "its residual connections start behind the norms (apply_residual_connection_post_layernorm)"
     if config.pretraining_tp > 1 and config.slow_but_exact:
         return "it multiplies slices of its weights instead of calling its modules (slow_but_exact)"
+    return None
+
+
+def _refuse_falcon(config: Config) -> str | None:
+    if config.new_decoder_architecture and not config.parallel_attn:
+        return "its new form has attention and MLP side by side, and this is neither (parallel_attn=False)"
     return None
 
 
@@ -343,7 +351,7 @@ ARCHITECTURES = (
         refuse=lambda config: None,
     ),
     FALCON,
-    replace(FALCON, attention_norm="ln_attn", mlp_norm="ln_mlp", fits=_two_norms),
+    replace(FALCON, attention_norm="ln_attn", mlp_norm="ln_mlp", fits=lambda config: True, refuse=_refuse_falcon),
     BLOOM,
     Architecture(
         model_types=("mpt",),
