@@ -287,16 +287,20 @@ def recipes() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
 def check(model: str, dtype: str, device: str, revision: str | None) -> None:
-    """Test on a short random input whether MODEL is decomposed exactly. Exit code 1 if not."""
+    """Test on a short random input whether MODEL is decomposed exactly; say what it is. Exit code 1 if not."""
     _knock("heads", {"model": model, "dtype": dtype, "device": device, "revision": revision})
     _quiet_libraries()
     from selfrepair_nn.models.load import check as measure
     from selfrepair_nn.models.load import load
 
-    findings = measure(load(model, dtype=dtype, device=device, revision=revision, check=False))
+    loaded = load(model, dtype=dtype, device=device, revision=revision, check=False)
+    _print(f"family  {loaded.structure.model_type} ({type(loaded.module).__name__})")
+    for trait in loaded.structure.traits:
+        _print(f"        {trait}")
+    findings = measure(loaded)
     for each in findings:
-        mark = "ok  " if each.passed else "FAIL"
-        _print(f"{mark}  {each.name}: {each.error:.1e} of the logits' spread (limit {each.limit:g})")
+        mark = "ok" if each.passed else "FAIL"
+        _print(f"{mark:<6}  {each.name}: {each.error:.1e} of the logits' spread (limit {each.limit:g})")
     if not all(each.passed for each in findings):
         raise SelfRepairError(f"{model!r} cannot be decomposed exactly")
 

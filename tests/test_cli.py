@@ -395,7 +395,10 @@ def test_recipes_lists_each_with_a_sentence():
 def test_check_passes_what_is_exact_and_fails_what_is_not(model, monkeypatch):
     shown = selfrepair("check", model)
     assert (shown.code, shown.err) == (0, "")
-    assert {line.split()[0] for line in shown.out.splitlines()} == {"ok"}
+    marks = [line[:8].strip() for line in shown.out.splitlines()]
+    assert (marks[0], {*marks}) == ("family", {"family", "", "ok"})
+    assert "family  gpt2 (GPT2LMHeadModel)" in shown.out
+    assert "learned positions" in shown.out
     from selfrepair_nn.models import check
 
     monkeypatch.setitem(check.TOLERANCE, "float32", 1e-12)

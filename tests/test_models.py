@@ -28,7 +28,7 @@ def test_what_cannot_be_decomposed_is_refused_with_the_reason(name):
 
 def test_an_unknown_family_lists_the_supported():
     with pytest.raises(UnsupportedModel) as refused:
-        wrap(families.REFUSED["nanochat"]())
+        wrap(families.REFUSED["diffllama"]())
     assert all(name in str(refused.value) for name in SUPPORTED)
 
 
@@ -86,6 +86,39 @@ def test_saved_directory_without_tokenizer(tmp_path):
     assert model.tokenizer is None
     assert model.dtype == "float64"
     assert model.structure.model_type == "opt"
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "unsaid"),
+    [
+        (
+            "gpt2",
+            "LayerNorm before attention, another before the MLP|learned positions|output has a bias",
+            "window|experts",
+        ),
+        (
+            "llama-gqa",
+            "RMSNorm before|3 heads share keys|value-bias changes nothing",
+            "LayerNorm|bias$|capped",
+        ),
+        ("gptj", "one LayerNorm for attention and MLP|side by side", "reads the heads"),
+        ("mistral-sliding", "reaches back 3 tokens", "experts"),
+        ("mistral", "RMSNorm before", "reaches back"),
+        (
+            "granite-moe",
+            "multiplied by 0.4|logits are multiplied by 0.5|mixture of 4 experts|neurons are not",
+            "side by side",
+        ),
+        ("gemma2", "RMSNorm behind attention and MLP|capped at 2|reaches back 4", "mixture"),
+        ("olmo3", "RMSNorm behind attention and MLP|reaches back 4", "RMSNorm before|one RMSNorm"),
+        ("gpt-neo", "reaches back 4 tokens", "mixture"),
+        ("llama4", "mixture of 4 experts", "side by side"),
+    ],
+)
+def test_a_structure_says_what_is_special(name, said, unsaid):
+    told = "; ".join(structure_of(families.build(name)).traits)
+    assert not [each for each in said.split("|") if each not in told], told
+    assert not [each for each in unsaid.split("|") if each in told], told
 
 
 def test_layout_is_plain_data():

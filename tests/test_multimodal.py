@@ -51,6 +51,11 @@ MODELS: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
         "Mistral",
         lambda: _made("Mistral3", {"model_type": "mistral", "head_dim": 8}, PIXTRAL, image_token_index=50),
     ),
+    # Loads whole for text, too; norms behind the sublayers, embeddings multiplied.
+    "gemma3": (
+        "Gemma3",
+        lambda: _made("Gemma3", {"head_dim": 8, "sliding_window": 4}, SIGHT, mm_tokens_per_image=4),
+    ),
     # No text class of its own: each token has three positions, which are the same in text.
     "qwen2_5_vl": (
         "Qwen2",

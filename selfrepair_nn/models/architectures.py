@@ -114,6 +114,10 @@ def _final_cap(config: Config) -> float | None:
 
 
 UNNAMED_EPSILON = 1e-5
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What configurations call the number of experts."""
+NEAR = ("sliding_attention", "chunked_attention", "local")
+"""What they call layers that do not see all tokens before."""
 
 MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "minimax_m2", "qwen3_vl_moe_text")
 """Whose MLP is a mixture of experts: one component, shared experts included, without neurons of its own."""
@@ -421,6 +425,8 @@ class Structure:
     logit_cap: float | None
     returns: dict[str, int]
     places: dict[str, Any]
+    experts: int
+    window: int | None
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -431,6 +437,32 @@ class Structure:
     def post_norms(self) -> bool:
         """Whether norms come behind attention and MLP."""
         return "post_norm" in self.places
+
+    @property
+    def traits(self) -> list[str]:
+        """What is special about this model, a phrase each: what `selfrepair check` prints."""
+        kind = "LayerNorm" if self.centred_norm else "RMSNorm"
+        shared = self.n_heads // self.n_kv_heads
+        norms = {2: f"{kind} before attention, another before the MLP", 1: f"one {kind} for attention and MLP"}
+        said = {
+            f"{self.n_layers} layers of {self.n_heads} heads, each {self.d_head} wide": True,
+            f"{shared} heads share keys and values": shared > 1,
+            norms.get(len(self.norms), ""): bool(self.norms),
+            f"{kind} behind attention and MLP, whose reaction is a term of its own": self.post_norms,
+            "attention and MLP side by side": self.parallel,
+            "the MLP reads the heads of its own layer": not self.parallel,
+            "learned positions, a component of their own": self.position_embedding,
+            "the attention's output has a bias": self.attention_bias,
+            "a part of each head is constant: --value-bias says whose it is": self.value_bias,
+            "no part of a head is constant: --value-bias changes nothing": not self.value_bias,
+            f"attention in some layers reaches back {self.window} tokens": self.window is not None,
+            f"the MLP of some layers is a mixture of {self.experts} experts: one component": self.experts > 1,
+            "neurons are not told apart": not self.d_mlp,
+            f"what attention and MLP give is multiplied by {self.write_scale:g}": self.write_scale != 1,
+            f"logits are multiplied by {self.logit_scale:g}": self.logit_scale != 1,
+            f"logits are capped at {self.logit_cap or 0:g}: measured is before the cap": self.logit_cap is not None,
+        }
+        return [sentence for sentence, holds in said.items() if holds]
 
 
 def text_config(config: Config) -> Config:
@@ -501,6 +533,8 @@ def structure_of(module: Any) -> Structure:
         logit_cap=architecture.logit_cap(config),
         returns=dict(architecture.returns),
         places=_places(architecture) | {"unembedding": unembedding},
+        experts=next((n for name in EXPERTS if (n := getattr(config, name, None))), 0),
+        window=_window(config),
     )
 
 
@@ -512,6 +546,13 @@ def _headless(architecture: Architecture, layers: Any) -> tuple[int, ...]:
     if len(found) == len(layers):
         raise UnsupportedModel("no layer of this model has attention heads")
     return found
+
+
+def _window(config: Config) -> int | None:
+    """How many tokens the layers see that do not see all; None where all do."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or NEAR
+    widths = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    return next((width for width in widths if width), None) if set(kinds) & set(NEAR) else None
 
 
 def _ends(module: Any) -> tuple[str, str]:
