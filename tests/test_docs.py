@@ -67,3 +67,30 @@ def test_the_recipe_with_a_figure_of_its_own_is_one_that_works(tmp_path):
     path.write_text("\n".join(line.removeprefix("    ") for line in lines.splitlines()))
     assert {p.stem for p in sr.plot(any_store("pairs"), tmp_path, recipe=path)} == {"pair_map", "cases"}
     assert sr.plot(any_store("neurons"), tmp_path / "other", recipe=path)
+
+
+def _rows(section: str) -> dict[str, str]:
+    """What docs/models.md says of each model type in the table below a heading."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    table = page.split(f"\n## {section}")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    return {model_type.strip("`"): said for types, said in rows for model_type in types.split(", ")}
+
+
+def test_models_page_has_every_family_and_no_other():
+    from selfrepair_nn.models.architectures import SUPPORTED
+
+    assert sorted(_rows("Supported")) == sorted(SUPPORTED)
+
+
+def test_models_page_has_every_refused_family_with_its_reason():
+    from selfrepair_nn.models.architectures import SUPPORTED
+    from selfrepair_nn.models.refused import REASONS
+
+    assert _rows("Refused") == REASONS
+    assert not set(REASONS) & set(SUPPORTED)
+
+
+def test_models_page_tells_the_oldest_version_that_is_asked_for():
+    asked = (ROOT / "pyproject.toml").read_text().split('"transformers>=')[1].split('"')[0]
+    assert f"Tested with {asked}." in (ROOT / "docs" / "models.md").read_text()

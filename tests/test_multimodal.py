@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import families
 import numpy as np
@@ -186,4 +187,22 @@ def test_an_unsupported_text_part_is_named(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["text_config"]["model_type"] == "xglm"
     with pytest.raises(UnsupportedModel, match="'xglm', the text part of this llava model, is not"):
+        describe(str(tmp_path))
+
+
+def test_the_documented_way_to_a_text_model_by_itself(whole, saved, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    lines = page.split("```python\n")[1].split("```")[0]
+    exec(lines.replace("DIRECTORY", str(saved("mistral3"))).replace("TEXT", str(tmp_path / "text")))
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        alone = load(str(tmp_path / "text"), dtype="float64").module(ids).logits
+        assert torch.allclose(alone, whole("mistral3")(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_family_that_transformers_does_not_have(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(
+        UnsupportedModel, match=rf"transformers {transformers.__version__} has no model type 'unheard_of'"
+    ):
         describe(str(tmp_path))

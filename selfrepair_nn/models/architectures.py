@@ -457,6 +457,7 @@ class Structure:
             "no part of a head is constant: --value-bias changes nothing": not self.value_bias,
             f"attention in some layers reaches back {self.window} tokens": self.window is not None,
             f"the MLP of some layers is a mixture of {self.experts} experts: one component": self.experts > 1,
+            f"{len(self.headless)} layers have a mixer without heads, one component": bool(self.headless),
             "neurons are not told apart": not self.d_mlp,
             f"what attention and MLP give is multiplied by {self.write_scale:g}": self.write_scale != 1,
             f"logits are multiplied by {self.logit_scale:g}": self.logit_scale != 1,

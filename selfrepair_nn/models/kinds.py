@@ -3,7 +3,7 @@
 from typing import Any
 
 from selfrepair_nn.errors import UnsupportedModel
-from selfrepair_nn.models.architectures import text_config
+from selfrepair_nn.models.architectures import SUPPORTED, structure_of, text_config
 
 TEXT, SIGHT = "text-generation", "image-text-to-text"
 
@@ -37,6 +37,28 @@ def reading(task: str, tokenizer: Any = None) -> dict[str, Any]:
 def task_of(module: Any) -> str:
     """The task of a module that is loaded already."""
     return TEXT if text_config(module.config) is module.config else SIGHT
+
+
+def beside_text(config: Any) -> set[str]:
+    """The names of the weights of a multimodal model that its text part does not have."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config)
+    places = structure_of(whole).places
+    text = places["token_embedding"].rpartition(".")[0], places["unembedding"]
+    return {name for name in whole.state_dict() if not name.startswith(tuple(f"{part}." for part in text))}
+
+
+def unheard_of(name: str, model_type: str) -> UnsupportedModel:
+    """What is to be said of a model type that the installed transformers does not have."""
+    import transformers
+
+    return UnsupportedModel(
+        f"transformers {transformers.__version__} has no model type {model_type!r}, which {name!r} is of; a newer one "
+        f"may (pip install --upgrade transformers). Supported are {', '.join(SUPPORTED)}"
+    )
 
 
 def no_tokenizer() -> Any:

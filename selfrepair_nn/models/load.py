@@ -11,7 +11,7 @@ from typing import Any
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.models.architectures import architecture_of, structure_of, text_config
 from selfrepair_nn.models.check import Finding, findings, require
-from selfrepair_nn.models.kinds import kind_of, reading
+from selfrepair_nn.models.kinds import beside_text, kind_of, reading, unheard_of
 from selfrepair_nn.models.model import (
     AS_SERVED,
     Description,
@@ -30,6 +30,7 @@ EMBEDDED = {
 }
 RECOMPUTED = re.compile(r"\.(masked_bias|inv_freq|rotary_emb\.(cos|sin)_cached)$")
 """Buffers that older checkpoints hold and that every model makes anew: attention masks, rotary frequencies."""
+UNKNOWN = re.compile(r"model type `(.+?)` but Transformers does not recognize")
 NO_CODE = "nothing that comes with a model is ever run"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -229,19 +230,7 @@ def _module(description: Description, dtype: str, device: str) -> Any:
 def _unused(config: Any, unexpected: Iterable[str]) -> list[str]:
     """Weights of the files that belong to nothing: not made anew, and no other part of a multimodal model."""
     left = sorted(key for key in unexpected if not RECOMPUTED.search(key))
-    return left if text_config(config) is config or not left else sorted(set(left) - _beside_text(config))
-
-
-def _beside_text(config: Any) -> set[str]:
-    """The names of the weights of a multimodal model that its text part does not have."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        whole = AutoModelForImageTextToText.from_config(config, **SAFE)
-    places = structure_of(whole).places
-    text = places["token_embedding"].rpartition(".")[0], places["unembedding"]
-    return {name for name in whole.state_dict() if not name.startswith(tuple(f"{part}." for part in text))}
+    return left if text_config(config) is config or not left else sorted(set(left) - beside_text(config))
 
 
 def _device(name: str, dtype: str) -> str:
@@ -275,6 +264,8 @@ def _explained(source: Source) -> Iterator[None]:
                 f"model {source.name!r} needs code that comes with it, and {NO_CODE}: give a model of a family that "
                 "transformers has itself"
             ) from error
+        if unknown := UNKNOWN.search(str(error)):
+            raise unheard_of(source.name, unknown[1]) from error
         if source.gguf_file or Path(source.location).is_dir():
             raise SelfRepairError(f"model {source.name!r} could not be loaded: {one_line(error)}") from error
         raise UsageError(

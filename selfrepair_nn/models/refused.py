@@ -4,7 +4,6 @@ STREAMS = (
     "it has several residual streams, which each layer mixes by weights that follow the text (hyper-connections): no "
     "component's write reaches the end as it was written"
 )
-HEADLESS = "some or all of its layers have no attention heads"
 
 REASONS = {
     **dict.fromkeys(("deepseek_v4", "hy_v4", "qwen4_exp_text", "glm5_next_text"), STREAMS),
@@ -19,16 +18,13 @@ REASONS = {
     "openai-gpt": "its norms come after the residual sum, so no component's write is its own",
     "longcat_flash": "each of its layers has two attentions and two MLPs, beside a mixture that skips one of each",
     "mllama_text_model": "some of its layers attend to images instead of text",
-    **dict.fromkeys(("zamba", "zamba2"), f"{HEADLESS}, and those that do share one attention"),
+    **dict.fromkeys(("zamba", "zamba2"), "its layers share one attention, which comes between them"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), "its layers have no attention heads"),
     **dict.fromkeys(
-        (
-            *("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma"),
-            *("jamba", "bamba", "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-            *("nemotron_h", "granitemoehybrid", "kimi_linear", "olmo_hybrid", "minimax"),
-        ),
-        HEADLESS,
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        "its layers of linear attention have heads of another number and width than the others",
     ),
-    "falcon_h1": "its layers have Mamba beside attention, which writes as no head does",
+    "falcon_h1": "each of its layers has Mamba beside attention, which is no head",
 }
 """By model type; of a multimodal model that of its text part."""
 
