@@ -50,6 +50,18 @@ def test_a_bent_last_step_fails_the_check(what):
         require(wrap(module))
 
 
+def test_a_layer_that_says_it_returns_one_tensor_is_believed():
+    """GPT-J's layers returned a tuple until transformers 5.24."""
+    module = families.build("gptj")
+
+    class Newer(type(module.transformer.h[0])):
+        def forward(self, hidden_states) -> torch.Tensor:
+            return hidden_states
+
+    module.transformer.h[0].__class__ = Newer
+    assert "layer" not in structure_of(module).returns
+
+
 def test_structure_needs_no_weights():
     module = families.build("llama-headdim")
     with torch.device("meta"):

@@ -111,9 +111,21 @@ def _text_alone(name: str, model: PreTrainedModel) -> PreTrainedModel:
     return alone
 
 
+def _runs(model: PreTrainedModel) -> bool:
+    """Llama 4 does not in transformers 5.24.0, unless as its text model."""
+    try:
+        with torch.no_grad():
+            model(torch.arange(3)[None], use_cache=False)
+    except AttributeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("given", ["module", "directory"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_numbers_are_those_of_the_text_model(whole, saved, tmp_path, name, given):
+    if given == "module" and not _runs(whole(name)):
+        pytest.skip(f"transformers {transformers.__version__} cannot run this model on text itself")
     ids = np.random.default_rng(0).integers(0, 53, (4, 8))
     partners = families.derangement(4)
     found = sr.run(

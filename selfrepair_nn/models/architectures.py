@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from typing import Any
 
 from selfrepair_nn.errors import UnsupportedModel
@@ -532,7 +533,7 @@ def structure_of(module: Any) -> Structure:
         write_scale=float(architecture.write_scale(config)),
         logit_scale=float(architecture.logit_scale(config)),
         logit_cap=architecture.logit_cap(config),
-        returns=dict(architecture.returns),
+        returns=_returns(architecture, layer),
         places=_places(architecture) | {"unembedding": unembedding},
         experts=next((n for name in EXPERTS if (n := getattr(config, name, None))), 0),
         window=_window(config),
@@ -581,6 +582,13 @@ def _inside(module: Any, architecture: Architecture, embedding: str) -> Architec
         if (path := getattr(architecture, name)) is not None
     }
     return replace(architecture, **moved)
+
+
+def _returns(architecture: Architecture, layer: Any) -> dict[str, int]:
+    """How many tensors modules return; newer versions of a family's layer may say that they return one."""
+    said = signature(type(layer).forward).return_annotation
+    single = getattr(said, "__name__", said) in ("Tensor", "torch.Tensor")
+    return {part: count for part, count in architecture.returns.items() if part != "layer" or not single}
 
 
 def _kv_heads(architecture: Architecture, config: Config, value: Any, width: int) -> int:
