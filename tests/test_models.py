@@ -5,11 +5,13 @@ import dataclasses
 import families
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from selfrepair_nn.errors import UnsupportedModel, UsageError
-from selfrepair_nn.models.architectures import SUPPORTED, structure_of
+from selfrepair_nn.models.architectures import SUPPORTED, architecture_of, structure_of
 from selfrepair_nn.models.check import require
 from selfrepair_nn.models.load import EMBEDDED, check, describe, find, load, wrap
+from selfrepair_nn.models.refused import REASONS
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -24,6 +26,19 @@ def test_what_cannot_be_decomposed_is_refused_with_the_reason(name):
     with pytest.raises(UnsupportedModel, match=r"supported are|head by head: it") as refused:
         wrap(families.REFUSED[name]())
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("model_type", [*(t for t in REASONS if t in CONFIG_MAPPING), "t5"])
+def test_a_family_that_does_not_add_up_is_refused_for_what_it_does(model_type):
+    with pytest.raises(UnsupportedModel) as refused:
+        architecture_of(CONFIG_MAPPING[model_type]())
+    assert f"this {model_type} model cannot be decomposed" in str(refused.value)
+    assert REASONS.get(model_type, "an encoder reads the text") in str(refused.value)
+
+
+def test_of_a_multimodal_model_the_text_part_is_named():
+    with pytest.raises(UnsupportedModel, match="this gemma3n_text model, the text part of this gemma3n model, cannot"):
+        architecture_of(CONFIG_MAPPING["gemma3n"]())
 
 
 def test_an_unknown_family_lists_the_supported():

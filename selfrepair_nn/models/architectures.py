@@ -483,7 +483,7 @@ def architecture_of(config: Config) -> Architecture:
     found = next((a for a in ARCHITECTURES if text.model_type in a.model_types and a.fits(text)), None)
     if why := found.refuse(text) if found else reason(text):
         raise UnsupportedModel(
-            f"this {text.model_type} model{whose.rstrip(',')} cannot be decomposed head by head: {why}"
+            f"this {text.model_type} model{whose} cannot be decomposed head by head: {why}"
         )
     if found is None:
         raise UnsupportedModel(
