@@ -148,9 +148,9 @@ def _sizes(source: Any) -> Sizes | None:
     try:
         config = json.loads((Path(source.location) / "config.json").read_text())
         found = {name: next((config[k] for k in keys if k in config), None) for name, keys in SIZES.items()}
-    except (OSError, ValueError, TypeError):
-        return None
-    if config.get("model_type") in HYBRIDS:
+        if config.get("model_type") in HYBRIDS:
+            return None
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
     found = {name: size if type(size) is int and size > 0 else None for name, size in found.items()}
     return Sizes(**found) if found["n_layers"] and found["n_heads"] else None

@@ -48,13 +48,16 @@ COLUMNS = {
     "direct effect": "top_direct_effect",
     "logit change": "top_logit_change",
     "self-repair": "top_self_repair",
-    "= others": "top_from_components",
     "= heads": "top_from_heads",
     "+ MLPs": "top_from_mlps",
-    "+ mixers": "top_from_mixers",
-    "+ post": "top_from_post_norms",
     "+ norm": "top_from_norm",
 }
+PARTS = {
+    "= others": "top_from_components",
+    "+ mixers": "top_from_mixers",
+    "+ post": "top_from_post_norms",
+}
+"""Further columns, before the norm's, of what some stores have."""
 QUANTITY_NAMES = {
     "direct_effect": "direct effect",
     "ablated_direct_effect": "ablated DE",
@@ -241,8 +244,9 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
 
 
 def _columns(found: xr.Dataset) -> dict[str, str]:
-    """Those of the COLUMNS that a summary has, some of which only some models have."""
-    return {name: of for name, of in COLUMNS.items() if of in found}
+    """Those of the COLUMNS and PARTS that a summary has."""
+    *first, last = COLUMNS.items()
+    return {name: of for name, of in (*first, *PARTS.items(), last) if of in found}
 
 
 def _header(found: xr.Dataset) -> str:

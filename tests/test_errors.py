@@ -110,7 +110,7 @@ def test_an_impossible_configuration(place, good, change):
 @pytest.mark.parametrize(
     ("family", "fragments"),
     [
-        ("nanochat", ["'nanochat'", "not supported", "gpt2, gpt_neox, gptj, llama"]),
+        ("nanochat", ["nanochat", "head by head", "final norm also norms its embedding"]),
         ("diffllama", ["'diffllama'", "not supported"]),
         ("opt-postnorm", ["opt", "norms come after", "do_layer_norm_before"]),
         ("opt-projected", ["opt", "word_embed_proj_dim"]),

@@ -82,7 +82,8 @@ def require(model, tokens=None) -> None:
     failed = [f for f in findings(model, tokens) if not f.passed]
     if not failed:
         return
-    what = "; ".join(f"{f.name}: {_off(f.error)} (limit {f.limit:g})" for f in failed)
+    finite = [f for f in failed if f.error < float("inf")]
+    what = "; ".join(f"{f.name}: {_off(f.error)} (limit {f.limit:g})" for f in finite or failed[:1])
     raise UnsupportedModel(
         f"{model.name!r} is of a supported family but cannot be decomposed exactly: {what}.{_suspects(model)} "
         "See all findings with `selfrepair check`; --skip-check runs it all the same"

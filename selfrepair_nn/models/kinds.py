@@ -3,7 +3,7 @@
 from typing import Any
 
 from selfrepair_nn.errors import UnsupportedModel
-from selfrepair_nn.models.architectures import SUPPORTED, structure_of, text_config
+from selfrepair_nn.models.architectures import structure_of, text_config
 
 TEXT, SIGHT = "text-generation", "image-text-to-text"
 
@@ -57,7 +57,7 @@ def unheard_of(name: str, model_type: str) -> UnsupportedModel:
 
     return UnsupportedModel(
         f"transformers {transformers.__version__} has no model type {model_type!r}, which {name!r} is of; a newer one "
-        f"may (pip install --upgrade transformers). Supported are {', '.join(SUPPORTED)}"
+        "may (pip install --upgrade transformers), and then `selfrepair check` tells whether it can be decomposed"
     )
 
 
