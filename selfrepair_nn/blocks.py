@@ -68,7 +68,7 @@ def done_cases(ds: xr.Dataset) -> np.ndarray:
     for name in ("noise_floor", "threshold"):
         if name in ds:
             begun = (ds.done & ds.selected).any("prompt")
-            require_known(name, (ds[name].isnull() & begun).any().item())
+            require_known(name, bool((ds[name].isnull() & begun).any()))
     return done
 
 

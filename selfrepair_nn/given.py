@@ -47,6 +47,7 @@ class Given(TypedDict, total=False):
     batch_size: Whole
     tokens_per_pass: Whole
     workers: Whole
+    dask: str | None
     threads: Whole
     shard: str | tuple[int, int] | None
     backend: Literal["local", "simulated"] | None

@@ -1,6 +1,7 @@
 """Every choice a run offers: its name, default and meaning, written once for Python and the command line alike."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from inspect import Parameter, Signature
@@ -38,6 +39,8 @@ BACKENDS = {
 
 RENAMED = {"rows": "tokens_per_pass"}
 """Names that options had, and those that they have: the old ones are still taken, and that is told."""
+
+_SCHEDULER = re.compile(r"([a-z]+://)?[\w.:\[\]-]+:\d{1,5}/?|[^\0]*\.json")
 
 Kind = Callable[[str, Any], Any]
 """How what a caller writes becomes what is kept: see `values`."""
@@ -97,6 +100,16 @@ def _address(name: str, value: Any) -> str:
     return value
 
 
+def _scheduler(name: str, value: Any) -> str:
+    found = values.text(name, value)
+    if "@" in found or not _SCHEDULER.fullmatch(found):
+        raise UsageError(
+            f"{name} {values.brief(value)} is no address of a scheduler: write tcp://HOST:8786, or the path of the file "
+            "that it writes (.json)"
+        )
+    return found
+
+
 @dataclass(frozen=True, init=False)
 class Options:
     """The choices of one run, each in the one form in which it is kept, whatever spelling it came in.
@@ -139,6 +152,7 @@ class Options:
     batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.", values.whole, decides=False)
     tokens_per_pass: int | None = option(None, "Tokens in one forward pass: ablated heads share it until it is full; default: what fits.", values.whole, decides=False)
     workers: int = option(1, "Processes that share the work, each with its own model.", _processes, decides=False)
+    dask: str | None = option(None, "Scheduler of a Dask cluster whose workers share the work: tcp://HOST:8786, or its scheduler file (.json).", _scheduler, decides=False)
     threads: int | None = option(None, "Threads of each process; default: torch's own, with --workers as many as pay.", _processes, decides=False)
     shard: str | None = option(None, "Do only part I of N, as I/N: jobs of a cluster fill one store together.", values.part, decides=False)
     backend: str = option("local", "Where the model runs.", choices=BACKENDS, decides=False)
@@ -192,12 +206,21 @@ class Options:
     def _require_one_kind_of_sharing(self) -> None:
         if self.part and self.until_ci is not None:
             raise UsageError("until_ci looks at all of a run after each round: leave --shard out")
-        if self.served and (self.workers > 1 or self.part):
+        if self.dask is not None and self.workers > 1:
+            raise UsageError("a cluster has workers of its own: leave out workers, or dask")
+        for name, asked in {"shard": self.part, "workers": self.workers > 1, "dask": self.dask}.items():
+            if asked and (self.served or name != "shard"):
+                self.require_lendable(name)
+
+    def require_lendable(self, name: str) -> None:
+        """Raise UsageError where others cannot do some of the work, as what is called `name` asks for."""
+        if self.served:
+            raise UsageError(f"a server shares out the work itself: leave out {name}, see --in-flight")
+        if not isinstance(self.model, str | os.PathLike):
             raise UsageError(
-                "a server shares out the work itself: leave out workers and shard, see --in-flight"
+                f"{name}: workers load the model themselves, and cannot be given one that is loaded: give its name or "
+                "directory"
             )
-        if self.workers > 1 and not isinstance(self.model, str | os.PathLike):
-            raise UsageError("workers load the model themselves: give its name or directory")
 
     @property
     def record(self) -> str:

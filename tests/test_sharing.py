@@ -23,7 +23,6 @@ from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageE
 from selfrepair_nn.layout import packing
 from selfrepair_nn.models.architectures import Structure
 from selfrepair_nn.models.load import wrap
-from selfrepair_nn.running.workers import device_of
 from selfrepair_nn.store import Store
 
 PROMPTS, BATCH = 24, 2
@@ -239,12 +238,6 @@ def test_processes_of_the_user_hear_an_interrupt_afterwards(tmp_path):
     assert ended.stderr == ""
 
 
-def test_several_gpus_are_shared_out():
-    assert [device_of("auto", i, 2) for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [device_of(device, 1, 2) for device in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
-    assert device_of("auto", 1, 0) == "auto"
-
-
 # ---------------------------------------------------------------- shards
 
 
@@ -322,11 +315,6 @@ def test_shards_that_are_none(shard):
 def test_what_does_not_go_together(choices, said):
     with pytest.raises(UsageError, match=said):
         sr.Options(**choices)
-
-
-def test_a_loaded_model_cannot_be_given_to_workers(tmp_path):
-    with pytest.raises(UsageError, match="give its name or directory"):
-        sr.run(model=wrap(families.build("gpt2")), workers=2, out=tmp_path)
 
 
 # ---------------------------------------------------------------- memory and threads

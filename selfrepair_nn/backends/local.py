@@ -68,7 +68,7 @@ class _Local:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-            _free_memory()
+            collect_memory()
             length = unit.arrays["tokens"].shape[1]
             if plan.get("tokens_per_pass", 0) <= length:
                 return self._from_halves(unit)
@@ -109,7 +109,8 @@ def with_enough_memory(doing: str) -> Iterator[None]:
         ) from error
 
 
-def _free_memory() -> None:
+def collect_memory() -> None:
+    """Give back what nothing refers to any more, a GPU's too."""
     import gc
 
     import torch

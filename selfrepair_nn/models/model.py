@@ -156,6 +156,12 @@ def _passes(model: Model) -> bool:
     return True
 
 
+def release(model: Model) -> None:
+    """Give back the memory of a model that was loaded here, and with which nothing is computed any more."""
+    for x in [*model.module.parameters(), *model.module.buffers()]:
+        x.data = x.data.new_empty(0)
+
+
 def _out_of_nnsight(module: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The module of an nnsight model, with its weights, and its tokenizer; anything else as it is."""
     from nnsight import Envoy

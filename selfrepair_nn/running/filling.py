@@ -1,7 +1,7 @@
 """What a run computes, into its store: block after block of prompts, each marked when it is whole."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -32,6 +32,21 @@ class Known:
     constants: dict[str, Any]
     limits: np.ndarray | None
     wanted: np.ndarray | None
+
+    @property
+    def everywhere(self) -> "Known":
+        """Without what is known of single prompts."""
+        return replace(self, wanted=None)
+
+    def asked(self, experiment: Experiment, open_: np.ndarray) -> np.ndarray | None:
+        """How many positions of each prompt are ablated, [case, prompt], for the open cases; None: all of all."""
+        if self.wanted is None and open_.all():
+            return None
+        whole = np.full((len(open_), experiment.prompts.n), experiment.prompts.length)
+        asked = np.where(open_[:, None], whole if self.wanted is None else self.wanted, 0)
+        idle = [block.start for block in experiment.work.units if not asked[:, block].any()]
+        asked[np.flatnonzero(open_)[:1, None], idle] = 1  # a job without any row would give nothing at all
+        return asked
 
 
 def learn(store: Store, experiment: Experiment, layout: dict[str, Any], runner: Backend) -> Known:
@@ -110,22 +125,15 @@ class Filling:
 
     def __call__(self, blocks: Iterable[slice], open_: np.ndarray) -> Iterator[slice]:
         """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored."""
-        wanted = self._asked(open_)
+        return self.fill(blocks, open_, self._known.asked(self._experiment, open_))
+
+    def fill(self, blocks: Iterable[slice], open_: np.ndarray, asked: np.ndarray | None) -> Iterator[slice]:
+        """The same, where it is known already what is `asked` of these blocks, [case, prompt]."""
         limits = self._known.limits if self._experiment.shared else None
-        sweep = Sweep(self._experiment, self._plans, self._known.constants, limits, wanted, self._tick)
+        sweep = Sweep(self._experiment, self._plans, self._known.constants, limits, asked, self._tick)
         for block, found in sweep.by_block(self._runner(sweep.units(blocks))):
             self._write(block, [self._measured(block, each) for each in found], open_)
             yield block
-
-    def _asked(self, open_: np.ndarray) -> np.ndarray | None:
-        wanted = self._known.wanted
-        if wanted is None and open_.all():
-            return None
-        whole = np.full((len(open_), self._experiment.prompts.n), self._experiment.prompts.length)
-        asked = np.where(open_[:, None], whole if wanted is None else wanted, 0)
-        idle = [block.start for block in self._experiment.work.units if not asked[:, block].any()]
-        asked[np.flatnonzero(open_)[:1, None], idle] = 1  # a job without any row would give nothing at all
-        return asked
 
     def _measured(self, block: slice, found: dict[str, Any]) -> dict[str, np.ndarray]:
         """A job's result as arrays with everything that follows from it; NaN where only top tokens are kept."""

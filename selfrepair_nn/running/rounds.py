@@ -13,17 +13,16 @@ GROWTH = 0.25
 """Every round adds this much to the prompts used so far: few looks at the data keep the intervals honest."""
 
 
-def rounds(store: Store, experiment: Experiment) -> Iterator[tuple[list[slice], np.ndarray]]:
-    """What is still to be done: blocks of prompts, and for which cases: bool [case].
+def rounds(
+    store: Store, experiment: Experiment, units: Sequence[slice]
+) -> Iterator[tuple[list[slice], np.ndarray]]:
+    """What is still to be done of these blocks of prompts: some of them, and for which cases: bool [case].
 
     With `until_ci`, cases whose interval is narrow enough once a round is stored are closed, and the estimates
     written. Where a round is stored already it is only looked at: what follows is the same however often a run is
     interrupted.
     """
-    units, open_ = experiment.work.units, np.ones(len(experiment.graph.ablate), bool)
-    if experiment.options.part:
-        first, count = experiment.options.part
-        units = units[first - 1 :: count]
+    open_ = np.ones(len(experiment.graph.ablate), bool)
     if experiment.options.until_ci is None:
         yield _missing(store, experiment, units, open_), open_
         return

@@ -5,6 +5,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from hashlib import sha256
@@ -28,7 +29,7 @@ from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options, current, require_known
 from selfrepair_nn.recipe import recipe_paths, renamed
-from selfrepair_nn.running.filling import Filling, finished, learn
+from selfrepair_nn.running.filling import finished, learn
 from selfrepair_nn.running.holding import Hold, only_writer
 from selfrepair_nn.running.interruption import interruptible
 from selfrepair_nn.running.mending import mend, undecided
@@ -41,7 +42,7 @@ from selfrepair_nn.running.opening import (
 )
 from selfrepair_nn.running.preliminaries import strongest
 from selfrepair_nn.running.rounds import rounds
-from selfrepair_nn.running.workers import Workers
+from selfrepair_nn.running.sharing import Sharing, sharing
 from selfrepair_nn.shown import line, tell
 from selfrepair_nn.store import Store, open_store
 
@@ -52,6 +53,7 @@ def run(
     progress: bool | None = None,
     command: str = "",
     confirm: Callable[[str], bool] | None = None,
+    executor: Executor | None = None,
     **choices: Unpack[Given],
 ) -> xr.Dataset:
     """Run a recipe, or resume it where it stopped, and open its store.
@@ -61,6 +63,9 @@ def run(
         progress: True or False; None shows a bar on stderr if that is a terminal.
         command: what the store says made it; default: this call.
         confirm: asked, with the plan, before a large remote run that `yes` does not allow; None refuses it.
+        executor: shares the work out: any `concurrent.futures.Executor`, such as a ProcessPoolExecutor, or
+            `client.get_executor()` of Dask. Its workers load the model themselves, and see the store's directory. It
+            stays open.
         choices: the options of a run: model, prompts, out, tokens, layers, heads, ablation …
 
     Returns the store's dataset, lazily; `dataset.encoding["source"]` is its path.
@@ -72,16 +77,28 @@ def run(
         Incomplete: interrupted, or a server failed for too long; the same call resumes.
         Fault: a server refuses what another attempt would not change.
     """
-    require_known(choices, ("recipe", "progress", "command", "confirm"))
+    require_known(choices, ("recipe", "progress", "command", "confirm", "executor"))
     options = Options(**choices)
-    experiment = prepare(recipe, options)
+    with sharing(options, executor) as shared:
+        experiment = prepare(recipe, options)
+        _told(recipe, experiment)
+        if experiment.options.served:
+            _require_consent(experiment, confirm)
+        _into_store(experiment, shared, command or _call(recipe, options), progress)
+    return open_store(experiment.path)
+
+
+def _told(recipe: str | os.PathLike[str], experiment: Experiment) -> None:
+    """Tell what a user may not expect of the choices."""
     if experiment.idle:
         tell(f"{' and '.join(experiment.idle)}: chosen, but nothing in this run depends on it")
     for told in (renamed(recipe), *_undrawable(experiment)):
         if told:
             tell(told)
-    if experiment.options.served:
-        _require_consent(experiment, confirm)
+
+
+def _into_store(experiment: Experiment, shared: Sharing, command: str, progress: bool | None) -> None:
+    """Open the store, or make it, and compute what is missing in it."""
     with only_writer(experiment.path, experiment.options.part) as hold:
         store = existing(experiment, hold.alone)
         with with_enough_memory("loading the model"):
@@ -95,12 +112,11 @@ def run(
                     experiment = _decided(experiment, model)
                 hold.require()
                 new = store is None
-                store = store or create(experiment, command or _call(recipe, options), record)
+                store = store or create(experiment, command, record)
                 experiment = as_stored(experiment, store)
                 mend(store, experiment, damage)
                 with _gone_if_empty(store, hold) if new else nullcontext():
-                    _run(store, experiment, model, progress, hold)
-    return open_store(experiment.path)
+                    _run(store, experiment, model, shared, progress, hold)
 
 
 def _undrawable(experiment: Experiment) -> list[str]:
@@ -165,10 +181,12 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
     return jobs_in_flight(o, model, Ledger(ledger_path(experiment.path), run))
 
 
-def _run(store: Store, experiment: Experiment, model: Model, progress: bool | None, hold: Hold) -> None:
+def _run(
+    store: Store, experiment: Experiment, model: Model, shared: Sharing, progress: bool | None, hold: Hold
+) -> None:
     try:
         with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
-            for _ in _fill(store, experiment, model, bar, hold.share):
+            for _ in _fill(store, experiment, model, shared, bar, hold.share):
                 stop_if_asked()
                 hold.require()
     except KeyboardInterrupt:
@@ -182,26 +200,27 @@ def _run(store: Store, experiment: Experiment, model: Model, progress: bool | No
 
 
 def _fill(
-    store: Store, experiment: Experiment, model: Model, bar: tqdm, share: Callable[[], None]
+    store: Store,
+    experiment: Experiment,
+    model: Model,
+    shared: Sharing,
+    bar: tqdm,
+    let_others: Callable[[], None],
 ) -> Iterator[slice]:
     """Everything that is still missing, block by block; gives each when it is stored.
 
-    A part of a run calls `share` once all that the parts have in common is known, so that others can begin.
+    A part of a run calls `let_others` once all that the parts have in common is known, so that others can begin.
     """
     o = experiment.options
-    experiment = _packed(store, experiment, model)
+    experiment = _packed(store, experiment, model, shared.on_one_device)
     runner = _runner(store, experiment, model)
     known = learn(store, experiment, model.layout, runner)
     if o.part:
-        share()
+        let_others()
     with ExitStack() as working:
         working.enter_context(computing_with(o.threads))
-        if o.workers > 1:
-            fill = working.enter_context(Workers(experiment, known, bar))
-        else:
-            tick = (lambda tokens: None) if o.served else bar.update
-            fill = Filling(store, experiment, known, model.layout, runner, tick)
-        for blocks, open_ in rounds(store, experiment):
+        fill = working.enter_context(shared.filling(store, experiment, known, model, runner, bar))
+        for blocks, open_ in rounds(store, experiment, shared.blocks(experiment.work.units)):
             for block in fill(blocks, open_) if blocks else ():
                 if o.served:
                     bar.update(
@@ -210,14 +229,14 @@ def _fill(
                 yield block
 
 
-def _packed(store: Store, experiment: Experiment, model: Model) -> Experiment:
+def _packed(store: Store, experiment: Experiment, model: Model, processes: int) -> Experiment:
     """With as many tokens in a pass as fit; as many as before where the run goes on: numbers round alike."""
     o = experiment.options
     if o.served or o.tokens_per_pass:
         return experiment
     tokens = current(store.attributes).get("tokens_per_pass")
     if not tokens:
-        tokens = fitting_tokens(model, experiment.prompts.length, o.workers)
+        tokens = fitting_tokens(model, experiment.prompts.length, processes)
         store.annotate(tokens_per_pass=tokens)
     return replace(experiment, work=replace(experiment.work, tokens_per_pass=int(tokens)))
 

@@ -1,13 +1,13 @@
-"""A run's blocks shared out among processes of this machine: each has its own model, all fill one store."""
+"""A run's blocks shared out among workers: each has its own model, all fill one store."""
 
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from threading import Thread
 from types import ModuleType
@@ -16,49 +16,163 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from selfrepair_nn.backends.local import backend, loaded
 from selfrepair_nn.ending import SENT_TO_ALL
 from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
-from selfrepair_nn.layout.experiment import Experiment, prepare
+from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.packing import fitting_threads
-from selfrepair_nn.models.identity import identity
-from selfrepair_nn.running.filling import Filling, Known
+from selfrepair_nn.recipe import recipe_paths
+from selfrepair_nn.running.filling import Known
 from selfrepair_nn.running.interruption import undisturbed
-from selfrepair_nn.running.opening import as_stored, require_same_model
+from selfrepair_nn.running.worker import Order, Outcome, Setup, fill
 from selfrepair_nn.store import Store
 
-IMPORTED = ["selfrepair_nn.running.workers", "nnsight.modeling.transformers"]
+IMPORTED = ["selfrepair_nn.running.worker", "nnsight.modeling.transformers"]
 DEATHS = 3
-"""How often processes may die, with nothing done in between, before that is not put down to chance."""
+"""How often workers may die, with nothing done in between, before that is not put down to chance."""
+UNDER_WAY = 2**30
+"""Bytes of setups that may be on their way to workers at a time."""
 
 
 class Workers:
-    """Computes blocks as `Filling` does, several at once. A context manager: at its end the processes do.
+    """Computes blocks as `Filling` does, several at once. A context manager: at its end nothing is under way.
 
-    A process that dies takes nothing with it but the block under way: it is done again by another.
+    A worker that dies takes nothing with it but the block under way: it is done again by another.
     """
 
-    def __init__(self, experiment: Experiment, known: Known, bar: tqdm) -> None:
-        o = experiment.options
-        self._bar = bar
-        self._helper = _Helper()
-        context, self._count = self._helper.context, o.workers
-        with undisturbed():
-            devices = context.Queue()  # which starts a process that keeps count of such things
-        alone = replace(o, workers=1, check=False, tokens_per_pass=experiment.work.tokens_per_pass)
-        threads = o.threads or fitting_threads(
-            experiment.description.structure, max(1, (os.cpu_count() or 1) // o.workers)
-        )
-        given = (str(experiment.recipe.path), alone, experiment.path, known, threads, devices)
-        self._devices = devices
-        self._pool_of = lambda: ProcessPoolExecutor(o.workers, context, _begin, given)
-        self._pool: ProcessPoolExecutor | None = None
+    def __init__(
+        self, store: Store, experiment: Experiment, known: Known, pool: "Own | Lent", bar: tqdm
+    ) -> None:
+        self._experiment, self._known, self._pool, self._bar = experiment, known, pool, bar
+        self._setup = _setup(store, experiment, known, pool).packed()
+        self._running: dict[Future[Outcome], slice] = {}
+        self._lost: Exception | None = None
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
         """Wait for the blocks under way: they are kept, unless an interrupt says that there is no time for it."""
+        self._pool.close([future for future in self._running if not future.cancel()])
+
+    def __call__(self, blocks: Iterable[slice], open_: np.ndarray) -> Iterator[slice]:
+        """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored.
+
+        Raises:
+            SelfRepairError: a worker says why it cannot begin.
+            Incomplete: they died too often without having done anything in between, or there are none any more.
+        """
+        asked = self._known.asked(self._experiment, open_)
+        missing, deaths = {block.start: block for block in blocks}, 0
+        while missing:
+            before = len(missing)
+            for block in self._round(list(missing.values()), open_, asked):
+                del missing[block.start]
+                yield block
+            if missing:
+                deaths = deaths + 1 if len(missing) == before else 0
+                if deaths > DEATHS:
+                    raise Incomplete(
+                        f"the workers died {deaths} times before they had done anything: {self._why()}"
+                    )
+                self._pool.renew(self._lost)
+
+    def _why(self) -> str:
+        return self._pool.remedy if self._lost is None else f"{self._pool.remedy} ({one_line(self._lost)})"
+
+    def _round(self, blocks: list[slice], open_: np.ndarray, asked: np.ndarray | None) -> Iterator[slice]:
+        """Blocks as they are done; those whose workers were lost are left out."""
+        orders = iter([Order(b, open_, None if asked is None else asked[:, b]) for b in blocks])
+        room = max(1, UNDER_WAY // len(self._setup))
+        while True:
+            try:
+                for order in islice(orders, room - len(self._running)):
+                    self._running[self._pool.submit(fill, self._setup, order)] = order.block
+            except Exception as error:
+                self._lost, orders = error, iter(())
+            if not self._running:
+                return
+            for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+                block = self._running.pop(future)
+                if (outcome := self._outcome(future)) is not None:
+                    self._bar.update(outcome.tokens)
+                    yield block
+
+    def _outcome(self, future: "Future[Outcome]") -> Outcome | None:
+        """What a worker says; None where it is lost. Raises what it says it cannot do."""
+        try:
+            outcome = future.result()
+        except ImportError as error:
+            raise SelfRepairError(
+                f"a worker cannot begin: {one_line(error)}: install selfrepair_nn where the workers are"
+            ) from error
+        except Exception as error:
+            self._lost = error
+            return None
+        if outcome.refused:
+            raise outcome.refused
+        if outcome.unforeseen:
+            raise RuntimeError(f"in a worker:\n{outcome.unforeseen}")
+        return outcome
+
+
+def _setup(store: Store, experiment: Experiment, known: Known, pool: "Own | Lent") -> Setup:
+    path, o = experiment.recipe.path, experiment.options
+    name = next((name for name, each in recipe_paths().items() if each == path), str(path))
+    alone = replace(
+        o, workers=1, dask=None, shard=None, check=False, tokens_per_pass=experiment.work.tokens_per_pass
+    )
+    threads = o.threads or pool.threads(experiment)
+    return Setup(
+        name, alone, experiment.path.absolute(), store.attributes.get("id"), known.everywhere, threads
+    )
+
+
+class Lent:
+    """An executor that a caller gave. It stays the caller's: it is neither shut down nor replaced."""
+
+    remedy = "is memory short for their models?"
+
+    def __init__(self, executor: Executor) -> None:
+        self.submit: Callable[..., Future[Any]] = executor.submit
+
+    def threads(self, experiment: Experiment) -> None:
+        """As many as the executor's workers have anyway."""
+
+    def renew(self, lost: Exception | None) -> None:
+        """Raise Incomplete where no worker will take the place of those that were lost."""
+        if isinstance(lost, BrokenExecutor):
+            raise Incomplete(f"the executor lost a worker and takes no more work ({one_line(lost)})")
+
+    def close(self, running: list[Future[Outcome]]) -> None:
+        """Wait for the blocks under way."""
+        wait(running)
+
+
+class Own:
+    """So many processes of this machine, for this run alone."""
+
+    def __init__(self, count: int) -> None:
+        self.remedy = f"is memory short for {count} models? choose fewer --workers"
+        self._count, self._helper = count, _Helper()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def threads(self, experiment: Experiment) -> int:
+        """Those that pay, of each one's share of the cores."""
+        share = max(1, (os.cpu_count() or 1) // self._count)
+        return fitting_threads(experiment.description.structure, share)
+
+    def submit(self, function: Callable[..., Any], *given: Any) -> "Future[Any]":
+        with _clean_start():
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(self._count, self._helper.context, _begin)
+            return self._pool.submit(function, *given)
+
+    def renew(self, _: Exception | None) -> None:
+        """Let others begin in the place of those that died."""
+        self._pool = None
+
+    def close(self, _: list[Future[Outcome]]) -> None:
+        """Wait for the blocks under way; a second interrupt gives them up."""
         if self._pool is not None:
             try:
                 self._pool.shutdown(cancel_futures=True)
@@ -67,40 +181,6 @@ class Workers:
                     process.kill()
                 raise
         self._helper.end()
-
-    def __call__(self, blocks: Iterable[slice], open_: np.ndarray) -> Iterator[slice]:
-        """Compute these blocks for the cases that are open, bool [case]; gives each block when it is stored.
-
-        Raises:
-            SelfRepairError: a process says why it cannot begin.
-            Incomplete: they died too often without having done anything in between.
-        """
-        missing, deaths = {block.start: block for block in blocks}, 0
-        while missing:
-            before = len(missing)
-            try:
-                for block in self._round(list(missing.values()), open_):
-                    del missing[block.start]
-                    yield block
-            except BrokenProcessPool:
-                self._pool = None
-                deaths = deaths + 1 if len(missing) == before else 0
-            if deaths > DEATHS:
-                raise Incomplete(
-                    f"the workers died {deaths} times before they had done anything: is memory short for "
-                    f"{self._count} models? choose fewer --workers"
-                )
-
-    def _round(self, blocks: list[slice], open_: np.ndarray) -> Iterator[slice]:
-        if self._pool is None:
-            for index in range(self._count):
-                self._devices.put(index)
-            self._pool = self._pool_of()
-        with _clean_start():
-            running: dict[Future[int], slice] = {self._pool.submit(_work, b, open_): b for b in blocks}
-        for future in as_completed(running):
-            self._bar.update(future.result())
-            yield running[future]
 
 
 class _Helper:
@@ -145,54 +225,11 @@ def _clean_start() -> Iterator[None]:
             sys.modules["__main__"] = script
 
 
-_mine: dict[str, Any] = {}
-"""What a worker has: how it fills the store, how many tokens it ablated since it was last asked; or why it cannot."""
-
-
-def _begin(*given: Any) -> None:
-    """Get ready in a new process. What fails is told when the first block is asked for: by then somebody listens."""
-    try:
-        _load(*given)
-    except Exception as error:
-        _mine["failure"] = one_line(error)
-
-
-def _load(source: str, options: Any, path: Any, known: Known, threads: int, devices: Any) -> None:
-    """Load the model in a new process; it ends when the process that started it does, whatever ends that."""
-    import torch
-
+def _begin() -> None:
+    """In a new process: it finishes its block where a terminal ends all, and ends when the run does."""
     for number in SENT_TO_ALL:
-        signal.signal(number, signal.SIG_IGN)  # the blocks under way are still finished
+        signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-    torch.set_num_threads(threads)
-    device = device_of(options.device, devices.get(), torch.cuda.device_count())
-    store = Store(path)
-    experiment = as_stored(prepare(source, replace(options, device=device)), store)
-    model = loaded(experiment)
-    require_same_model(store, model, identity(model))
-    _mine["tokens"] = 0
-    _mine["fill"] = Filling(
-        store, experiment, known, model.layout, backend(options.backend, model), _count_tokens
-    )
-
-
-def device_of(device: str, index: int, gpus: int) -> str:
-    """Where the worker of this index computes: several GPUs are shared out among them."""
-    return f"cuda:{index % gpus}" if gpus and device in ("auto", "cuda") else device
-
-
-def _count_tokens(tokens: int) -> None:
-    _mine["tokens"] += tokens
-
-
-def _work(block: slice, open_: np.ndarray) -> int:
-    """Fill one block; returns how many tokens were ablated for it."""
-    if "failure" in _mine:
-        raise SelfRepairError(f"a worker cannot begin: {_mine['failure']}")
-    _mine["tokens"] = 0
-    for _ in _mine["fill"]([block], open_):
-        pass
-    return _mine["tokens"]
 
 
 def _end_with(parent: Any) -> None:
