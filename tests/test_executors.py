@@ -1,4 +1,4 @@
-"""A run shared out by an engine that exists already: any executor, and a real Dask cluster. The same numbers, bit for bit."""
+"""A run shared out by an engine that exists already, an executor or a real Dask cluster: the same numbers."""
 
 import os
 import threading
@@ -57,7 +57,7 @@ def processes():
 
 
 class Watched(Executor):
-    """An executor as a cluster has one: it calls `sent` for each block, and where that raises, that is what comes back."""
+    """An executor as a cluster has one: `sent` is called for each block, and what that raises comes back instead."""
 
     def __init__(self, inner, sent):
         self._inner, self._sent = inner, sent
@@ -162,7 +162,8 @@ def test_a_process_that_is_killed_ends_a_run_that_resumes(choices, alone, tmp_pa
     with ProcessPoolExecutor(2, get_context("forkserver")) as pool:
         with monkeypatch.context() as patched:
             after_block(patched, 2, lambda: psutil.Process(next(iter(pool._processes))).kill())
-            with pytest.raises(Incomplete, match=r"(?s)lost a worker.* units are kept in .*the same command resumes") as told:
+            said = r"(?s)lost a worker.* units are kept in .*the same command resumes"
+            with pytest.raises(Incomplete, match=said) as told:
                 sr.run(out=path, executor=pool, **choices)
         assert told.value.exit_code == 75
         assert 0 < xr.open_zarr(path).done.mean() < 1
@@ -203,7 +204,7 @@ def test_workers_without_the_package(choices, processes, tmp_path):
     assert not isinstance(told.value, Incomplete)
 
 
-def test_an_interrupt_waits_for_what_is_under_way_and_cancels_the_rest(choices, alone, processes, tmp_path, monkeypatch):
+def test_an_interrupt_keeps_what_is_under_way_and_cancels_the_rest(choices, alone, processes, tmp_path, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -233,19 +234,6 @@ def cluster():
 
 
 @pytest.mark.slow
-def test_a_dask_worker_that_is_killed_loses_nothing(choices, alone, cluster, tmp_path, monkeypatch):
-    from distributed import Client
-
-    with Client(cluster, set_as_default=False) as client:
-        pids = [*client.run(os.getpid).values()]
-        assert len({os.getpid(), *pids}) == 3
-        after_block(monkeypatch, 2, lambda: psutil.Process(pids[0]).kill())
-        sr.run(out=tmp_path / "s.zarr", executor=client.get_executor(), **choices)
-    assert not psutil.pid_exists(pids[0])
-    assert_same_numbers(tmp_path / "s.zarr", alone)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["address", "file"])
 def test_the_address_of_a_dask_scheduler(choices, alone, cluster, tmp_path, how):
     where = cluster.scheduler_address
@@ -255,6 +243,19 @@ def test_the_address_of_a_dask_scheduler(choices, alone, cluster, tmp_path, how)
     given = [x for name, v in choices.items() if name != "progress" for x in (f"--{name.replace('_', '-')}", v)]
     ended = selfrepair("run", "heads", *given, "--dask", where, "--out", tmp_path / "s.zarr")
     assert (ended.code, ended.err) == (0, "")
+    assert_same_numbers(tmp_path / "s.zarr", alone)
+
+
+@pytest.mark.slow
+def test_a_dask_worker_that_is_killed_loses_nothing(choices, alone, cluster, tmp_path, monkeypatch):
+    from distributed import Client
+
+    with Client(cluster, set_as_default=False) as client:
+        pids = [*client.run(os.getpid).values()]
+        assert len({os.getpid(), *pids}) == 3
+        after_block(monkeypatch, 2, lambda: psutil.Process(pids[0]).kill())
+        sr.run(out=tmp_path / "s.zarr", executor=client.get_executor(), **choices)
+    assert not psutil.pid_exists(pids[0])
     assert_same_numbers(tmp_path / "s.zarr", alone)
 
 
@@ -274,7 +275,9 @@ def test_without_dask(choices, tmp_path, monkeypatch):
         sr.run(out=tmp_path / "s.zarr", dask="tcp://127.0.0.1:1", **choices)
 
 
-@pytest.mark.parametrize("dask", ["x", "8786", "tcp://", "host:", "http://a b:1", "tcp://me:secret@host:8786", "", 3, "a\0.json"])
+@pytest.mark.parametrize(
+    "dask", ["x", "8786", "tcp://", "host:", "http://a b:1", "tcp://me:secret@host:8786", "", 3, "a\0.json"]
+)
 def test_addresses_that_are_none(dask):
     with pytest.raises(UsageError, match="dask"):
         sr.Options(dask=dask)
@@ -307,7 +310,9 @@ def test_executors_that_cannot_be(choices, executor, more, said, tmp_path, monke
     assert not (tmp_path / "s.zarr").exists()
 
 
-@pytest.mark.parametrize("more", [{"dask": "tcp://127.0.0.1:1"}, {"workers": 2}, {"executor": ThreadPoolExecutor(1)}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"dask": "tcp://127.0.0.1:1"}, {"workers": 2}, {"executor": ThreadPoolExecutor(1)}], ids=str
+)
 def test_a_loaded_model_cannot_be_given_to_workers(tmp_path, more):
     with pytest.raises(UsageError, match="give its name or directory"):
         sr.run(model=wrap(families.build("gpt2")), out=tmp_path, **more)

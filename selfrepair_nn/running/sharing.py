@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from math import ceil
 from os import getpid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -115,7 +116,7 @@ def _cluster(address: str) -> Iterator[Executor]:
         raise UsageError(
             f"dask {address!r}: there is no such file; a scheduler writes it with --scheduler-file"
         )
-    where = {"scheduler_file": str(Path(address).expanduser())} if file else {"address": address}
+    where: Any = {"scheduler_file": str(Path(address).expanduser())} if file else {"address": address}
     try:
         client = Client(**where, timeout=PATIENCE, set_as_default=False)
     except Exception as error:  # of as many kinds as there are transports
