@@ -23,6 +23,10 @@ class Block(Bundle):
     probed: dict
     source: dict
 
+    def home(self, x):
+        """Where the final norm is: a model's layers may lie on several devices, and results come together there."""
+        return x.to(self.probed["direction"].device)
+
 
 class Prepared(Bundle):
     """A case ready for a pass: {site: its Edit}, and what it begins with, [prompt, position, d_model] each.
@@ -101,12 +105,13 @@ def prepare(block, case):
     edits = {site: by.edit(site, block, start) for site in case}
     layer, inside = start
     stream = block.clean["input"][layer]
-    written = [edit.written for edit in edits.values() if edit.written is not None]
+    begun = block.clean["attention"][layer] if inside else stream
+    written = [edit.written.to(begun.device) for edit in edits.values() if edit.written is not None]
     written = sum(written[1:], written[0]).to(stream.dtype)
     if block.plan.get("shaken"):
         stream = stream + _rounding_steps(stream)
     if inside:
-        return Prepared(edits, stream, block.clean["attention"][layer] + written)
+        return Prepared(edits, stream, begun + written)
     return Prepared(edits, stream + written)
 
 

@@ -9,7 +9,7 @@ from selfrepair_nn.tracing.readouts import norm_scale, per_head, values_in, wide
 
 def no_logits():
     """As `logits_to_keep`: no position's logits, so no product with the vocabulary."""
-    return torch.zeros(0, dtype=torch.long)
+    return slice(0, 0)
 
 
 def clean_pass(model, plan, tokens, keep):
@@ -126,12 +126,12 @@ def attention_paid(model, plan, tokens, clean, layers, distances):
     paid = dict.fromkeys(layers, 0)
     for start in range(0, count, width):
         z = _indicated(model, plan, tokens, clean, layers, start)
-        inside = ((back >= start) & (back < start + width)).to(z[layers[0]].device)
-        where = (back - start).clamp(0, width - 1).to(z[layers[0]].device)
+        inside = (back >= start) & (back < start + width)
+        where = (back - start).clamp(0, width - 1)
         for layer in layers:
             heads = widen(per_head(z[layer], plan))
-            index = where[None, :, None].expand(*heads.shape[:3], len(distances))
-            paid[layer] = paid[layer] + heads.gather(-1, index) * inside[None, :, None]
+            index = where.to(heads.device)[None, :, None].expand(*heads.shape[:3], len(distances))
+            paid[layer] = paid[layer] + heads.gather(-1, index) * inside.to(heads.device)[None, :, None]
     return paid
 
 

@@ -8,12 +8,14 @@ from selfrepair_nn.tracing.readouts import along, behind_norm, capped, norm_scal
 def pullback(probed, clean, layer):
     """d_t pulled back through W_O: [prompt, position, heads * d_head], so that z times it is every head's effect."""
     direction = behind_norm(probed["given_direction"], probed, clean, layer)
-    return product(direction, probed["output_projection"][layer].flatten(0, 1).T)
+    through = probed["output_projection"][layer].flatten(0, 1).T
+    return product(direction.to(through.device), through)
 
 
 def neuron_pullback(probed, layer):
     """d_t pulled back through the MLP's output projection: [prompt, position, neurons]."""
-    return product(probed["direction"], probed["down_projection"][layer].T)
+    through = probed["down_projection"][layer].T
+    return product(probed["direction"].to(through.device), through)
 
 
 def clean_readout(block):
@@ -38,8 +40,8 @@ def clean_readout(block):
     if plan["neurons"] is not None:
         layer = plan["neurons"]
         neurons = widen(clean["neurons"][layer])
-        state["neuron_effects"] = neurons * probed["neuron_pullback"][layer] / scale[..., None]
-        state["mlp_direct_effect"] = along(clean["mlp"][layer], probed["given_direction"]) / scale
+        state["neuron_effects"] = block.home(neurons * probed["neuron_pullback"][layer]) / scale[..., None]
+        state["mlp_direct_effect"] = block.home(along(clean["mlp"][layer], probed["given_direction"])) / scale
     return state
 
 
@@ -47,6 +49,7 @@ def ablated_readout(changes, batch, block, state):
     """The stored quantities of one pass: [row, position] each."""
     plan, probed = block.plan, block.probed
     scale, direction = batch.of(state["norm_scale"]), batch.of(probed["direction"])
+    changes = _together(changes, scale.device)
     effects = _effects(changes, batch, state["norm_scale"])
     before, after = (_in_rows(effects, which) for which in (0, 1))
     final = widen(changes["final"])
@@ -93,6 +96,18 @@ def ablated_readout(changes, batch, block, state):
     if plan["neurons"] is not None:
         out |= _neuron_changes(changes, batch, effects, scale, state, plan)
     return out
+
+
+def _together(changes, device):
+    """What was read in layers that may lie on several devices, on that of the final norm."""
+    return {part: _moved(found, device) for part, found in changes.items()}
+
+
+def _moved(found, device):
+    """A tensor, or tensors by layer or in order."""
+    if isinstance(found, dict):
+        return {layer: x.to(device) for layer, x in found.items()}
+    return [x.to(device) for x in found] if isinstance(found, list) else found.to(device)
 
 
 def _rescaled(effects, change, scale, ablated_scale):
@@ -184,7 +199,7 @@ def component_effects(embedded, block, scale):
         else:
             effects += _attention_effects(block, layer)
         effects.append(along(clean["mlp"][layer], probed["given_direction"]))
-    return torch.stack(effects, -1) / scale[..., None]
+    return torch.stack([block.home(x) for x in effects], -1) / scale[..., None]
 
 
 def _attention_effects(block, layer):

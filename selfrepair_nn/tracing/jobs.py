@@ -130,7 +130,9 @@ def _probed(model, plan, arrays, cases, clean):
     neurons = {site.layer for site in sites if site.kept == "neurons"}
     neurons |= set() if plan["neurons"] is None else {plan["neurons"]}
     others = _to_the_end(arrays["other"]) if plan["target"] == "difference" else None
-    probed = probe(model, plan, layers, _to_the_end(arrays["tokens"][:, 1:]), others, sorted(neurons))
+    targets = _to_the_end(arrays["tokens"][:, 1:])
+    where = {layer: x.device for what in ("mlp", "z") for layer, x in clean[what].items()}
+    probed = probe(model, plan, layers, targets, others, sorted(neurons), where)
     probed["pullback"] = {layer: pullback(probed, clean, layer) for layer in layers}
     probed["neuron_pullback"] = {layer: neuron_pullback(probed, layer) for layer in neurons}
     return probed
@@ -164,4 +166,4 @@ def _attention(block, cases):
     heads, tokens = [site for case in cases for site in case], block.arrays["tokens"]
     layers = sorted({head.layer for head in heads})
     paid = attention_paid(block.model, block.plan, tokens, block.clean, layers, block.plan["attention"])
-    return torch.stack([paid[head.layer][:, :-1, head.head] for head in heads])
+    return torch.stack([block.home(paid[head.layer][:, :-1, head.head]) for head in heads])

@@ -53,7 +53,7 @@ def _begin_inside(block, layer, batch, stream):
     if "attention_norm" in plan["model"]["places"]:
         part(model, plan, layer, "attention_norm").skip(stub(stream))
     if plan["model"]["residual_inside"]:
-        attention = attention + stream
+        attention = attention + stream.to(attention.device)
     skip(part(model, plan, layer, "attention"), plan, "attention", attention)
 
 

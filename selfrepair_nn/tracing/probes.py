@@ -3,6 +3,7 @@
 import torch
 from nnsight import save
 
+from selfrepair_nn.tracing.clean import no_logits
 from selfrepair_nn.tracing.places import part, place
 from selfrepair_nn.tracing.readouts import centre, norm_scale, product, values_in, widen
 
@@ -11,7 +12,7 @@ LARGE = 1024.0
 """Length of the known vectors: beside it a bias, an epsilon or a rounding step is small. A power of two, so exact."""
 
 
-def probe(model, plan, layers, targets, others=None, neurons=()):
+def probe(model, plan, layers, targets, others=None, neurons=(), where=()):
     """What direct effects need of the weights.
 
     Args:
@@ -19,6 +20,7 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
         targets: token ids [prompt, position] whose logits are measured.
         others: token ids [prompt, position] whose logits are subtracted, for the target "difference".
         neurons: layers whose MLP's output projection is wanted.
+        where: {layer: device} of those that may lie elsewhere than the final norm.
 
     Returns a dict:
         output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
@@ -34,9 +36,10 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
     size = plan["model"]["d_model"]
     with (
         torch.no_grad(),
-        model.trace(targets[:1, :1], use_cache=False, logits_to_keep=torch.zeros(0, dtype=torch.long)),
+        model.trace(targets[:1, :1], use_cache=False, logits_to_keep=no_logits()),
     ):
         like = place(model, plan, "final_norm").input[0, :1]
+        there = {layer: like.to(device) for layer, device in dict(where).items()}
         eye = torch.eye(size, dtype=like.dtype, device=like.device)
         found = save(
             {
@@ -48,13 +51,13 @@ def probe(model, plan, layers, targets, others=None, neurons=()):
             }
         )
         for layer in layers:
-            _probe_layer(model, plan, layer, like, found)
+            _probe_layer(model, plan, layer, there.get(layer, like), found)
         for layer in neurons:
             down = part(model, plan, layer, "down_projection")
-            rows = _linear(down, like, plan["model"]["d_mlp"])[0]
+            rows = _linear(down, there.get(layer, like), plan["model"]["d_mlp"])[0]
             found["down_projection"][layer] = plan["model"]["write_scale"] * rows
         found["norm_bias"] = {
-            (layer, which): widen(part(model, plan, layer, f"{which}_norm")(torch.zeros_like(like)))[0]
+            (layer, which): _bias(part(model, plan, layer, f"{which}_norm"), there.get(layer, like))
             for layer, which in plan["frozen_norms"]
         }
         found["norm_bias_final"], found["norm_gain_final"] = _probe_norm(
@@ -82,6 +85,11 @@ def _linear(projection, like, width):
     return (widen(projection(rows)) - bias) / LARGE, bias[0]
 
 
+def _bias(norm, like):
+    """What a norm gives where nothing enters it."""
+    return widen(norm(torch.zeros_like(like)))[0]
+
+
 def _value_constant(model, plan, layer, like):
     """(W_V beta + b_V) per head: attention weights sum to 1, so this part of z never changes."""
     heads, width = plan["model"]["n_heads"], plan["model"]["d_head"]
@@ -96,7 +104,7 @@ def _value_constant(model, plan, layer, like):
 
 def _probe_norm(norm, like, plan):
     """A norm's bias, its output on zero, and its gain: from a large vector with no zero entry and mean zero."""
-    bias, known = widen(norm(torch.zeros_like(like)))[0], _known(like)
+    bias, known = _bias(norm, like), _known(like)
     normed = widen(known) / norm_scale(known, plan)[..., None]
     return bias, (widen(norm(known))[0] - bias) / normed[0]
 
@@ -113,15 +121,15 @@ def _known(like):
 def _probe_unembedding(model, plan, eye, targets):
     """Rows of the unembedding for each distinct target and, last, their mean over the vocabulary; biases likewise."""
     unembed = place(model, plan, "unembedding")
-    wanted = targets.unique()
     bias = widen(unembed(torch.zeros_like(eye[:1])))[0]
+    wanted = targets.unique().to(bias.device)
     biases = torch.cat([bias[wanted], bias.mean()[None]])
     step = max(1, UNEMBEDDING_ELEMENTS // bias.shape[0])
     columns = []
     for rows in eye.split(step):
         out = widen(unembed(LARGE * rows))
         columns.append((torch.cat([out[:, wanted], out.mean(-1, keepdim=True)], -1) - biases) / LARGE)
-    return torch.cat(columns).T.contiguous(), biases
+    return torch.cat(columns).T.contiguous().to(eye.device), biases.to(eye.device)
 
 
 def _pull_back(plan, found, wanted, prompts):

@@ -14,7 +14,7 @@ def widen(x):
 
 def along(x, direction):
     """Dot product over the last dimension: [..., d] with [..., d] -> [...]."""
-    return (widen(x) * direction).sum(-1)
+    return (widen(x) * direction.to(x.device)).sum(-1)
 
 
 def product(a, b):
@@ -46,7 +46,8 @@ def behind_norm(x, probed, clean, layer):
     """
     if layer not in probed["post_gain"]:
         return x
-    return x * (probed["post_gain"][layer] / clean["post_scale"][layer][..., None])
+    gain = probed["post_gain"][layer] / clean["post_scale"][layer][..., None]
+    return x.to(gain.device) * gain
 
 
 def capped(logit, plan):

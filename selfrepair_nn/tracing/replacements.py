@@ -56,7 +56,7 @@ class Zero(Replacement):
     """Nothing but what no input changes."""
 
     def new(self, site, before, block):
-        return site.constant(block).to(before.dtype).expand_as(before)
+        return site.constant(block).to(before).expand_as(before)
 
 
 class Scale(Bundle, Replacement):
@@ -65,7 +65,7 @@ class Scale(Bundle, Replacement):
     factor: float
 
     def new(self, site, before, block):
-        constant = site.constant(block).to(before.dtype)
+        constant = site.constant(block).to(before)
         return constant + self.factor * (before - constant)
 
 
@@ -87,7 +87,7 @@ class OtherHead(Bundle, Replacement):
         return site_of(self.head).needs()
 
     def new(self, site, before, block):
-        return site_of(self.head).value(block.source, block.plan)
+        return site_of(self.head).value(block.source, block.plan).to(before.device)
 
 
 class Reinforce(Bundle, Replacement):
@@ -103,8 +103,9 @@ class Reinforce(Bundle, Replacement):
         own = site.write(widen(value) - site.constant(block), block)
         edited = block.arrays["edited_position"].to(own.device)[:, None]
         here = edited == torch.arange(own.shape[1], device=own.device)
-        written, effect = self.scale * own * here[..., None], site.effect(value, block)
-        return Edit((effect, effect), written=written, inserted=along(written, block.probed["direction"]))
+        written, effect = self.scale * own * here[..., None], block.home(site.effect(value, block))
+        inserted = block.home(along(written, block.probed["direction"]))
+        return Edit((effect, effect), written=written, inserted=inserted)
 
 
 KINDS = {

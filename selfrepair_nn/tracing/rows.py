@@ -43,6 +43,7 @@ class Batch(Bundle):
 
         The same as with `of`, without its copy where every case has every prompt.
         """
+        kept = kept.to(x.device)
         if self.whole:
             return operation(x.unflatten(0, (-1, len(kept))), kept[:, : self.length]).flatten(0, 1)
         return operation(x, self.of(kept))

@@ -50,7 +50,7 @@ class Activation:
         """What `replacement` does to it in a pass that begins at `start`."""
         before = self.value(block.clean, block.plan)
         new = replacement.new(self, before, block)
-        effects = self.effect(before, block), self.effect(new, block)
+        effects = block.home(self.effect(before, block)), block.home(self.effect(new, block))
         if self.behind(block.plan) <= start:
             return Edit(effects, written=self.added(widen(new) - widen(before), block))
         return Edit(effects, new=new)
@@ -172,8 +172,8 @@ class Rebuilt:
 
     def edit(self, replacement, block, start):
         entering, leaving = (widen(block.clean["input"][layer]) for layer in (self.layer, self.stop))
-        new = widen(self.stream(block))
-        effects = tuple(along(x - entering, block.probed["direction"]) for x in (leaving, new))
+        entering, new = entering.to(leaving.device), widen(self.stream(block)).to(leaving.device)
+        effects = tuple(block.home(along(x - entering, block.probed["direction"])) for x in (leaving, new))
         return Edit(effects, written=new - leaving)
 
     def neuron_changes(self, layer, pair, clean):
