@@ -284,7 +284,7 @@ def recipes() -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--dtype", default="float32", show_default=True, help="What the model computes in.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …, balanced.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
 def check(model: str, dtype: str, device: str, revision: str | None) -> None:
     """Test on a short random input whether MODEL is decomposed exactly; say what it is. Exit code 1 if not."""

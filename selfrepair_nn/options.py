@@ -142,7 +142,7 @@ class Options:
     ci_of: str = option("heads", "What --until-ci asks to be known.", choices=CI_OF)
     param: Any = option((), "Parameter of the recipe, NAME=VALUE; repeatable.", values.parameters)
     dtype: str = option("float32", "What the model computes in.", values.named, ("float32", "float64", "bfloat16", "float16"))
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 …", values.named, decides=False)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 …, or balanced: spread over all GPUs.", values.named, decides=False)
     revision: str | None = option(None, "Branch, tag or commit of a hub model.", values.text)
     dataset_split: str = option(SPLIT, "Split of the dataset.", values.text)
     column: str = option(COLUMN, "Column of the dataset, or of the records, that holds the text.", values.text)

@@ -51,7 +51,8 @@ def fitting_tokens(model: Any, length: int, processes: int = 1) -> int:
 
     kind = "cuda" if model.device.startswith("cuda") else "cpu"
     itemsize = getattr(torch, model.dtype).itemsize
-    return tokens_for(model.structure, itemsize, length, free_memory(model.device) // processes, kind)
+    memory = min(map(free_memory, model.devices))
+    return tokens_for(model.structure, itemsize, length, memory // processes, kind)
 
 
 @contextmanager

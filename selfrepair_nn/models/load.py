@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ EMBEDDED = {
 RECOMPUTED = re.compile(r"\.(masked_bias|inv_freq|rotary_emb\.(cos|sin)_cached)$")
 """Buffers that older checkpoints hold and that every model makes anew: attention masks, rotary frequencies."""
 UNKNOWN = re.compile(r"model type `(.+?)` but Transformers does not recognize")
+BALANCED = "balanced"
+"""As a device: a model that is too large for one is spread over all GPUs, layer by layer, by accelerate."""
 NO_CODE = "nothing that comes with a model is ever run"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -111,7 +114,7 @@ def load(
     Args:
         name: "tiny-neox", "tiny-llama", a directory, a GGUF file, or a hub name such as "EleutherAI/pythia-160m".
         dtype: what the model computes in: float32, float64, bfloat16 or float16.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" …
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" …; "balanced" spreads it over all GPUs.
         revision: branch, tag or commit of a hub model.
         check: False skips the proof, at your own risk.
 
@@ -205,11 +208,16 @@ def accepted(model: Any) -> Any:
 def _module(description: Description, dtype: str, device: str) -> Any:
     import torch
 
-    source = description.source
+    source, more = description.source, {"device_map": BALANCED} if device == BALANCED else {}
     _, auto = kind_of(description.config)
     with _explained(source):
         loaded: Any = auto.from_pretrained(
-            source.location, dtype=getattr(torch, dtype), output_loading_info=True, **SAFE, **source.arguments
+            source.location,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            **more,
+            **SAFE,
+            **source.arguments,
         )
     module, found = loaded
     if missing := sorted(found["missing_keys"]):
@@ -224,7 +232,7 @@ def _module(description: Description, dtype: str, device: str) -> Any:
             "configuration that belongs to them; or load it with transformers and hand in the module, if they are "
             "really not to be used"
         )
-    return module.to(device)
+    return module if device == BALANCED else module.to(device)
 
 
 def _unused(config: Any, unexpected: Iterable[str]) -> list[str]:
@@ -238,6 +246,10 @@ def _device(name: str, dtype: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == BALANCED:
+        if not find_spec("accelerate"):
+            raise UsageError(f"device {name!r} needs accelerate: pip install 'selfrepair_nn[balanced]'")
+        return name
     if name.startswith("mps") and dtype == "float64":
         raise UsageError("a Mac's GPU has no float64: choose --dtype float32, or --device cpu")
     try:

@@ -71,6 +71,11 @@ class Model:
         return self.description.structure
 
     @property
+    def devices(self) -> list[str]:
+        """Every device that holds a part of it: several where it is spread out."""
+        return sorted({str(x.device) for x in self.module.parameters() if not x.is_meta})
+
+    @property
     def layout(self) -> dict[str, Any]:
         """The structure as the plain dict that travels with a job."""
         return asdict(self.structure)

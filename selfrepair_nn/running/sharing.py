@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from math import ceil
 from os import getpid
@@ -109,8 +110,7 @@ def _lent(executor: Executor) -> Lent:
 def _cluster(address: str) -> Iterator[Executor]:
     if not find_spec("distributed"):
         raise UsageError("--dask needs Dask, which is not installed: pip install 'selfrepair_nn[dask]'")
-    from distributed import Client
-
+    Client = import_module("distributed").Client
     file = address.endswith(".json")
     if file and not Path(address).expanduser().is_file():
         raise UsageError(
