@@ -24,10 +24,11 @@ from benchmarks.footprint import by_depth, by_heads, child, footprint
 from benchmarks.speed import measure, through_transformerlens
 from benchmarks.table import table
 from benchmarks.waiting import waiting
+from benchmarks.wide import PROMPTS, store_at_scale
 from selfrepair_nn.provenance import machine, now, versions
 from tests.smollm2 import Unavailable, smollm2
 
-PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting", "fewer")
+PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting", "fewer", "store")
 SIZES = [16, 64, 256]
 QUICK = {"layers": "3,11,18,26", "prompts": 8}
 """Four of SmolLM2's thirty layers, of the mean depth of all, and half the prompts."""
@@ -43,7 +44,7 @@ FEWER = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help=f"SmolLM2: less, but as deep: {QUICK}")
+    parser.add_argument("--quick", action="store_true", help=f"SmolLM2: less, but as deep: {QUICK}; the store: a 16th")
     parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     parser.add_argument("--repeats", type=int, help="default: 3, of SmolLM2 with all layers 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
@@ -61,6 +62,8 @@ def collected(asked: argparse.Namespace) -> dict[str, Any]:
     """The parts that were asked for."""
     parts = [asked.only] if asked.only else PARTS
     found: dict[str, Any] = {"waiting": waiting()} if "waiting" in parts else {}
+    if "store" in parts:
+        found["store"] = store_at_scale(prompts=PROMPTS // 16 if asked.quick else PROMPTS)
     found["models"] = models = {}
     if "tiny-neox" in parts:
         models["tiny-neox"] = tiny_neox(asked.repeats or 3)

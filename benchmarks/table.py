@@ -17,7 +17,9 @@ def table(found: dict[str, Any]) -> str:
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
     waiting = _waiting(found["waiting"]) if "waiting" in found else []
-    return "\n\n".join("\n".join(block) for block in (lines if found["models"] else [], waiting) if block)
+    store = _store(found["store"]) if "store" in found else []
+    blocks = (lines if found["models"] else [], waiting, store)
+    return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def _part(models: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
@@ -50,6 +52,21 @@ def _waiting(found: dict[str, Any]) -> list[str]:
     }
     width = max(map(len, seconds))
     return [f"CPU s: {what.ljust(width)}  {taken:.3g}" for what, taken in seconds.items()]
+
+
+def _store(found: dict[str, Any]) -> list[str]:
+    """A store at scale: what it takes to keep, and to read, a line for each."""
+    each = found["for_a_head_token"]
+    lines = [
+        f"store: {found['cases']} heads, {found['tokens']} tokens, {found['block']} prompts in a block",
+        f"  {found['files']} files, {found['bytes'] / 1e9:.3g} GB, {each['bytes']:.3g} bytes for a head and token",
+        f"  writing takes {1e9 * each['write_cpu']:.3g} CPU ns for a head and token",
+    ]
+    read = {name: value for name, value in found.items() if isinstance(value, dict) and "peak_mib" in value}
+    for name, value in read.items():
+        cost = f"{value['cpu']:.3g} CPU s, {1e9 * each[name]:.3g} ns for a head and token"
+        lines.append(f"  {name:<10} {cost}, peak {value['peak_mib']:.0f} MiB")
+    return lines
 
 
 def _aligned(row, widths):

@@ -71,6 +71,8 @@ def test_devices_that_are_not_there_refuse_to_be_mixed():
         ("gpt2", {"check": True}),
         ("neox-parallel", {"check": True}),
         ("llama-gqa", {"check": True}),
+        ("gemma2", {"check": True, "components": "all"}),
+        ("lfm2", {"check": True}),
         ("llama-gqa", {"ablation": "zero", "components": "all", "value_bias": "head"}),
         ("gpt2", {"ablation": "mean", "components": "top", "share": 0.2}),
         ("gpt2", {"select": "top-share", "share": 0.2, "freeze": "all", "target": "raw"}),
@@ -129,7 +131,7 @@ def test_other_devices_are_not_spread(asked):
 def test_balanced_on_the_command_line(tmp_path, asked):
     from terminal import selfrepair
 
-    given = ["--heads", "7.0", "--tokens", 64, "--length", 16, "--device", "balanced", "--out", tmp_path / "s.zarr"]
+    given = ["--layers", "7", "--tokens", 64, "--length", 16, "--device", "balanced", "--out", tmp_path / "s.zarr"]
     ended = selfrepair("run", "heads", *given)
     assert ended.code == 0, ended.err
     assert asked["device_map"] == "balanced"
