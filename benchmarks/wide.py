@@ -1,9 +1,9 @@
-"""A store as large as a whole run of a large model: a thousand heads, a million tokens. What it costs to keep and to read.
+"""A store as large as a whole run of a large model: a thousand heads, a million tokens. What it costs to keep and read.
 
-`python -m benchmarks --only store` writes one, made up by `simulate`, through the package's own `Store`, measures it, each
-reading in a process of its own, and removes it. One block's chunks are made and written; those of the others are the same
-files under further names (hard links), with notes and marks of their own: so a store of 50 GB takes the disk of one block,
-all of it is read and checked as ever, and what it takes to read is the processor's time, not the disk's.
+`python -m benchmarks --only store` writes one, made up by `simulate`, through the package's own `Store`, measures it,
+each reading in a process of its own, and removes it. One block's chunks are made and written; those of the others are
+the same files under further names (hard links), with notes and marks of their own. So a store of 44 GB takes the disk
+of one block, all of it is read and checked as ever, and what reading takes is the processor's time, not the disk's.
 """
 
 import json

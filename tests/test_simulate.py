@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 from made import CLEAN, COMPONENT, SWEPT
 
+import selfrepair_nn as sr
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import COORDINATES, QUANTITIES
@@ -157,3 +158,21 @@ def test_unfinished_blanks_what_is_not_done():
 def test_bad_arguments_are_named(choices, message):
     with pytest.raises(UsageError, match=message):
         simulate_heads(**choices)
+
+
+def test_a_store_at_scale_is_a_store(tmp_path):
+    """What the benchmark measures: whole, checked as any other, and of the same numbers in every block."""
+    from benchmarks.wide import HEADS, POSITIONS, sizes, write_wide_store
+
+    path = tmp_path / "s.zarr"
+    write_wide_store(path, layers=1, prompts=12, block=4)
+    assert sr.verify(path) == []
+    ds = sr.open_store(path)
+    assert ds.logit_change.shape == (1, HEADS, 12, POSITIONS)
+    assert np.array_equal(ds.logit_change.values[:, :, :4], ds.logit_change.values[:, :, 8:])
+    assert np.isfinite(sr.by_head(ds).self_repair.values).all()
+    chunk = path / "logit_change" / "c" / "0" / "0" / "2" / "0"
+    assert sizes(path)["bytes"] > 3 * chunk.stat().st_size
+    chunk.unlink()
+    with pytest.raises(sr.SelfRepairError, match="logit_change/c/0/0/2/0 is missing"):
+        sr.open_store(path)
