@@ -73,6 +73,7 @@ def test_devices_that_are_not_there_refuse_to_be_mixed():
         ("llama-gqa", {"check": True}),
         ("gemma2", {"check": True, "components": "all"}),
         ("lfm2", {"check": True}),
+        ("llama-gqa", {"split": "total"}),
         ("llama-gqa", {"ablation": "zero", "components": "all", "value_bias": "head"}),
         ("gpt2", {"ablation": "mean", "components": "top", "share": 0.2}),
         ("gpt2", {"select": "top-share", "share": 0.2, "freeze": "all", "target": "raw"}),
