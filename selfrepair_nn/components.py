@@ -226,11 +226,22 @@ class Mixers(_Site):
         return "mixers"
 
 
+@dataclass(frozen=True, order=True)
+class Routing(_Site):
+    """Which experts of the mixture in layer `layer` each token uses, and their weights."""
+
+    layer: int
+
+    @property
+    def label(self) -> str:
+        return f"L{self.layer}.routing"
+
+
 _ENDLESS = re.compile(r"\d{10}")
 """A number of more digits than layers, heads or neurons have."""
 
 Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
-Freezable = Head | Attention | Mlp | Mixers | Norm | PostNorms | FinalNorm
+Freezable = Head | Attention | Mlp | Routing | Mixers | Norm | PostNorms | FinalNorm
 
 
 def site(label: str) -> Head | Attention | Mlp:

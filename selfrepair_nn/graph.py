@@ -12,10 +12,12 @@ from selfrepair_nn.components import (
     FinalNorm,
     Freezable,
     Head,
+    Layers,
     Mixers,
     Mlp,
     Norm,
     PostNorms,
+    Routing,
     Swap,
     headless_in,
 )
@@ -183,11 +185,13 @@ class Graph(metaclass=Declared):
         return next((site.label for site in sites if not site.lies_in(structure)), None)
 
     def misfit(self, structure: Any) -> str | None:
-        """Why its replacement or its record does not fit a model of this structure, or None."""
+        """Why its replacement, or what it records or freezes, does not fit a model of this structure, or None."""
         if self.neurons is not None and not structure.d_mlp:
             return (
                 "neurons of this model cannot be recorded: its MLPs are mixtures of experts, or have a norm behind them"
             )
+        if reason := _unrouted(self, structure):
+            return reason
         found = (self.replaced_by.misfit(case, structure) for case in self.ablate)
         return next(filter(None, found), None)
 
@@ -234,6 +238,7 @@ class Graph(metaclass=Declared):
             "frozen_mlps": sorted(s.layer for s in frozen if isinstance(s, Mlp)),
             "frozen_norms": sorted(frozen_norms),
             "frozen_norm": FinalNorm() in frozen,
+            "frozen_routing": sorted(s.layer for s in frozen if isinstance(s, Routing)),
             "record": self.record,
             "neurons": self.neurons,
             "ranks": RANKS,
@@ -331,7 +336,8 @@ def _require_freezable(sites: frozenset[Freezable]) -> None:
     for site in sites:
         if not isinstance(site, Freezable):
             raise UsageError(
-                f"{site} cannot be frozen; choose a Head, Attention, Mlp, Mixers, Norm, PostNorms or FinalNorm"
+                f"{site} cannot be frozen; choose a Head, Attention, Mlp, Routing, Mixers, Norm, PostNorms or "
+                "FinalNorm"
             )
 
 
@@ -350,10 +356,24 @@ def _require_recordable(graph: Graph) -> None:
         swapped = (site.layer, site.layer + 1) if isinstance(site, Swap) else ()
         if swapped and graph.record == "full":
             raise UsageError(f'{site.label}: components are not followed into swapped layers; record "sums"')
+        if "routing" in graph.also and isinstance(site, Layers | Swap):
+            raise UsageError(f"{site.label}: routing is not followed into whole layers; ablate parts of them")
         if graph.neurons in swapped or (isinstance(site, Mlp) and site.layer == graph.neurons):
             raise UsageError(
                 f"{site.label} leaves layer {graph.neurons} no neurons to record: choose another layer's"
             )
+
+
+def _unrouted(graph: Graph, structure: Any) -> str | None:
+    """Why a model of this structure has not the mixtures of experts that a graph looks at, or None."""
+    frozen = sorted(site for site in graph.freeze if isinstance(site, Routing))
+    lacking = [site.label for site in frozen if site.layer not in structure.routed]
+    if not structure.routed and (lacking or "routing" in graph.also):
+        return "routing is that of a mixture of experts, and the model has none"
+    if lacking:
+        there = ", ".join(map(str, structure.routed))
+        return f"{lacking[0]}: the layer has no mixture of experts; layers {there} have one"
+    return None
 
 
 def _said(value: Any) -> str:

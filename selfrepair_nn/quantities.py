@@ -11,7 +11,7 @@ import numpy as np
 
 TOKEN = ("prompt", "position")
 SWEEP = ("layer", "head", "prompt", "position")
-WIDE = ("component", "neuron")
+WIDE = ("component", "neuron", "choice")
 """Dimensions of which there are many entries for each token."""
 SHARE = 0.02
 """The paper's top share."""
@@ -144,6 +144,8 @@ _ALL = (
     Quantity("component_kind", "label", ("component",), "1", "kind of component", "embedding, position_embedding, head, attention_bias, mixer or mlp.", "string", when="components"),
     Quantity("component_layer", "label", ("component",), "1", "layer of the component", "Layer that writes the component; -1 for embeddings.", "int", when="components"),
     Quantity("component_head", "label", ("component",), "1", "head of the component", "Head that writes the component; -1 where it is not a head.", "int", when="components"),
+    Quantity("choice", "label", ("choice",), "1", "choice", "Index among the experts that a token uses, in all mixtures together.", "int", when="routing"),
+    Quantity("choice_layer", "label", ("choice",), "1", "layer of the choice", "Layer whose mixture the choice is of.", "int", when="routing"),
     # bookkeeping
     Quantity("selected", "run", ("layer", "head"), "1", "selected", "Whether this head is part of the run.", "bool"),
     Quantity("done", "run", ("layer", "head", "prompt"), "1", "done", "Whether this head's values on this prompt are computed and stored.", "bool"),
@@ -189,6 +191,9 @@ _ALL = (
     Quantity("top_neuron_direct_effect", "ablated", (*SWEEP, "rank"), "logit", "their direct effects", "DE of that neuron in the clean run.", when="neurons"),
     Quantity("neuron_direct_effect", "clean", (*SWEEP, "neuron"), "logit", "direct effect of the neuron", "DE of every neuron of the recorded MLP in the clean run, on the top tokens of (layer, head).", when="neurons"),
     Quantity("neuron_change", "ablated", (*SWEEP, "neuron"), "logit", "change of direct effect of the neuron", "DE of every neuron of the recorded MLP after the ablation minus before, on the top tokens of (layer, head); with the bias, which does not change, they add up to mlp_change.", when="neurons"),
+    Quantity("routing", "clean", (*TOKEN, "choice"), "1", "routing", "Index of each expert that the token uses in the clean run, those of a mixture in ascending order.", "int", when="routing"),
+    Quantity("ablated_routing", "ablated", (*SWEEP, "choice"), "1", "ablated routing", "Index of each expert that the token uses in the ablated run, on the top tokens of (layer, head); of mixtures before the ablation those of the clean run.", "int", when="routing"),
+    Quantity("rerouted", "ablated", SWEEP, "1", "share of re-routed choices", "Of the token's choices of experts, in the mixtures that the ablated run goes through, the share that goes to an expert which the token does not use there in the clean run.", when="routing"),
     Quantity("component_direct_effect", "clean", (*TOKEN, "component"), "logit", "direct effect of the component", "DE of every component in the clean run; with target_constant they add up to the logit.", when="components"),
     Quantity("component_change", "ablated", (*SWEEP, "component"), "logit", "change of direct effect of the component", "DE after the ablation of (layer, head) minus DE before, of every component, under the clean norm scale.", when="components"),
 )

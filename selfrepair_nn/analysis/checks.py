@@ -18,7 +18,7 @@ MEANS = (
     "from_norm",
 )
 """What a store of heads, MLPs and norms has means of."""
-OF_SOME = tuple(name for name, q in QUANTITIES.items() if q.when in (*OF_MODELS, "total"))
+OF_SOME = tuple(name for name, q in QUANTITIES.items() if q.when in (*OF_MODELS, "total") or name == "rerouted")
 REQUIRED = ("selected", "done", *MEANS, "closure")
 HEADS = SWEEP[:2]
 DIMS = ("case", *SWEEP)

@@ -96,15 +96,18 @@ def _crossing(plan: dict[str, Any], tokens: int) -> int:
 
 def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:
     """Numbers that cross for each token of a pass that begins at a layer."""
+    from selfrepair_nn.tracing.routing import routing_needs
+
     model = plan["model"]
     begun = (TAKEN_UP_INSIDE if inside else TAKEN_UP) * model["d_model"]
     layers = model["n_layers"] - start
     headless = sum(layer >= start for layer in model["headless"])
+    routed = READ * sum(layer >= start for layer in routing_needs(plan)) * _widths(model)["routing"]
     if plan["record"] == "total":
-        return begun + READ * model["d_model"]
+        return begun + routed + READ * model["d_model"]
     z = READ * (layers - inside - headless) * model["n_heads"] * model["d_head"]
     read = layers + 1 + headless + (layers if "post_norm" in model["places"] else 0)
-    return begun + z + READ * read * model["d_model"]
+    return begun + routed + z + READ * read * model["d_model"]
 
 
 def _probe(plan: dict[str, Any], layers: int) -> int:
@@ -120,4 +123,9 @@ def _widths(model: dict[str, Any]) -> dict[str, int]:
     """Numbers for each token of what a clean pass keeps."""
     ends = ("input", "attention", "mlp", "attention_scale", "mlp_scale", "post_scale", "mixer")
     residual: dict[str, int] = dict.fromkeys(ends, model["d_model"])
-    return residual | {"z": model["n_heads"] * model["d_head"], "neurons": model["d_mlp"]}
+    routing = model["experts"] + 2 * model["n_choices"]
+    return residual | {
+        "z": model["n_heads"] * model["d_head"],
+        "neurons": model["d_mlp"],
+        "routing": routing,
+    }

@@ -149,7 +149,7 @@ class Experiment:
     @property
     def shared(self) -> bool:
         """Whether what is large is kept for each head's top share of tokens only."""
-        return self.graph.neurons is not None or (
+        return of_top_tokens(self.graph) or (
             self.graph.record == "full" and self.options.components == "top"
         )
 
@@ -258,6 +258,9 @@ class Experiment:
         if self.graph.neurons is not None:
             neurons = self.description.structure.d_mlp
             found |= {"neuron": np.arange(neurons), "rank": np.arange(min(RANKS, neurons))}
+        if "routing" in self.graph.also:
+            layers = np.repeat(self.description.structure.routed, self.description.structure.n_choices)
+            found |= {"choice": np.arange(len(layers)), "choice_layer": layers}
         if self.graph.attention:
             found["distance"] = list(self.graph.attention)
         return found
@@ -304,6 +307,11 @@ class Experiment:
         return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
 
 
+def of_top_tokens(graph: Graph) -> bool:
+    """Whether something is recorded that is only ever kept for top tokens."""
+    return graph.neurons is not None or "routing" in graph.also
+
+
 def _first_layer(case: tuple[Any, ...]) -> int:
     return min(site.layer for site in case)
 
@@ -328,8 +336,10 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
     tokenizer = given.tokenizer if given else load_tokenizer(description.source)
     prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)
     axis, graphs = _variants(drawn, prompts)
-    if graphs[next(iter(graphs))].neurons is not None and options.components == "all":
-        raise UsageError("neurons are kept for the top share of tokens: choose components 'top' or 'none'")
+    if of_top_tokens(graphs[next(iter(graphs))]) and options.components == "all":
+        raise UsageError(
+            "neurons and routing are kept for the top share of tokens: choose components 'top' or 'none'"
+        )
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.tokens_per_pass or TOKENS_PER_PASS)
     lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])

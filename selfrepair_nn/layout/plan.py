@@ -71,6 +71,7 @@ class Work:
             "component": len(self.components),
             "neuron": self.structure.d_mlp,
             "rank": min(RANKS, self.structure.d_mlp),
+            "choice": len(self.structure.routed) * self.structure.n_choices,
             "distance": len(self.graph.attention),
             **({self.axis: len(self.graphs)} if self.axis else {}),
         }

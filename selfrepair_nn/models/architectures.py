@@ -22,8 +22,9 @@ class Architecture:
     `attention_norm` is None where the attention reads the stream as it is, `mlp_norm` where the MLP does, or where one
     norm serves both. `post_norm` is the norm behind the attention, if there is one; then `mlp` is the norm behind the
     MLP, for what the MLP writes is what leaves that. `mixer` is what stands in the attention's place in layers without
-    heads: a convolution or a state space, one component. `returns` says of the modules ("layer", "attention",
-    "mlp") that return a tuple how many it holds; what they write is the first.
+    heads: a convolution or a state space, one component. `router` is what chooses experts in layers that have a mixture
+    of them, of which a token uses `n_choices(config)`; tracing.routing says what it may return. `returns` says of the
+    modules ("layer", "attention", "mlp") that return a tuple how many it holds; what they write is the first.
     `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
     its own layer.
     `sinks` says that attention weights add up to less than 1, so that no part of z is constant; `residual_inside` that
@@ -50,6 +51,7 @@ class Architecture:
     down_projection: str | None
     post_norm: str | None = None
     mixer: str | None = None
+    router: str | None = None
     centred_norm: bool = True
     returns: Mapping[str, int] = field(default_factory=lambda: {"attention": 2})
     parallel: Callable[[Config], bool] = lambda config: False
@@ -60,6 +62,7 @@ class Architecture:
     write_scale: Callable[[Config], float] = lambda config: 1.0
     logit_scale: Callable[[Config], float] = lambda config: 1.0
     logit_cap: Callable[[Config], float | None] = lambda config: None
+    n_choices: Callable[[Config], int] = lambda config: config.num_experts_per_tok
     fits: Callable[[Config], bool] = lambda config: True
     refuse: Callable[[Config], str | None] = lambda config: None
 
@@ -311,23 +314,38 @@ ARCHITECTURES = (
         output_projection="self_attn.dense",
         down_projection="mlp.fc2",
     ),
-    replace(LLAMA, model_types=MIXTURES, down_projection=None),
-    replace(LLAMA, model_types=("phimoe",), down_projection=None, centred_norm=True),
+    replace(LLAMA, model_types=MIXTURES, down_projection=None, router="mlp.gate"),
+    replace(
+        LLAMA,
+        model_types=("phimoe",),
+        down_projection=None,
+        router="mlp.router",
+        n_choices=lambda config: 2,
+        centred_norm=True,
+    ),
     replace(
         LLAMA,
         model_types=("granitemoe",),
         mlp="block_sparse_moe",
         down_projection=None,
+        router="block_sparse_moe.router",
         write_scale=_residual_multiplier,
         logit_scale=_granite_logits,
     ),
-    replace(LLAMA, model_types=("llama4_text",), mlp="feed_forward", down_projection=None),
+    replace(
+        LLAMA,
+        model_types=("llama4_text",),
+        mlp="feed_forward",
+        down_projection=None,
+        router="feed_forward.router",
+    ),
     replace(
         LLAMA,
         model_types=("deepseek_v2", "deepseek_v3"),
         value="self_attn.kv_b_proj",
         value_layout="interleaved",
         down_projection=None,
+        router="mlp.gate",
         kv_heads=lambda config: config.num_attention_heads,
     ),
     replace(
@@ -343,6 +361,7 @@ ARCHITECTURES = (
         LLAMA,
         model_types=("gpt_oss",),
         down_projection=None,
+        router="mlp.router",
         returns={"attention": 2, "mlp": 2},
         sinks=True,
     ),
@@ -400,7 +419,10 @@ SUPPORTED = tuple(dict.fromkeys(t for a in ARCHITECTURES for t in a.model_types)
 
 @dataclass(frozen=True)
 class Structure:
-    """The sizes and places of one model, read from its configuration and its (possibly weightless) modules."""
+    """The sizes and places of one model, read from its configuration and its (possibly weightless) modules.
+
+    `routed` are the layers that have a mixture of `experts`, of which a token uses `n_choices`.
+    """
 
     model_type: str
     n_layers: int
@@ -424,6 +446,8 @@ class Structure:
     write_scale: float
     logit_scale: float
     logit_cap: float | None
+    routed: tuple[int, ...]
+    n_choices: int
     returns: dict[str, int]
     places: dict[str, Any]
     experts: int
@@ -509,6 +533,7 @@ def structure_of(module: Any) -> Structure:
     width, d_model = _widths(projection)
     input_norm = architecture.attention_norm and at(layer, architecture.attention_norm)
     input_norm_bias = getattr(input_norm, "bias", None) is not None
+    routed = tuple(i for i, each in enumerate(layers) if _has(each, architecture.router))
     return Structure(
         model_type=config.model_type,
         n_layers=len(layers),
@@ -533,6 +558,8 @@ def structure_of(module: Any) -> Structure:
         write_scale=float(architecture.write_scale(config)),
         logit_scale=float(architecture.logit_scale(config)),
         logit_cap=architecture.logit_cap(config),
+        routed=routed,
+        n_choices=architecture.n_choices(config) if routed else 0,
         returns=_returns(architecture, layer),
         places=_places(architecture) | {"unembedding": unembedding},
         experts=next((n for name in EXPERTS if (n := getattr(config, name, None))), 0),
@@ -589,6 +616,11 @@ def _returns(architecture: Architecture, layer: Any) -> dict[str, int]:
     said = signature(type(layer).forward).return_annotation
     single = getattr(said, "__name__", said) in ("Tensor", "torch.Tensor")
     return {part: count for part, count in architecture.returns.items() if part != "layer" or not single}
+
+
+def _has(layer: Any, path: str | None) -> bool:
+    """Whether a layer has a module at this path."""
+    return path is not None and any(name == path for name, _ in layer.named_modules())
 
 
 def _kv_heads(architecture: Architecture, config: Config, value: Any, width: int) -> int:

@@ -165,8 +165,9 @@ class Filling:
 def _unpack(measured: dict[str, np.ndarray], top: np.ndarray) -> None:
     """Give what came back for top tokens [case, prompt, position] only its place among all tokens, NaN elsewhere."""
     for name in [name for name in measured if QUANTITIES[name].large]:
-        whole = np.full((*top.shape, measured[name].shape[-1]), np.nan, measured[name].dtype)
-        whole[top] = measured[name]
+        values = measured[name]
+        whole = np.full((*top.shape, values.shape[-1]), _blank(values), values.dtype)
+        whole[top] = values
         measured[name] = whole
 
 
@@ -174,8 +175,12 @@ def _keep(measured: dict[str, np.ndarray], top: np.ndarray) -> None:
     """Leave out, of what belongs to an ablated head, all but the top tokens [case, prompt, position]."""
     for name, values in measured.items():
         if QUANTITIES[name].ablated:
-            blank = np.nan if np.issubdtype(values.dtype, np.floating) else -1
-            measured[name] = np.where(top.reshape(top.shape + (1,) * (values.ndim - 3)), values, blank)
+            measured[name] = np.where(top.reshape(top.shape + (1,) * (values.ndim - 3)), values, _blank(values))
+
+
+def _blank(values: np.ndarray) -> float:
+    """What stands where nothing is kept."""
+    return np.nan if np.issubdtype(values.dtype, np.floating) else -1
 
 
 def finished(store: Store, experiment: Experiment) -> list[bool]:

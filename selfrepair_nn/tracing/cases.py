@@ -6,6 +6,7 @@ from selfrepair_nn.tracing.clean import clean_pass
 from selfrepair_nn.tracing.objects import Bundle
 from selfrepair_nn.tracing.readouts import widen
 from selfrepair_nn.tracing.replacements import replacement_of
+from selfrepair_nn.tracing.routing import routing_needs
 from selfrepair_nn.tracing.sites import site_of
 
 
@@ -73,7 +74,7 @@ def needs(plan, cases):
         keep[what] |= {layer for layer in plan[frozen] if layer >= min(starts)[0]}
     keep["input"] = {layer for layer, _ in starts} | {count}
     keep["attention"] = {layer for layer, inside in starts if inside}
-    keep["neurons"] = set()
+    keep["neurons"], keep["routing"] = set(), routing_needs(plan)
     if plan["neurons"] is not None:
         keep["neurons"].add(plan["neurons"])
         keep["mlp"].add(plan["neurons"])

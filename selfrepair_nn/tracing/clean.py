@@ -3,8 +3,9 @@
 import torch
 from nnsight import save
 
-from selfrepair_nn.tracing.places import part, place, skip, written
+from selfrepair_nn.tracing.places import like_rows, part, place, skip, written
 from selfrepair_nn.tracing.readouts import norm_scale, per_head, values_in, widen
+from selfrepair_nn.tracing.routing import routing
 
 
 def no_logits():
@@ -24,8 +25,9 @@ def clean_pass(model, plan, tokens, keep):
             attention_scale, mlp_scale: S of the norm before them, [prompt, position]
             post_scale: S of the norm behind the attention
             mixer: what stands in the attention's place in a layer without heads gives, [prompt, position, d_model]
+            routing: which experts the tokens of a mixture use, and their weights, as `routing` gives them
 
-    Returns {what: {layer: tensor}}.
+    Returns {what: {layer: tensor}}; of the routing a dict of tensors for each layer.
     """
     count = plan["model"]["n_layers"]
     with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
@@ -85,6 +87,7 @@ READS = (
     ("mixer", _mixer),
     ("post_scale", _post_scale),
     ("mlp_scale", _mlp_scale),
+    ("routing", routing),
     ("neurons", neurons_of),
     ("mlp", _mlp),
 )
@@ -166,8 +169,3 @@ def take_up(model, plan, start, residual):
 def stub(x):
     """What stands for an output that is never used. A copy: a view would take all of x with it through a socket."""
     return x[:, :1, :1].clone()
-
-
-def like_rows(out, tokens):
-    """Some MLPs work on flattened tokens: give their tensors the shape [row, position, …] again, as a view."""
-    return out.view(*tokens.shape, -1)

@@ -3,6 +3,7 @@
 import torch
 
 from selfrepair_nn.tracing.readouts import along, behind_norm, capped, norm_scale, per_head, product, widen
+from selfrepair_nn.tracing.routing import experts_used, rerouted
 
 
 def pullback(probed, clean, layer):
@@ -37,6 +38,8 @@ def clean_readout(block):
     if "logit_change_capped" in plan["gives"]:
         state["raw_effects"] = along(final, probed["raw_direction"]) / scale
         state["raw_logit"] = state["raw_effects"] + probed["raw_constant"]
+    if "routing" in plan["gives"]:
+        state["routing"] = experts_used(each["experts"] for each in clean["routing"].values())
     if plan["neurons"] is not None:
         layer = plan["neurons"]
         neurons = widen(clean["neurons"][layer])
@@ -83,6 +86,9 @@ def ablated_readout(changes, batch, block, state):
         out["logit_change_capped"] = capped(raw + raw_change, plan) - capped(raw, plan)
     if "ablated_residual_norm" in plan["gives"]:
         out["ablated_residual_norm"] = final.norm(dim=-1)
+    if "ablated_routing" in plan["gives"]:
+        used, share = rerouted(changes["experts"], batch, state["routing"], plan)
+        out |= {"ablated_routing": used, "rerouted": share.to(scale)}
     inserted = [
         batch.of(e.inserted, at)
         for case, at in batch.cases

@@ -3,9 +3,10 @@
 import torch
 from nnsight import save
 
-from selfrepair_nn.tracing.clean import like_rows, neurons_of, no_logits, stub, take_up
-from selfrepair_nn.tracing.places import part, place, skip, written
+from selfrepair_nn.tracing.clean import neurons_of, no_logits, stub, take_up
+from selfrepair_nn.tracing.places import like_rows, part, place, skip, written
 from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
+from selfrepair_nn.tracing.routing import through_router
 from selfrepair_nn.tracing.sites import Head
 
 
@@ -24,12 +25,12 @@ def ablated_pass(block, batch):
         heads {layer: [row, position, heads]}, mixers and mlps {layer: [row, position]},
         neurons [row, position, neurons],
         post_norms [[row, position]] what the scales of the norms behind the attention change, layer by layer,
-        final [row, position, d_model].
+        experts {layer: [row, position, choice]}, where they are recorded or kept, final [row, position, d_model].
     """
     model, plan, (start, inside) = block.model, block.plan, batch.start
     stream = torch.cat([batch.of(case.stream, prompts) for case, prompts in batch.cases])
     with torch.no_grad(), model.trace(batch.tokens, use_cache=False, logits_to_keep=no_logits()):
-        changes = save({"heads": {}, "mixers": {}, "mlps": {}, "post_norms": []})
+        changes = save({"heads": {}, "mixers": {}, "mlps": {}, "post_norms": [], "experts": {}})
         if start or not inside or plan.get("shaken"):
             take_up(model, plan, start, stream)
         for layer in range(start, plan["model"]["n_layers"]):
@@ -41,6 +42,7 @@ def ablated_pass(block, batch):
                 through(block, layer, batch, changes)
             _through_post_norm(block, layer, batch, changes)
             _freeze_norm(block, layer, "mlp", batch)
+            through_router(block, layer, batch, changes)
             _through_mlp(block, layer, batch, changes)
         changes["final"] = place(model, plan, "final_norm").input
     return changes

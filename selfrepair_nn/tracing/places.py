@@ -24,6 +24,11 @@ def written(module):
     return found[0] if isinstance(found, tuple) else found
 
 
+def like_rows(out, tokens):
+    """Some MLPs work on flattened tokens: give their tensors the shape [row, position, …] again, as a view."""
+    return out.view(*tokens.shape, -1)
+
+
 def skip(module, plan, name, x):
     """Let `x` stand for what a module would have written. Of what it returns beside that nothing is ever used."""
     others = plan["model"]["returns"].get(name, 1) - 1
