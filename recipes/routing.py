@@ -6,9 +6,11 @@ FIGURES = ("routing",)
 
 
 def graph(structure, options):
-    """Each head of the last third of the layers, unless layers or heads are chosen, with live and with clean routing."""
+    """Each head of the last third of the layers, unless others are chosen, with live and with clean routing."""
     if not structure.routed:
-        raise sr.UsageError("routing needs a mixture of experts, and this model has none: choose another model")
+        raise sr.UsageError(
+            "routing needs a mixture of experts, and this model has none: choose another model"
+        )
     heads = sr.late_heads(structure, options)
     plain = sr.Graph(
         ablate=sr.sweep(heads),

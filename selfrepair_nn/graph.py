@@ -367,13 +367,13 @@ def _require_recordable(graph: Graph) -> None:
 def _unrouted(graph: Graph, structure: Any) -> str | None:
     """Why a model of this structure has not the mixtures of experts that a graph looks at, or None."""
     frozen = sorted(site for site in graph.freeze if isinstance(site, Routing))
-    lacking = [site.label for site in frozen if site.layer not in structure.routed]
-    if not structure.routed and (lacking or "routing" in graph.also):
+    if not frozen and "routing" not in graph.also:
+        return None
+    if not structure.routed:
         return "routing is that of a mixture of experts, and the model has none"
-    if lacking:
-        there = ", ".join(map(str, structure.routed))
-        return f"{lacking[0]}: the layer has no mixture of experts; layers {there} have one"
-    return None
+    there = ", ".join(map(str, structure.routed))
+    lacking = [site.label for site in frozen if site.layer not in structure.routed]
+    return f"{lacking[0]}: no mixture of experts is in that layer, but in {there}" if lacking else None
 
 
 def _said(value: Any) -> str:

@@ -201,7 +201,7 @@ _ALL = (
 
 QUANTITIES: dict[str, Quantity] = {q.name: q for q in _ALL}
 COORDINATES = tuple(q.name for q in _ALL if q.source == "label")
-ASKED = tuple(dict.fromkeys(q.when for q in _ALL if q.when not in WHEN))
+ASKED = tuple(sorted({q.when for q in _ALL if q.when not in WHEN}))
 """What `Graph.also` can name."""
 
 

@@ -123,7 +123,7 @@ def _widths(model: dict[str, Any]) -> dict[str, int]:
     """Numbers for each token of what a clean pass keeps."""
     ends = ("input", "attention", "mlp", "attention_scale", "mlp_scale", "post_scale", "mixer")
     residual: dict[str, int] = dict.fromkeys(ends, model["d_model"])
-    routing = model["experts"] + 2 * model["n_choices"]
+    routing = model["experts"] + 3 * model["n_choices"]  # logits, weights, and indices twice as wide
     return residual | {
         "z": model["n_heads"] * model["d_head"],
         "neurons": model["d_mlp"],

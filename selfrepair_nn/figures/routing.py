@@ -14,8 +14,8 @@ LABELS = {"nothing": "live routing", "routing": "clean routing"}
 READING = (
     "Clean routing: every token keeps the experts of the clean run, and their weights. Left: dots are heads, lines the "
     "means of each layer. Middle: live minus clean, token by token: the self-repair by re-routing.",
-    "Right: of the choices of experts that the ablation can reach, the share that goes to an expert which the token does "
-    "not use in the clean run. Bars: 95% intervals.",
+    "Right: of the choices of experts that the ablation can reach, the share that goes to an expert which the token "
+    "does not use in the clean run. Bars: 95% intervals.",
 )
 
 NEED = Need(

@@ -46,8 +46,8 @@ def rerouted(changes, batch, clean, plan):
         changes: {layer: [row, position, choice of the layer]} of the layers that the pass ran through.
         clean: the experts of the clean run, [prompt, position, choice].
 
-    Returns the experts that are used, [row, position, choice], and of the choices in the layers that the pass ran through
-    the share that went to an expert which the token does not use there in the clean run, [row, position].
+    Returns the experts that are used, [row, position, choice], and of the choices in the layers that the pass ran
+    through the share that went to an expert which the token does not use there in the clean run, [row, position].
     """
     size = plan["model"]["n_choices"]
     before = dict(zip(plan["model"]["routed"], batch.of(clean).split(size, -1), strict=True))
