@@ -357,6 +357,7 @@ def test_self_repair_by_rerouting_is_the_difference(stores):
     lines = [line.get_ydata() for line in moved.lines]
     expected = ds.rerouted.sel(frozen="nothing").mean(("prompt", "position", "head"))
     assert any(len(y) == 2 and np.allclose(y, expected) for y in lines)
+    assert len(figures.draw("routing", [ds, ds], share=1.0).axes) == 6
     assert [text.get_text() for text in layers.get_legend().get_texts()] == ["live routing", "clean routing"]
 
 

@@ -2,8 +2,8 @@
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=… python two_ranks.py FOLDER
 
-`FOLDER/asked.pt` holds {directory of a model: [(arrays, plan)]}; `FOLDER/given-RANK.pt` will hold the results of each. The
-processes talk by gloo, which a server's would do by NCCL.
+`FOLDER/asked.pt` holds {directory of a model: [(arrays, plan)]}; `FOLDER/given-RANK.pt` will hold the results of each.
+The processes talk by gloo, which a server's would do by NCCL.
 """
 
 import os
