@@ -15,6 +15,7 @@ def graph(structure, options):
     plain = sr.Graph(
         ablate=sr.sweep(heads),
         replacement=options.ablation,
+        record=options.record,
         also=("routing",),
         target=options.target,
         value_bias=options.value_bias,

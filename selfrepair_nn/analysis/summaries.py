@@ -23,8 +23,8 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     """Summaries of each head over (layer, head), NaN where nothing is done; in logits unless said.
 
     - x and top_x, for x in MEANS and from_components, from_mixers, from_post_norms, logit_change_capped, rerouted (a
-      share), as far as the store has it: mean over all counted tokens, and over the top share (Equations 1 and 2); so also
-      removed = direct_effect - ablated_direct_effect, what the ablation takes away, and distance = (logit_change +
+      share), as far as the store has it: mean over all counted tokens, and over the top share (Equations 1 and 2); so
+      also removed = direct_effect - ablated_direct_effect, what the ablation takes away, and distance = (logit_change +
       direct_effect) / sqrt 2, from the line y = -x of Figure 2;
     - norm_share: mean over the top share of clip(from_norm / direct_effect, 0, 1), no unit (Appendix A);
     - x_half_width, of each of these: half the width of its 95% interval, infinite where there is none: where fewer

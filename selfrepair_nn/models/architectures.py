@@ -301,6 +301,7 @@ ARCHITECTURES = (
         mlp_norm="pre_ff_layernorm",
         mlp="feed_forward",
         down_projection=None,
+        router="feed_forward.router",
     ),
     replace(LLAMA, model_types=("nemotron", "olmo"), centred_norm=True),
     replace(LLAMA, model_types=("starcoder2",), centred_norm=True, down_projection="mlp.c_proj"),
