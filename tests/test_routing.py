@@ -176,7 +176,7 @@ def side_by_side(used):
 def test_where_experts_are(wrapped, name):
     structure = wrapped(name, exact=True).structure
     assert structure.routed == tuple(plain(name).mixtures) == ROUTED.get(name, (0, 1, 2))
-    assert structure.n_experts == 4
+    assert structure.experts == 4
     assert structure.n_choices == next(iter(plain(name).clean.used.values())).shape[-1]
 
 
@@ -403,15 +403,11 @@ def test_whole_layers_have_no_routing(site):
         Graph(sweep([site]), "zero", also="routing")
 
 
-def test_experts_in_float64_are_those_that_compute_in_it(tmp_path, wrapped):
-    """What multiplies experts at once has no float64: a loaded model computes them otherwise, another is refused."""
-    save_with_tokenizer("mixtral", tmp_path)
-    assert load(str(tmp_path), check=False).module.config._experts_implementation == "grouped_mm"
-    model = load(str(tmp_path), dtype="float64", check=False)
-    assert model.module.config._experts_implementation == "eager"
-    assert torch.isfinite(model.module(torch.arange(6)[None]).logits).all()
-    model.module.set_experts_implementation("grouped_mm")
-    with pytest.raises(
-        UsageError, match=r'grouped_mm, .* has no float64: call set_experts_implementation\("eager"\)'
-    ):
-        wrap(model.module)
+def test_a_mixture_runs_in_float64(tmp_path):
+    """What multiplies experts in groups, as transformers chooses, has no float64."""
+    save_with_tokenizer("mixtral", tmp_path / "model")
+    ids = families.random_ids(plain("mixtral").model)
+    choices = {"prompts": ids, "dtype": "float64", "progress": False, "out": tmp_path / "x.zarr", "share": 0.5}
+    ds = sr.run("routing", model=str(tmp_path / "model"), **choices)
+    assert ds.rerouted.dtype == np.float64
+    assert float(ds.rerouted.sel(frozen="nothing").mean()) > 0.01
