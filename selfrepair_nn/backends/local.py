@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.units import Unit
@@ -26,8 +28,10 @@ def loaded(experiment: Experiment) -> Model:
     return load_described(experiment.description, experiment.tokenizer, o.dtype, o.device, check=False)
 
 
-def backend(name: str, model: Model) -> Backend:
+def backend(name: str, model: Model, vocabulary: np.ndarray | None = None) -> Backend:
     """The backend of that name for a model in this process: units are run in order, each when it is asked for.
+
+    `vocabulary` are the token ids that the units will measure: what is probed of the weights for them is probed once.
 
     Raises:
         UsageError: no backend of that name.
@@ -39,15 +43,16 @@ def backend(name: str, model: Model) -> Backend:
         nnsight.register("selfrepair_nn")
     remote = "local" if name == "simulated" else False
 
-    return _Local(model, remote).run
+    return _Local(model, remote, vocabulary).run
 
 
 class _Local:
     """A model in this process. What does not fit its memory is done in smaller pieces, and so is what follows."""
 
-    def __init__(self, model: Model, remote: Any) -> None:
-        self._model, self._remote = model, remote
+    def __init__(self, model: Model, remote: Any, vocabulary: np.ndarray | None) -> None:
+        self._model, self._remote, self._vocabulary = model, remote, vocabulary
         self._tokens: int | None = None
+        self._known: Any = None
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, Any]]]:
         for unit in units:
@@ -64,16 +69,29 @@ class _Local:
         while True:
             plan = self._smaller(unit.plan)
             try:
-                return run_session(unit.job, self._model.nn, unit.arrays, plan, unit.tick, self._remote)
+                known = None if self._remote else self._weights()
+                return run_session(unit.job, self._model.nn, unit.arrays, plan, unit.tick, self._remote, known)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
+            self._known = known = None
             collect_memory()
             length = unit.arrays["tokens"].shape[1]
             if plan.get("tokens_per_pass", 0) <= length:
                 return self._from_halves(unit)
             self._tokens = max(length, plan["tokens_per_pass"] // 2)
             tell(f"out of memory: going on with {self._tokens} tokens in a pass")
+
+    def _weights(self) -> Any:
+        """What earlier units found of the weights."""
+        import torch
+
+        from selfrepair_nn.tracing.probes import Weights
+
+        if self._known is None:
+            asked = self._vocabulary
+            self._known = Weights(None if asked is None else torch.from_numpy(asked))
+        return self._known
 
     def _smaller(self, plan: dict[str, Any]) -> dict[str, Any]:
         known = self._tokens is not None and "tokens_per_pass" in plan

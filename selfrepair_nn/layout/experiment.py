@@ -181,6 +181,12 @@ class Experiment:
         return self.selective or self.options.until_ci is not None
 
     @property
+    def vocabulary(self) -> np.ndarray:
+        """The token ids whose logits the run measures."""
+        measured = [self.prompts.tokens] if self.prompts.other is None else [self.prompts.tokens, self.prompts.other]
+        return np.unique(np.concatenate([each.ravel() for each in measured]))
+
+    @property
     def edited_position(self) -> np.ndarray:
         """A counted position for each prompt, drawn evenly from a seed: where a head is reinforced."""
         counts = self.prompts.counts

@@ -174,7 +174,7 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
     """The backend before there is a store: the same run asks the server for the same jobs again."""
     o = experiment.options
     if not o.served:
-        return backend(o.backend, model)
+        return backend(o.backend, model, experiment.vocabulary)
     from selfrepair_nn.backends.ndif.served import jobs_in_flight
 
     run = sha256(json.dumps(experiment.settings).encode()).hexdigest()
@@ -243,7 +243,7 @@ def _packed(store: Store, experiment: Experiment, model: Model, processes: int) 
 
 def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
     if not experiment.options.served:
-        return backend(experiment.options.backend, model)
+        return backend(experiment.options.backend, model, experiment.vocabulary)
     from selfrepair_nn.backends.ndif.served import connected
 
     jobs, facts = connected(experiment.options, model, _ledger(store))

@@ -130,9 +130,8 @@ class _Worker:
             model = loaded(experiment)
             require_same_model(store, model, identity(model))
             self._prompts = experiment.prompts.n
-            self._filling = Filling(
-                store, experiment, setup.known, model.layout, backend(options.backend, model), self._count
-            )
+            runner = backend(options.backend, model, experiment.vocabulary)
+            self._filling = Filling(store, experiment, setup.known, model.layout, runner, self._count)
 
     def __call__(self, order: Order) -> int:
         """Fill a block; returns how many tokens were ablated for it."""

@@ -6,7 +6,7 @@ from nnsight import save
 from selfrepair_nn.tracing.places import place
 
 
-def first_job(model, arrays, plan, tick=None):
+def first_job(model, arrays, plan, tick=None, known=None):
     """The final norm's input for one token, in the dtype of the model: {"residual": [d_model]}."""
     nothing = torch.zeros(0, dtype=torch.long)
     with torch.no_grad(), model.trace(arrays["tokens"][:1, :1], use_cache=False, logits_to_keep=nothing):

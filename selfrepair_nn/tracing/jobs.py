@@ -18,7 +18,7 @@ from selfrepair_nn.tracing.replacements import Identity
 from selfrepair_nn.tracing.rows import batches, gathered
 
 
-def ablation_job(model, arrays, plan, tick=None):
+def ablation_job(model, arrays, plan, tick=None, known=None):
     """Ablate every case of the plan on one block of prompts.
 
     Args:
@@ -30,8 +30,8 @@ def ablation_job(model, arrays, plan, tick=None):
             count, else all do; "wanted" [case, prompt], if given: how many positions of each
             prompt are wanted for each case, the rest being NaN.
         plan: what graph.Graph.plan gives, `realised`, and "tokens_per_pass".
-        tick: called with the number of rows, a case on a prompt each, after each pass (only in
-            the caller's process).
+        tick: called with the number of rows, a case on a prompt each, after each pass.
+        known: the `probes.Weights` that earlier jobs found; as `tick`, only in the caller's process.
 
     Returns a dict of tensors, those that `plan["gives"]` names: [prompt, position, …] of the clean run, [case, prompt,
     position, …] of the ablated ones and of each case's own in the clean run; positions are those with a next token.
@@ -39,7 +39,7 @@ def ablation_job(model, arrays, plan, tick=None):
     reaches their case's, in order.
     """
     tokens, cases = arrays["tokens"], plan["cases"]
-    block = _block(model, plan, arrays, cases)
+    block = _block(model, plan, arrays, cases, known)
     state = clean_readout(block)
     if plan["record"] == "full":
         embedded = embeddings(model, plan, tokens)
@@ -64,10 +64,10 @@ def ablation_job(model, arrays, plan, tick=None):
     return to_cpu(out)
 
 
-def _block(model, plan, arrays, cases):
+def _block(model, plan, arrays, cases, known):
     """A block of prompts, with what its cases need of the clean run and of the weights."""
     clean = clean_pass(model, plan, arrays["tokens"], needs(plan, cases))
-    probed = _probed(model, plan, arrays, cases, clean)
+    probed = _probed(model, plan, arrays, cases, clean, known)
     return Block(model, plan, arrays, clean, probed, sources(model, plan, arrays, clean, cases))
 
 
@@ -85,11 +85,11 @@ def _of_clean_run(state, probed, plan):
     return {name: found[name] for name in plan["gives"] if name in found}
 
 
-def effects_job(model, arrays, plan, tick=None):
+def effects_job(model, arrays, plan, tick=None, known=None):
     """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
     same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": []}
     cases = plan["cases"]
-    block = _block(model, same, arrays, cases)
+    block = _block(model, same, arrays, cases, known)
     scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)
     effects = []
     for case in cases:
@@ -98,7 +98,7 @@ def effects_job(model, arrays, plan, tick=None):
     return {"direct_effect": torch.stack(effects).cpu()}
 
 
-def lengths_job(model, arrays, plan, tick=None):
+def lengths_job(model, arrays, plan, tick=None, known=None):
     """Whether a pass depends on its own length: {"apart": [prompt, length]}, for each of `plan["lengths"]`.
 
     How far the final residual stream of prompts that are cut short lies from that of the same positions of the whole
@@ -114,7 +114,7 @@ def lengths_job(model, arrays, plan, tick=None):
     return {"apart": torch.stack(found, 1).cpu()}
 
 
-def mean_job(model, arrays, plan, tick=None):
+def mean_job(model, arrays, plan, tick=None, known=None):
     """Sums over a block's prompts and positions, in float64: {what: {layer: [width]}} for `plan["keep"]`."""
     kept = clean_pass(model, plan, arrays["tokens"], plan["keep"])
     return {
@@ -123,7 +123,7 @@ def mean_job(model, arrays, plan, tick=None):
     }
 
 
-def _probed(model, plan, arrays, cases, clean):
+def _probed(model, plan, arrays, cases, clean, known):
     """What the probe finds, with the target directions pulled back through every projection that is read."""
     sites = [site for case in cases for site in case]
     layers = sorted(read_out(plan, cases) - {*plan["model"]["headless"]})
@@ -132,7 +132,7 @@ def _probed(model, plan, arrays, cases, clean):
     others = _to_the_end(arrays["other"]) if plan["target"] == "difference" else None
     targets = _to_the_end(arrays["tokens"][:, 1:])
     where = {layer: x.device for what in ("mlp", "z") for layer, x in clean[what].items()}
-    probed = probe(model, plan, layers, targets, others, sorted(neurons), where)
+    probed = probe(model, plan, layers, targets, others, sorted(neurons), where, known)
     probed["pullback"] = {layer: pullback(probed, clean, layer) for layer in layers}
     probed["neuron_pullback"] = {layer: neuron_pullback(probed, layer) for layer in neurons}
     return probed

@@ -4,15 +4,37 @@ import torch
 from nnsight import save
 
 from selfrepair_nn.tracing.clean import no_logits
+from selfrepair_nn.tracing.objects import Bundle
 from selfrepair_nn.tracing.places import part, place
 from selfrepair_nn.tracing.readouts import centre, norm_scale, product, values_in, widen
 
-UNEMBEDDING_ELEMENTS = 2**23
+UNEMBEDDING_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+"""How many numbers of the vocabulary's size may come at once: the fewer, the oftener the unembedding is read."""
+
 LARGE = 1024.0
 """Length of the known vectors: beside it a bias, an epsilon or a rounding step is small. A power of two, so exact."""
 
+OF_LAYERS = ("output_projection", "output_bias", "value_constant", "post_gain", "down_projection", "norm_bias")
 
-def probe(model, plan, layers, targets, others=None, neurons=(), where=()):
+
+class Weights(Bundle):
+    """What was found of a model's weights, kept between jobs in the caller's process; the model does not change.
+
+    `found` holds what `probe` returns of layers, and of the final norm and the unembedding; `vocabulary` [token] are
+    token ids that will be asked for, so that the unembedding is read once. Conventions that differ are kept apart.
+    """
+
+    vocabulary: object = None
+    found: object = None
+
+    def of(self, plan):
+        """What is known under a plan's conventions: to be looked up, and added to."""
+        if self.found is None:
+            self.found = {}
+        return self.found.setdefault(plan["value_bias"], {name: {} for name in OF_LAYERS})
+
+
+def probe(model, plan, layers, targets, others=None, neurons=(), where=(), known=None):
     """What direct effects need of the weights.
 
     Args:
@@ -21,6 +43,7 @@ def probe(model, plan, layers, targets, others=None, neurons=(), where=()):
         others: token ids [prompt, position] whose logits are subtracted, for the target "difference".
         neurons: layers whose MLP's output projection is wanted.
         where: {layer: device} of those that may lie elsewhere than the final norm.
+        known: Weights, of which only what is new is probed.
 
     Returns a dict:
         output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
@@ -33,39 +56,49 @@ def probe(model, plan, layers, targets, others=None, neurons=(), where=()):
         mean_direction [d_model], mean_constant [] the same for the mean row of the vocabulary
         raw_direction, raw_constant              those of the target's own row, where the model caps its logits
     """
-    size = plan["model"]["d_model"]
-    with (
-        torch.no_grad(),
-        model.trace(targets[:1, :1], use_cache=False, logits_to_keep=no_logits()),
-    ):
+    known = Weights() if known is None else known
+    found, wanted = known.of(plan), targets if others is None else torch.cat([targets, others])
+    layers = [layer for layer in layers if layer not in found["output_projection"]]
+    neurons = [layer for layer in neurons if layer not in found["down_projection"]]
+    norms = [(layer, which) for layer, which in plan["frozen_norms"] if (layer, which) not in found["norm_bias"]]
+    tokens = _new_tokens(found, wanted, known.vocabulary)
+    if layers or neurons or norms or tokens is not None:
+        new = _probed(model, plan, layers, neurons, norms, tokens, dict(where), targets[:1, :1])
+        for name, value in new.items():
+            found[name] = found[name] | value if name in OF_LAYERS else value
+        if tokens is not None:
+            found["tokens"] = tokens.to(found["rows"].device)
+    return found | _pull_back(plan, found, wanted, len(targets))
+
+
+def _new_tokens(found, wanted, vocabulary):
+    """The ids whose rows of the unembedding are to be probed, in ascending order; None if all are known."""
+    if "tokens" in found and torch.isin(wanted.to(found["tokens"].device), found["tokens"]).all():
+        return None
+    asked = wanted.flatten() if vocabulary is None else torch.cat([wanted.flatten(), vocabulary.to(wanted.device)])
+    return asked.unique()
+
+
+def _probed(model, plan, layers, neurons, norms, tokens, where, first):
+    """One trace that calls the modules on known vectors; `first` [1, 1] is a token to run it with."""
+    with torch.no_grad(), model.trace(first, use_cache=False, logits_to_keep=no_logits()):
         like = place(model, plan, "final_norm").input[0, :1]
-        there = {layer: like.to(device) for layer, device in dict(where).items()}
-        eye = torch.eye(size, dtype=like.dtype, device=like.device)
-        found = save(
-            {
-                "output_projection": {},
-                "output_bias": {},
-                "value_constant": {},
-                "down_projection": {},
-                "post_gain": {},
-            }
-        )
+        there = {layer: like.to(device) for layer, device in where.items()}
+        found = save({name: {} for name in OF_LAYERS})
         for layer in layers:
             _probe_layer(model, plan, layer, there.get(layer, like), found)
         for layer in neurons:
             down = part(model, plan, layer, "down_projection")
             rows = _linear(down, there.get(layer, like), plan["model"]["d_mlp"])[0]
             found["down_projection"][layer] = plan["model"]["write_scale"] * rows
-        found["norm_bias"] = {
-            (layer, which): _bias(part(model, plan, layer, f"{which}_norm"), there.get(layer, like))
-            for layer, which in plan["frozen_norms"]
-        }
-        found["norm_bias_final"], found["norm_gain_final"] = _probe_norm(
-            place(model, plan, "final_norm"), like, plan
-        )
-        wanted = targets if others is None else torch.cat([targets, others])
-        found["rows"], found["biases"] = _probe_unembedding(model, plan, eye, wanted.to(like.device))
-    return found | _pull_back(plan, found, wanted, len(targets))
+        for layer, which in norms:
+            norm = part(model, plan, layer, f"{which}_norm")
+            found["norm_bias"][layer, which] = _bias(norm, there.get(layer, like))
+        if tokens is not None:
+            norm = place(model, plan, "final_norm")
+            found["norm_bias_final"], found["norm_gain_final"] = _probe_norm(norm, like, plan)
+            found["rows"], found["biases"] = _probe_unembedding(model, plan, like, tokens)
+    return found
 
 
 def _probe_layer(model, plan, layer, like, found):
@@ -118,15 +151,16 @@ def _known(like):
     return LARGE * signs[None]
 
 
-def _probe_unembedding(model, plan, eye, targets):
-    """Rows of the unembedding for each distinct target and, last, their mean over the vocabulary; biases likewise."""
+def _probe_unembedding(model, plan, like, tokens):
+    """Rows of the unembedding for each of these tokens and, last, their mean over the vocabulary; biases likewise."""
     unembed = place(model, plan, "unembedding")
+    eye = torch.eye(plan["model"]["d_model"], dtype=like.dtype, device=like.device)
     bias = widen(unembed(torch.zeros_like(eye[:1])))[0]
-    wanted = targets.unique().to(bias.device)
+    wanted = tokens.to(bias.device)
     biases = torch.cat([bias[wanted], bias.mean()[None]])
-    step = max(1, UNEMBEDDING_ELEMENTS // bias.shape[0])
+    at_once = UNEMBEDDING_ELEMENTS.get(bias.device.type, UNEMBEDDING_ELEMENTS["cpu"])
     columns = []
-    for rows in eye.split(step):
+    for rows in eye.split(max(1, at_once // bias.shape[0])):
         out = widen(unembed(LARGE * rows))
         columns.append((torch.cat([out[:, wanted], out.mean(-1, keepdim=True)], -1) - biases) / LARGE)
     return torch.cat(columns).T.contiguous().to(eye.device), biases.to(eye.device)
@@ -138,12 +172,13 @@ def _pull_back(plan, found, wanted, prompts):
     `wanted` holds the targets of the `prompts`, followed, for the target "difference", by what is subtracted.
     """
     beta, gamma = found["norm_bias_final"], found["norm_gain_final"]
-    rows, biases = (plan["model"]["logit_scale"] * found[name] for name in ("rows", "biases"))
-    mean_row, mean_bias = rows[-1], biases[-1]
-    inverse = wanted.to(beta.device).unique(return_inverse=True)[1]
+    distinct, inverse = wanted.to(beta.device).unique(return_inverse=True)
+    at = torch.searchsorted(found["tokens"], distinct)
+    rows, biases = (plan["model"]["logit_scale"] * found[name][at] for name in ("rows", "biases"))
+    mean_row, mean_bias = (plan["model"]["logit_scale"] * found[name][-1] for name in ("rows", "biases"))
 
     def pulled_back(shift):
-        own, bias = rows[:-1] - shift * mean_row, biases[:-1] - shift * mean_bias
+        own, bias = rows - shift * mean_row, biases - shift * mean_bias
         return centre(gamma * own, plan)[inverse], (product(own, beta) + bias)[inverse]
 
     directions, constants = pulled_back(1.0 if plan["target"] == "centred" else 0.0)

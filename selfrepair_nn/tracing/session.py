@@ -5,11 +5,11 @@ from nnsight import save
 from selfrepair_nn.tracing.cases import realised
 
 
-def run_session(job, model, arrays, plan, tick=None, remote=False):
+def run_session(job, model, arrays, plan, tick=None, remote=False, known=None):
     """The result of `job(model, arrays, plan)` run as one nnsight session.
 
     `remote=False` runs it in this process; "local" ships the code and the arrays by value, as to a server, and runs
-    them here. `tick` cannot travel and is only passed on in this process.
+    them here. `tick` and `known` cannot travel and are only passed on in this process.
     """
     plan = realised(plan)
     if remote:
@@ -17,7 +17,7 @@ def run_session(job, model, arrays, plan, tick=None, remote=False):
             result = save(job(model, arrays, plan))
     else:
         with model.session():
-            result = save(job(model, arrays, plan, tick))
+            result = save(job(model, arrays, plan, tick, known))
     return result
 
 
