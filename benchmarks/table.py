@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import counts
+
 REAL = "smollm2"
 """The model that the goals are for: in a tiny one what is done once outweighs the work."""
 
@@ -18,7 +20,8 @@ def table(found: dict[str, Any]) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     waiting = _waiting(found["waiting"]) if "waiting" in found else []
     store = _store(found["store"]) if "store" in found else []
-    blocks = (lines if found["models"] else [], waiting, store)
+    counted = counts.lines(found["counts"]) if "counts" in found else []
+    blocks = (lines if found["models"] else [], waiting, store, counted)
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 

@@ -51,14 +51,15 @@ def clean_readout(block):
 def ablated_readout(changes, batch, block, state):
     """The stored quantities of one pass: [row, position] each."""
     plan, probed = block.plan, block.probed
-    scale, direction = batch.of(state["norm_scale"]), batch.of(probed["direction"])
+    scale = batch.of(state["norm_scale"])
     changes = _together(changes, scale.device)
     effects = _effects(changes, batch, state["norm_scale"])
     before, after = (_in_rows(effects, which) for which in (0, 1))
     final = widen(changes["final"])
-    difference = final - batch.of(widen(block.clean["input"][plan["model"]["n_layers"]]))
+    difference = batch.against(torch.sub, final, widen(block.clean["input"][plan["model"]["n_layers"]]))
     ablated_scale = scale if plan["frozen_norm"] else norm_scale(final, plan)
-    change, mean_change = along(difference, direction), along(difference, probed["mean_direction"])
+    change = batch.against(torch.mul, difference, probed["direction"]).sum(-1)
+    mean_change = along(difference, probed["mean_direction"])
     out = {
         "direct_effect": before,
         "ablated_direct_effect": after,
@@ -80,7 +81,7 @@ def ablated_readout(changes, batch, block, state):
     if "from_post_norms" in plan["gives"]:
         out["from_post_norms"] = sum((x / scale for x in changes["post_norms"]), torch.zeros_like(before))
     if "logit_change_capped" in plan["gives"]:
-        raw_change = along(difference, batch.of(probed["raw_direction"])) / scale
+        raw_change = batch.against(torch.mul, difference, probed["raw_direction"]).sum(-1) / scale
         raw_change = _rescaled(batch.of(state["raw_effects"]), raw_change, scale, ablated_scale)
         raw = batch.of(state["raw_logit"])
         out["logit_change_capped"] = capped(raw + raw_change, plan) - capped(raw, plan)

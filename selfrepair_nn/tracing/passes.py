@@ -88,7 +88,7 @@ def _through_heads(block, layer, batch, changes):
             per_head(z, plan)[rows, :, heads] = clean[:, :, heads]
     _replace(z, "z", layer, batch, plan)
     if compared:
-        change = widen(batch.against(torch.sub, z, block.clean["z"][layer]))
+        change = batch.against(torch.sub, z, block.clean["z"][layer])
         effects = batch.against(torch.mul, change, block.probed["pullback"][layer])
         changes["heads"][layer] = per_head(effects, plan).sum(-1)
 
@@ -115,7 +115,7 @@ def _through_mlp(block, layer, batch, changes):
             neurons[:] = batch.of(clean["neurons"][layer])
         _replace(neurons, "neurons", layer, batch, plan)
         if plan["neurons"] == layer:
-            change = widen(batch.against(torch.sub, neurons, clean["neurons"][layer]))
+            change = batch.against(torch.sub, neurons, clean["neurons"][layer])
             changes["neurons"] = batch.against(torch.mul, change, probed["neuron_pullback"][layer])
     compared, replaced = plan["record"] != "total", any(True for _ in _new(batch, "mlp", layer))
     if not (compared or replaced or frozen):
@@ -130,7 +130,7 @@ def _through_mlp(block, layer, batch, changes):
 
 def _change(out, kept, layer, block, batch):
     """The change of ⟨x, d_t⟩ of what an MLP or mixer gives: [row, position]."""
-    change = widen(batch.against(torch.sub, out, block.clean[kept][layer]))
+    change = batch.against(torch.sub, out, block.clean[kept][layer])
     return batch.against(torch.mul, change, block.probed["given_direction"]).sum(-1)
 
 

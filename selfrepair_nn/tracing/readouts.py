@@ -1,7 +1,7 @@
 """The arithmetic of direct effects, in at least float32 whatever the model computes in.
 
-Products of a direction with activations are multiply-and-sum: under autocast they stay in float32. The few true
-matrix products switch autocast off.
+Products of a direction with activations are multiply-and-sum: under autocast they stay in float32, in which directions
+are, and activations need no wider copy. The few true matrix products switch autocast off.
 """
 
 import torch

@@ -35,6 +35,8 @@ class Batch(Bundle):
 
     def of(self, x, prompts=None):
         """What belongs to each row (or to a row for each of `prompts`), from x [prompt, position, …]."""
+        if self.whole and prompts is not None:
+            return x[:, : self.length]
         wanted = self.prompts if prompts is None else prompts
         return x[:, : self.length].index_select(0, wanted.to(x.device))
 

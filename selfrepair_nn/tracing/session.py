@@ -11,13 +11,13 @@ def run_session(job, model, arrays, plan, tick=None, remote=False, known=None):
     `remote=False` runs it in this process; "local" ships the code and the arrays by value, as to a server, and runs
     them here. `tick` and `known` cannot travel and are only passed on in this process.
     """
-    plan = realised(plan)
+    plan, more = realised(plan), {} if known is None else {"known": known}
     if remote:
         with model.session(remote=remote):
             result = save(job(model, arrays, plan))
     else:
         with model.session():
-            result = save(job(model, arrays, plan, tick, known))
+            result = save(job(model, arrays, plan, tick, **more))
     return result
 
 
