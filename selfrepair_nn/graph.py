@@ -148,7 +148,6 @@ class Graph(metaclass=Declared):
         fulfilled = {
             "grid": self.heads_only,
             "cases": not self.heads_only,
-            "split": self.record != "total",
             "total": self.record == "total",
             "components": self.record == "full",
             "neurons": self.neurons is not None,
@@ -223,7 +222,7 @@ class Graph(metaclass=Declared):
         n_heads = structure["n_heads"]
         frozen = {site for s in self.freeze for site in s.parts(n_heads)}
         frozen_heads: dict[int, list[int]] = {}
-        for site in sorted(s for s in frozen if isinstance(s, Head)):
+        for site in sorted(s for s in frozen if isinstance(s, Head) and s.layer not in structure["headless"]):
             frozen_heads.setdefault(site.layer, []).append(site.head)
         frozen_norms = [[s.layer, s.before] for s in frozen if isinstance(s, Norm)]
         if PostNorms() in frozen and "post_norm" in structure["places"]:

@@ -27,7 +27,6 @@ WHEN = {
     "post_norms": "models with norms behind their sublayers",
     "capped": "models that cap their logits",
     "counterfactual": "prompts with a counterfactual",
-    "split": '`record="sums"` or `"full"`',
     "total": '`record="total"`',
     "components": '`record="full"`',
     "neurons": "`neurons=`",
@@ -51,7 +50,7 @@ SOURCES = ("label", "run", "clean", "ablated", "derived")
 class Quantity:
     """One stored array: `kind` is "float" (the store's dtype), "int", "bool" or "string".
 
-    `when` is the condition under which it is recorded. `source` is who gives it: "label" is known before the run, and
+    `when` is the condition under which it is recorded, `unless` one under which it is not. `source` is who gives it: "label" is known before the run, and
     a coordinate; "run" is kept by the run itself; "clean" and "ablated" come from the ablation job, of the clean pass
     and of each ablated one; "derived" follows from those (equations.complete).
     In a store whose runs ablate more than one head at once, or something else, `case` stands for `layer` and `head`;
@@ -66,6 +65,7 @@ class Quantity:
     description: str
     kind: str = "float"
     when: str = "always"
+    unless: str = ""
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -161,8 +161,8 @@ _ALL = (
     Quantity("mean_logit_change", "ablated", SWEEP, "logit", "mean logit change", "Ablated minus clean mean over the vocabulary of the logits: raw change = centred change + mean change."),
     Quantity("logit_change_capped", "ablated", SWEEP, "logit", "change of the capped logit", "Ablated minus clean logit of the target as the model returns it, behind its soft cap; every other quantity is of the logit before the cap.", when="capped"),
     Quantity("self_repair", "derived", SWEEP, "logit", "self-repair", "logit_change minus the change of the ablated head's own direct effect (Equation 1)."),
-    Quantity("from_heads", "ablated", SWEEP, "logit", "self-repair from heads", "Summed change of direct effect of all other attention heads.", when="split"),
-    Quantity("from_mlps", "ablated", SWEEP, "logit", "self-repair from MLPs", "Summed change of direct effect of all MLPs.", when="split"),
+    Quantity("from_heads", "ablated", SWEEP, "logit", "self-repair from heads", "Summed change of direct effect of all other attention heads.", unless="total"),
+    Quantity("from_mlps", "ablated", SWEEP, "logit", "self-repair from MLPs", "Summed change of direct effect of all MLPs.", unless="total"),
     Quantity("from_components", "ablated", SWEEP, "logit", "self-repair from other components", "Summed change of direct effect of everything but what is ablated and the final norm, read off the final residual stream: what remains there.", when="total"),
     Quantity("from_mixers", "ablated", SWEEP, "logit", "self-repair from mixers", "Summed change of direct effect of all mixers without heads (convolutions, state spaces).", when="mixers"),
     Quantity("from_post_norms", "ablated", SWEEP, "logit", "self-repair from the norms behind attention", "What the change of the scales of the norms behind attention adds to what the heads of their layers write.", when="post_norms"),
@@ -170,7 +170,7 @@ _ALL = (
     Quantity("norm_on_existing", "derived", SWEEP, "logit", "final norm on existing logits", "(S/S' - 1)(logit - k): the part of from_norm that rescales what was there (Appendix B)."),
     Quantity("norm_on_change", "derived", SWEEP, "logit", "final norm on the change", "(S/S' - 1)(R' - R): the part of from_norm that rescales what changed (Appendix B)."),
     Quantity("ablated_norm_scale", "ablated", SWEEP, "1", "ablated final norm scale", "S': the final norm's scale in the ablated run."),
-    Quantity("closure", "derived", SWEEP, "logit", "closure", "self_repair minus all its parts (from_heads, from_mlps, from_norm and, where they are stored, from_mixers and from_post_norms): zero up to rounding, measured not assumed.", when="split"),
+    Quantity("closure", "derived", SWEEP, "logit", "closure", "self_repair minus all its parts (from_heads, from_mlps, from_norm and, where they are stored, from_mixers and from_post_norms): zero up to rounding, measured not assumed.", unless="total"),
     Quantity("noise_floor", "run", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
     # where only the top share is ablated, or only as much as an answer needs
     Quantity("threshold", "run", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all counted tokens of the run, of which direct_effect then holds every one.", when="ranked"),
@@ -210,7 +210,8 @@ def recorded(conditions: Collection[str], *sources: str) -> tuple[Quantity, ...]
 
     All of it but the labels, or only what comes from some `sources`.
     """
-    return tuple(q for q in _ALL if q.when in conditions and q.source in (sources or SOURCES[1:]))
+    asked = (q for q in _ALL if q.when in conditions and q.unless not in conditions)
+    return tuple(q for q in asked if q.source in (sources or SOURCES[1:]))
 
 
 def measured(conditions: Collection[str]) -> tuple[Quantity, ...]:
@@ -222,7 +223,7 @@ def table() -> str:
     """All quantities as the table of docs/store.md."""
     lines = ["| variable | dimensions | units | | recorded |", "|---|---|---|---|---|"]
     for q in _ALL:
-        when = WHEN.get(q.when, f'`also=("{q.when}",)`')
+        when = WHEN.get(q.when, f'`also=("{q.when}",)`') + (f", but not with {WHEN[q.unless]}" if q.unless else "")
         lines.append(
             f"| `{q.name}` | {', '.join(q.dims) or '–'} | {q.units} | {q.description} | {when} |"
         )

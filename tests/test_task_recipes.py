@@ -72,7 +72,7 @@ def ablated(ioi, heads):
     partners = ds.partner.values
     new = {(h.layer, h.head): clean.seen.z[h.layer][partners][:, :, h.head] for h in heads}
     seen = oracle.run(given.parts, given.ids, set_heads=new)
-    effects = oracle._direct_effects(given.writes(seen), clean.goal, clean.S)
+    effects = oracle._direct_effects(given.writes(seen, clean.seen), clean.goal, clean.S)
     return effects, difference(seen.logits, ids, ds)
 
 
@@ -144,7 +144,7 @@ def test_a_moved_head_reads_what_the_name_mover_reads(ioi):
             assert np.isnan(found.moved[i])
             continue
         seen = without_layers(module, given, range(first, layer))
-        effects = oracle._direct_effects(given.writes(seen), clean.goal, clean.S)
+        effects = oracle._direct_effects(given.writes(seen, clean.seen), clean.goal, clean.S)
         expected = of_heads(effects, clean)[str(found.component.values[i])]
         assert_allclose(found.moved[i], expected, rtol=0, atol=TIGHT)
 

@@ -32,7 +32,7 @@ def meant(ds: xr.Dataset) -> tuple[str, ...]:
 def required(ds: xr.Dataset) -> tuple[str, ...]:
     """Variables without which a dataset is no store of ours."""
     split = "from_components" not in ds
-    return tuple(name for name in REQUIRED if split or QUANTITIES[name].when != "split")
+    return tuple(name for name in REQUIRED if split or QUANTITIES[name].unless != "total")
 
 
 def restored(ds: xr.Dataset) -> xr.Dataset:
