@@ -1,4 +1,24 @@
-"""One pure function per unit of work: tensors and a plan in, the tensors that the store keeps out."""
+"""One pure function per unit of work: tensors and a plan in, the tensors that the store keeps out.
+
+Of `ablation_job` (told here, for the text of a function travels with each request, a module's does not):
+
+Args:
+    arrays: "tokens" [prompt, position]; for resample "partner_tokens", for counterfactual "counterfactual_tokens",
+        of the same shape;
+        for mean "means" {what: {layer: tensor}} as `mean_job` sums them; for reinforce "edited_position"
+        [prompt]; for the difference target "other" [prompt, position], the tokens whose logit is subtracted;
+        "thresholds" [case], if given: see below; with them "counted" [prompt, position], if given: which tokens
+        count, else all do; "wanted" [case, prompt], if given: how many positions of each
+        prompt are wanted for each case, the rest being NaN.
+    plan: what graph.Graph.plan gives, `realised`, and "tokens_per_pass".
+    tick: called with the number of rows, a case on a prompt each, after each pass.
+    known: the `probes.Weights` that earlier jobs found; as `tick`, only in the caller's process.
+
+Returns a dict of tensors, those that `plan["gives"]` names: [prompt, position, …] of the clean run, [case, prompt,
+position, …] of the ablated ones and of each case's own in the clean run; positions are those with a next token.
+What `plan["large"]` names comes as [token, …] where thresholds are given: only counted tokens whose direct effect
+reaches their case's, in order.
+"""
 
 import torch
 
@@ -19,25 +39,7 @@ from selfrepair_nn.tracing.rows import batches, gathered
 
 
 def ablation_job(model, arrays, plan, tick=None, known=None):
-    """Ablate every case of the plan on one block of prompts.
-
-    Args:
-        arrays: "tokens" [prompt, position]; for resample "partner_tokens", for counterfactual "counterfactual_tokens",
-            of the same shape;
-            for mean "means" {what: {layer: tensor}} as `mean_job` sums them; for reinforce "edited_position"
-            [prompt]; for the difference target "other" [prompt, position], the tokens whose logit is subtracted;
-            "thresholds" [case], if given: see below; with them "counted" [prompt, position], if given: which tokens
-            count, else all do; "wanted" [case, prompt], if given: how many positions of each
-            prompt are wanted for each case, the rest being NaN.
-        plan: what graph.Graph.plan gives, `realised`, and "tokens_per_pass".
-        tick: called with the number of rows, a case on a prompt each, after each pass.
-        known: the `probes.Weights` that earlier jobs found; as `tick`, only in the caller's process.
-
-    Returns a dict of tensors, those that `plan["gives"]` names: [prompt, position, …] of the clean run, [case, prompt,
-    position, …] of the ablated ones and of each case's own in the clean run; positions are those with a next token.
-    What `plan["large"]` names comes as [token, …] where thresholds are given: only counted tokens whose direct effect
-    reaches their case's, in order.
-    """
+    """Ablate every case of the plan on one block of prompts. What it takes and returns is told at the top."""
     tokens, cases = arrays["tokens"], plan["cases"]
     block = _block(model, plan, arrays, cases, known)
     state = clean_readout(block)

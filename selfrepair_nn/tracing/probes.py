@@ -1,4 +1,17 @@
-"""Linear maps, learned by calling them on known vectors: the weights themselves may be hidden, sharded or quantised."""
+"""Linear maps, learned by calling them on known vectors: the weights themselves may be hidden, sharded or quantised.
+
+What `probe` returns, by name (told here, for the text of a function travels with each request, a module's does not):
+
+    output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
+    post_gain {layer: [d_model]}             gamma of the norm behind the attention, where there is one
+    value_constant {layer: [heads, d_head]}  the part of z that no input changes (zero if value_bias is "head")
+    down_projection {layer: [neurons, d_model]}, norm_bias {(layer, which): [d_model]} of frozen norms
+    direction [prompt, position, d_model]    d_t = C(gamma * u_t); given_direction the same for what attention and
+                                             MLP give, which the model may multiply before it writes it
+    constant [prompt, position]              k_t = <beta, u_t> + b_U[t]
+    mean_direction [d_model], mean_constant [] the same for the mean row of the vocabulary
+    raw_direction, raw_constant              those of the target's own row, where the model caps its logits
+"""
 
 import torch
 from nnsight import save
@@ -45,16 +58,7 @@ def probe(model, plan, layers, targets, others=None, neurons=(), where=(), known
         where: {layer: device} of those that may lie elsewhere than the final norm.
         known: Weights, of which only what is new is probed.
 
-    Returns a dict:
-        output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
-        post_gain {layer: [d_model]}             gamma of the norm behind the attention, where there is one
-        value_constant {layer: [heads, d_head]}  the part of z that no input changes (zero if value_bias is "head")
-        down_projection {layer: [neurons, d_model]}, norm_bias {(layer, which): [d_model]} of frozen norms
-        direction [prompt, position, d_model]    d_t = C(gamma * u_t); given_direction the same for what attention and
-                                                 MLP give, which the model may multiply before it writes it
-        constant [prompt, position]              k_t = <beta, u_t> + b_U[t]
-        mean_direction [d_model], mean_constant [] the same for the mean row of the vocabulary
-        raw_direction, raw_constant              those of the target's own row, where the model caps its logits
+    Returns what the module lists.
     """
     known = Weights() if known is None else known
     found, wanted = known.of(plan), targets if others is None else torch.cat([targets, others])
