@@ -16,6 +16,7 @@ from selfrepair_nn.models.plain import LOGITS, drawn_tokens, own_logits, whole_p
 
 ROWS = 1024
 MOST = 0.9
+BY_TWO_WAYS = "an ablation from its own layer on equals the whole pass"
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,16 @@ def findings(model: Model, tokens=None) -> list[Finding]:
     with evaluating(model):
         logits, errors = _on_random_tokens(model)
         errors |= _on_whole_prompts(model, drawn_tokens(model) if tokens is None else tokens)
-    spread, limit, part = _spread(logits), TOLERANCE[model.dtype], _part(model)
-    return [Finding(name, _worst(error, part) / spread, limit) for name, error in errors.items()]
+    spread, limit, parts = _spread(logits), TOLERANCE[model.dtype], {BY_TWO_WAYS: _part(model)}
+    return [
+        Finding(name, _worst(error, parts.get(name, 1.0)) / spread, limit) for name, error in errors.items()
+    ]
 
 
 def _part(model) -> float:
-    """How much of the numbers a finding is about: of a mixture in 16 bits not those that most depart.
+    """How many of the numbers that two passes of other shapes give must agree: of a mixture in 16 bits not all.
 
-    There rounding, by which two ways to the same numbers differ, sends some tokens to other experts.
+    There rounding, by which the two differ, sends some tokens to other experts.
     """
     return MOST if model.structure.experts and model.dtype in ("bfloat16", "float16") else 1.0
 
@@ -63,7 +66,7 @@ def _on_random_tokens(model):
     other[:, -1] = (tokens[:, -1] + 1) % model.structure.vocab_size
     return logits, {
         "components add up to the logit": summed - logits,
-        "an ablation from its own layer on equals the whole pass": _returned_change(found, model) - changes,
+        BY_TWO_WAYS: _returned_change(found, model) - changes,
         "the parts of self-repair add up": _closure(found),
         "a later token changes nothing before it": (own_logits(model, other) - logits)[:, :-1],
     }
