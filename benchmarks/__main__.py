@@ -22,6 +22,7 @@ import selfrepair_nn as sr
 from benchmarks.counts import counts
 from benchmarks.fewer import fewer
 from benchmarks.footprint import by_depth, by_heads, child, footprint
+from benchmarks.gpu import on_gpu
 from benchmarks.speed import measure, through_transformerlens
 from benchmarks.table import table
 from benchmarks.waiting import waiting
@@ -29,7 +30,7 @@ from benchmarks.wide import PROMPTS, store_at_scale
 from selfrepair_nn.provenance import machine, now, versions
 from tests.smollm2 import Unavailable, smollm2
 
-PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting", "fewer", "store", "counts")
+PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting", "fewer", "store", "counts", "gpu")
 SIZES = [16, 64, 256]
 QUICK = {"layers": "3,11,18,26", "prompts": 8}
 """Four of SmolLM2's thirty layers, of the mean depth of all, and half the prompts."""
@@ -67,6 +68,8 @@ def collected(asked: argparse.Namespace) -> dict[str, Any]:
         found["store"] = store_at_scale(prompts=PROMPTS // 16 if asked.quick else PROMPTS)
     if "counts" in parts:
         found["counts"] = counts()
+    if "gpu" in parts:
+        found["gpu"] = on_gpu(asked.quick)
     found["models"] = models = {}
     if "tiny-neox" in parts:
         models["tiny-neox"] = tiny_neox(asked.repeats or 3)

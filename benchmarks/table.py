@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import counts
+from benchmarks import counts, gpu
 
 REAL = "smollm2"
 """The model that the goals are for: in a tiny one what is done once outweighs the work."""
@@ -21,7 +21,8 @@ def table(found: dict[str, Any]) -> str:
     waiting = _waiting(found["waiting"]) if "waiting" in found else []
     store = _store(found["store"]) if "store" in found else []
     counted = counts.lines(found["counts"]) if "counts" in found else []
-    blocks = (lines if found["models"] else [], waiting, store, counted)
+    measured = gpu.lines(found["gpu"]) if "gpu" in found else []
+    blocks = (lines if found["models"] else [], waiting, store, counted, measured)
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 

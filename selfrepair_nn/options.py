@@ -149,7 +149,7 @@ class Options:
     prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.", values.text)
     seed: int = option(0, "Seed of what is random: the partners, and the order of the prompts with --until-ci.", _seed)
     mean_prompts: int = option(256, "Prompts whose mean z mean ablation uses.", values.whole)
-    batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens.", values.whole, decides=False)
+    batch_size: int | None = option(None, "Prompts in a unit of work; default: about 512 tokens, on a GPU as many as fill it.", values.whole, decides=False)
     tokens_per_pass: int | None = option(None, "Tokens in one forward pass: ablated heads share it until it is full; default: what fits.", values.whole, decides=False)
     workers: int = option(1, "Processes that share the work, each with its own model.", _processes, decides=False)
     dask: str | None = option(None, "Scheduler of a Dask cluster whose workers share the work: tcp://HOST:8786, or its scheduler file (.json).", _scheduler, decides=False)

@@ -8,6 +8,7 @@ import numpy as np
 
 from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.layout.packing import MOST
 from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import load_described, structure_only
 from selfrepair_nn.models.model import Model
@@ -28,10 +29,17 @@ def loaded(experiment: Experiment) -> Model:
     return load_described(experiment.description, experiment.tokenizer, o.dtype, o.device, check=False)
 
 
-def backend(name: str, model: Model, vocabulary: np.ndarray | None = None) -> Backend:
+def backend(
+    name: str,
+    model: Model,
+    vocabulary: np.ndarray | None = None,
+    settled: Callable[[int], Any] = lambda tokens: None,
+) -> Backend:
     """The backend of that name for a model in this process: units are run in order, each when it is asked for.
 
-    `vocabulary` are the token ids that the units will measure: what is probed of the weights for them is probed once.
+    A GPU has the next unit to compute already when one is given. `vocabulary` are the token ids that the units will
+    measure: what is probed of the weights for them is probed once. `settled` is told how many tokens a pass has where
+    memory, measured, allows others than were asked for.
 
     Raises:
         UsageError: no backend of that name.
@@ -43,44 +51,82 @@ def backend(name: str, model: Model, vocabulary: np.ndarray | None = None) -> Ba
         nnsight.register("selfrepair_nn")
     remote = "local" if name == "simulated" else False
 
-    return _Local(model, remote, vocabulary).run
+    return _Local(model, remote, vocabulary, settled).run
 
 
 class _Local:
     """A model in this process. What does not fit its memory is done in smaller pieces, and so is what follows."""
 
-    def __init__(self, model: Model, remote: Any, vocabulary: np.ndarray | None) -> None:
-        self._model, self._remote, self._vocabulary = model, remote, vocabulary
-        self._tokens: int | None = None
+    def __init__(
+        self, model: Model, remote: Any, vocabulary: np.ndarray | None, settled: Callable[[int], Any]
+    ) -> None:
+        self._model, self._remote, self._vocabulary, self._settled = model, remote, vocabulary, settled
+        self._room: Any = None
         self._known: Any = None
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, Any]]]:
+        """Each unit with its result. What a GPU computes is brought home once it has the next unit, too."""
+        before: list[tuple[Unit, Coming]] = []
         for unit in units:
-            yield unit, self._result(unit)
+            failed, found = self._begun(unit)
+            for earlier, coming in before:
+                yield earlier, coming.home()
+            if failed:
+                raise failed
+            before = [(unit, found)]
+            if not found.under_way:
+                before = []
+                yield unit, found.home()
+        for earlier, coming in before:
+            yield earlier, coming.home()
+
+    def _begun(self, unit: Unit) -> tuple[BaseException | None, "Coming"]:
+        """What went wrong, if anything: what was computed before is kept first; and the result that is coming."""
+        try:
+            return None, Coming(self._result(unit))
+        except BaseException as error:
+            return error, Coming({})
 
     def _result(self, unit: Unit) -> dict[str, Any]:
-        """The unit's result: in passes of fewer tokens if memory is short, at last from the unit's halves.
+        """The unit's result where it came to be: at last from the unit's halves, if memory is short.
 
         Raises:
             SelfRepairError: one prompt with one case does not fit.
         """
-        from selfrepair_nn.tracing.session import run_session
+        from selfrepair_nn.tracing.session import run_here, run_session
 
-        while True:
-            plan = self._smaller(unit.plan)
-            try:
-                known = None if self._remote else self._weights()
-                return run_session(unit.job, self._model.nn, unit.arrays, plan, unit.tick, self._remote, known)
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-            self._known = known = None
-            collect_memory()
-            length = unit.arrays["tokens"].shape[1]
-            if plan.get("tokens_per_pass", 0) <= length:
-                return self._from_halves(unit)
-            self._tokens = max(length, plan["tokens_per_pass"] // 2)
-            tell(f"out of memory: going on with {self._tokens} tokens in a pass")
+        try:
+            if self._remote:
+                return run_session(unit.job, self._model.nn, unit.arrays, unit.plan, remote=self._remote)
+            with self._told_what_fits(unit.plan) as plan:
+                return run_here(unit.job, self._model.nn, unit.arrays, plan, unit.tick, self._weights())
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        self._known = None
+        collect_memory()
+        return self._from_halves(unit)
+
+    @contextmanager
+    def _told_what_fits(self, plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The plan, with how many tokens a pass may have as earlier units showed; and what this one shows, told."""
+        from selfrepair_nn.tracing.memory import Room
+
+        asked = plan.get("tokens_per_pass")
+        if asked is None:
+            yield plan
+            return
+        if self._room is None:
+            alone = len(self._model.devices) == 1 and self._model.device.startswith("cuda")
+            self._room = Room(asked, MOST["cuda"] if alone else 0)
+        tokens, refused = self._room.tokens, self._room.refused
+        try:
+            yield plan | {"room": self._room}
+        finally:
+            if self._room.refused > refused:
+                tell(f"out of memory: going on with {self._room.tokens} tokens in a pass")
+            if self._room.tokens != tokens:
+                self._settled(self._room.tokens)
 
     def _weights(self) -> Any:
         """What earlier units found of the weights."""
@@ -93,10 +139,6 @@ class _Local:
             self._known = Weights(None if asked is None else torch.from_numpy(asked))
         return self._known
 
-    def _smaller(self, plan: dict[str, Any]) -> dict[str, Any]:
-        known = self._tokens is not None and "tokens_per_pass" in plan
-        return plan | {"tokens_per_pass": self._tokens} if known else plan
-
     def _from_halves(self, unit: Unit) -> dict[str, Any]:
         halves = unit.halves()
         if not halves:
@@ -104,14 +146,63 @@ class _Local:
                 f"{unit.label}: out of memory with one prompt and one case: choose a smaller --length or --dtype"
             )
         tell(f"out of memory: {unit.label}, in two halves")
-        return unit.join(*(self._result(half) for half in halves))
+        return unit.join(*(Coming(self._result(half)).home() for half in halves))
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device's memory, or the machine's, is exhausted."""
+    from selfrepair_nn.tracing.memory import out_of_memory
+
+    return out_of_memory(error)
+
+
+class Coming:
+    """A result that GPUs may still be computing. It is brought home beside what they were given since."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        import torch
+
+        self._found, self._done = found, {}
+        for device in {x.device for x in _tensors(found) if x.is_cuda}:
+            self._done[device] = torch.cuda.Event()
+            self._done[device].record(torch.cuda.current_stream(device))
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a GPU has it."""
+        return bool(self._done)
+
+    def home(self) -> dict[str, Any]:
+        """The result, on the CPU: from a GPU through pinned memory, as soon as it is computed."""
+        import torch
+
+        from selfrepair_nn.tracing.readouts import to_cpu
+
+        streams = {device: torch.cuda.Stream(device) for device in self._done}
+        for device, stream in streams.items():
+            stream.wait_event(self._done[device])
+        found = _copied(self._found, streams)
+        for stream in streams.values():
+            stream.synchronize()
+        return to_cpu(found)
+
+
+def _tensors(found: Any) -> Iterator[Any]:
+    for each in found.values():
+        yield from _tensors(each) if isinstance(each, dict) else (each,)
+
+
+def _copied(found: Any, streams: dict[Any, Any]) -> Any:
+    """A result with copies in pinned memory, each under way on the stream of its device."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(found, dict):
+        return {name: _copied(each, streams) for name, each in found.items()}
+    if found.device not in streams:
+        return found
+    pinned = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    with torch.cuda.stream(streams[found.device]):
+        return pinned.copy_(found, non_blocking=True)
 
 
 @contextmanager

@@ -284,8 +284,11 @@ class Experiment:
         """bool [layer, head] or [case], along the store's dimensions: what is part of the run."""
         if not self.grid:
             return np.ones(len(self.graph.ablate), bool)
-        wanted = set(self.heads)
-        return np.array([[Head(layer, h) in wanted for h in self._head_indices] for layer in self.layers])
+        layers, heads = self.layers, self._head_indices
+        found = np.zeros((len(layers), len(heads)), bool)
+        rows = np.searchsorted(layers, [h.layer for h in self.heads])
+        found[rows, np.searchsorted(heads, [h.head for h in self.heads])] = True
+        return found
 
     def on_grid(self, values: np.ndarray) -> np.ndarray:
         """From [case, …] to [layer, head, …], filled where a head is not part of the run; as it is without a grid."""

@@ -1,10 +1,12 @@
-"""How many tokens go into one forward pass, and how many threads compute it: what fits this machine."""
+"""How many tokens go into a pass, how many prompts into a unit, and how many threads compute: what fits a machine."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.models.architectures import Structure
 
 TOKENS_PER_PASS = 2304
@@ -34,6 +36,27 @@ def bytes_for_token(structure: Structure, itemsize: int, length: int) -> int:
     return one_layer * itemsize + 4 * s.n_layers * (s.n_heads + 1)
 
 
+def block_for(work: Work, tokens: int, memory: int, itemsize: int, stored: int) -> int:
+    """Prompts in a unit: as many as let the cases that begin in one layer fill a pass of so many `tokens`.
+
+    What is kept of them, clean and measured, takes at most a quarter of the free `memory` in bytes. `stored` are the
+    bytes that the store keeps of each token.
+    """
+    most = max(Counter(min(site.layer for site in case) for case in work.graph.ablate).values())
+    kept = clean_bytes_for_token(work.structure, itemsize) + 2 * stored
+    return max(1, min(tokens // most, memory // 4 // kept) // work.length)
+
+
+def clean_bytes_for_token(structure: Structure, itemsize: int) -> int:
+    """Memory that a unit keeps for each of its tokens, of every layer, at most.
+
+    z of the tokens and of their replacement, what the MLP and the attention give and the stream between; and, in
+    float32, the target's direction pulled back to z.
+    """
+    s = structure
+    return s.n_layers * (s.n_heads * s.d_head * (2 * itemsize + 4) + 3 * s.d_model * itemsize)
+
+
 def free_memory(device: str) -> int:
     """Bytes that are free on a device, or in this machine's memory."""
     import torch
@@ -53,6 +76,17 @@ def fitting_tokens(model: Any, length: int, processes: int = 1) -> int:
     itemsize = getattr(torch, model.dtype).itemsize
     memory = min(map(free_memory, model.devices))
     return tokens_for(model.structure, itemsize, length, memory // processes, kind)
+
+
+def fitting_block(model: Any, work: Work, stored: int, processes: int = 1) -> int:
+    """Prompts in a unit of a loaded model, in each of several processes: on a GPU so many that its passes are full."""
+    import torch
+
+    if not model.device.startswith("cuda"):
+        return work.block
+    memory = min(map(free_memory, model.devices)) // processes
+    tokens = fitting_tokens(model, work.length, processes)
+    return block_for(work, tokens, memory, getattr(torch, model.dtype).itemsize, stored)
 
 
 @contextmanager

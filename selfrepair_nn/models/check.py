@@ -5,6 +5,7 @@ forward passes, behind everything that follows the unembedding.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from selfrepair_nn.components import Head
 from selfrepair_nn.equations import TOLERANCE
@@ -129,7 +130,7 @@ def _arrays(tokens):
     return {"tokens": tokens, "partner_tokens": tokens.roll(1, 0)}
 
 
-def _ablate(model, tokens, heads, replacement, record):
+def _ablate(model, tokens, heads, replacement, record) -> dict[str, Any]:
     from selfrepair_nn.tracing.jobs import ablation_job
     from selfrepair_nn.tracing.session import run_session
 

@@ -77,8 +77,8 @@ class Model:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """The structure as the plain dict that travels with a job."""
-        return asdict(self.structure)
+        """The structure as the plain dict that travels with a job; and whether several devices may hold the model."""
+        return asdict(self.structure) | {"spread": self.served or len(self.devices) > 1}
 
 
 def wrap(module: Any, tokenizer: Any = None, description: Description | None = None) -> Model:

@@ -20,7 +20,8 @@ def own_logits(model, tokens, last=None):
 
     kept = 0 if last is None else last + 1
     targets = tokens[:, 1:] if last is None else tokens[:, -last:]
-    return widen(_returned(model, tokens, logits_to_keep=kept)).gather(-1, targets[..., None])[..., 0]
+    logits = _returned(model, tokens, logits_to_keep=kept)
+    return widen(logits.gather(-1, targets[..., None].to(logits.device))[..., 0]).cpu()
 
 
 def own_answers(model) -> list[float]:
@@ -33,7 +34,7 @@ def _returned(model, tokens, **more):
 
     with torch.no_grad():
         out = model.given(tokens.to(model.device), use_cache=False, **more)
-    return (out[0] if isinstance(out, tuple) else out.logits)[:, :-1].cpu()
+    return (out[0] if isinstance(out, tuple) else out.logits)[:, :-1]
 
 
 def drawn_tokens(model):

@@ -45,6 +45,7 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
         ablate=sweep(Head(_with_heads(layer, layout), 0) for layer in experiment.layers),
         replacement="identity",
         target=experiment.graph.target,
+        record="total",
     )
     plan = graph.plan(layout) | {"tokens_per_pass": experiment.work.tokens_per_pass, "shaken": True}
     shapes = ablation_shapes(plan, experiment.work.sizes, packed=False)

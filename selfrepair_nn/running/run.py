@@ -23,7 +23,7 @@ from selfrepair_nn.estimating.preview import large, preview_of, preview_text
 from selfrepair_nn.given import Given
 from selfrepair_nn.integrity import verify
 from selfrepair_nn.layout.experiment import Experiment, prepare
-from selfrepair_nn.layout.packing import computing_with, fitting_tokens
+from selfrepair_nn.layout.packing import computing_with, fitting_block, fitting_tokens
 from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.models.model import Model, evaluating
@@ -112,6 +112,8 @@ def _into_store(experiment: Experiment, shared: Sharing, command: str, progress:
                     experiment = _decided(experiment, model)
                 hold.require()
                 new = store is None
+                if new:
+                    experiment = _sized(experiment, model, shared.on_one_device)
                 store = store or create(experiment, command, record)
                 experiment = as_stored(experiment, store)
                 mend(store, experiment, damage)
@@ -229,6 +231,16 @@ def _fill(
                 yield block
 
 
+def _sized(experiment: Experiment, model: Model, processes: int) -> Experiment:
+    """With as many prompts in a unit as the device is best given, unless that was chosen."""
+    o, work = experiment.options, experiment.work
+    if o.served or o.batch_size:
+        return experiment
+    stored = work.store_bytes(experiment.quantities, experiment.precision) // (work.prompts * work.length)
+    block = min(work.prompts, max(work.block, fitting_block(model, work, stored, processes)))
+    return replace(experiment, work=replace(work, block=block))
+
+
 def _packed(store: Store, experiment: Experiment, model: Model, processes: int) -> Experiment:
     """With as many tokens in a pass as fit; as many as before where the run goes on: numbers round alike."""
     o = experiment.options
@@ -243,7 +255,8 @@ def _packed(store: Store, experiment: Experiment, model: Model, processes: int) 
 
 def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
     if not experiment.options.served:
-        return backend(experiment.options.backend, model, experiment.vocabulary)
+        settled = (lambda tokens: None) if experiment.options.part else _keeping_tokens(store)
+        return backend(experiment.options.backend, model, experiment.vocabulary, settled)
     from selfrepair_nn.backends.ndif.served import connected
 
     jobs, facts = connected(experiment.options, model, _ledger(store))
@@ -255,6 +268,10 @@ def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
         )
     store.annotate(**facts)
     return jobs
+
+
+def _keeping_tokens(store: Store) -> Callable[[int], None]:
+    return lambda tokens: store.annotate(tokens_per_pass=tokens)
 
 
 def _ledger(store: Store) -> Ledger:

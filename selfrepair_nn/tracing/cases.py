@@ -4,7 +4,7 @@ import torch
 
 from selfrepair_nn.tracing.clean import clean_pass
 from selfrepair_nn.tracing.objects import Bundle
-from selfrepair_nn.tracing.readouts import widen
+from selfrepair_nn.tracing.readouts import total
 from selfrepair_nn.tracing.replacements import replacement_of
 from selfrepair_nn.tracing.routing import routing_needs
 from selfrepair_nn.tracing.sites import site_of
@@ -30,14 +30,18 @@ class Block(Bundle):
 
 
 class Prepared(Bundle):
-    """A case ready for a pass: {site: its Edit}, and what it begins with, [prompt, position, d_model] each.
-
-    `stream` is the residual stream that is taken up, `attention` what the attention gives where that is inside a layer.
-    """
+    """A case ready for a pass: {site: its Edit}."""
 
     edits: dict
-    stream: torch.Tensor
-    attention: object = None
+
+    @property
+    def written(self):
+        """What is added where its pass begins, [prompt, position, d_model]."""
+        return total(edit.written for edit in self.edits.values() if edit.written is not None)
+
+    def effect(self, which):
+        """⟨x, d_t⟩ of its sites together, before (0) or after (1): [prompt, position]."""
+        return total(edit.effects[which] for edit in self.edits.values())
 
 
 def realised(plan):
@@ -99,25 +103,25 @@ def sources(model, plan, arrays, clean, cases):
     return clean_pass(model, plan, arrays[text], keep)
 
 
-def prepare(block, case):
-    """A case ready for a pass."""
-    by = block.plan["replacement"]
-    start = by.begins(case, block.plan)
-    edits = {site: by.edit(site, block, start) for site in case}
-    layer, inside = start
-    stream = block.clean["input"][layer]
-    begun = block.clean["attention"][layer] if inside else stream
-    written = [edit.written.to(begun.device) for edit in edits.values() if edit.written is not None]
-    written = sum(written[1:], written[0]).to(stream.dtype)
-    if block.plan.get("shaken"):
-        stream = stream + _rounding_steps(stream)
-    if inside:
-        return Prepared(edits, stream, begun + written)
-    return Prepared(edits, stream + written)
+def prepare(block, cases, start):
+    """Cases that begin at one place, ready for a pass: [Prepared]."""
+    by, edits = block.plan["replacement"], {}
+    for sites in alike(cases):
+        edits |= zip(sites, by.edits(sites, block, start), strict=True)
+    return [Prepared({site: edits[site] for site in case}) for case in cases]
 
 
-def _rounding_steps(x):
-    """For each entry up to one rounding step, up or down, the same each time."""
-    generator = torch.Generator(x.device).manual_seed(0)
-    part = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1
-    return (widen(x) * torch.finfo(x.dtype).eps * part).to(x.dtype)
+def clean_effects(block, cases):
+    """⟨x, d_t⟩ of each case's sites in the clean run: [case, prompt, position]."""
+    found = {}
+    for sites in alike(cases):
+        found |= zip(sites, block.home(sites[0].clean_effects(sites, block)), strict=True)
+    return torch.stack([total(found[site] for site in case) for case in cases])
+
+
+def alike(cases):
+    """The sites of cases, each once, in groups of one kind and layer: what is computed together."""
+    groups = {}
+    for site in (site for case in cases for site in case):
+        groups.setdefault((type(site), site.layer), {})[site] = None
+    return [[*sites] for sites in groups.values()]

@@ -8,9 +8,13 @@ from selfrepair_nn.tracing.readouts import norm_scale, per_head, values_in, wide
 from selfrepair_nn.tracing.routing import routing
 
 
-def no_logits():
-    """As `logits_to_keep`: no position's logits, so no product with the vocabulary."""
-    return slice(0, 0)
+def no_logits(plan):
+    """As `logits_to_keep`: no position's logits, so no product with the vocabulary.
+
+    Where a tensor says so, nnsight makes no attention mask row by row, and no GPU is waited for to look at it; but it
+    lies on one device, and the last layer perhaps on another.
+    """
+    return slice(0, 0) if plan["model"]["spread"] else torch.zeros(0, dtype=torch.long)
 
 
 def clean_pass(model, plan, tokens, keep):
@@ -30,7 +34,7 @@ def clean_pass(model, plan, tokens, keep):
     Returns {what: {layer: tensor}}; of the routing a dict of tensors for each layer.
     """
     count = plan["model"]["n_layers"]
-    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
         kept = save({what: {} for what in keep})
         for layer in range(count):
             for what, read in READS:
@@ -99,7 +103,7 @@ def embeddings(model, plan, tokens):
 
     Without one the stream that enters the first layer is the token embedding, multiplied or normed as the model does.
     """
-    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
         found = save([])
         if plan["model"]["position_embedding"]:
             found.append(place(model, plan, "token_embedding").output)
@@ -111,7 +115,7 @@ def embeddings(model, plan, tokens):
 
 def layer_on(model, plan, tokens, layer, residual):
     """What a layer makes of any residual stream that enters it: [prompt, position, d_model]."""
-    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
         take_up(model, plan, layer, residual)
         made = save([written(place(model, plan, "layers")[layer])])
     return made[0]
@@ -141,7 +145,7 @@ def attention_paid(model, plan, tokens, clean, layers, distances):
 def _indicated(model, plan, tokens, clean, layers, start):
     """z of each layer where the value at position start + i is the unit vector i, and 0 elsewhere."""
     width = plan["model"]["d_head"]
-    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits()):
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
         kept = save({})
         for layer in layers:
             values = values_in(part(model, plan, layer, "value").output, plan)

@@ -2,7 +2,16 @@
 
 import torch
 
-from selfrepair_nn.tracing.readouts import along, behind_norm, capped, norm_scale, per_head, product, widen
+from selfrepair_nn.tracing.readouts import (
+    along,
+    behind_norm,
+    capped,
+    norm_scale,
+    per_head,
+    product,
+    total,
+    widen,
+)
 from selfrepair_nn.tracing.routing import experts_used, rerouted
 
 
@@ -53,8 +62,11 @@ def ablated_readout(changes, batch, block, state):
     plan, probed = block.plan, block.probed
     scale = batch.of(state["norm_scale"])
     changes = _together(changes, scale.device)
-    effects = _effects(changes, batch, state["norm_scale"])
-    before, after = (_in_rows(effects, which) for which in (0, 1))
+    before, after = (batch.in_rows(lambda case, n=n: case.effect(n)) / scale for n in (0, 1))
+    effects = _effects(changes, batch, state["norm_scale"]) if _site_by_site(batch, plan) else []
+    for (rows, case, _), own in zip(batch.each(), effects, strict=False):
+        if any(edit.inserted is not None for edit in case.edits.values()):
+            after[rows] = total(pair[1] for pair in own.values())
     final = widen(changes["final"])
     difference = batch.against(torch.sub, final, widen(block.clean["input"][plan["model"]["n_layers"]]))
     ablated_scale = scale if plan["frozen_norm"] else norm_scale(final, plan)
@@ -72,14 +84,13 @@ def ablated_readout(changes, batch, block, state):
     if plan["record"] == "total":
         out["from_components"] = change / scale - (after - before)
     else:
-        heads = sum((x.sum(-1) / scale for x in changes["heads"].values()), torch.zeros_like(before))
-        mlps = sum((x / scale for x in changes["mlps"].values()), torch.zeros_like(before))
-        out["from_heads"] = heads - _own_seen(effects, batch, "heads")
-        out["from_mlps"] = mlps - _own_seen(effects, batch, "mlps")
+        heads = [x.sum(-1) for x in changes["heads"].values()]
+        out["from_heads"] = _without_own(_summed(heads, scale), effects, batch, "heads")
+        out["from_mlps"] = _without_own(_summed(changes["mlps"].values(), scale), effects, batch, "mlps")
     if "from_mixers" in plan["gives"]:
-        out["from_mixers"] = sum((x / scale for x in changes["mixers"].values()), torch.zeros_like(before))
+        out["from_mixers"] = _summed(changes["mixers"].values(), scale)
     if "from_post_norms" in plan["gives"]:
-        out["from_post_norms"] = sum((x / scale for x in changes["post_norms"]), torch.zeros_like(before))
+        out["from_post_norms"] = _summed(changes["post_norms"], scale)
     if "logit_change_capped" in plan["gives"]:
         raw_change = batch.against(torch.mul, difference, probed["raw_direction"]).sum(-1) / scale
         raw_change = _rescaled(batch.of(state["raw_effects"]), raw_change, scale, ablated_scale)
@@ -122,6 +133,17 @@ def _rescaled(effects, change, scale, ablated_scale):
     return (scale / ablated_scale - 1) * (effects + change) + change
 
 
+def _summed(changes, scale):
+    """Changes in several layers together, in logits: [row, position]."""
+    return torch.stack([*changes]).sum(0) / scale if len(changes) else torch.zeros_like(scale)
+
+
+def _site_by_site(batch, plan):
+    """Whether it matters which of a case's sites has which effect: a pass may show it, or it is recorded."""
+    seen = any(edit.seen for case, _ in batch.cases for edit in case.edits.values())
+    return seen or plan["record"] == "full" or plan["neurons"] is not None
+
+
 def _effects(changes, batch, scale):
     """Direct effect of each site of each case before and after, in logits, in the rows of the case.
 
@@ -141,23 +163,13 @@ def _effects(changes, batch, scale):
     return found
 
 
-def _in_rows(effects, which):
-    """The summed effects of each case's sites, before (0) or after (1): [row, position]."""
-    return torch.cat([sum(pair[which] for pair in own.values()) for own in effects])
-
-
-def _own_seen(effects, batch, part):
-    """The part of the measured changes of "heads" or "mlps" that belongs to the ablated sites themselves: [row, …]."""
-    sums = []
-    for (case, _), own in zip(batch.cases, effects, strict=True):
-        nothing = torch.zeros_like(next(iter(own.values()))[0])
-        seen = [
-            after - before
-            for site, (before, after) in own.items()
-            if site.part == part and case.edits[site].seen
-        ]
-        sums.append(sum(seen, nothing))
-    return torch.cat(sums)
+def _without_own(changes, effects, batch, part):
+    """Measured changes of "heads" or "mlps" less what of them belongs to the ablated sites themselves."""
+    for (rows, case, _), own in zip(batch.each(), effects, strict=False):
+        for site, (before, after) in own.items():
+            if site.part == part and case.edits[site].seen:
+                changes[rows] -= after - before
+    return changes
 
 
 def _component_changes(changes, batch, effects, scale, state, plan):

@@ -22,7 +22,7 @@ reaches their case's, in order.
 
 import torch
 
-from selfrepair_nn.tracing.cases import Block, needs, prepare, read_out, sources
+from selfrepair_nn.tracing.cases import Block, clean_effects, needs, prepare, read_out, sources
 from selfrepair_nn.tracing.clean import attention_paid, clean_pass, embeddings
 from selfrepair_nn.tracing.decompose import (
     ablated_readout,
@@ -31,9 +31,10 @@ from selfrepair_nn.tracing.decompose import (
     neuron_pullback,
     pullback,
 )
+from selfrepair_nn.tracing.memory import Room, Watch, out_of_memory
 from selfrepair_nn.tracing.passes import ablated_pass
 from selfrepair_nn.tracing.probes import probe
-from selfrepair_nn.tracing.readouts import norm_scale, to_cpu, widen
+from selfrepair_nn.tracing.readouts import norm_scale, sent, widen
 from selfrepair_nn.tracing.replacements import Identity
 from selfrepair_nn.tracing.rows import batches, gathered
 
@@ -41,29 +42,57 @@ from selfrepair_nn.tracing.rows import batches, gathered
 def ablation_job(model, arrays, plan, tick=None, known=None):
     """Ablate every case of the plan on one block of prompts. What it takes and returns is told at the top."""
     tokens, cases = arrays["tokens"], plan["cases"]
-    block = _block(model, plan, arrays, cases, known)
+    block, room = _block(model, plan, arrays, cases, known), plan.get("room") or Room(plan["tokens_per_pass"])
     state = clean_readout(block)
     if plan["record"] == "full":
         embedded = embeddings(model, plan, tokens)
         state["component_effects"] = component_effects(embedded, block, state["norm_scale"])
     found, start, ready = [], None, {}
-    for batch in batches(cases, plan, tokens, arrays.get("wanted")):
+    for batch in batches(cases, plan, tokens, room, state["norm_scale"].device, arrays.get("wanted")):
         if start != batch.start:
             start, ready = batch.start, {}
-        for index, _ in batch.cases:
-            if index not in ready:
-                ready[index] = prepare(block, cases[index])
-        prepared = batch.prepared(ready)
-        changes = ablated_pass(block, prepared)
-        results = _with_next(ablated_readout(changes, prepared, block, state), tokens)
-        found.append((batch, *_split(results, batch, arrays, plan)))
-        if tick is not None:
-            tick(len(batch.prompts))
+        results = _tried(block, batch, state, ready, room)
+        if results is not None:
+            found.append((batch, *_split(_with_next(results, tokens), batch, arrays, plan)))
+            if tick is not None:
+                tick(len(batch.prompts))
     out = _with_next(_of_clean_run(state, block.probed, plan), tokens)
     out |= gathered(found, len(tokens), tokens.shape[1] - 1, len(cases))
     if plan["attention"]:
         out["attention"] = _attention(block, cases)
-    return to_cpu(out)
+    return out
+
+
+def _tried(block, batch, state, ready, room):
+    """What a pass gives; None where there is not enough memory for it, but may be for a smaller one.
+
+    `ready` {index: Prepared} has the cases that begin there and are prepared already; others are added to it.
+    """
+    size = batch.tokens.numel()
+    try:
+        with Watch(state["norm_scale"].device) as watch:
+            results = _results(block, batch, state, ready)
+    except Exception as error:
+        if not out_of_memory(error) or len(batch.prompts) == 1:
+            raise
+    else:
+        room.fits(size)
+        if watch.used:
+            room.measure(size, watch.used, watch.free)
+        return results
+    room.too_small(size)
+    ready.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _results(block, batch, state, ready):
+    """The results of one pass: {name: [row, position, …]}."""
+    new = [index for index, _ in batch.cases if index not in ready]
+    ready |= zip(new, prepare(block, [block.plan["cases"][index] for index in new], batch.start), strict=True)
+    prepared = batch.prepared(ready)
+    return ablated_readout(ablated_pass(block, prepared), prepared, block, state)
 
 
 def _block(model, plan, arrays, cases, known):
@@ -93,11 +122,7 @@ def effects_job(model, arrays, plan, tick=None, known=None):
     cases = plan["cases"]
     block = _block(model, same, arrays, cases, known)
     scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)
-    effects = []
-    for case in cases:
-        edits = prepare(block, case).edits
-        effects.append(sum(edit.effects[0] / scale for edit in edits.values())[:, :-1])
-    return {"direct_effect": torch.stack(effects).cpu()}
+    return {"direct_effect": (clean_effects(block, cases) / scale)[:, :, :-1].contiguous()}
 
 
 def lengths_job(model, arrays, plan, tick=None, known=None):
@@ -113,14 +138,14 @@ def lengths_job(model, arrays, plan, tick=None, known=None):
         cut = clean_pass(model, plan, tokens[:, :length], {"input": [last]})["input"][last]
         same = whole[:, :length]
         found.append(((widen(cut) - same).norm(dim=-1) / same.norm(dim=-1)).amax(1))
-    return {"apart": torch.stack(found, 1).cpu()}
+    return {"apart": torch.stack(found, 1)}
 
 
 def mean_job(model, arrays, plan, tick=None, known=None):
     """Sums over a block's prompts and positions, in float64: {what: {layer: [width]}} for `plan["keep"]`."""
     kept = clean_pass(model, plan, arrays["tokens"], plan["keep"])
     return {
-        what: {layer: x.double().sum((0, 1)).cpu() for layer, x in layers.items()}
+        what: {layer: x.double().sum((0, 1)) for layer, x in layers.items()}
         for what, layers in kept.items()
     }
 
@@ -152,13 +177,12 @@ def _split(results, batch, arrays, plan):
     """
     if "thresholds" not in arrays:
         return results, {}, None
-    tokens, cases = arrays["tokens"], torch.cat([torch.full((len(p),), i) for i, p in batch.cases])
-    effect = results["direct_effect"]
-    top = effect >= arrays["thresholds"][cases, None].to(effect.device)
+    tokens, cases, effect = arrays["tokens"], batch.numbers, results["direct_effect"]
+    top = effect >= sent(arrays["thresholds"], cases.device)[cases, None]
     if "counted" in arrays:
-        top &= arrays["counted"].to(top.device)[batch.prompts.to(top.device), : top.shape[1]]
+        top &= sent(arrays["counted"], top.device)[batch.prompts, : top.shape[1]]
     row, position = top.nonzero(as_tuple=True)
-    rows = (cases * tokens.shape[0] + batch.prompts).to(row.device)
+    rows = cases * tokens.shape[0] + batch.prompts
     few = {name: results.pop(name)[top] for name in plan["large"] if name in results}
     return results, few, rows[row] * tokens.shape[1] + position
 

@@ -28,8 +28,8 @@ def ablated_pass(block, batch):
         experts {layer: [row, position, choice]}, where they are recorded or kept, final [row, position, d_model].
     """
     model, plan, (start, inside) = block.model, block.plan, batch.start
-    stream = torch.cat([batch.of(case.stream, prompts) for case, prompts in batch.cases])
-    with torch.no_grad(), model.trace(batch.tokens, use_cache=False, logits_to_keep=no_logits()):
+    stream = _taken_up(block, batch)
+    with torch.no_grad(), model.trace(batch.tokens, use_cache=False, logits_to_keep=no_logits(plan)):
         changes = save({"heads": {}, "mixers": {}, "mlps": {}, "post_norms": [], "experts": {}})
         if start or not inside or plan.get("shaken"):
             take_up(model, plan, start, stream)
@@ -48,10 +48,32 @@ def ablated_pass(block, batch):
     return changes
 
 
+def _taken_up(block, batch):
+    """The residual stream that a pass takes up, [row, position, d_model], with what is added to it before its layer."""
+    layer, inside = batch.start
+    clean = block.clean["input"][layer]
+    if block.plan.get("shaken"):
+        clean = clean + _rounding_steps(clean)
+    return batch.of(clean) if inside else _with_written(batch, clean)
+
+
+def _with_written(batch, clean):
+    """What a pass begins with: `clean` [prompt, position, d_model] and what each case adds there, in its dtype."""
+    written = batch.in_rows(lambda case: case.written)
+    return batch.against(torch.add, written.to(clean.device, clean.dtype), clean)
+
+
+def _rounding_steps(x):
+    """For each entry up to one rounding step, up or down, the same each time."""
+    generator = torch.Generator(x.device).manual_seed(0)
+    part = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1
+    return (widen(x) * torch.finfo(x.dtype).eps * part).to(x.dtype)
+
+
 def _begin_inside(block, layer, batch, stream):
     """Let what the cases make of the layer's attention stand for it."""
     model, plan = block.model, block.plan
-    attention = torch.cat([batch.of(case.attention, prompts) for case, prompts in batch.cases])
+    attention = _with_written(batch, block.clean["attention"][layer])
     if "attention_norm" in plan["model"]["places"]:
         part(model, plan, layer, "attention_norm").skip(stub(stream))
     if plan["model"]["residual_inside"]:

@@ -19,7 +19,7 @@ from nnsight import save
 from selfrepair_nn.tracing.clean import no_logits
 from selfrepair_nn.tracing.objects import Bundle
 from selfrepair_nn.tracing.places import part, place
-from selfrepair_nn.tracing.readouts import centre, norm_scale, product, values_in, widen
+from selfrepair_nn.tracing.readouts import centre, norm_scale, product, sent, values_in, widen
 
 UNEMBEDDING_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 """How many numbers of the vocabulary's size may come at once: the fewer, the oftener the unembedding is read."""
@@ -71,21 +71,22 @@ def probe(model, plan, layers, targets, others=None, neurons=(), where=(), known
         for name, value in new.items():
             found[name] = found[name] | value if name in OF_LAYERS else value
         if tokens is not None:
-            found["tokens"] = tokens.to(found["rows"].device)
+            found["tokens"] = tokens
     return found | _pull_back(plan, found, wanted, len(targets))
 
 
 def _new_tokens(found, wanted, vocabulary):
     """The ids whose rows of the unembedding are to be probed, in ascending order; None if all are known."""
-    if "tokens" in found and torch.isin(wanted.to(found["tokens"].device), found["tokens"]).all():
+    wanted = wanted.cpu()
+    if "tokens" in found and torch.isin(wanted, found["tokens"]).all():
         return None
-    asked = wanted.flatten() if vocabulary is None else torch.cat([wanted.flatten(), vocabulary.to(wanted.device)])
+    asked = wanted.flatten() if vocabulary is None else torch.cat([wanted.flatten(), vocabulary])
     return asked.unique()
 
 
 def _probed(model, plan, layers, neurons, norms, tokens, where, first):
     """One trace that calls the modules on known vectors; `first` [1, 1] is a token to run it with."""
-    with torch.no_grad(), model.trace(first, use_cache=False, logits_to_keep=no_logits()):
+    with torch.no_grad(), model.trace(first, use_cache=False, logits_to_keep=no_logits(plan)):
         like = place(model, plan, "final_norm").input[0, :1]
         there = {layer: like.to(device) for layer, device in where.items()}
         found = save({name: {} for name in OF_LAYERS})
@@ -176,8 +177,9 @@ def _pull_back(plan, found, wanted, prompts):
     `wanted` holds the targets of the `prompts`, followed, for the target "difference", by what is subtracted.
     """
     beta, gamma = found["norm_bias_final"], found["norm_gain_final"]
-    distinct, inverse = wanted.to(beta.device).unique(return_inverse=True)
-    at = torch.searchsorted(found["tokens"], distinct)
+    distinct, inverse = wanted.cpu().unique(return_inverse=True)
+    at = sent(torch.searchsorted(found["tokens"], distinct), beta.device)
+    inverse = sent(inverse, beta.device)
     rows, biases = (plan["model"]["logit_scale"] * found[name][at] for name in ("rows", "biases"))
     mean_row, mean_bias = (plan["model"]["logit_scale"] * found[name][-1] for name in ("rows", "biases"))
 

@@ -23,6 +23,27 @@ def product(a, b):
         return widen(a) @ widen(b)
 
 
+def total(tensors):
+    """Their sum, on the device of the first; that one itself where there is no other."""
+    first, *others = tensors
+    return sum((x.to(first.device) for x in others), first)
+
+
+def sent(x, device):
+    """`x` on a device; from the CPU to a GPU through pinned memory, so that nothing waits for what that still does."""
+    if x.is_cuda or torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def among(indices, device):
+    """As an index: a slice where they follow one another, which copies nothing, else a tensor on the device."""
+    first = indices[0]
+    if indices == list(range(first, first + len(indices))):
+        return slice(first, first + len(indices))
+    return sent(torch.tensor(indices), device)
+
+
 def centre(x, plan):
     """C(x): minus the mean over the last dimension for LayerNorm, the identity for RMSNorm."""
     return x - x.mean(-1, keepdim=True) if plan["model"]["centred_norm"] else x
@@ -57,15 +78,8 @@ def capped(logit, plan):
 
 
 def to_cpu(found):
-    """Tensors by name, on the CPU: from a GPU all at once, through pinned memory."""
-    out = {name: value.cpu() for name, value in found.items() if not value.is_cuda}
-    for name, value in found.items():
-        if value.is_cuda:
-            pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            out[name] = pinned.copy_(value, non_blocking=True)
-    if any(value.is_cuda for value in found.values()):
-        torch.cuda.synchronize()
-    return out
+    """A job's result, tensors by name and perhaps by layer, on the CPU."""
+    return {name: to_cpu(each) if isinstance(each, dict) else each.cpu() for name, each in found.items()}
 
 
 def norm_scale(x, plan):

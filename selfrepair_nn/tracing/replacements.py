@@ -20,9 +20,9 @@ class Replacement:
         """Where a case's pass begins: at the first place that its first site can change."""
         return min(site.behind(plan) for site in case)
 
-    def edit(self, site, block, start):
-        """What becomes of a site in a pass that begins at `start`."""
-        return site.edit(self, block, start)
+    def edits(self, sites, block, start):
+        """What becomes of sites, all of one kind and layer, in passes that begin at `start`: [Edit]."""
+        return sites[0].edits(sites, self, block, start)
 
 
 class Identity(Replacement):
@@ -98,14 +98,16 @@ class Reinforce(Bundle, Replacement):
     def begins(self, case, plan):
         return case[0].layer, False
 
-    def edit(self, site, block, start):
-        value = site.value(block.clean, block.plan)
-        own = site.write(widen(value) - site.constant(block), block)
+    def edits(self, sites, block, start):
+        values, kind = sites[0].values(sites, block), sites[0]
+        constants = torch.stack([site.constant(block) for site in sites])[:, None, None]
+        own = kind.writes(sites, widen(values) - constants, block)
         edited = block.arrays["edited_position"].to(own.device)[:, None]
-        here = edited == torch.arange(own.shape[1], device=own.device)
-        written, effect = self.scale * own * here[..., None], block.home(site.effect(value, block))
+        here = edited == torch.arange(own.shape[2], device=own.device)
+        written, effects = self.scale * own * here[..., None], block.home(kind.effects(sites, values, block))
         inserted = block.home(along(written, block.probed["direction"]))
-        return Edit((effect, effect), written=written, inserted=inserted)
+        found = zip(effects, written, inserted, strict=True)
+        return [Edit((effect, effect), written=w, inserted=i) for effect, w, i in found]
 
 
 KINDS = {

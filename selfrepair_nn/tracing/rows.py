@@ -4,6 +4,7 @@ import torch
 
 from selfrepair_nn.tracing.cases import begins
 from selfrepair_nn.tracing.objects import Bundle
+from selfrepair_nn.tracing.readouts import sent
 
 
 class Batch(Bundle):
@@ -28,17 +29,27 @@ class Batch(Bundle):
             yield slice(first, first + len(prompts)), case, prompts
             first += len(prompts)
 
+    @property
+    def numbers(self):
+        """The index of each row's case, where the cases are not prepared yet."""
+        counts = torch.tensor([len(prompts) for _, prompts in self.cases])
+        return sent(torch.tensor([i for i, _ in self.cases]).repeat_interleave(counts), self.prompts.device)
+
     def prepared(self, ready):
         """The same with each case, by its index, prepared."""
         cases = [(ready[index], prompts) for index, prompts in self.cases]
         return Batch(**vars(self) | {"cases": cases})
+
+    def in_rows(self, of_case):
+        """What `of_case` gives of each case, [prompt, position, …], in its rows: [row, position, …]."""
+        return torch.cat([self.of(of_case(case), prompts) for case, prompts in self.cases])
 
     def of(self, x, prompts=None):
         """What belongs to each row (or to a row for each of `prompts`), from x [prompt, position, …]."""
         if self.whole and prompts is not None:
             return x[:, : self.length]
         wanted = self.prompts if prompts is None else prompts
-        return x[:, : self.length].index_select(0, wanted.to(x.device))
+        return x[:, : self.length].index_select(0, sent(wanted, x.device))
 
     def against(self, operation, x, kept):
         """operation(x, what belongs to each row of `kept`) for x [row, position, …] and kept [prompt, position, …].
@@ -51,29 +62,32 @@ class Batch(Bundle):
         return operation(x, self.of(kept))
 
 
-def batches(cases, plan, tokens, wanted=None):
-    """Share the work out among passes: one start each, and at most `tokens_per_pass` tokens (but at least one row).
+def batches(cases, plan, tokens, room, device, wanted=None):
+    """Share the work out among passes: one start each, and at most as many tokens as there is room for, or one row.
 
     Args:
         tokens: ids [prompt, position].
+        room: a `memory.Room`. Where it has become smaller when the next batch is asked for, the last one did not fit,
+            and its rows come again.
+        device: where the batches' tokens and indices are to lie.
         wanted: how many positions of each prompt are wanted for each case, [case, prompt]; None for all of them.
             Rows with none are left out, and rows of like length go together.
 
-    Returns a list of Batch.
+    Gives one Batch after the other.
     """
     n, length = tokens.shape
-    found = []
     for start, group in _by_start(cases, plan):
         lengths = torch.full((len(group), n), length) if wanted is None else wanted[group]
         rows = lengths.flatten().sort(descending=True, stable=True)[1]
         rows = rows[lengths.flatten()[rows] > 0]
-        whole = n if wanted is None else 1
         while len(rows):
             longest = int(lengths.flatten()[rows[0]])
-            size = max(1, plan["tokens_per_pass"] // (longest * whole)) * whole
-            found.append(_batch(start, rows[:size].sort()[0], group, tokens, longest))
-            rows = rows[size:]
-    return found
+            whole = n if wanted is None and room.tokens >= n * longest else 1
+            size = max(1, room.tokens // (longest * whole)) * whole
+            batch = _batch(start, rows[:size].sort()[0], group, tokens, longest, device)
+            yield batch
+            if room.fitted >= batch.tokens.numel():
+                rows = rows[size:]
 
 
 def _by_start(cases, plan):
@@ -88,11 +102,13 @@ def _by_start(cases, plan):
     return groups
 
 
-def _batch(start, rows, group, tokens, longest):
+def _batch(start, rows, group, tokens, longest, device):
     case, prompts = rows // len(tokens), rows % len(tokens)
-    own = [(group[i], prompts[case == i]) for i in case.unique().tolist()]
-    whole = all(len(of_case) == len(tokens) for _, of_case in own)
-    return Batch(start, own, prompts, whole, tokens[prompts.to(tokens.device), :longest], longest)
+    indices, counts = case.unique(return_counts=True)
+    whole, ids = bool((counts == len(tokens)).all()), tokens[prompts.to(tokens.device), :longest]
+    prompts = sent(prompts, device)
+    own = [(group[i], of_case) for i, of_case in zip(indices.tolist(), prompts.split(counts.tolist()), strict=True)]
+    return Batch(start, own, prompts, whole, sent(ids, device), longest)
 
 
 def gathered(found, prompts, positions, cases):
@@ -101,16 +117,25 @@ def gathered(found, prompts, positions, cases):
     `found` is a list of (Batch, {name: [row, position, …]}, {name: [token, …]}, places of these tokens); the latter
     come back as [token, …], in the order of case, prompt and position.
     """
+    rows = sum(len(batch.prompts) for batch, *_ in found)
+    if rows == cases * prompts and all(batch.length > positions for batch, *_ in found):
+        out = {name: torch.cat([results[name] for _, results, *_ in found]) for name in found[0][1]}
+        out = {name: x.unflatten(0, (cases, prompts)) for name, x in out.items()}
+    else:
+        out = _scattered(found, (cases, prompts, positions))
+    order = torch.cat([places for *_, places in found]).argsort() if found[0][2] else None
+    for name in found[0][2]:
+        out[name] = torch.cat([few[name] for _, _, few, _ in found])[order]
+    return out
+
+
+def _scattered(found, sizes):
+    """The results of passes that have only some rows, each in its place."""
     out = {}
     for batch, results, _, _ in found:
-        case = torch.cat([torch.full((len(p),), i) for i, p in batch.cases])
         for name, value in results.items():
             if name not in out:
                 blank = float("nan") if value.is_floating_point() else -1
-                shape = (cases, prompts, positions, *value.shape[2:])
-                out[name] = torch.full(shape, blank, dtype=value.dtype, device=value.device)
-            out[name][case, batch.prompts, : value.shape[1]] = value
-    order = torch.cat([places for *_, places in found]).argsort() if found and found[0][2] else None
-    for name in found[0][2] if found else ():
-        out[name] = torch.cat([few[name] for _, _, few, _ in found])[order]
+                out[name] = value.new_full((*sizes, *value.shape[2:]), blank)
+            out[name][batch.numbers, batch.prompts, : value.shape[1]] = value
     return out

@@ -3,9 +3,11 @@
 A place in the order of a pass is (layer, inside): before a layer, or inside it, behind its attention. Places compare.
 """
 
+import torch
+
 from selfrepair_nn.tracing.clean import layer_on
 from selfrepair_nn.tracing.objects import Bundle, Label
-from selfrepair_nn.tracing.readouts import along, behind_norm, per_head, product, widen
+from selfrepair_nn.tracing.readouts import along, among, behind_norm, per_head, product, widen
 
 
 class Edit(Bundle):
@@ -31,7 +33,8 @@ class Edit(Bundle):
 class Activation:
     """A site with a value of its own, of which a replacement takes the place.
 
-    `kept` is what a clean pass keeps of it, `part` the part of a layer whose changes include it.
+    `kept` is what a clean pass keeps of it, `part` the part of a layer whose changes include it. What takes `sites`
+    takes several of the site's own kind and layer, and their values [site, prompt, position, …], at once.
     """
 
     def needs(self):
@@ -46,18 +49,27 @@ class Activation:
         """The part of its value that no input changes."""
         return block.probed["direction"].new_zeros(())
 
-    def edit(self, replacement, block, start):
-        """What `replacement` does to it in a pass that begins at `start`."""
-        before = self.value(block.clean, block.plan)
-        new = replacement.new(self, before, block)
-        effects = block.home(self.effect(before, block)), block.home(self.effect(new, block))
+    def edits(self, sites, replacement, block, start):
+        """What `replacement` does to each of `sites` in a pass that begins at `start`: [Edit]."""
+        before = self.values(sites, block)
+        new = torch.stack([replacement.new(s, x, block) for s, x in zip(sites, before, strict=True)])
+        pairs = zip(*(block.home(self.effects(sites, x, block)) for x in (before, new)), strict=True)
         if self.behind(block.plan) <= start:
-            return Edit(effects, written=self.added(widen(new) - widen(before), block))
-        return Edit(effects, new=new)
+            written = self.added(sites, widen(new) - widen(before), block)
+            return [Edit(pair, written=x) for pair, x in zip(pairs, written, strict=True)]
+        return [Edit(pair, new=x) for pair, x in zip(pairs, new, strict=True)]
 
-    def added(self, change, block):
-        """What a change of it adds where its pass begins."""
-        return self.write(change, block)
+    def values(self, sites, block):
+        """What the sites are worth in the clean run: [site, prompt, position, …]."""
+        return torch.stack([site.value(block.clean, block.plan) for site in sites])
+
+    def clean_effects(self, sites, block):
+        """⟨x, d_t⟩ of each of `sites` in the clean run: [site, prompt, position]."""
+        return self.effects(sites, self.values(sites, block), block)
+
+    def added(self, sites, changes, block):
+        """What changes of sites add where their passes begin: [site, prompt, position, d_model]."""
+        return self.writes(sites, changes, block)
 
     def component_changes(self, index, pair, clean):
         """Its own change of direct effect: (where it stands among the components, the change)."""
@@ -91,21 +103,25 @@ class Head(Label, Activation):
     def constant(self, block):
         return block.probed["value_constant"][self.layer][self.head]
 
-    def given(self, change, block):
-        """What the output projection makes of a change of z."""
-        return product(change, block.probed["output_projection"][self.layer][self.head])
+    def given(self, sites, changes, block):
+        """What the output projection makes of changes of z."""
+        heads = among([site.head for site in sites], changes.device)
+        through = block.probed["output_projection"][self.layer][heads]
+        return product(changes.flatten(1, 2), through).unflatten(1, changes.shape[1:3])
 
-    def added(self, change, block):
+    def added(self, sites, changes, block):
         inside = self.behind(block.plan)[1]
-        return self.given(change, block) if inside else self.write(change, block)
+        return (self.given if inside else self.writes)(sites, changes, block)
 
-    def write(self, change, block):
-        scaled = block.plan["model"]["write_scale"] * self.given(change, block)
+    def writes(self, sites, changes, block):
+        scaled = block.plan["model"]["write_scale"] * self.given(sites, changes, block)
         return behind_norm(scaled, block.probed, block.clean, self.layer)
 
-    def effect(self, value, block):
-        through = per_head(block.probed["pullback"][self.layer], block.plan)[:, :, self.head]
-        return ((widen(value) - self.constant(block)) * through).sum(-1)
+    def effects(self, sites, values, block):
+        heads = among([site.head for site in sites], values.device)
+        through = per_head(block.probed["pullback"][self.layer], block.plan)[:, :, heads].movedim(2, 0)
+        constant = block.probed["value_constant"][self.layer][heads][:, None, None]
+        return ((widen(values) - constant) * through).sum(-1)
 
 
 class Mlp(Label, Activation):
@@ -124,11 +140,11 @@ class Mlp(Label, Activation):
     def put(self, out, rows, new, plan):
         out[rows] = new.to(out.dtype)
 
-    def write(self, change, block):
-        return block.plan["model"]["write_scale"] * change
+    def writes(self, sites, changes, block):
+        return block.plan["model"]["write_scale"] * changes
 
-    def effect(self, value, block):
-        return along(widen(value), block.probed["given_direction"])
+    def effects(self, sites, values, block):
+        return along(values, block.probed["given_direction"])
 
 
 class Neuron(Label, Activation):
@@ -148,11 +164,13 @@ class Neuron(Label, Activation):
     def put(self, neurons, rows, new, plan):
         neurons[rows, :, self.neuron] = new.to(neurons.dtype)
 
-    def write(self, change, block):
-        return change[..., None] * block.probed["down_projection"][self.layer][self.neuron]
+    def writes(self, sites, changes, block):
+        neurons = among([site.neuron for site in sites], changes.device)
+        return changes[..., None] * block.probed["down_projection"][self.layer][neurons][:, None, None]
 
-    def effect(self, value, block):
-        return widen(value) * block.probed["neuron_pullback"][self.layer][:, :, self.neuron]
+    def effects(self, sites, values, block):
+        neurons = among([site.neuron for site in sites], values.device)
+        return widen(values) * block.probed["neuron_pullback"][self.layer][:, :, neurons].movedim(2, 0)
 
     def neuron_changes(self, layer, pair, clean):
         change = pair[1] - pair[0]
@@ -170,11 +188,17 @@ class Rebuilt:
     def behind(self, plan):
         return self.stop, False
 
-    def edit(self, replacement, block, start):
+    def edits(self, sites, replacement, block, start):
+        return [site.edit(block) for site in sites]
+
+    def edit(self, block):
         entering, leaving = (widen(block.clean["input"][layer]) for layer in (self.layer, self.stop))
         entering, new = entering.to(leaving.device), widen(self.stream(block)).to(leaving.device)
         effects = tuple(block.home(along(x - entering, block.probed["direction"])) for x in (leaving, new))
         return Edit(effects, written=new - leaving)
+
+    def clean_effects(self, sites, block):
+        return torch.stack([site.edit(block).effects[0] for site in sites])
 
     def neuron_changes(self, layer, pair, clean):
         """None: what becomes of their neurons is not recorded."""
