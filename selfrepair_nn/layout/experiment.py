@@ -14,7 +14,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, Variants, of_model
-from selfrepair_nn.layout.packing import TOKENS_PER_PASS
+from selfrepair_nn.layout.packing import SERVED_TOKENS, TOKENS_PER_PASS, served_block
 from selfrepair_nn.layout.plan import Work, default_block
 from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
@@ -71,6 +71,16 @@ class Experiment:
         """The same with only these of its heads, the strongest first, and what follows from them."""
         variants = {label: graph.of(heads) for label, graph in self.work.variants.items()}
         return replace(self, work=replace(self.work, variants=variants))
+
+    def in_units_of(self, block: int) -> "Experiment":
+        """The same with so many prompts in a unit."""
+        return replace(self, work=replace(self.work, block=block))
+
+    @property
+    def bytes_of_token(self) -> int:
+        """What the store keeps of each token, before compression."""
+        work = self.work
+        return work.store_bytes(self.quantities, self.precision) // (work.prompts * work.length)
 
     @property
     def layers(self) -> list[int]:
@@ -350,16 +360,18 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
             "neurons and routing are kept for the top share of tokens: choose components 'top' or 'none'"
         )
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
-    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, options.tokens_per_pass or TOKENS_PER_PASS)
+    tokens = options.tokens_per_pass or (SERVED_TOKENS if options.served else TOKENS_PER_PASS)
+    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, tokens)
     lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])
     _require_statistics(options, work)
     order = _order(options, prompts.n)
     if lent is not None:
         lent = np.argsort(order)[lent[order]]
     asked = tuple(work.graphs)
-    return Experiment(
-        request, options, description, tokenizer, prompts.taken(order), order, lent, asked, work
-    )
+    found = Experiment(request, options, description, tokenizer, prompts.taken(order), order, lent, asked, work)
+    if options.served and not options.batch_size:
+        return found.in_units_of(served_block(work, found.bytes_of_token))
+    return found
 
 
 def _order(options: Options, n: int) -> np.ndarray:

@@ -4,13 +4,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
 from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.models.architectures import Structure
 
 TOKENS_PER_PASS = 2304
-"""Where products no longer gain from being larger, on a processor; and what a server is asked for."""
+"""Where products no longer gain from being larger, on a processor."""
+SERVED_TOKENS = 16384
+"""In a pass on a server, whose memory is not known: a job that finds it too little goes on with smaller passes."""
+A_JOB = {"tokens": 2**12, "head-tokens": 2**20, "bytes": 2**24}
+"""What one job on a server is at most asked for: minutes of the hour that it has, and an answer that comes at once."""
 LEAST = 600
 """Below this, what every pass costs beside its products shows."""
 SHARE_OF_MEMORY = {"cpu": 1 / 8, "cuda": 1 / 2}
@@ -39,12 +44,20 @@ def bytes_for_token(structure: Structure, itemsize: int, length: int) -> int:
 def block_for(work: Work, tokens: int, memory: int, itemsize: int, stored: int) -> int:
     """Prompts in a unit: as many as let the cases that begin in one layer fill a pass of so many `tokens`.
 
-    What is kept of them, clean and measured, takes at most a quarter of the free `memory` in bytes. `stored` are the
-    bytes that the store keeps of each token.
+    What is kept of them, clean and measured, takes at most a quarter of the free `memory` in bytes; `stored` are the
+    bytes that the store keeps of each token. All units are about as large.
     """
     most = max(Counter(min(site.layer for site in case) for case in work.graph.ablate).values())
     kept = clean_bytes_for_token(work.structure, itemsize) + 2 * stored
-    return max(1, min(tokens // most, memory // 4 // kept) // work.length)
+    fitting = max(1, min(tokens // most, memory // 4 // kept) // work.length)
+    return ceil(work.prompts / ceil(work.prompts / fitting))
+
+
+def served_block(work: Work, stored: int) -> int:
+    """Prompts in a job on a server: as many as a job may be asked for, but no fewer than a unit has elsewhere."""
+    cases = max(len(graph.ablate) for graph in work.graphs)
+    tokens = min(A_JOB["tokens"], A_JOB["head-tokens"] // cases, A_JOB["bytes"] // max(1, stored))
+    return min(work.prompts, max(work.block, tokens // work.length))
 
 
 def clean_bytes_for_token(structure: Structure, itemsize: int) -> int:

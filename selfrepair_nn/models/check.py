@@ -6,6 +6,7 @@ forward passes, behind everything that follows the unembedding.
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from selfrepair_nn.components import Head
 from selfrepair_nn.equations import TOLERANCE
@@ -17,6 +18,9 @@ from selfrepair_nn.models.plain import LOGITS, drawn_tokens, own_logits, whole_p
 
 ROWS = 1024
 MOST = 0.9
+_found: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""What was found on random tokens of each model of this process, by the state that it was in."""
+
 BY_TWO_WAYS = "an ablation from its own layer on equals the whole pass"
 
 
@@ -33,11 +37,14 @@ class Finding:
         return self.error <= self.limit
 
 
-def findings(model: Model, tokens=None) -> list[Finding]:
-    """What `models.load.check` tells, of a model that is here."""
+def findings(model: Model, tokens=None, state: str | None = None) -> list[Finding]:
+    """What `models.load.check` tells, of a model that is here; what was found of it in the same `state` is known."""
     with evaluating(model):
-        logits, errors = _on_random_tokens(model)
-        errors |= _on_whole_prompts(model, drawn_tokens(model) if tokens is None else tokens)
+        known = _found.setdefault(model.given, {})
+        logits, errors = known.get(state or "") or _on_random_tokens(model)
+        if state is not None:
+            known[state] = logits, errors
+        errors = errors | _on_whole_prompts(model, drawn_tokens(model) if tokens is None else tokens)
     spread, limit, parts = _spread(logits), TOLERANCE[model.dtype], {BY_TWO_WAYS: _part(model)}
     return [
         Finding(name, _worst(error, parts.get(name, 1.0)) / spread, limit) for name, error in errors.items()
@@ -90,9 +97,14 @@ def _with_heads(model) -> list[int]:
     return [n for n in range(model.structure.n_layers) if n not in model.structure.headless]
 
 
-def require(model, tokens=None) -> None:
-    """Raise UnsupportedModel, naming what fails, unless every finding passes."""
-    failed = [f for f in findings(model, tokens) if not f.passed]
+def require(model, tokens=None, state: str | None = None) -> None:
+    """Raise UnsupportedModel, naming what fails, unless every finding passes.
+
+    Args:
+        tokens: prompts of the run [prompt, position], on which passes of full length are tried.
+        state: what says that all of the model is as it was when it was last asked about; None: it is not known.
+    """
+    failed = [f for f in findings(model, tokens, state) if not f.passed]
     if not failed:
         return
     finite = [f for f in failed if f.error < float("inf")]

@@ -1,7 +1,6 @@
 """The store of a run: made for it or found, never another run's."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -120,7 +119,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
 
 def as_stored(experiment: Experiment, store: Store) -> Experiment:
     """The experiment in the units of its store, with the heads that were found when that was begun."""
-    experiment = replace(experiment, work=replace(experiment.work, block=store.prompts_per_chunk))
+    experiment = experiment.in_units_of(store.prompts_per_chunk)
     if not experiment.undecided:
         return experiment
     return experiment.of(_found_heads(store, experiment))

@@ -10,7 +10,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.experiment import Experiment
-from selfrepair_nn.layout.units import Unit, ablation_shapes
+from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.quantities import QUANTITIES
 
 TRIED = 4
@@ -33,13 +33,13 @@ def strongest(experiment: Experiment, layout: dict[str, Any], runner: Backend) -
 def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> np.ndarray:
     """Root mean square change of the logit that rounding alone makes of an ablation in each layer: [layer].
 
-    A head is replaced by itself, and the residual stream that its pass takes up is moved by up to one rounding step
+    A head is replaced by itself, and the residual stream where its pass begins is moved by up to one rounding step
     of the model's dtype. Without that step a clean and an ablated pass round alike, and what is found is 0 however
     coarse the dtype: but where something is really ablated they round differently. It is over the counted tokens of
     the first prompts, at least as many as a prompt has where there are so many in a unit. Where there is no grid of
     heads it is [case], each as its first layer's; a layer without heads has that of the next that has some.
     """
-    from selfrepair_nn.tracing.jobs import ablation_job
+    from selfrepair_nn.tracing.noise import noise_job
 
     graph = Graph(
         ablate=sweep(Head(_with_heads(layer, layout), 0) for layer in experiment.layers),
@@ -47,12 +47,12 @@ def noise_floor(experiment: Experiment, layout: dict[str, Any], runner: Backend)
         target=experiment.graph.target,
         record="total",
     )
-    plan = graph.plan(layout) | {"tokens_per_pass": experiment.work.tokens_per_pass, "shaken": True}
-    shapes = ablation_shapes(plan, experiment.work.sizes, packed=False)
+    plan = graph.plan(layout) | {"tokens_per_pass": experiment.work.tokens_per_pass}
+    shapes = {"logit_change": QUANTITIES["logit_change"].shape(experiment.work.sizes)}
     rows = _first_counted(experiment)
     unit = Unit(
         "noise floor",
-        ablation_job,
+        noise_job,
         slice(0, len(rows)),
         plan,
         lambda part: experiment.arrays(rows[part]),

@@ -25,7 +25,7 @@ from selfrepair_nn.integrity import verify
 from selfrepair_nn.layout.experiment import Experiment, prepare
 from selfrepair_nn.layout.packing import computing_with, fitting_block, fitting_tokens
 from selfrepair_nn.models.check import require
-from selfrepair_nn.models.identity import identity
+from selfrepair_nn.models.identity import fingerprint, identity
 from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options, current, require_known
 from selfrepair_nn.recipe import recipe_paths, renamed
@@ -107,7 +107,7 @@ def _into_store(experiment: Experiment, shared: Sharing, command: str, progress:
             record = _looked_at(model, store)
             damage = verify(experiment.path) if store is not None else []
             if store is None or damage or "finished" not in store.attributes:
-                _prove(model, experiment)
+                _prove(model, experiment, record)
                 if undecided(experiment, damage) or (store is None and experiment.undecided):
                     experiment = _decided(experiment, model)
                 hold.require()
@@ -159,11 +159,12 @@ def _looked_at(model: Model, store: Store | None) -> dict[str, Any]:
     return record
 
 
-def _prove(model: Model, experiment: Experiment) -> None:
+def _prove(model: Model, experiment: Experiment, record: dict[str, Any]) -> None:
     """Prove, in the state it is in, a model that is here: whoever loaded it, and whatever was done to it since."""
     if experiment.options.check and not model.served:
+        state = json.dumps([fingerprint(record), record["answers"]])
         with with_enough_memory("proving the model"):
-            require(model, experiment.arrays(slice(0, 1))["tokens"])
+            require(model, experiment.arrays(slice(0, 1))["tokens"], state)
 
 
 def _decided(experiment: Experiment, model: Model) -> Experiment:
@@ -236,9 +237,8 @@ def _sized(experiment: Experiment, model: Model, processes: int) -> Experiment:
     o, work = experiment.options, experiment.work
     if o.served or o.batch_size:
         return experiment
-    stored = work.store_bytes(experiment.quantities, experiment.precision) // (work.prompts * work.length)
-    block = min(work.prompts, max(work.block, fitting_block(model, work, stored, processes)))
-    return replace(experiment, work=replace(work, block=block))
+    block = fitting_block(model, work, experiment.bytes_of_token, processes)
+    return experiment.in_units_of(min(work.prompts, max(work.block, block)))
 
 
 def _packed(store: Store, experiment: Experiment, model: Model, processes: int) -> Experiment:

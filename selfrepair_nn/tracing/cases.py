@@ -14,7 +14,7 @@ class Block(Bundle):
     """A block of prompts, clean.
 
     `clean` is what `clean_pass` kept of its tokens, `probed` what `probe` found with the pullbacks, `source` the
-    activations that replacements are taken from.
+    activations that replacements are taken from, `made` what was once made of these for all passes.
     """
 
     model: object
@@ -23,6 +23,13 @@ class Block(Bundle):
     clean: dict
     probed: dict
     source: dict
+    made: dict
+
+    def once(self, name, make):
+        """What `make` gives, made once."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def home(self, x):
         """Where the final norm is: a model's layers may lie on several devices, and results come together there."""

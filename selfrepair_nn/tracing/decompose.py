@@ -75,8 +75,8 @@ def ablated_readout(changes, batch, block, state):
     out = {
         "direct_effect": before,
         "ablated_direct_effect": after,
-        "logit_change": _rescaled(batch.of(state["effects"]), change / scale, scale, ablated_scale),
-        "mean_logit_change": _rescaled(
+        "logit_change": rescaled(batch.of(state["effects"]), change / scale, scale, ablated_scale),
+        "mean_logit_change": rescaled(
             batch.of(state["mean_effects"]), mean_change / scale, scale, ablated_scale
         ),
         "ablated_norm_scale": ablated_scale,
@@ -93,7 +93,7 @@ def ablated_readout(changes, batch, block, state):
         out["from_post_norms"] = _summed(changes["post_norms"], scale)
     if "logit_change_capped" in plan["gives"]:
         raw_change = batch.against(torch.mul, difference, probed["raw_direction"]).sum(-1) / scale
-        raw_change = _rescaled(batch.of(state["raw_effects"]), raw_change, scale, ablated_scale)
+        raw_change = rescaled(batch.of(state["raw_effects"]), raw_change, scale, ablated_scale)
         raw = batch.of(state["raw_logit"])
         out["logit_change_capped"] = capped(raw + raw_change, plan) - capped(raw, plan)
     if "ablated_residual_norm" in plan["gives"]:
@@ -128,7 +128,7 @@ def _moved(found, device):
     return [x.to(device) for x in found] if isinstance(found, list) else found.to(device)
 
 
-def _rescaled(effects, change, scale, ablated_scale):
+def rescaled(effects, change, scale, ablated_scale):
     """(R + change) S / S' - R: the change of a logit whose constant does not change, without cancellation."""
     return (scale / ablated_scale - 1) * (effects + change) + change
 

@@ -33,7 +33,7 @@ from selfrepair_nn.tracing.decompose import (
 )
 from selfrepair_nn.tracing.memory import Room, Watch, out_of_memory
 from selfrepair_nn.tracing.passes import ablated_pass
-from selfrepair_nn.tracing.probes import probe
+from selfrepair_nn.tracing.probes import measured_tokens, probe
 from selfrepair_nn.tracing.readouts import norm_scale, sent, widen
 from selfrepair_nn.tracing.replacements import Identity
 from selfrepair_nn.tracing.rows import batches, gathered
@@ -70,7 +70,7 @@ def _tried(block, batch, state, ready, room):
     """
     size = batch.tokens.numel()
     try:
-        with Watch(state["norm_scale"].device) as watch:
+        with Watch(state["norm_scale"].device if room.most and not room.measured else None) as watch:
             results = _results(block, batch, state, ready)
     except Exception as error:
         if not out_of_memory(error) or len(batch.prompts) == 1:
@@ -99,7 +99,7 @@ def _block(model, plan, arrays, cases, known):
     """A block of prompts, with what its cases need of the clean run and of the weights."""
     clean = clean_pass(model, plan, arrays["tokens"], needs(plan, cases))
     probed = _probed(model, plan, arrays, cases, clean, known)
-    return Block(model, plan, arrays, clean, probed, sources(model, plan, arrays, clean, cases))
+    return Block(model, plan, arrays, clean, probed, sources(model, plan, arrays, clean, cases), {})
 
 
 def _with_next(found, tokens):
@@ -156,18 +156,12 @@ def _probed(model, plan, arrays, cases, clean, known):
     layers = sorted(read_out(plan, cases) - {*plan["model"]["headless"]})
     neurons = {site.layer for site in sites if site.kept == "neurons"}
     neurons |= set() if plan["neurons"] is None else {plan["neurons"]}
-    others = _to_the_end(arrays["other"]) if plan["target"] == "difference" else None
-    targets = _to_the_end(arrays["tokens"][:, 1:])
+    targets, others = measured_tokens(plan, arrays)
     where = {layer: x.device for what in ("mlp", "z") for layer, x in clean[what].items()}
     probed = probe(model, plan, layers, targets, others, sorted(neurons), where, known)
     probed["pullback"] = {layer: pullback(probed, clean, layer) for layer in layers}
     probed["neuron_pullback"] = {layer: neuron_pullback(probed, layer) for layer in neurons}
     return probed
-
-
-def _to_the_end(targets):
-    """Targets [prompt, position] of a prompt's last token too: some, for what they give is left out."""
-    return torch.cat([targets, targets[:, -1:]], 1)
 
 
 def _split(results, batch, arrays, plan):

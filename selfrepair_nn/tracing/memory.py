@@ -41,7 +41,7 @@ class Watch:
     """Within, what a GPU's memory holds at most beyond what it held before: `used` bytes, of `free`; else None."""
 
     def __init__(self, device):
-        self.device = device if device.type == "cuda" else None
+        self.device = device
         self.used = self.free = None
 
     def __enter__(self):

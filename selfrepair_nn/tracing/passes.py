@@ -3,6 +3,7 @@
 import torch
 from nnsight import save
 
+from selfrepair_nn.tracing.changes import effects_of_change
 from selfrepair_nn.tracing.clean import neurons_of, no_logits, stub, take_up
 from selfrepair_nn.tracing.places import like_rows, part, place, skip, written
 from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
@@ -31,7 +32,7 @@ def ablated_pass(block, batch):
     stream = _taken_up(block, batch)
     with torch.no_grad(), model.trace(batch.tokens, use_cache=False, logits_to_keep=no_logits(plan)):
         changes = save({"heads": {}, "mixers": {}, "mlps": {}, "post_norms": [], "experts": {}})
-        if start or not inside or plan.get("shaken"):
+        if start or not inside:
             take_up(model, plan, start, stream)
         for layer in range(start, plan["model"]["n_layers"]):
             if layer == start and inside:
@@ -52,8 +53,6 @@ def _taken_up(block, batch):
     """The residual stream that a pass takes up, [row, position, d_model], with what is added to it before its layer."""
     layer, inside = batch.start
     clean = block.clean["input"][layer]
-    if block.plan.get("shaken"):
-        clean = clean + _rounding_steps(clean)
     return batch.of(clean) if inside else _with_written(batch, clean)
 
 
@@ -61,13 +60,6 @@ def _with_written(batch, clean):
     """What a pass begins with: `clean` [prompt, position, d_model] and what each case adds there, in its dtype."""
     written = batch.in_rows(lambda case: case.written)
     return batch.against(torch.add, written.to(clean.device, clean.dtype), clean)
-
-
-def _rounding_steps(x):
-    """For each entry up to one rounding step, up or down, the same each time."""
-    generator = torch.Generator(x.device).manual_seed(0)
-    part = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1
-    return (widen(x) * torch.finfo(x.dtype).eps * part).to(x.dtype)
 
 
 def _begin_inside(block, layer, batch, stream):
@@ -99,7 +91,7 @@ def _through_post_norm(block, layer, batch, changes):
 def _through_heads(block, layer, batch, changes):
     """Replace heads, or freeze them, and read what changed."""
     plan, compared = block.plan, block.plan["record"] != "total"
-    edited, frozen = any(True for _ in _new(batch, "z", layer)), plan["frozen_heads"].get(layer, ())
+    edited, frozen = ("z", layer) in batch.replaced, plan["frozen_heads"].get(layer, ())
     if not (compared or edited or frozen):
         return
     z = part(block.model, plan, layer, "output_projection").input
@@ -110,9 +102,7 @@ def _through_heads(block, layer, batch, changes):
             per_head(z, plan)[rows, :, heads] = clean[:, :, heads]
     _replace(z, "z", layer, batch, plan)
     if compared:
-        change = batch.against(torch.sub, z, block.clean["z"][layer])
-        effects = batch.against(torch.mul, change, block.probed["pullback"][layer])
-        changes["heads"][layer] = per_head(effects, plan).sum(-1)
+        changes["heads"][layer] = effects_of_change(z, "z", layer, block, batch)
 
 
 def _through_mixer(block, layer, batch, changes):
@@ -124,13 +114,13 @@ def _through_mixer(block, layer, batch, changes):
     if frozen:
         out[:] = batch.of(block.clean["mixer"][layer])
     if compared:
-        changes["mixers"][layer] = _change(out, "mixer", layer, block, batch)
+        changes["mixers"][layer] = effects_of_change(out, "mixer", layer, block, batch)[..., 0]
 
 
 def _through_mlp(block, layer, batch, changes):
     """Replace neurons and MLPs, or freeze them, and read what changed."""
     model, plan, clean, probed = block.model, block.plan, block.clean, block.probed
-    edited, frozen = any(True for _ in _new(batch, "neurons", layer)), layer in plan["frozen_mlps"]
+    edited, frozen = ("neurons", layer) in batch.replaced, layer in plan["frozen_mlps"]
     if edited or plan["neurons"] == layer:
         neurons = neurons_of(model, plan, layer, batch.tokens)
         if frozen:
@@ -139,7 +129,7 @@ def _through_mlp(block, layer, batch, changes):
         if plan["neurons"] == layer:
             change = batch.against(torch.sub, neurons, clean["neurons"][layer])
             changes["neurons"] = batch.against(torch.mul, change, probed["neuron_pullback"][layer])
-    compared, replaced = plan["record"] != "total", any(True for _ in _new(batch, "mlp", layer))
+    compared, replaced = plan["record"] != "total", ("mlp", layer) in batch.replaced
     if not (compared or replaced or frozen):
         return
     out = like_rows(written(part(model, plan, layer, "mlp")), batch.tokens)
@@ -147,26 +137,12 @@ def _through_mlp(block, layer, batch, changes):
         out[:] = batch.of(clean["mlp"][layer])
     _replace(out, "mlp", layer, batch, plan)
     if compared:
-        changes["mlps"][layer] = _change(out, "mlp", layer, block, batch)
-
-
-def _change(out, kept, layer, block, batch):
-    """The change of ⟨x, d_t⟩ of what an MLP or mixer gives: [row, position]."""
-    change = batch.against(torch.sub, out, block.clean[kept][layer])
-    return batch.against(torch.mul, change, block.probed["given_direction"]).sum(-1)
-
-
-def _new(batch, kept, layer):
-    """What is replaced of one kind of activation in a layer: (rows of the case, its prompts, site, new value)."""
-    for rows, case, prompts in batch.each():
-        for site, edit in case.edits.items():
-            if edit.new is not None and (site.kept, site.layer) == (kept, layer):
-                yield rows, prompts, site, edit.new
+        changes["mlps"][layer] = effects_of_change(out, "mlp", layer, block, batch)[..., 0]
 
 
 def _replace(x, kept, layer, batch, plan):
     """Put what replaces them into an activation [row, position, …], in place."""
-    for rows, prompts, site, new in _new(batch, kept, layer):
+    for rows, prompts, site, new in batch.replaced.get((kept, layer), ()):
         site.put(x, rows, batch.of(new, prompts), plan)
 
 

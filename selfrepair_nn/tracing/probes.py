@@ -75,6 +75,15 @@ def probe(model, plan, layers, targets, others=None, neurons=(), where=(), known
     return found | _pull_back(plan, found, wanted, len(targets))
 
 
+def measured_tokens(plan, arrays):
+    """Whose logits are measured, and whose are subtracted or None: token ids [prompt, position] each.
+
+    Of a prompt's last token too, which no other follows: some, for what they give is left out.
+    """
+    targets, others = arrays["tokens"][:, 1:], arrays["other"] if plan["target"] == "difference" else None
+    return tuple(None if x is None else torch.cat([x, x[:, -1:]], 1) for x in (targets, others))
+
+
 def _new_tokens(found, wanted, vocabulary):
     """The ids whose rows of the unembedding are to be probed, in ascending order; None if all are known."""
     wanted = wanted.cpu()

@@ -12,7 +12,8 @@ class Batch(Bundle):
 
     `start` is the place where all of them begin; `cases` lists (index of the case, or the case prepared, its prompts);
     `prompts` are those of all rows, in order; `whole` says whether every case has every prompt; `tokens`
-    [row, position] are cut to `length`.
+    [row, position] are cut to `length`. Of cases that are prepared, `replaced` says what takes a site's place in the
+    pass: {(kind of activation, layer): [(rows of the case, its prompts, site, new value)]}.
     """
 
     start: tuple
@@ -21,6 +22,7 @@ class Batch(Bundle):
     whole: bool
     tokens: torch.Tensor
     length: int
+    replaced: dict
 
     def each(self):
         """(rows of the case, the case, its prompts) of each case."""
@@ -38,7 +40,12 @@ class Batch(Bundle):
     def prepared(self, ready):
         """The same with each case, by its index, prepared."""
         cases = [(ready[index], prompts) for index, prompts in self.cases]
-        return Batch(**vars(self) | {"cases": cases})
+        found = Batch(**vars(self) | {"cases": cases, "replaced": {}})
+        for rows, case, prompts in found.each():
+            for site, edit in case.edits.items():
+                if edit.new is not None:
+                    found.replaced.setdefault((site.kept, site.layer), []).append((rows, prompts, site, edit.new))
+        return found
 
     def in_rows(self, of_case):
         """What `of_case` gives of each case, [prompt, position, …], in its rows: [row, position, …]."""
@@ -108,7 +115,7 @@ def _batch(start, rows, group, tokens, longest, device):
     whole, ids = bool((counts == len(tokens)).all()), tokens[prompts.to(tokens.device), :longest]
     prompts = sent(prompts, device)
     own = [(group[i], of_case) for i, of_case in zip(indices.tolist(), prompts.split(counts.tolist()), strict=True)]
-    return Batch(start, own, prompts, whole, sent(ids, device), longest)
+    return Batch(start, own, prompts, whole, sent(ids, device), longest, {})
 
 
 def gathered(found, prompts, positions, cases):
