@@ -70,12 +70,11 @@ class Batch(Bundle):
 
 
 def batches(cases, plan, tokens, room, device, wanted=None):
-    """Share the work out among passes: one start each, and at most as many tokens as there is room for, or one row.
+    """Share the work out among passes: one start each, and at most as many tokens as there is room for, or one case.
 
     Args:
         tokens: ids [prompt, position].
-        room: a `memory.Room`. Where it has become smaller when the next batch is asked for, the last one did not fit,
-            and its rows come again.
+        room: a `memory.Room`. Where the last batch did not fit, its rows come again, in the end one by one.
         device: where the batches' tokens and indices are to lie.
         wanted: how many positions of each prompt are wanted for each case, [case, prompt]; None for all of them.
             Rows with none are left out, and rows of like length go together.
@@ -89,7 +88,7 @@ def batches(cases, plan, tokens, room, device, wanted=None):
         rows = rows[lengths.flatten()[rows] > 0]
         while len(rows):
             longest = int(lengths.flatten()[rows[0]])
-            whole = n if wanted is None and room.tokens >= n * longest else 1
+            whole = n if wanted is None and (room.tokens >= n * longest or not room.refused) else 1
             size = max(1, room.tokens // (longest * whole)) * whole
             batch = _batch(start, rows[:size].sort()[0], group, tokens, longest, device)
             yield batch
