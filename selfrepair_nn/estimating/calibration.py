@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +13,7 @@ from selfrepair_nn.backends.local import Backend, backend, loaded, only
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.layout.units import Unit
+from selfrepair_nn.models.model import layout_of
 
 CASES = 8
 """Ablated in the largest of the jobs."""
@@ -55,7 +56,7 @@ def _first(experiment: Experiment) -> Unit:
     """The first unit, with stand-ins for what would have to be found out before it."""
     limits = np.full(len(experiment.graph.ablate), np.inf) if experiment.shared else None
     found = zip(
-        experiment.work.graphs, plans(experiment, asdict(experiment.description.structure)), strict=True
+        experiment.work.graphs, plans(experiment, layout_of(experiment.description.structure)), strict=True
     )
     same = [
         plan | ({"replacement": {"kind": "identity"}} if graph.replaced_by.reads_means else {})

@@ -1,6 +1,6 @@
 """How many bytes a remote run moves: requests, results, and what crosses into a sandbox that holds no weights."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import groupby
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.load import structure_only
+from selfrepair_nn.models.model import layout_of
 from selfrepair_nn.quantities import QUANTITIES
 
 READ = 2
@@ -70,7 +71,7 @@ def crossing_bytes(work: Work, itemsize: int) -> int:
     ids and the like are left out.
     """
     plans = [
-        graph.plan(asdict(work.structure)) | {"tokens_per_pass": work.tokens_per_pass}
+        graph.plan(layout_of(work.structure)) | {"tokens_per_pass": work.tokens_per_pass}
         for graph in work.graphs
     ]
     tokens = [(block.stop - block.start) * work.length for block in work.units]

@@ -77,8 +77,13 @@ class Model:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """The structure as the plain dict that travels with a job; and whether several devices may hold the model."""
-        return asdict(self.structure) | {"spread": self.served or len(self.devices) > 1}
+        """What travels with a job of it."""
+        return layout_of(self.structure, spread=self.served or len(self.devices) > 1)
+
+
+def layout_of(structure: Structure, spread: bool = True) -> dict[str, Any]:
+    """A structure as the plain dict that travels with a job; and whether several devices may hold the model."""
+    return asdict(structure) | {"spread": spread}
 
 
 def wrap(module: Any, tokenizer: Any = None, description: Description | None = None) -> Model:
