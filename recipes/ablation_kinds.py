@@ -17,6 +17,7 @@ def graph(structure, options):
                 residual_norm=True,
                 target=options.target,
                 value_bias=options.value_bias,
+                also=options.also,
             ).frozen(options.freeze, structure.n_layers, structure.n_heads)
             for kind in ("resample", "mean", "zero")
         },

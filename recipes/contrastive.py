@@ -24,6 +24,7 @@ def graph(structure, options):
                 replacement=kind,
                 target=options.target,
                 value_bias=options.value_bias,
+                also=options.also,
             ).frozen(options.freeze, structure.n_layers, structure.n_heads)
             for kind in ("resample", "counterfactual")
         },

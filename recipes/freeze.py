@@ -13,6 +13,7 @@ def graph(structure, options):
         replacement=options.ablation,
         target=options.target,
         value_bias=options.value_bias,
+        also=options.also,
     )
     sizes = structure.n_layers, structure.n_heads
     return sr.Variants(

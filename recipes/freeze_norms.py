@@ -16,6 +16,7 @@ def graph(structure, options):
         replacement=options.ablation,
         target=options.target,
         value_bias=options.value_bias,
+        also=options.also,
     )
     first = min(head.layer for head in heads)
     norms = [

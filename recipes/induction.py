@@ -20,5 +20,6 @@ def graph(structure, options):
         replacement=options.ablation,
         target=options.target,
         value_bias=options.value_bias,
+        also=options.also,
         attention=(1, options.param["period"] - 1),
     ).frozen(options.freeze, structure.n_layers, structure.n_heads)

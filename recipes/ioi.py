@@ -30,4 +30,5 @@ def graph(structure, options):
         replacement=options.ablation,
         record="full",
         value_bias=options.value_bias,
+        also=options.also,
     )

@@ -15,4 +15,5 @@ def graph(structure, options):
         replacement="zero",
         target=options.target,
         value_bias=options.value_bias,
+        also=options.also,
     )

@@ -19,4 +19,5 @@ def graph(structure, options):
         neurons=last,
         target=options.target,
         value_bias=options.value_bias,
+        also=options.also,
     ).frozen(options.freeze, structure.n_layers, structure.n_heads)

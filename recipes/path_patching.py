@@ -19,6 +19,7 @@ def graph(structure, options):
         replacement=options.ablation,
         target=options.target,
         value_bias=options.value_bias,
+        also=options.also,
     )
     first = min(head.layer for head in senders)
     later = range(first + structure.parallel, structure.n_layers)

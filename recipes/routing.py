@@ -16,7 +16,7 @@ def graph(structure, options):
         ablate=sr.sweep(heads),
         replacement=options.ablation,
         record=options.record,
-        also=("routing",),
+        also=("routing", *options.also),
         target=options.target,
         value_bias=options.value_bias,
     )

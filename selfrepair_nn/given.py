@@ -30,6 +30,7 @@ class Given(TypedDict, total=False):
     value_bias: Literal["output", "head"] | None
     freeze: str | None
     components: Literal["none", "top", "all"] | None
+    logprob: Literal["none", "top", "all"] | None
     split: Literal["sums", "total"] | None
     share: Real
     select: Literal["all", "top-share"] | None

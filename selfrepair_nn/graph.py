@@ -344,6 +344,8 @@ def _require_recordable(graph: Graph) -> None:
     """Attention is of one head; what takes the place of whole MLPs or swapped layers has no parts of its own."""
     if graph.record == "total" and (graph.neurons is not None or graph.reinforces):
         raise UsageError('record "total" reads the final residual stream alone: record "sums" for neurons or Reinforce')
+    if graph.reinforces and "logprob" in graph.also:
+        raise UsageError("reinforced heads are measured in logits: leave log-probability out")
     if graph.attention and not graph.heads_only:
         raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
     for distance in graph.attention:

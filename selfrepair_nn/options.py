@@ -28,6 +28,11 @@ COMPONENTS = {
     "top": "every component's change, on each head's top share of tokens",
     "all": "every component's change, on every token",
 }
+LOGPROBS = {
+    "none": "logits alone",
+    "top": "log-probability too, in nats, on each head's top share of tokens",
+    "all": "log-probability too, in nats, on every token",
+}
 SPLITS = {
     "sums": "heads, MLPs and norms by themselves",
     "total": "all but the ablated site and the final norm as one sum: only the final residual stream is read",
@@ -135,6 +140,7 @@ class Options:
     value_bias: str = option("output", "Where a head's constant part is counted.", choices=VALUE_BIASES)
     freeze: str = option("none", "What keeps its clean value.", choices=FREEZES)
     components: str = option("none", "Store every component's change too; alone: all.", choices=COMPONENTS, alone="all")
+    logprob: str = option("none", "Measure log-probability too; alone: top.", choices=LOGPROBS, alone="top")
     split: str = option("sums", "Into which parts the self-repair is split (of a dataset: --dataset-split).", choices=SPLITS)
     share: float | None = option(None, "Share of tokens that 'top' and 'top-share' mean, by direct effect; default: 0.02, or 1 where the prompts say which tokens count.", _share)
     select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", choices=SELECTS)
@@ -184,6 +190,11 @@ class Options:
             )
         if self.split == "total" and self.components != "none":
             raise UsageError(f"split 'total' follows no component: leave components {self.components!r} out")
+        if {self.components, self.logprob} == {"all", "top"}:
+            raise UsageError(
+                f"components {self.components!r} and logprob {self.logprob!r}: what is kept of top tokens is kept of "
+                "the same ones: choose 'top' for both, or 'all'"
+            )
         self._require_one_kind_of_sharing()
         self._require_right_place()
         if self.served and self.backend != "local":
@@ -226,6 +237,11 @@ class Options:
     def record(self) -> str:
         """What a graph records of each ablation: graph.RECORDS."""
         return "full" if self.components != "none" else self.split
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """What a graph records beside that: its `also`."""
+        return () if self.logprob == "none" else ("logprob",)
 
     @property
     def part(self) -> tuple[int, int] | None:

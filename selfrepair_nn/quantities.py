@@ -50,7 +50,8 @@ SOURCES = ("label", "run", "clean", "ablated", "derived")
 class Quantity:
     """One stored array: `kind` is "float" (the store's dtype), "int", "bool" or "string".
 
-    `when` is the condition under which it is recorded, `unless` one under which it is not. `source` is who gives it: "label" is known before the run, and
+    `when` is the condition under which it is recorded, `unless` one under which it is not. `costly` says that a token's takes as long as
+    many others'. `source` is who gives it: "label" is known before the run, and
     a coordinate; "run" is kept by the run itself; "clean" and "ablated" come from the ablation job, of the clean pass
     and of each ablated one; "derived" follows from those (equations.complete).
     In a store whose runs ablate more than one head at once, or something else, `case` stands for `layer` and `head`;
@@ -66,6 +67,7 @@ class Quantity:
     kind: str = "float"
     when: str = "always"
     unless: str = ""
+    costly: bool = False
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -83,8 +85,8 @@ class Quantity:
 
     @property
     def large(self) -> bool:
-        """Whether there is so much for each ablated token that, where there are thresholds, only top tokens have it."""
-        return self.swept and not set(WIDE).isdisjoint(self.dims)
+        """Whether each ablated token takes so much room, or time, that where there are thresholds only top tokens have it."""
+        return self.costly or (self.swept and not set(WIDE).isdisjoint(self.dims))
 
     def dtype(self, precision: str) -> np.dtype | type[str]:
         """The stored type, given the store's floating-point `precision` ("float32" or "float64")."""
@@ -110,7 +112,7 @@ class Quantity:
         """
         named = {"prompt": "prompt", "case": "case"}
         shape = tuple(named.get(d) or sizes[d] for d in self.dims_in(False, None))
-        return ("token", shape[-1]) if packed and self.large else shape
+        return ("token", *shape[3:]) if packed and self.large else shape
 
 
 # One row a quantity: a table reads better than a column of arguments.
@@ -194,6 +196,18 @@ _ALL = (
     Quantity("routing", "clean", (*TOKEN, "choice"), "1", "routing", "Index of each expert that the token uses in the clean run, those of a mixture in ascending order.", "int", when="routing"),
     Quantity("ablated_routing", "ablated", (*SWEEP, "choice"), "1", "ablated routing", "Index of each expert that the token uses in the ablated run, on the top tokens of (layer, head); of mixtures before the ablation those of the clean run.", "int", when="routing"),
     Quantity("rerouted", "ablated", SWEEP, "1", "share of re-routed choices", "Of the token's choices of experts, in the mixtures that the ablated run goes through, the share that goes to an expert which the token does not use there in the clean run.", when="routing"),
+    Quantity("logprob", "clean", TOKEN, "nat", "log-probability of the target", "Log-probability of the next token of the text in the clean run, behind a logit scale and a soft cap, whatever the target's convention.", when="logprob"),
+    Quantity("logsumexp", "clean", TOKEN, "nat", "log-normaliser", "log sum exp of the clean run's logits, as the model returns them: logprob = raw logit - logsumexp.", when="logprob"),
+    Quantity("entropy", "clean", TOKEN, "nat", "entropy", "Entropy of the clean run's next-token distribution.", when="logprob"),
+    Quantity("target_rank", "clean", TOKEN, "1", "rank of the target", "How many tokens of the vocabulary are likelier than the next token of the text in the clean run.", "int", when="logprob"),
+    Quantity("logprob_change", "ablated", SWEEP, "nat", "log-probability change", "Ablated minus clean log-probability of the target, whole model.", when="logprob", costly=True),
+    Quantity("self_repair_logprob", "ablated", SWEEP, "nat", "self-repair in log-probability", "logprob_change minus the change of log-probability if only the ablated head's own write changed, under the clean norm scale.", when="logprob", costly=True),
+    Quantity("norm_logprob", "ablated", SWEEP, "nat", "self-repair in log-probability from the final norm", "logprob_change minus the change of log-probability with everything as ablated, but the clean norm scale.", when="logprob", costly=True),
+    Quantity("logsumexp_change", "ablated", SWEEP, "nat", "change of the log-normaliser", "Ablated minus clean logsumexp.", when="logprob", costly=True),
+    Quantity("frozen_norm_logsumexp_change", "ablated", SWEEP, "nat", "change of the log-normaliser under the clean norm", "logsumexp with everything as ablated but the clean norm scale, minus the clean logsumexp.", when="logprob", costly=True),
+    Quantity("entropy_change", "ablated", SWEEP, "nat", "entropy change", "Ablated minus clean entropy of the next-token distribution.", when="logprob", costly=True),
+    Quantity("kl", "ablated", SWEEP, "nat", "KL divergence", "KL(clean || ablated) of the next-token distributions: the expected loss of log-probability under the clean run's own predictions.", when="logprob", costly=True),
+    Quantity("ablated_target_rank", "ablated", SWEEP, "1", "ablated rank of the target", "How many tokens of the vocabulary are likelier than the next token of the text in the ablated run; -1 where not kept.", "int", when="logprob", costly=True),
     Quantity("component_direct_effect", "clean", (*TOKEN, "component"), "logit", "direct effect of the component", "DE of every component in the clean run; with target_constant they add up to the logit.", when="components"),
     Quantity("component_change", "ablated", (*SWEEP, "component"), "logit", "change of direct effect of the component", "DE after the ablation of (layer, head) minus DE before, of every component, under the clean norm scale.", when="components"),
 )

@@ -148,18 +148,22 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> None:
                 parameter.data = (mean + std * drawn).to(parameter.dtype)
 
 
-def _exact_rms_norm(self, hidden_states):
-    """RMSNorm without Hugging Face's cast to float32."""
+def _exact_norm(self, hidden_states):
+    """The norm without Hugging Face's cast to float32."""
+    kind = type(self).__name__
+    if kind in further.CENTRED:
+        hidden_states = hidden_states - hidden_states.mean(-1, keepdim=True)
+    epsilon = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
     mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
-    return self.weight * (hidden_states * torch.rsqrt(mean_square + self.variance_epsilon))
+    return (self.weight + (kind in further.ABOUT_ONE)) * (hidden_states * torch.rsqrt(mean_square + epsilon))
 
 
 def make_norms_exact(model: PreTrainedModel) -> None:
-    """Let every RMSNorm that works like Llama's compute in the model's own dtype; class names stay."""
+    """Let norms that work like Llama's, Cohere's or Gemma's compute in the model's own dtype; class names stay."""
     for module in model.modules():
         kind = type(module)
-        if _is_norm(module) and hasattr(module, "variance_epsilon"):
-            module.__class__ = type(kind.__name__, (kind,), {"forward": _exact_rms_norm})
+        if (_is_norm(module) and hasattr(module, "variance_epsilon")) or kind.__name__ in further.ABOUT_ONE:
+            module.__class__ = type(kind.__name__, (kind,), {"forward": _exact_norm})
 
 
 def build(name: str, seed: int = 0, *, exact: bool = False, attention: str | None = None) -> PreTrainedModel:

@@ -12,7 +12,7 @@ float32 softmax as well; with "sdpa", the default, none has.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import further
@@ -606,8 +606,11 @@ def _new_z(setting: Setting, clean: Clean, ablation: str, partners, means, layer
     return torch.zeros_like(z) if constant is None else constant[head].expand_as(z)
 
 
-def _ablated(setting: Setting, clean: Clean, layer: int, head: int, new_z: Tensor) -> Pass:
-    """The real forward pass with one head's z replaced, and what `freeze` names held at its clean value."""
+def _ablated(setting: Setting, clean: Clean, layer: int, head: int, new_z: Tensor, S: Tensor | None = None) -> Pass:
+    """The real forward pass with one head's z replaced, and what `freeze` names held at its clean value.
+
+    S is the scale of the final norm, where that is set.
+    """
     parts, set_heads, set_mlps = setting.parts, {(layer, head): new_z}, {}
     if setting.freeze is not None:
         for later in range(layer, len(parts.layers)):
@@ -616,6 +619,7 @@ def _ablated(setting: Setting, clean: Clean, layer: int, head: int, new_z: Tenso
             for other in range(parts.n_heads if later in clean.seen.z else 0):
                 set_heads[later, other] = clean.seen.z[later][:, :, other]
     held = {"set_mixers": clean.seen.mixer} if setting.freeze else {}
+    held |= {} if S is None else {"set_scale": S}
     if setting.freeze == "all":
         posts = {i: scale(parts.layers[i].post, x) for i, x in clean.seen.post.items()}
         held |= {"set_scale": clean.S_all, "set_posts": posts}
@@ -728,3 +732,57 @@ def reference(
     if getattr(model.config, "final_logit_softcapping", None) is not None:
         of_this_model.add("logit_change_capped")
     return out | {"components": clean.labels, "of_this_model": of_this_model, "having": having}
+
+
+# ---------------------------------------------------------------- in nats
+
+
+def distributions(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """What is told of the next-token distributions [prompt, T, vocab] that a model returns: [prompt, position] each."""
+    logits = logits[:, :-1]
+    logprobs = logits.log_softmax(-1)
+    target = logprobs.gather(-1, ids[:, 1:, None])
+    return {
+        "logprobs": logprobs,
+        "logprob": target[..., 0],
+        "logsumexp": logits.exp().sum(-1).log(),
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+        "target_rank": (logprobs > target).sum(-1),
+    }
+
+
+def in_nats(clean: Tensor, live: Tensor, frozen: Tensor, own: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """What an ablation does to the next-token distribution, from the logits that four whole passes return.
+
+    `frozen`: under the clean scale of the final norm; `own`: all else frozen too, so that only the own write changes.
+    """
+    clean, live, frozen, own = (distributions(each, ids) for each in (clean, live, frozen, own))
+    return {
+        "logprob_change": live["logprob"] - clean["logprob"],
+        "self_repair_logprob": live["logprob"] - own["logprob"],
+        "norm_logprob": live["logprob"] - frozen["logprob"],
+        "logsumexp_change": live["logsumexp"] - clean["logsumexp"],
+        "frozen_norm_logsumexp_change": frozen["logsumexp"] - clean["logsumexp"],
+        "entropy_change": live["entropy"] - clean["entropy"],
+        "kl": (clean["logprobs"].exp() * (clean["logprobs"] - live["logprobs"])).sum(-1),
+        "ablated_target_rank": live["target_rank"],
+    }
+
+
+def outcomes(model: nn.Module, ids, heads, *, partners, freeze: str | None = None) -> dict[str, np.ndarray]:
+    """`distributions` of the clean run [prompt, position], `in_nats` of resampled heads [case, prompt, position]."""
+    setting = Setting(find_parts(model), torch.as_tensor(np.asarray(ids)), "raw", "output", freeze)
+    clean, rows = _clean(setting), []
+    for layer, head in heads:
+        new_z = _new_z(setting, clean, "resample", partners, None, layer, head)
+        passes = [
+            clean.seen,
+            _ablated(setting, clean, layer, head, new_z),
+            _ablated(setting, clean, layer, head, new_z, clean.S_all),
+            _ablated(replace(setting, freeze="all"), clean, layer, head, new_z),
+        ]
+        rows.append(in_nats(*(each.returned for each in passes), setting.ids))
+    found = distributions(clean.seen.returned, setting.ids)
+    del found["logprobs"]
+    found |= {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: value.numpy() for name, value in found.items()}

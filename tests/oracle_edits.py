@@ -10,7 +10,7 @@ swapped by doing so in the model's own list of layers.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import oracle
 import torch
@@ -175,6 +175,19 @@ class Edited:
         if inserted is not None:
             found["inserted_direct_effect"] = (inserted[:, :-1] * self.goal.d).sum(-1) / self.S
         return found
+
+    def in_nats(self, sites, replacement, freeze=()) -> dict[str, Tensor]:
+        """What `oracle.in_nats` tells of the same, [prompt, position] each."""
+        edits, alone = (self._edits(sites, replacement, each)[0] for each in (freeze, self._all()))
+        under = replace(edits, final_scale=self.S_all)
+        passes = [self.clean, *(self.run(self.ids, each) for each in (edits, under, alone))]
+        return oracle.in_nats(*(each.logits for each in passes), self.ids)
+
+    def _all(self) -> list[tuple]:
+        """Everything that can be frozen."""
+        layers = range(len(self.blocks))
+        heads = [("head", layer, head) for layer in self.clean.z for head in range(self.parts.n_heads)]
+        return [*heads, *(("mlp", layer) for layer in layers), ("mixers",), ("postnorms",), ("finalnorm",)]
 
     def _from_post_norms(self, seen: Seen, edits: Edits) -> dict[int, Tensor]:
         """What the norm behind each layer's attention adds; swapped layers count it with what they write."""

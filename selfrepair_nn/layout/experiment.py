@@ -127,6 +127,7 @@ class Experiment:
             "value_bias": self.graph.value_bias,
             "freeze": o.freeze,
             "components": o.components,
+            "logprob": None if o.logprob == "none" else o.logprob,
             "share": self.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if self.reads_means else None,
             "seed": o.seed if self.reinforces else None,
@@ -144,6 +145,7 @@ class Experiment:
             "seed": o.seed != 0 and not random,
             "mean_prompts": o.mean_prompts != type(o).mean_prompts and not self.reads_means,
             "share": o.share is not None and not (self.shared or self.ranked),
+            "logprob": o.logprob != "none" and "logprob" not in self.graph.also,
         }
         return [name for name, without in chosen.items() if without]
 
@@ -159,8 +161,12 @@ class Experiment:
     @property
     def shared(self) -> bool:
         """Whether what is large is kept for each head's top share of tokens only."""
-        return of_top_tokens(self.graph) or (
-            self.graph.record == "full" and self.options.components == "top"
+        o, graph = self.options, self.graph
+        full, nats = graph.record == "full", "logprob" in graph.also
+        return (
+            of_top_tokens(graph)
+            or (full and o.components == "top")
+            or (nats and (self.selective or (o.logprob != "all" and o.components != "all")))
         )
 
     @property
@@ -355,10 +361,9 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
     tokenizer = given.tokenizer if given else load_tokenizer(description.source)
     prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)
     axis, graphs = _variants(drawn, prompts)
-    if of_top_tokens(graphs[next(iter(graphs))]) and options.components == "all":
-        raise UsageError(
-            "neurons and routing are kept for the top share of tokens: choose components 'top' or 'none'"
-        )
+    if of_top_tokens(graphs[next(iter(graphs))]) and "all" in (options.components, options.logprob):
+        name = "components" if options.components == "all" else "logprob"
+        raise UsageError(f"neurons and routing are kept for the top share of tokens: choose {name} 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     tokens = options.tokens_per_pass or (SERVED_TOKENS if options.served else TOKENS_PER_PASS)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, tokens)

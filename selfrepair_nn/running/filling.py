@@ -166,7 +166,7 @@ def _unpack(measured: dict[str, np.ndarray], top: np.ndarray) -> None:
     """Give what came back for top tokens [case, prompt, position] only its place among all tokens, NaN elsewhere."""
     for name in [name for name in measured if QUANTITIES[name].large]:
         values = measured[name]
-        whole = np.full((*top.shape, values.shape[-1]), _blank(values), values.dtype)
+        whole = np.full((*top.shape, *values.shape[1:]), _blank(values), values.dtype)
         whole[top] = values
         measured[name] = whole
 

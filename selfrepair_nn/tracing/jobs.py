@@ -32,6 +32,7 @@ from selfrepair_nn.tracing.decompose import (
     pullback,
 )
 from selfrepair_nn.tracing.memory import Room, Watch, out_of_memory
+from selfrepair_nn.tracing.outcomes import ablated_outcomes, clean_outcomes
 from selfrepair_nn.tracing.passes import ablated_pass
 from selfrepair_nn.tracing.probes import measured_tokens, probe
 from selfrepair_nn.tracing.readouts import norm_scale, sent, widen
@@ -47,13 +48,15 @@ def ablation_job(model, arrays, plan, tick=None, known=None):
     if plan["record"] == "full":
         embedded = embeddings(model, plan, tokens)
         state["component_effects"] = component_effects(embedded, block, state["norm_scale"])
+    if "logprob" in plan["gives"]:
+        state |= clean_outcomes(block, state["norm_scale"])
     found, start, ready = [], None, {}
     for batch in batches(cases, plan, tokens, room, state["norm_scale"].device, arrays.get("wanted")):
         if start != batch.start:
             start, ready = batch.start, {}
         results = _tried(block, batch, state, ready, room)
         if results is not None:
-            found.append((batch, *_split(_with_next(results, tokens), batch, arrays, plan)))
+            found.append((batch, *_split(results, batch, arrays, plan)))
             if tick is not None:
                 tick(len(batch.prompts))
     out = _with_next(_of_clean_run(state, block.probed, plan), tokens)
@@ -92,7 +95,12 @@ def _results(block, batch, state, ready):
     new = [index for index, _ in batch.cases if index not in ready]
     ready |= zip(new, prepare(block, [block.plan["cases"][index] for index in new], batch.start), strict=True)
     prepared = batch.prepared(ready)
-    return ablated_readout(ablated_pass(block, prepared), prepared, block, state)
+    changes = ablated_pass(block, prepared)
+    results = _with_next(ablated_readout(changes, prepared, block, state), block.arrays["tokens"])
+    if "logprob" in block.plan["gives"]:
+        top = _top(results["direct_effect"], batch, block.arrays)
+        results |= ablated_outcomes(block, prepared, changes["final"], results["ablated_norm_scale"], top, state)
+    return results
 
 
 def _block(model, plan, arrays, cases, known):
@@ -164,19 +172,26 @@ def _probed(model, plan, arrays, cases, clean, known):
     return probed
 
 
+def _top(effect, batch, arrays):
+    """Which tokens of a pass count and reach their case's threshold: bool [row, position]; all where there are none."""
+    if "thresholds" not in arrays:
+        return torch.ones_like(effect, dtype=torch.bool)
+    top = effect >= sent(arrays["thresholds"], effect.device)[batch.numbers, None]
+    if "counted" in arrays:
+        top &= sent(arrays["counted"], top.device)[batch.prompts, : top.shape[1]]
+    return top
+
+
 def _split(results, batch, arrays, plan):
-    """The results of a pass; and, where thresholds are given, of the large ones only counted tokens that reach them.
+    """The results of a pass; and, where thresholds are given, of the large ones only the top tokens.
 
     Returns ({name: [row, position, …]}, {name: [token, …]}, the tokens' places in [case, prompt, position]).
     """
     if "thresholds" not in arrays:
         return results, {}, None
-    tokens, cases, effect = arrays["tokens"], batch.numbers, results["direct_effect"]
-    top = effect >= sent(arrays["thresholds"], cases.device)[cases, None]
-    if "counted" in arrays:
-        top &= sent(arrays["counted"], top.device)[batch.prompts, : top.shape[1]]
+    tokens, top = arrays["tokens"], _top(results["direct_effect"], batch, arrays)
     row, position = top.nonzero(as_tuple=True)
-    rows = cases * tokens.shape[0] + batch.prompts
+    rows = batch.numbers * tokens.shape[0] + batch.prompts
     few = {name: results.pop(name)[top] for name in plan["large"] if name in results}
     return results, few, rows[row] * tokens.shape[1] + position
 

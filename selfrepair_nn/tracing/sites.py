@@ -71,6 +71,12 @@ class Activation:
         """What changes of sites add where their passes begin: [site, prompt, position, d_model]."""
         return self.writes(sites, changes, block)
 
+    def own_change(self, edit, block):
+        """What the change of what it writes adds to the residual stream: [prompt, position, d_model]."""
+        before = self.value(block.clean, block.plan)
+        new = block.plan["replacement"].new(self, before, block)
+        return self.writes([self], (widen(new) - widen(before))[None], block)[0]
+
     def component_changes(self, index, pair, clean):
         """Its own change of direct effect: (where it stands among the components, the change)."""
         return index[self.component], pair[1] - pair[0]
@@ -199,6 +205,10 @@ class Rebuilt:
 
     def clean_effects(self, sites, block):
         return torch.stack([site.edit(block).effects[0] for site in sites])
+
+    def own_change(self, edit, block):
+        """What is taken away and put in its place: [prompt, position, d_model]."""
+        return edit.written
 
     def neuron_changes(self, layer, pair, clean):
         """None: what becomes of their neurons is not recorded."""

@@ -1,0 +1,237 @@
+"""Self-repair in log-probability: every number against whole passes with plain hooks, and by what must hold by hand."""
+
+from dataclasses import astuple
+
+import families
+import numpy as np
+import oracle
+import oracle_edits
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
+
+from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Swap
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.graph import Graph, freeze_set, sweep
+from selfrepair_nn.models.architectures import structure_of
+from selfrepair_nn.models.load import load
+from selfrepair_nn.quantities import QUANTITIES
+from selfrepair_nn.replacements import OtherHead, Reinforce, Scale
+from selfrepair_nn.tracing import outcomes
+from selfrepair_nn.tracing.jobs import ablation_job
+from selfrepair_nn.tracing.session import run_session
+
+TIGHT = 1e-9
+CLEAN = ("logprob", "logsumexp", "entropy", "target_rank")
+CHANGED = (
+    *("logprob_change", "self_repair_logprob", "norm_logprob", "logsumexp_change", "frozen_norm_logsumexp_change"),
+    *("entropy_change", "kl", "ablated_target_rank"),
+)
+FAMILIES = [
+    *("gpt2", "gptj", "neox-parallel", "neox-sequential", "llama-gqa", "opt"),
+    *("gemma2", "gemma3", "olmo2", "cohere", "granite", "lfm2"),  # caps, norms behind, scales of logits, mixers
+]
+
+
+@pytest.fixture(autouse=True)
+def no_float32(monkeypatch):
+    """Eager attention takes its softmax in float32 whatever the model computes in: not here."""
+    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: x.softmax(dim))
+
+
+@pytest.fixture
+def nats(wrapped, seeded):
+    """nats(name, cases, …): what a job tells of them in log-probability: {name: array}."""
+
+    def run(name, cases, replacement="resample", arrays=None, rows=100, **graph):
+        model, ids = wrapped(name, exact=True), torch.as_tensor(seeded(name))
+        given = {"tokens": ids, "partner_tokens": ids[families.derangement(len(ids))]} | (arrays or {})
+        plan = Graph(ablate=cases, replacement=replacement, also=("logprob",), **graph).plan(model.layout)
+        found = run_session(ablation_job, model.nn, given, plan | {"tokens_per_pass": rows})
+        return {key: value.numpy() for key, value in found.items()}
+
+    return run
+
+
+def heads_of(name):
+    """A few heads that there are, the first and the last layer's among them."""
+    having = oracle.reference(families.build(name), [[1, 2]], partners=[0], heads=())["having"]
+    return [(having[0], 0), (having[0], 1), (having[-1], 1)]
+
+
+def test_every_quantity_is_tried():
+    assert {*CLEAN, *CHANGED} == {name for name, each in QUANTITIES.items() if each.when == "logprob"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_against_whole_passes_that_return_logits(nats, seeded, name):
+    """The model's own logits at the end: behind a scale, a soft cap, norms behind sublayers."""
+    heads = heads_of(name)
+    found = nats(name, sweep(Head(*head) for head in heads), rows=20)
+    partners = families.derangement(len(seeded(name)))
+    wanted = oracle.outcomes(families.build(name, exact=True), seeded(name), heads, partners=partners)
+    for each in (*CLEAN, *CHANGED):
+        assert_allclose(found[each], wanted[each], rtol=0, atol=TIGHT, err_msg=each)
+    assert np.abs(wanted["norm_logprob"]).max() > 1e-3  # there is something to be seen
+    assert np.abs(wanted["self_repair_logprob"] - wanted["norm_logprob"]).max() > 1e-3
+    assert {*np.unique(wanted["ablated_target_rank"] != wanted["target_rank"])} == {False, True}
+
+
+CASES = (
+    (Head(0, 1), Head(2, 0)),
+    (Attention(1), Mlp(2)),
+    (Mlp(0),),
+    (Neuron(1, 3), Neuron(1, 7), Head(2, 1)),
+)
+REPLACEMENTS = {"resample": "resample", "zero": "zero", "scale": Scale(2.0), "other": OtherHead(Head(1, 0))}
+
+
+@pytest.mark.parametrize("replacement", REPLACEMENTS)
+@pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "llama-gqa"])
+def test_several_sites_and_every_kind_of_them(nats, name, replacement):
+    cases = sweep([Head(1, 2)]) if replacement == "other" else CASES
+    compare(nats, name, cases, REPLACEMENTS[replacement])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "olmo2"])
+def test_deleted_and_swapped_layers(nats, name):
+    compare(nats, name, ((Layers(1, 2),), (Swap(0),)), "zero")
+
+
+@pytest.mark.parametrize("name", ["neox-parallel", "olmo2", "lfm2"])
+def test_frozen_sites(nats, name):
+    """Frozen, what is left is the norm's part; with the norm frozen too, nothing."""
+    heads, every = sweep(Head(*head) for head in heads_of(name)), frozen(name, "all")
+    alone = compare(nats, name, heads, "resample", every - {FinalNorm()})
+    assert_allclose(alone["self_repair_logprob"], alone["norm_logprob"], rtol=0, atol=TIGHT)
+    assert np.abs(alone["norm_logprob"]).max() > 1e-3
+    still = compare(nats, name, heads, "resample", every)
+    assert np.abs(still["self_repair_logprob"]).max() < TIGHT
+    under = compare(nats, name, heads, "resample", {FinalNorm()})
+    assert np.abs(under["norm_logprob"]).max() < TIGHT
+    assert np.abs(under["self_repair_logprob"]).max() > 1e-3
+
+
+def frozen(name, word):
+    """A named set of frozen sites, as far as a model has them."""
+    structure = structure_of(families.build(name))
+    sites = freeze_set(word, structure.n_layers, structure.n_heads)
+    return frozenset(site for site in sites if site == FinalNorm() or site.lies_in(structure))
+
+
+def compare(nats, name, cases, replacement, freeze=frozenset()):
+    """What a job tells of some cases, after it was compared with the oracle of edits."""
+    model = families.build(name, exact=True)
+    ids = torch.as_tensor(families.random_ids(model))
+    arrays = {"tokens": ids, "partner_tokens": ids[families.derangement(len(ids))], "counterfactual_tokens": ids}
+    edited, found = oracle_edits.Edited(model, arrays), nats(name, cases, replacement, freeze=freeze)
+    for index, case in enumerate(cases):
+        wanted = edited.in_nats([*map(plain, case)], plain(replacement), [*map(plain, freeze)])
+        for each in CHANGED:
+            assert_allclose(found[each][index], wanted[each], rtol=0, atol=TIGHT, err_msg=f"{each} of {case}")
+    return found
+
+
+def plain(site):
+    """A site or replacement as the oracle takes it."""
+    return site if isinstance(site, str) else (type(site).__name__.lower(), *astuple(site))
+
+
+# ---------------------------------------------------------------- by hand
+
+
+@pytest.mark.parametrize("target", ["centred", "raw"])
+def test_log_probability_is_the_raw_logit_less_the_normaliser(nats, target):
+    found = nats("neox-parallel", sweep([Head(0, 1), Head(2, 2)]), target=target)
+    shift = [found[name] if target == "centred" else 0 for name in ("mean_logit", "mean_logit_change")]
+    assert_allclose(found["logprob"], found["logit"] + shift[0] - found["logsumexp"], atol=1e-12)
+    by_hand = found["logit_change"] + shift[1] - found["logsumexp_change"]
+    assert_allclose(found["logprob_change"], by_hand, atol=1e-12)
+
+
+def test_of_a_difference_it_is_the_target_itself(nats, seeded):
+    other = torch.as_tensor(seeded("gpt2")).roll(3, 0)[:, 1:].contiguous()
+    found = [
+        nats("gpt2", sweep([Head(1, 1)]), target=target, arrays={"other": other}) for target in ("difference", "raw")
+    ]
+    assert not np.allclose(found[0]["logit"], found[1]["logit"])
+    for name in (*CLEAN, *CHANGED):
+        assert_array_equal(found[0][name], found[1][name])
+
+
+def test_own_others_and_norm_add_up(nats):
+    """What each adds when it is let in after the ones before: own write, other components, norm."""
+    heads = sweep([Head(0, 1)])
+    found = nats("neox-parallel", heads)
+    own = found["logprob_change"] - found["self_repair_logprob"]
+    alone = nats("neox-parallel", heads, freeze=freeze_set("all", 3, 3))["logprob_change"]
+    others = nats("neox-parallel", heads, freeze={FinalNorm()})["self_repair_logprob"]
+    assert_allclose(own, alone, atol=1e-12)
+    assert_allclose(own + others + found["norm_logprob"], found["logprob_change"], atol=1e-12)
+    assert min(np.abs(part).max() for part in (own, others, found["norm_logprob"])) > 1e-3
+
+
+def test_nothing_changed_is_nothing(nats):
+    found = nats("llama-gqa", sweep([Head(0, 0), Head(2, 1)]), "identity")
+    assert max(np.abs(found[name]).max() for name in CHANGED[:-1]) < 1e-12
+    assert_array_equal(found["ablated_target_rank"], np.broadcast_to(found["target_rank"], (2, 4, 7)))
+    assert found["kl"].min() >= 0
+
+
+def test_what_is_rounded_is_the_change():
+    """In bfloat16 logits of tens are rounded to a sixteenth or so: their differences would say little."""
+    model = load("tiny-neox", dtype="bfloat16", check=False)
+    tokens = torch.arange(4 * 24).view(4, 24) * 7 % model.structure.vocab_size
+    plan = Graph(ablate=sweep([Head(7, 1)]), replacement="zero", also=("logprob",)).plan(model.layout)
+    found = run_session(ablation_job, model.nn, {"tokens": tokens}, plan | {"tokens_per_pass": 1000})
+    raw = found["logit_change"] + found["mean_logit_change"]  # in float32, from probed rows of the unembedding
+    off = found["logprob_change"] + found["logsumexp_change"] - raw
+    assert off.square().mean() < 1e-4 * raw.square().mean()
+    logits = (found["logit"] + found["mean_logit"]).abs().max() + raw.abs().max()
+    assert off.abs().max() < 0.1 * logits * torch.finfo(torch.bfloat16).eps
+
+
+# ---------------------------------------------------------------- which tokens, in which pieces, where
+
+
+@pytest.mark.parametrize("rows", [8, 40, 1000])
+@pytest.mark.parametrize("at_once", [1, 3, 10**6])
+def test_pieces_change_nothing(nats, monkeypatch, rows, at_once):
+    cases = sweep([Head(0, 1), Head(0, 2), Head(2, 1)])
+    whole = nats("gpt2", cases)
+    monkeypatch.setattr(outcomes.Unembedding, "at_once", at_once)
+    found = nats("gpt2", cases, rows=rows)
+    for name in (*CLEAN, *CHANGED):
+        assert_allclose(found[name], whole[name], atol=1e-12)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_only_top_tokens_that_count_come_back(nats, limit):
+    """In the order of case, prompt and position; of none, none."""
+    cases = sweep([Head(0, 1), Head(2, 1)])
+    whole, counted = nats("gpt2", cases), torch.rand(4, 7, generator=torch.manual_seed(0)) > 0.3
+    found = nats("gpt2", cases, rows=8, arrays={"thresholds": torch.tensor([limit, limit]), "counted": counted})
+    top = (whole["direct_effect"] >= limit) & counted.numpy()
+    assert top.any() == (limit == 0)
+    for name in CHANGED:
+        assert_allclose(found[name], whole[name][top], atol=1e-12)
+    assert_allclose(found["logprob"], whole["logprob"], atol=1e-12)
+
+
+def test_what_is_not_wanted_is_left_out(nats):
+    cases, wanted = sweep([Head(0, 1), Head(2, 1)]), torch.tensor([[3, 0, 8, 7], [0, 5, 0, 1]])
+    whole, found = nats("gpt2", cases), nats("gpt2", cases, arrays={"wanted": wanted})
+    asked = (torch.arange(7) < wanted[:, :, None]).numpy()
+    for name in CHANGED:
+        assert_allclose(found[name][asked], whole[name][asked], atol=1e-12)
+
+
+def test_nothing_of_the_vocabularys_size_comes_back(nats):
+    found = nats("gpt2", sweep([Head(0, 1)]))
+    assert max(value.size for value in found.values()) == 4 * 7
+
+
+def test_reinforced_heads_are_measured_in_logits():
+    with pytest.raises(UsageError, match="measured in logits"):
+        Graph(ablate=sweep([Head(0, 1)]), replacement=Reinforce(1.0), also=("logprob",))
