@@ -16,7 +16,7 @@ import xarray as xr
 
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.integrity import require_source
-from selfrepair_nn.quantities import SWEEP, TOKEN
+from selfrepair_nn.quantities import SWEEP, TOKEN, asked_in
 
 BLOCK = 2**22  # values held at once
 
@@ -115,7 +115,8 @@ def direct_effects(
     """
     require_kept(ds, share)
     if "threshold" not in ds or by != "direct_effect":
-        return _ranked(ds, done, share, by)
+        sums, top = _ranked(ds, done, share, by)
+        return sums, _stored(ds, top) if asked_in(ds) == "logprob" and "kept_share" in ds.attrs else top
     sums, top = _ranked(ds, np.repeat(np.any(done, axis=1)[:, None], done.shape[1], 1), share, by)
     counted = done[top.case, top.token // ds.sizes["position"]]
     if "kept_share" in ds.attrs:
@@ -123,11 +124,25 @@ def direct_effects(
     return np.where(done, sums, 0), top.of(counted)
 
 
+def _stored(ds: xr.Dataset, top: Top) -> Top:
+    """The entries that are kept: of part of a run some of its top tokens lay below the whole run's threshold."""
+    kept = np.zeros(top.token.size, bool)
+    for start, values in _blocks(ds, "self_repair"):
+        within, picked = top.pick(start, values)
+        kept[within] = np.isfinite(picked)
+    return top.of(kept)
+
+
 def require_kept(ds: xr.Dataset, share: float = 1) -> None:
     """Raise UsageError if the store keeps a smaller share of tokens than this; 1 means every token."""
     kept = ds.attrs.get("kept_share", 1)
     if share > kept:
         asked = "every token" if share == 1 else f"share {share:g}"
+        if asked_in(ds) == "logprob":
+            raise UsageError(
+                f"this store keeps the log-probability of each head's top {kept:g} of tokens, not of {asked}: run with "
+                "--logprob all"
+            )
         raise UsageError(
             f"this store keeps each head's top {kept:g} of tokens, not {asked}: run without --select top-share"
         )

@@ -18,6 +18,7 @@ from selfrepair_nn import __version__
 from selfrepair_nn.ending import heard, interrupted
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
 from selfrepair_nn.options import RENAMED, Options, flag, renamed
+from selfrepair_nn.quantities import OUTCOMES
 from selfrepair_nn.shown import line, message, shown
 
 INTERRUPTED = 130
@@ -170,6 +171,13 @@ def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
     type=float,
     help="Top share of tokens, by direct effect; default: 0.02, or 1 where not all count.",
 )
+@click.option(
+    "--outcome",
+    type=click.Choice(tuple(OUTCOMES)),
+    default="logit",
+    show_default=True,
+    help="What is drawn: logits, or log-probability in nats, of stores that hold it (run --logprob).",
+)
 @click.option("--recipe", default=None, help="Your recipe's .py, if it defines figures of its own.")
 @click.option("--layers", default=None, help="Draw only these layers: 8:12 or 0,5,-1; default: all.")
 @click.option("--heads", default=None, help="Draw only these heads: 9.6,10.*; default: all.")
@@ -178,6 +186,7 @@ def plot(
     names: tuple[str, ...],
     out: str | None,
     share: float | None,
+    outcome: str,
     recipe: str | None,
     layers: str | None,
     heads: str | None,
@@ -195,10 +204,10 @@ def plot(
     found = None if recipe is None else find_recipe(recipe)
     require_figures(names, found)
     datasets = [open_store(path) for path in stores]
-    wanted, folder = names or own(datasets[0], found), out or beside(datasets[0])
+    wanted, folder = names or (own(datasets[0], found) if outcome == "logit" else None), out or beside(datasets[0])
     if layers or heads:
         datasets = [only(ds, layers, heads) for ds in datasets]
-    for path in draw(datasets, folder, wanted, share=share, recipe=recipe):
+    for path in draw(datasets, folder, wanted, share=share, recipe=recipe, outcome=outcome):
         _print(path)
 
 

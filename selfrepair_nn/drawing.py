@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.quantities import asked_in
 from selfrepair_nn.values import brief
 
 
@@ -30,6 +31,7 @@ class Drawing:
 
     `every_token`: it needs all tokens of a run, not the top share alone. `of_summary`: of a dataset it reads nothing
     but what `analysis.by_head` gives. `overview`: it draws any store of its kind, and is drawn where nothing says more.
+    `nats`: it draws log-probability too, of a store that was asked in it (`analysis.in_nats`).
     """
 
     name: str
@@ -39,14 +41,15 @@ class Drawing:
     every_token: bool = False
     of_summary: bool = False
     overview: bool = False
+    nats: bool = False
 
     def __call__(self, *stores: Any, **more: Any) -> Any:
         return self.draw(*stores, **more)
 
     def suits(self, ds: Any) -> bool:
-        """Whether a dataset holds enough. What its test cannot read does not."""
+        """Whether a dataset holds enough, and is about what it draws. What its test cannot read does not."""
         try:
-            return bool(self.need.fits(ds))
+            return bool(self.need.fits(ds)) and (self.nats or asked_in(ds) == "logit")
         except Exception:
             return False
 
@@ -60,6 +63,7 @@ def figure(
     every_token: bool = False,
     of_summary: bool = False,
     overview: bool = False,
+    nats: bool = False,
 ) -> Callable[[Callable[..., Any]], Drawing]:
     """Make a function draw(stores, share) a figure, to be named in the FIGURES of a recipe.
 
@@ -78,6 +82,7 @@ def figure(
         every_token: whether it needs all tokens of a run, which `--select top-share` does not keep.
         of_summary: whether it takes the result of `by_head` for a store too.
         overview: whether it is drawn only where no other figure suits a store.
+        nats: whether it draws a store that was asked in log-probability (`in_nats`) too; its axes then say so.
 
     Raises:
         UsageError: the function cannot be called so, or the name cannot be a file's.
@@ -87,7 +92,7 @@ def figure(
         called = _name(name or getattr(function, "__name__", ""))
         _require_drawing(called, function)
         told = (about or inspect.getdoc(function) or called).strip().splitlines()[0]
-        return Drawing(called, told, Need(needs, fits), function, every_token, of_summary, overview)
+        return Drawing(called, told, Need(needs, fits), function, every_token, of_summary, overview, nats)
 
     return made
 

@@ -6,6 +6,7 @@ these rows.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -214,6 +215,9 @@ _ALL = (
 # fmt: on
 
 QUANTITIES: dict[str, Quantity] = {q.name: q for q in _ALL}
+IN_NATS = {"logit_change": "logprob_change", "self_repair": "self_repair_logprob", "from_norm": "norm_logprob"}
+"""What is told of a target's logit, and what of the next token's log-probability."""
+OUTCOMES = {"logit": "the logit of the target", "logprob": "the log-probability of the next token"}
 COORDINATES = tuple(q.name for q in _ALL if q.source == "label")
 ASKED = tuple(sorted({q.when for q in _ALL if q.when not in WHEN}))
 """What `Graph.also` can name."""
@@ -231,6 +235,16 @@ def recorded(conditions: Collection[str], *sources: str) -> tuple[Quantity, ...]
 def measured(conditions: Collection[str]) -> tuple[Quantity, ...]:
     """What an ablation job gives under these conditions."""
     return recorded(conditions, "clean", "ablated")
+
+
+def asked_in(ds: Any) -> str:
+    """What a dataset, or a summary, is about: "logit", or "logprob" as `analysis.in_nats` makes it."""
+    return ds.attrs.get("outcome", "logit")
+
+
+def told_of(ds: Any, name: str) -> Quantity:
+    """The quantity that stands under a name in a dataset or a summary."""
+    return QUANTITIES[IN_NATS.get(name, name) if asked_in(ds) == "logprob" else name]
 
 
 def table() -> str:

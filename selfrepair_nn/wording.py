@@ -8,6 +8,7 @@ import xarray as xr
 from selfrepair_nn.analysis import HALF_WIDTH, among, percent
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import CLUSTERS, RATE
+from selfrepair_nn.quantities import asked_in
 from selfrepair_nn.shown import line
 
 WIDTH = 100
@@ -57,6 +58,21 @@ def model(ds: xr.Dataset) -> str:
     """The model's name; of a directory's path only the last part."""
     name = str(ds.attrs.get("model", "unnamed model"))
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def unit(heads: xr.Dataset) -> str:
+    """What its numbers are in."""
+    return "nats" if asked_in(heads) == "logprob" else "logits"
+
+
+def effect(heads: xr.Dataset) -> str:
+    """What stands against the change on a horizontal axis."""
+    return "own effect on log-probability" if asked_in(heads) == "logprob" else "direct effect"
+
+
+def change(heads: xr.Dataset) -> str:
+    """What the whole model does."""
+    return "log-probability change" if asked_in(heads) == "logprob" else "logit change"
 
 
 def basis(heads: xr.Dataset, top: bool = True) -> str:

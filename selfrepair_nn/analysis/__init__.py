@@ -16,6 +16,7 @@ from selfrepair_nn.analysis.neurons import (
 )
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
+from selfrepair_nn.analysis.outcomes import in_nats, outcomes_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
 from selfrepair_nn.analysis.reinforcement import (
     CONFIDENCE,
@@ -59,6 +60,7 @@ __all__ = [
     "erasure_neurons",
     "every_token",
     "held",
+    "in_nats",
     "induction_by_head",
     "most_repaired",
     "name_movers",
@@ -67,6 +69,7 @@ __all__ = [
     "neuron_sparsity",
     "norm_by_head",
     "only",
+    "outcomes_by_head",
     "percent",
     "references",
     "reinforced",

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.quantities import OF_MODELS, QUANTITIES, SWEEP, usual_share
+from selfrepair_nn.quantities import IN_NATS, OF_MODELS, QUANTITIES, SWEEP, asked_in, usual_share
 
 MEANS = (
     "direct_effect",
@@ -31,6 +31,8 @@ def meant(ds: xr.Dataset) -> tuple[str, ...]:
 
 def required(ds: xr.Dataset) -> tuple[str, ...]:
     """Variables without which a dataset is no store of ours."""
+    if asked_in(ds) == "logprob":
+        return ("selected", "done", "direct_effect", *IN_NATS)
     split = "from_components" not in ds
     return tuple(name for name in REQUIRED if split or QUANTITIES[name].unless != "total")
 

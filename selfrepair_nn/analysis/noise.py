@@ -9,7 +9,7 @@ from selfrepair_nn.analysis.tokens import HALF_WIDTH, clusters
 from selfrepair_nn.blocks import counted_tokens, done_cases, in_top, ratios, tokens_of
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.face import public
-from selfrepair_nn.quantities import QUANTITIES
+from selfrepair_nn.quantities import QUANTITIES, asked_in, told_of
 
 COUNT = 4
 FATES = {
@@ -26,8 +26,8 @@ def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) 
     The heads are the `count` of largest mean direct effect in the last third of the model's layers; if no head
     there has anything done, of all layers; all heads if there are no more than `count` (choose with `only`).
 
-    - layer, head: which head it is; direct_effect, logit_change: over (rank, prompt, position), in logits, NaN
-      where not done or not counted; top: whether the token is in the head's top share;
+    - layer, head: which head it is; direct_effect, logit_change: over (rank, prompt, position), in logits or `in_nats`,
+      NaN where not done or not counted; top: whether the token is in the head's top share;
     - correlation: Pearson's, of direct effect and logit change; NaN if either never varies;
     - with r = logit_change / direct_effect, the share of tokens that are broken (r < -1: more is lost than the
       head wrote), under (-1 < r < 0: repaired in part, between the line y = -x and the x-axis) and over (r > 0:
@@ -48,6 +48,8 @@ def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) 
     done = done_cases(ds)[cases, :, None] & counted_tokens(ds)
     effect, change = (tokens_of(ds, name, cases) for name in names)
     top = np.array([_top(values, share) for values in effect], bool).reshape(effect.shape)
+    if asked_in(ds) == "logprob":  # as in `by_head`
+        effect = tokens_of(ds, "self_repair", cases) - change
     dims = ("rank", "prompt", "position")
     found = {name: (dims, values) for name, values in zip(names, (effect, change), strict=True)}
     place = dict(zip(HEADS, np.unravel_index(cases, heads.tokens.shape), strict=True))
@@ -61,7 +63,7 @@ def token_noise(ds: xr.Dataset, share: float | None = None, count: int = COUNT) 
             known = Tally.of_prompts(sums, counts, clusters(ds)).estimate
             found[prefix + name] = ("rank", known.mean)
             found[prefix + name + HALF_WIDTH] = ("rank", known.half_width)
-    return _describe(xr.Dataset(found, attrs=heads.attrs))
+    return _describe(xr.Dataset(found, attrs=heads.attrs), heads)
 
 
 def strongest(heads: xr.Dataset, count: int) -> np.ndarray:
@@ -96,9 +98,9 @@ def _fates(effect: np.ndarray, change: np.ndarray) -> dict[str, np.ndarray]:
     return {"broken": ratio < -1, "under": (ratio > -1) & (ratio < 0), "over": ratio > 0}
 
 
-def _describe(found: xr.Dataset) -> xr.Dataset:
+def _describe(found: xr.Dataset, heads: xr.Dataset) -> xr.Dataset:
     for name in ("direct_effect", "logit_change"):
-        found[name].attrs = QUANTITIES[name].attributes
+        found[name].attrs = told_of(found, name).attributes | {"units": heads[name].attrs["units"]}
     found.noise_floor.attrs = QUANTITIES["noise_floor"].attributes
     meanings = FATES | {"correlation": "correlation of direct effect and logit change", "tokens": "tokens"}
     for name, text in meanings.items():

@@ -9,7 +9,7 @@ from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import Tokens
 from selfrepair_nn.blocks import ratio_sums, ratios, read
 from selfrepair_nn.face import public
-from selfrepair_nn.quantities import QUANTITIES
+from selfrepair_nn.quantities import QUANTITIES, asked_in
 
 PARTS = ("norm_on_existing", "norm_on_change")
 
@@ -23,9 +23,10 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
       direct effect). A few tokens of hardly any direct effect decide it: the clipped one is `norm_share`;
     - x_half_width of each, and of the means over heads, as in `by_head`.
 
-    A result of this function is returned as it is. Memory and errors as in `by_head`.
+    A result of this function is returned as it is, and of log-probability (`in_nats`) the summary of `by_head`. Memory
+    and errors as in `by_head`.
     """
-    if "norm_ratio" in ds:
+    if "norm_ratio" in ds or asked_in(ds) == "logprob":
         return by_head(ds, share)
     ds = of_heads(ds)
     share = share_of(ds, share)

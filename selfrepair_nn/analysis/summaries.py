@@ -13,7 +13,7 @@ from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, c
 from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
 from selfrepair_nn.confidence import RATE, Tally, q_values
 from selfrepair_nn.face import public
-from selfrepair_nn.quantities import QUANTITIES
+from selfrepair_nn.quantities import QUANTITIES, asked_in, told_of
 
 ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
 
@@ -95,7 +95,10 @@ def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None 
 def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Iterator[tuple[str, tuple]]:
     """What `by_head` reads off the store, variable by variable."""
     tokens, sums = Tokens.of(ds, share, groups)
-    effects = chosen = tokens.top.effect
+    effects = tokens.top.effect
+    if asked_in(ds) == "logprob":
+        sums, effects = own_loss(ds, tokens)
+    chosen = effects
     plane: dict[str, Tally] = {}
     for name in meant(ds):
         if name != "direct_effect":
@@ -118,6 +121,12 @@ def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Ite
     yield "worst_closure", (tokens.dims, worst.reshape(tokens.shape))
 
 
+def own_loss(ds: xr.Dataset, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """What the head's own write alone takes from the log-probability, of a store `in_nats`: as `blocks.read` has it."""
+    repaired, changed = (read(ds, name, tokens.done, tokens.top) for name in ("self_repair", "logit_change"))
+    return repaired[0] - changed[0], repaired[1] - changed[1]
+
+
 def _tested(tokens: Tokens, prefix: str, self_repair: Tally) -> Columns:
     known = self_repair.estimate
     found = {"self_repair_se": known.error, "p_value": known.p_value, "q_value": q_values(known.p_value)}
@@ -126,10 +135,9 @@ def _tested(tokens: Tokens, prefix: str, self_repair: Tally) -> Columns:
 
 def _in_the_plane(tokens: Tokens, prefix: str, of: Mapping[str, Tally]) -> Columns:
     """What the direct effects and the logit change say together: sums over the same tokens."""
-    before, after, change = (
-        of[prefix + name] for name in ("direct_effect", "ablated_direct_effect", "logit_change")
-    )
-    removed = Tally(before.sums - after.sums, before.counts)
+    before, change = (of[prefix + name] for name in ("direct_effect", "logit_change"))
+    after = of.get(f"{prefix}ablated_direct_effect")
+    removed = before if after is None else Tally(before.sums - after.sums, before.counts)
     distance = Tally((change.sums + before.sums) / np.sqrt(2), before.counts)
     return tokens.columns(f"{prefix}removed", removed.estimate) | tokens.columns(
         f"{prefix}distance", distance.estimate
@@ -159,10 +167,12 @@ def _noise_floor(ds: xr.Dataset) -> xr.Variable:
 
 def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
     """The summary with units and a name on each variable."""
-    known = {n: (QUANTITIES[n].units, f"mean {QUANTITIES[n].long_name}") for n in meant(heads)} | {
-        "self_repair_se": ("logit", "standard error of the mean self-repair"),
-        "removed": ("logit", "mean direct effect removed"),
-        "distance": ("logit", "distance from y = -x"),
+    units = told_of(heads, "self_repair").units
+    told = {n: told_of(heads, n) for n in meant(heads)}
+    known = {n: (q.units.replace("logit", units), f"mean {q.long_name}") for n, q in told.items()} | {
+        "self_repair_se": (units, "standard error of the mean self-repair"),
+        "removed": (units, "mean direct effect removed"),
+        "distance": (units, "distance from y = -x"),
         "between": ("1", "between y = -x and the x-axis"),
         "p_value": ("1", "p-value of a mean self-repair of 0"),
         "q_value": ("1", "false discovery rate of the mean self-repair"),

@@ -15,7 +15,7 @@ from typing import Any
 import xarray as xr
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import held, remembering
+from selfrepair_nn.analysis import held, in_nats, remembering
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.face import public
@@ -36,6 +36,7 @@ from selfrepair_nn.figures import (
     neuron_sparsity,
     norm_scale,
     norm_share,
+    outcomes,
     path_patching,
     reinforced_heads,
     repair_graph,
@@ -50,9 +51,10 @@ from selfrepair_nn.figures import (
 )
 from selfrepair_nn.figures.style import Datasets, named, save, settings, share_of, summaries
 from selfrepair_nn.paths import local
+from selfrepair_nn.quantities import OUTCOMES, asked_in
 from selfrepair_nn.recipe import Recipe, find_recipe, present_name, recipe_paths, recipes
 from selfrepair_nn.shown import line, tell
-from selfrepair_nn.values import brief, nearest, several
+from selfrepair_nn.values import brief, nearest, one_of, several
 
 __all__ = [
     "FIGURES",
@@ -76,6 +78,7 @@ FIGURES: dict[str, Drawing] = {
         distance_by_layer,
         token_noise,
         norm_share,
+        outcomes,
         repair_map,
         repair_graph,
         erasure_neurons,
@@ -213,6 +216,9 @@ def draw(
 
 def _unsuited(figure: Drawing, title: str, ds: xr.Dataset, why: Exception | None) -> UsageError:
     told = f" ({why})" if isinstance(why, UsageError) else ""
+    if asked_in(ds) == "logprob" and not figure.nats:
+        others = ", ".join(suited(ds)) or "none"
+        return UsageError(f"figure {figure.name} is of logits alone; of log-probability {title!r} has {others}")
     return UsageError(
         f"figure {figure.name} does not suit {title!r}: it needs {figure.need.words}{told}; "
         f"suited are {', '.join(suited(ds)) or 'none'}"
@@ -246,14 +252,18 @@ def plot(
     *,
     share: float | None = None,
     recipe: str | Path | None = None,
+    outcome: str = "logit",
 ) -> list[Path]:
     """Draw and save figures by name, by default all that the datasets are `suited` to.
 
     They go into `directory`, by default beside the first store, named as it is without .zarr. `recipe` is a recipe's
-    name or the path of your own: then its figures are drawn, those that its file defines among them. Returns the
-    files, two for each figure. Errors as in `draw`, and as for a recipe's file that cannot be read as one.
+    name or the path of your own: then its figures are drawn, those that its file defines among them. `outcome`
+    "logprob" draws log-probability in place of logits, in the figures that can, of stores that hold it. Returns the
+    files, two for each figure. Errors as in `draw` and `analysis.in_nats`, and as for a recipe's file that cannot be
+    read as one.
     """
-    stores = {name: held(ds) for name, ds in named(datasets).items()}
+    one_of("outcome", outcome, OUTCOMES)
+    stores = {name: held(in_nats(ds) if outcome == "logprob" else ds) for name, ds in named(datasets).items()}
     found = None if recipe is None else find_recipe(recipe)
     first = next(iter(stores.values()))
     wanted = own(first, found) if names is None and found else names
@@ -262,7 +272,8 @@ def plot(
     folder = local(beside(first) if directory is None else directory, "directory")
     with remembering():
         every = drawn(stores, wanted, share=share, recipe=found)
-        return [path for each, figure in every for path in save(figure, folder, each.name)]
+        ending = "_logprob" if outcome == "logprob" else ""
+        return [path for each, figure in every for path in save(figure, folder, each.name + ending)]
 
 
 def require_own(recipe: Recipe, options: Any) -> list[str]:

@@ -14,12 +14,15 @@ from selfrepair_nn.figures import style
 VISIBLE = 0.004  # the least part of an axis that the eye sees as a band
 
 
-def draw_heads(axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: float, **line: Any) -> None:
+def draw_heads(
+    axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: float, first: int = 0, **line: Any
+) -> None:
     """Variable `name` of each summary: heads as dots, hollow where it may be 0; the layers' means as a line.
 
-    One summary is drawn by layer index, several by depth in percent of their models' layers.
+    One summary is drawn by layer index, several by depth in percent of their models' layers. `first` is the first
+    one's index among the colours.
     """
-    for index, (legend, heads) in enumerate(found.items()):
+    for index, (legend, heads) in enumerate(found.items(), first):
         colour, marker = style.colour(index), style.marker(index)
         places = np.broadcast_to(depth(heads, len(found) == 1)[:, None], heads.tokens.shape)
         known, quiet = (heads.tokens > 0).values, _quiet(heads, name)
@@ -52,10 +55,10 @@ def draw_noise(axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
         axes.fill_between(depth(heads, True), -floor, floor, **look)
 
 
-def told(reading: str, found: Mapping[str, xr.Dataset], name: str) -> str:
-    """`reading`, with how well a head's mean is known at {typical}."""
+def told(reading: str, found: Mapping[str, xr.Dataset], name: str, **words: str) -> str:
+    """`reading`, with how well a head's mean is known at {typical}, and other words at their names."""
     known = style.typical(found, name)
-    return reading.format(typical=f" ({known})" if known else "")
+    return reading.format(typical=f" ({known})" if known else "", **words)
 
 
 def name_axis(axes: Axes, alone: bool) -> None:
@@ -77,7 +80,7 @@ def depth(heads: xr.Dataset, alone: bool) -> np.ndarray:
 
 
 def _quiet(heads: xr.Dataset, name: str) -> np.ndarray:
-    """Where a mean in logits may be 0: its interval holds 0, or it lies under the noise floor."""
+    """Where a mean in logits or nats may be 0: its interval holds 0, or it lies under the noise floor."""
     values = heads[name]
     near = abs(values) <= np.fmax(heads[name + HALF_WIDTH], heads.noise_floor.fillna(0))
-    return near.transpose(*values.dims).values & (values.attrs.get("units") == "logit")
+    return near.transpose(*values.dims).values & (values.attrs.get("units") in ("logit", "nat"))

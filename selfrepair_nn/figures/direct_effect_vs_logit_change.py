@@ -17,13 +17,12 @@ from selfrepair_nn.figures import plane, style, suiting
 
 LABELS = 8
 READING = (
-    "Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head writes nothing to the logit.",
     "Shaded, between it and the x-axis: self-repaired on average, as these means were measured. Thin bars: 95% "
-    "intervals of both means.",
+    "intervals of both means."
 )
 
 
-@figure(*suiting.HEADS_ALONE, name=__name__, about=__doc__, of_summary=True)
+@figure(*suiting.HEADS_ALONE, name=__name__, about=__doc__, of_summary=True, nats=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each store, means over all tokens; heads in the wedge are self-repaired (section 2.2).
 
@@ -43,7 +42,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         _colour_bar(figure, axes, heads)
     top = not all(map(every_token, found.values()))
     told = style.captions(found, top, of="top_logit_change" if top else "logit_change")
-    style.caption(figure, found, [*told, *READING])
+    style.caption(figure, found, [*told, plane.no_repair(style.unit_of(found) == "nats"), READING])
     figure.draw_without_rendering()
     for axes, heads in zip(panels, found.values(), strict=False):
         _write_names(axes, heads)
@@ -58,8 +57,10 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
     colours = {"c": layer, "cmap": style.LAYERS, "norm": _norm(heads)}
     axes.scatter(x, y, **colours, s=26, edgecolor="white", linewidth=0.4, zorder=3)
     tokens = throughout(heads) if every_token(heads) else among(heads.attrs["share"])
-    axes.set_xlabel(f"direct effect, mean over {tokens} (logits)")
-    axes.set_ylabel(f"logit change when ablated,\nmean over {tokens} (logits)")
+    unit, effect = wording.unit(heads), wording.effect(heads)
+    gap = " " if unit == "logits" else "\n"
+    axes.set_xlabel(f"{effect},{gap}mean over {tokens} ({unit})")
+    axes.set_ylabel(f"{wording.change(heads)} when ablated,\nmean over {tokens} ({unit})")
 
 
 def _points(heads: xr.Dataset) -> tuple[np.ndarray, ...]:

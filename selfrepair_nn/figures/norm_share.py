@@ -20,17 +20,25 @@ READING = (
     "Tokens of hardly any direct effect decide an unclipped share.",
 )
 
+IN_NATS = (
+    "The norm's repair of log-probability: its change, less its change with everything as ablated but the clean norm "
+    "scale. Own effect: what the head's own write alone takes, the norm frozen."
+)
 
-@figure(*suiting.ON_EVERY_TOKEN, name=__name__, about=__doc__, every_token=True)
+
+@figure(*suiting.OF_THE_NORM, name=__name__, about=__doc__, every_token=True, nats=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw four panels: the norm's repair, its two parts (Appendix B), its clipped and its unclipped share of DE.
 
-    The last is of all tokens, and left out where only the top share is kept.
+    The last is of all tokens, and left out where only the top share is kept. Of log-probability there are two: the
+    norm's repair, and its clipped share of what the head's own write alone takes.
 
     `datasets` is a store or a result of `norm_by_head`, a sequence of them, or a mapping from legend to them;
     several are drawn by depth in percent. Raises UsageError as `norm_by_head` does, and if there is nothing to draw.
     """
     found = style.summaries(datasets, share, norm_by_head)
+    if style.unit_of(found) == "nats":
+        return _draw_in_nats(found, share)
     alone, top = len(found) == 1, among(share)
     figure = style.new_figure(9.6 if alone else 11, 7.2)
     whole, parts, clipped, ratio = figure.subplots(2, 2).ravel()
@@ -53,6 +61,26 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     style.heading(figure, found)
     style.legend(figure, whole, found)
     style.caption(figure, found, [*style.captions(found, of="top_from_norm"), *READING])
+    return figure
+
+
+def _draw_in_nats(found: Mapping[str, xr.Dataset], share: float) -> Figure:
+    """The two panels that there are of log-probability."""
+    figure = style.new_figure(9.6 if len(found) == 1 else 11, 4.0)
+    whole, clipped = figure.subplots(1, 2)
+    for axes, name, title, unit in (
+        (whole, "top_from_norm", "repair by the norm", "nats"),
+        (clipped, "norm_share", "clipped share", "norm's repair / own effect"),
+    ):
+        depth.draw_heads(axes, found, name, share)
+        depth.name_axis(axes, len(found) == 1)
+        axes.set_title(f"{title}, {among(share)}")
+        axes.set_ylabel(unit)
+    clipped.set_ylim(0, 1)
+    clipped.yaxis.set_major_formatter(style.as_percent)
+    style.heading(figure, found)
+    style.legend(figure, whole, found)
+    style.caption(figure, found, [*style.captions(found, of="top_from_norm"), READING[0], IN_NATS])
     return figure
 
 

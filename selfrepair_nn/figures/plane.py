@@ -8,6 +8,14 @@ from selfrepair_nn.figures import style
 EQUAL = 3  # the most that one axis may be longer than the other for both to have the same scale
 
 
+def no_repair(nats: bool) -> str:
+    """What the dashed line is."""
+    line = "Dashed: y = \N{MINUS SIGN}x, no repair"
+    if nats:
+        return f"{line}. Own effect: what the head's own write alone takes from the log-probability, the norm frozen."
+    return f"{line} if what replaces the head writes nothing to the logit."
+
+
 def limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     """Room for all points and the origin; both axes to one scale where their lengths allow it."""
     middles, halves = zip(*(_extent(values) for values in (x, y)), strict=True)

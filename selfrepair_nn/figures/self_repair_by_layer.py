@@ -12,7 +12,7 @@ READING = (
 )
 
 
-@figure(*suiting.HEADS_ALONE, name=__name__, about=__doc__, of_summary=True)
+@figure(*suiting.HEADS_ALONE, name=__name__, about=__doc__, of_summary=True, nats=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw one store by layer index, or several by depth in percent; hollow dots may be zero.
 
@@ -26,7 +26,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     depth.draw_heads(axes, found, "top_self_repair", share)
     depth.draw_noise(axes, found)
     axes.set_title(style.wrapped(style.title_of(found)))
-    axes.set_ylabel(f"self-repair, mean on {among(share)} (logits)")
+    axes.set_ylabel(f"self-repair, mean on {among(share)} ({style.unit_of(found)})")
     style.legend(figure, axes, found)
     style.caption(figure, found, [*style.captions(found), depth.told(READING, found, "top_self_repair")])
     return figure

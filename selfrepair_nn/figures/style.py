@@ -110,6 +110,11 @@ def summaries(datasets: Datasets, share: float, by: Summary = by_head) -> dict[s
     return found
 
 
+def unit_of(found: Mapping[str, xr.Dataset]) -> str:
+    """What an axis of all of them is in: of one figure's datasets all are asked in the same."""
+    return wording.unit(next(iter(found.values())))
+
+
 def colour(index: int) -> str:
     """The colour of the dataset with this index."""
     return COLOURS[index % len(COLOURS)]

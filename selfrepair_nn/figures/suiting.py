@@ -4,7 +4,9 @@ import xarray as xr
 
 from selfrepair_nn.analysis import HEADS, every_token, reinforced
 from selfrepair_nn.drawing import Need
-from selfrepair_nn.quantities import QUANTITIES
+from selfrepair_nn.quantities import QUANTITIES, asked_in
+
+OUTCOME = "self_repair_logprob"
 
 
 def axis(ds: xr.Dataset) -> str | None:
@@ -34,6 +36,11 @@ ON_EVERY_TOKEN = Need(
     "single heads, each ablated in one way, on every token",
     lambda ds: grid(ds) and "position" in ds.dims and every_token(ds),
 )
+OF_THE_NORM = Need(
+    ON_EVERY_TOKEN.words,
+    lambda ds: ON_EVERY_TOKEN.fits(ds) or (grid(ds) and "position" in ds.dims and asked_in(ds) == "logprob"),
+)
+OUTCOMES = Need("log-probability (--logprob)", lambda ds: grid(ds) and OUTCOME in ds)
 COMPONENTS = Need(
     "every component's change (--components)", lambda ds: grid(ds) and "component_change" in ds
 )

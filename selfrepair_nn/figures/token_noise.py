@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from selfrepair_nn import wording
 from selfrepair_nn.analysis import SHARE, among, percent, token_noise
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import figure
@@ -17,14 +18,15 @@ CELLS = 80
 WIDE, LINE = 68, 10  # characters over a panel, and points of a line of them
 MANY, PIXELS = 50_000, 700  # tokens of a panel that are all drawn, and pixels of its sides
 READING = (
-    "Dots: tokens; the brighter, the denser they lie. Dotted: from here on the head's {top}. "
-    "Dashed: y = \N{MINUS SIGN}x, no repair.",
+    "Dots: tokens; the brighter, the denser they lie. Dashed: y = \N{MINUS SIGN}x, no repair.",
     "Under: repaired in part, between the dashed line and the x-axis. Over: beyond the x-axis. "
     "Broken: beyond the dashed line, more is lost than the head wrote.",
 )
+IN_LOGITS = "Dotted: from here on the head's {top}."
+IN_NATS = "Own effect: what the head's own write alone takes, the norm frozen. Top: by direct effect on the logit."
 
 
-@figure(*suiting.ON_EVERY_TOKEN, name=__name__, about=__doc__, every_token=True)
+@figure(*suiting.ON_EVERY_TOKEN, name=__name__, about=__doc__, every_token=True, nats=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `token_noise` chooses; several stores have a row each.
 
@@ -45,7 +47,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             else:
                 axes.remove()
     style.heading(figure, found)
-    reading = [line.format(top=among(share)) for line in READING]
+    own = IN_NATS if style.unit_of(found) == "nats" else IN_LOGITS.format(top=among(share))
+    reading = [*READING, own]
     if any(tokens.direct_effect[0].size > MANY for tokens in found.values() if tokens.sizes["rank"]):
         reading.append("Of tokens that lie on one spot, one is drawn.")
     style.caption(figure, found, [*style.captions(found, of="under"), *reading])
@@ -57,14 +60,16 @@ def _draw_head(axes: Axes, tokens: xr.Dataset, share: float, prefix: str) -> Non
     x, y = tokens.direct_effect.values[known], tokens.logit_change.values[known]
     plane.limits(axes, x, y)
     plane.wedge(axes)
-    axes.axvline(x[tokens.top.values[known]].min(), color=style.MUTED, linestyle=":", linewidth=1, zorder=2)
+    if wording.unit(tokens) == "logits":
+        axes.axvline(x[tokens.top.values[known]].min(), color=style.MUTED, linestyle=":", linewidth=1, zorder=2)
     density = _density(axes, x, y)
     order = np.argsort(density, kind="stable")
     order = order[_seen(axes, x[order], y[order])]
     look = {"cmap": style.LAYERS, "norm": LogNorm(1, max(density.max(), 2)), "s": 5, "linewidth": 0}
     axes.scatter(x[order], y[order], c=density[order], rasterized=True, zorder=1, **look)
-    axes.set_xlabel("direct effect (logits)")
-    axes.set_ylabel("logit change when ablated (logits)")
+    unit = wording.unit(tokens)
+    axes.set_xlabel(f"{wording.effect(tokens)} ({unit})")
+    axes.set_ylabel(f"{wording.change(tokens)} when ablated ({unit})")
     said = [_said(tokens, "", f"all {int(tokens.tokens):,} tokens")]
     said.append(_said(tokens, "top_", f"top {percent(share)}"))
     said = [part for line in said for part in _fitting(line)]
