@@ -15,5 +15,5 @@ def graph(structure, options):
         record=options.record,
         target=options.target,
         value_bias=options.value_bias,
-        also=("logprob",),
+        also=options.also,
     ).frozen(options.freeze, structure.n_layers, structure.n_heads)

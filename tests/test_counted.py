@@ -265,7 +265,8 @@ def test_a_store_that_does_not_say_counts_every_token(stores):
 
 # ---------------------------------------------------------------- what does not count is never looked at
 
-ANALYSES = [name for name, place in sr._PLACES.items() if place[0] == "selfrepair_nn.analysis" and name != "only"]
+ANALYSES = [name for name, place in sr._PLACES.items() if place[0] == "selfrepair_nn.analysis"]
+ANALYSES = [name for name in ANALYSES if name not in ("only", "in_nats")]  # which give a store
 SOLE = {"attention": ("token", "logit", "mean_logit")}
 """Whether tokens are repeated, and known, is seen against the first time: of that the clean logit is read."""
 
@@ -303,6 +304,7 @@ def analysed(ds, share):
         "top_share",
     )
     found |= {f"{name} {share}": outcome(getattr(sr, name), ds, share) for name in with_share}
+    found["in nats"] = outcome(lambda ds: sr.by_head(sr.in_nats(ds)), ds)
     return found | {"summary": outcome(text.summary, ds), "page": outcome(page, ds)}
 
 

@@ -8,9 +8,14 @@ import oracle
 import oracle_edits
 import pytest
 import torch
+import xarray as xr
+from matplotlib.text import Text
 from numpy.testing import assert_allclose, assert_array_equal
+from terminal import selfrepair
 from torch import nn
 
+import selfrepair_nn as sr
+from selfrepair_nn import figures
 from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Swap
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, freeze_set, sweep
@@ -235,3 +240,186 @@ def test_nothing_of_the_vocabularys_size_comes_back(nats):
 def test_reinforced_heads_are_measured_in_logits():
     with pytest.raises(UsageError, match="measured in logits"):
         Graph(ablate=sweep([Head(0, 1)]), replacement=Reinforce(1.0), also=("logprob",))
+
+
+# ---------------------------------------------------------------- runs, summaries, figures
+
+
+CHOICES = {"heads": "0.*,2.1", "share": 0.2, "batch_size": 7, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def runs(wrapped, seeded, tmp_path_factory):
+    """runs(**choices): a finished run of the outcomes recipe on 25 prompts, made once; nobody may change it."""
+    found, folder = {}, tmp_path_factory.mktemp("outcomes")
+
+    def made(recipe="outcomes", **choices):
+        key = repr((recipe, choices))
+        if key not in found:
+            given = CHOICES | {"prompts": seeded("neox-parallel", 25)} | choices
+            out = folder / f"{len(found)}.zarr"
+            found[key] = sr.run(recipe, model=wrapped("neox-parallel", exact=True), out=out, **given).load()
+        return found[key]
+
+    return made
+
+
+def kept(ds):
+    return np.isfinite(ds.logprob_change.values)
+
+
+def test_a_run_keeps_the_top_share_or_all(runs):
+    top, every = runs(), runs(logprob="all")
+    done = every.selected.values[:, :, None, None] & np.ones((25, 7), bool)
+    assert_array_equal(kept(every), done)
+    assert_array_equal(kept(top), sr.top_share(every, 0.2).values & done)
+    for name in CHANGED:
+        assert_allclose(top[name].values[kept(top)], every[name].values[kept(top)], rtol=0, atol=1e-12)
+        blank = -1 if name == "ablated_target_rank" else np.nan
+        assert_array_equal(top[name].values[~kept(top)], blank)
+    for name in CLEAN:
+        assert_array_equal(top[name], every[name])
+    assert_array_equal(top.logit_change, every.logit_change)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"backend": "simulated"},
+        {"select": "top-share"},
+        {"select": "top-share", "logprob": "all"},
+        {"components": "top"},
+        {"tokens_per_pass": 9, "batch_size": 3},
+    ],
+    ids=str,
+)
+def test_whatever_else_is_chosen_it_is_the_same(runs, choices):
+    ours, theirs = runs(), runs(**choices)
+    assert_array_equal(kept(theirs), kept(ours))
+    for name in CHANGED:
+        assert_allclose(theirs[name].values[kept(ours)], ours[name].values[kept(ours)], rtol=0, atol=1e-9)
+    assert_allclose(*(sr.outcomes_by_head(ds, 0.2).top_norm_logprob for ds in (ours, theirs)), atol=1e-9)
+
+
+def test_until_an_interval_is_narrow(runs):
+    ds = runs("heads", logprob="top", until_ci=100.0)
+    mask = kept(ds)
+    assert mask.any()
+    by_hand = ds.logit_change + ds.mean_logit_change - ds.logsumexp_change
+    assert_allclose(ds.logprob_change.values[mask], by_hand.values[mask], atol=1e-12)
+
+
+def test_summaries_are_means_over_top_tokens(runs):
+    ds = runs()
+    found, nats, logits = sr.outcomes_by_head(ds, 0.2), sr.by_head(sr.in_nats(ds), 0.2), sr.by_head(ds, 0.2)
+    means = {name: ds[name].where(kept(ds)).mean(("prompt", "position")) for name in CHANGED}
+    for name in ("logprob_change", "self_repair_logprob", "norm_logprob", "entropy_change", "kl"):
+        assert_allclose(found[f"top_{name}"], means[name], atol=1e-12)
+        known = [np.isfinite(each) for each in (found[f"top_{name}_half_width"], logits.top_self_repair_half_width)]
+        assert_array_equal(*known)
+        assert known[0].any()
+        assert found[f"top_{name}"].attrs["units"] == "nat"
+        assert np.isnan(found[name]).all()  # not every token is kept
+    own = means["self_repair_logprob"] - means["logprob_change"]
+    assert_allclose(found.top_removed_logprob, own, atol=1e-12)
+    assert_allclose(nats.top_self_repair, means["self_repair_logprob"], atol=1e-12)
+    assert_allclose(nats.top_from_norm, means["norm_logprob"], atol=1e-12)
+    for name in ("top_direct_effect", "top_removed"):
+        assert_allclose(nats[name], own, atol=1e-12)
+    assert_allclose(nats.top_distance, means["self_repair_logprob"] / np.sqrt(2), atol=1e-12)
+    share = (ds.norm_logprob / (ds.self_repair_logprob - ds.logprob_change)).clip(0, 1).where(kept(ds))
+    assert_allclose(nats.norm_share, share.mean(("prompt", "position")), atol=1e-12)
+    assert {nats[f"top_{name}"].attrs["units"] for name in ("self_repair", "direct_effect", "removed")} == {"nat"}
+    assert "top_from_heads" not in nats
+    xr.testing.assert_identical(logits, found[[*logits.data_vars]].assign_attrs(logits.attrs))
+    xr.testing.assert_identical(sr.outcomes_by_head(found, 0.2), found)
+
+
+def test_of_every_token_there_are_all_means(runs):
+    ds = runs(logprob="all")
+    found = sr.by_head(sr.in_nats(ds), 0.2)
+    assert_allclose(found.self_repair, ds.self_repair_logprob.mean(("prompt", "position")), atol=1e-12)
+    tokens = sr.token_noise(sr.in_nats(ds), 0.2)
+    best = {name: int(tokens[name][0]) for name in ("layer", "head")}
+    assert_allclose(tokens.logit_change[0], ds.logprob_change.sel(best), atol=1e-12)
+    own = ds.self_repair_logprob - ds.logprob_change
+    assert_allclose(tokens.direct_effect[0], own.sel(best), atol=1e-12)
+    assert_array_equal(tokens.top[0], sr.top_share(ds, 0.2).sel(best))
+
+
+def test_part_of_a_run_has_what_was_kept_of_it(runs):
+    """Its top tokens are of its own; those of them that the whole run did not keep are left out."""
+    ds = runs()
+    part = ds.isel(prompt=slice(0, 6))
+    found = sr.outcomes_by_head(part, 0.2)
+    mask = kept(part) & sr.top_share(part, 0.2).values
+    assert mask.sum() < sr.top_share(part, 0.2).values[ds.selected.values].sum()
+    expected = part.kl.where(mask).mean(("prompt", "position"))
+    assert_allclose(found.top_kl, expected, atol=1e-12)
+
+
+def test_it_is_said_what_a_store_does_not_hold(runs, tmp_path):
+    plain, top = runs("heads"), runs()
+    with pytest.raises(UsageError, match="holds no log-probability: run its recipe with --logprob top, or all"):
+        sr.in_nats(plain)
+    for function in (sr.outcomes_by_head, lambda ds: sr.plot(ds, tmp_path, outcome="logprob")):
+        with pytest.raises(UsageError, match="holds no log-probability"):
+            function(plain)
+    with pytest.raises(UsageError, match=r"top 0\.2 of tokens, not of share 0\.5: run with"):
+        sr.by_head(sr.in_nats(top), 0.5)
+    with pytest.raises(UsageError, match=r"repair_map is of logits alone; .* has self_repair_by_layer"):
+        sr.plot(top, tmp_path, ["repair_map"], outcome="logprob")
+    with pytest.raises(UsageError, match="outcome 'nats' is not known"):
+        sr.plot(top, tmp_path, outcome="nats")
+    with pytest.raises(UsageError, match="components 'all' and logprob 'top'"):
+        sr.preview("heads", components="all", logprob="top")
+    with pytest.raises(UsageError, match="choose logprob 'top' or 'none'"):
+        sr.preview("neurons", logprob="all")
+    with pytest.raises(UsageError, match="takes no --logprob"):
+        sr.preview("self_reinforcement", logprob="top")
+
+
+FIGURES = ("self_repair_by_layer", "direct_effect_vs_logit_change", "distance_by_layer", "norm_share")
+
+
+def test_figures_draw_either(runs, tmp_path):
+    top, every = runs(), runs(logprob="all")
+    assert {path.stem for path in sr.plot(top, tmp_path)} == {*FIGURES, "token_noise", "outcomes"}
+    found = {path.stem for path in sr.plot(top, tmp_path, outcome="logprob", share=0.2)}
+    assert found == {f"{name}_logprob" for name in FIGURES}
+    found = {path.stem for path in sr.plot(every, tmp_path, outcome="logprob", share=0.2)}
+    assert found == {f"{name}_logprob" for name in (*FIGURES, "token_noise")}
+
+
+@pytest.mark.parametrize("name", [*FIGURES, "token_noise"])
+def test_a_figure_says_what_it_shows(runs, name):
+    ds = runs(logprob="all")
+    words = [
+        " ".join(text.get_text() for text in figures.draw(name, each, share=0.2).findobj(Text))
+        for each in (ds, sr.in_nats(ds))
+    ]
+    assert "logit" in words[0]
+    assert "nats" not in words[0]
+    assert "nats" in words[1]
+    assert "(logits)" not in words[1]
+
+
+def test_the_figure_of_both_shows_their_means(runs):
+    ds = runs()
+    panels = figures.draw("outcomes", ds, share=0.2).axes
+    layers, lines = sr.by_layer(sr.outcomes_by_head(ds, 0.2), 0.2), [line for axes in panels for line in axes.lines]
+    drawn = [line.get_ydata() for line in lines]
+    for name in ("self_repair", "self_repair_logprob", "from_norm", "norm_logprob", "removed", "kl"):
+        assert any(np.array_equal(values, layers[f"top_{name}"].values) for values in drawn), name
+    two = figures.draw("outcomes", {"one": ds, "other": ds}, share=0.2)
+    assert len(two.axes) == 8
+
+
+def test_the_command_line_draws_it(runs, tmp_path):
+    store = runs().encoding["source"]
+    told = selfrepair("plot", store, "--outcome", "logprob", "--share", 0.2, "--out", tmp_path)
+    assert f"{tmp_path}/distance_by_layer_logprob.png" in told.out.splitlines()
+    refused = selfrepair("plot", runs("heads").encoding["source"], "--outcome", "logprob")
+    assert refused.code == 2
+    assert "run its recipe with --logprob top" in refused.err
+    assert selfrepair("plot", store, "--outcome", "nats").code == 2

@@ -126,7 +126,7 @@ def test_further_families_are_the_same_there(name, tmp_path):
     sandbox = Sandbox(model.nn, str(tmp_path))
     try:
         for record, replacement in (("sums", "resample"), ("full", "zero")):
-            graph = Graph(ablate=sweep(heads), record=record, replacement=replacement)
+            graph = Graph(ablate=sweep(heads), record=record, replacement=replacement, also=("logprob",))
             plan = graph.plan(model.layout) | {"tokens_per_pass": 96}
             here = run_session(ablation_job, model.nn, arrays, plan)
             assert_same(sandbox.run(ablation_job, arrays, plan), here)

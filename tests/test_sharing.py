@@ -350,6 +350,7 @@ ERRORS = [
         (60, "going on with (5[0-9]|60) tokens in a pass", {"ablation": "mean"}),
         (14, "in two halves", {}),
         (14, "in two halves", {"select": "top-share"}),
+        (14, "in two halves", {"logprob": "top", "share": 0.3}),
     ],
 )
 def test_what_does_not_fit_is_done_in_smaller_pieces(tmp_path, capfd, error, room, said, more):
