@@ -12,6 +12,7 @@ import xarray as xr
 from matplotlib.text import Text
 from numpy.testing import assert_allclose, assert_array_equal
 from terminal import selfrepair
+from test_tracing_law import counting
 from torch import nn
 
 import selfrepair_nn as sr
@@ -235,6 +236,29 @@ def test_what_is_not_wanted_is_left_out(nats):
 def test_nothing_of_the_vocabularys_size_comes_back(nats):
     found = nats("gpt2", sweep([Head(0, 1)]))
     assert max(value.size for value in found.values()) == 4 * 7
+
+
+def test_few_tokens_go_through_the_unembedding(wrapped, seeded):
+    """Every one in the clean run, each kept one twice, and its clean one once for all the heads that keep it."""
+    model, tokens = wrapped("gpt2"), torch.as_tensor(seeded("gpt2"))
+    cases, rows = sweep([Head(1, 0), Head(1, 1), Head(1, 2)]), {}
+    for also in ((), ("logprob",)):
+        plan = Graph(ablate=cases, replacement="zero", also=also).plan(model.layout) | {"tokens_per_pass": 1000}
+        with counting(model) as counted:
+            found = run_session(ablation_job, model.nn, {"tokens": tokens, "thresholds": torch.zeros(3)}, plan)
+        rows[also] = counted[1][model.structure.places["unembedding"]]
+    top = (found["direct_effect"] >= 0).numpy()
+    calls = 3  # on nothing, to know the bias, and on the norm's
+    assert rows["logprob",] - rows[()] == tokens.numel() + 2 * top.sum() + top.any(0).sum() + calls
+
+
+def test_a_plan_counts_them(runs):
+    given = {"model": "tiny-neox", "tokens": 512, "length": 64}
+    structure = load("tiny-neox", check=False).structure
+    plain, top, every = (sr.preview("heads", logprob=word, **given)["flops"] for word in ("none", "top", "all"))
+    token = 2 * structure.d_model * structure.vocab_size
+    assert top - plain == pytest.approx(token * (512 + round(3 * 0.02 * 64 * 512)))
+    assert every - plain == pytest.approx(token * (512 + 3 * 64 * 512))
 
 
 def test_reinforced_heads_are_measured_in_logits():

@@ -37,6 +37,8 @@ def preview(
 def preview_of(experiment: Experiment) -> dict[str, Any]:
     """The plan of an experiment that is prepared already; see `preview`."""
     structure, prompts = experiment.description.structure, experiment.prompts
+    cost = experiment.work.cost()
+    cost["flops"] += 2 * structure.d_model * structure.vocab_size * experiment.unembedded
     moved: dict[str, int] = {}
     if experiment.options.served:
         from selfrepair_nn.estimating.traffic import traffic
@@ -49,7 +51,7 @@ def preview_of(experiment: Experiment) -> dict[str, Any]:
         "ablated": f"{_count(experiment)}, {experiment.ablation} ablation",
         "block": experiment.work.block,
         "less": experiment.ranked,
-        **experiment.work.cost(),
+        **cost,
         "store_bytes": experiment.work.store_bytes(experiment.quantities, experiment.precision),
         **moved,
     }

@@ -39,12 +39,13 @@ def traffic(experiment: Experiment) -> dict[str, int]:
     model = structure_only(experiment.description, experiment.tokenizer)
     limits = np.zeros(len(experiment.graph.ablate)) if experiment.shared else None
     found, blocks = plans(experiment, model.layout), experiment.work.units
+    unembedded = SERVED_ITEMSIZE * experiment.unembedded * (model.structure.d_model + model.structure.vocab_size)
     units, whole = (Sweep(experiment, found, {}, each).units(blocks) for each in (limits, None))
     return {
         "request_bytes": len(units) * len(packed(model, units[0])),
         "result_bytes": sum(result_bytes(unit, experiment.precision) for unit in whole),
-        "crossing_bytes": crossing_bytes(experiment.work, SERVED_ITEMSIZE),
-    } | _at_the_end_alone(experiment.work)
+        "crossing_bytes": crossing_bytes(experiment.work, SERVED_ITEMSIZE) + unembedded,
+    } | {name: total + unembedded for name, total in _at_the_end_alone(experiment.work).items()}
 
 
 def _at_the_end_alone(work: Work) -> dict[str, int]:

@@ -175,6 +175,18 @@ class Experiment:
         return usual_share(self.prompts.all_count) if self.options.share is None else self.options.share
 
     @property
+    def unembedded(self) -> int:
+        """How many tokens go through the unembedding, at most, where log-probability is measured; else none.
+
+        Each once in the clean run, and three times for each case that keeps it.
+        """
+        work = self.work
+        if "logprob" not in self.graph.also:
+            return 0
+        kept = (self.share if self.shared else 1) * work.case_tokens
+        return len(work.graphs) * work.prompts * work.length + round(3 * kept)
+
+    @property
     def counted(self) -> np.ndarray:
         """Which tokens count: bool [prompt, position]; of prompts on which heads are reinforced the edited one."""
         if not self.reinforces:
