@@ -17,7 +17,7 @@ PANELS = {
     "what the heads' own writes take": dict(zip(("top_removed", "top_removed_logprob"), BOTH, strict=True)),
     "the next-token distribution": {"top_entropy_change": "change of entropy", "top_kl": "KL(clean ‖ ablated)"},
 }
-WIDE, ROOM = 40, 0.09  # characters over a panel, and how much of it a line of the legend takes
+WIDE, ROOM = 36, 0.09  # characters beside a panel, and how much of it a line of the legend takes
 ALIKE = 2
 """Panels that have the same scale."""
 READING = (
@@ -43,8 +43,10 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     for row, (name, heads) in zip(panels.reshape(len(found), -1), found.items(), strict=True):
         for axes, (title, shown) in zip(row, PANELS.items(), strict=True):
             _draw_panel(axes, heads, shown, share, 0 if axes is not row[-1] else len(BOTH))
-            axes.set_title(title if alone else style.wrapped(f"{name}: {title}", WIDE))
+            axes.set_title(title)
             axes.set_ylabel("nats" if axes is row[-1] else "logits or nats")
+        if not alone:
+            row[0].set_ylabel(f"{style.wrapped(name, WIDE)}\nlogits or nats")
         _one_scale(row[:ALIKE])
         for axes, shown in zip(row, PANELS.values(), strict=True):
             _write_legend(axes, len(shown))
