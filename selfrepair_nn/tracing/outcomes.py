@@ -56,7 +56,7 @@ def clean_outcomes(block, scale):
     """
     normed, tokens = _normed(block, _final(block), scale), block.arrays["tokens"]
     goals, whole = _goals(block).flatten(), (normed + block.probed["norm_bias_final"]).flatten(0, 1)
-    with torch.no_grad(), block.model.trace(tokens[:1, :1], use_cache=False, logits_to_keep=no_logits()):
+    with torch.no_grad(), block.model.trace(tokens[:1, :1], use_cache=False, logits_to_keep=no_logits(block.plan)):
         parts = save([])
         unembed = _unembedding(block)
         for rows, goal in zip(whole.split(unembed.at_once), goals.split(unembed.at_once), strict=True):
@@ -92,7 +92,7 @@ def _compared(block, state, taken):
     """
     beta, normed, goals = block.probed["norm_bias_final"], state["normed"].flatten(0, 1), _goals(block).flatten()
     first = block.arrays["tokens"][:1, :1]
-    with torch.no_grad(), block.model.trace(first, use_cache=False, logits_to_keep=no_logits()):
+    with torch.no_grad(), block.model.trace(first, use_cache=False, logits_to_keep=no_logits(block.plan)):
         parts = save([])
         unembed = _unembedding(block)
         constant = unembed.logits(beta[None])
