@@ -163,7 +163,7 @@ class Coming:
         import torch
 
         self._found, self._done = found, {}
-        for device in {x.device for x in _tensors(found) if x.is_cuda}:
+        for device in {x.device for x in _on_gpus(found)}:
             self._done[device] = torch.cuda.Event()
             self._done[device].record(torch.cuda.current_stream(device))
 
@@ -187,9 +187,13 @@ class Coming:
         return to_cpu(found)
 
 
-def _tensors(found: Any) -> Iterator[Any]:
-    for each in found.values():
-        yield from _tensors(each) if isinstance(each, dict) else (each,)
+def _on_gpus(found: Any) -> Iterator[Any]:
+    """The tensors of a result that are there."""
+    if isinstance(found, dict):
+        for each in found.values():
+            yield from _on_gpus(each)
+    elif getattr(found, "is_cuda", False):
+        yield found
 
 
 def _copied(found: Any, streams: dict[Any, Any]) -> Any:
@@ -198,7 +202,7 @@ def _copied(found: Any, streams: dict[Any, Any]) -> Any:
 
     if isinstance(found, dict):
         return {name: _copied(each, streams) for name, each in found.items()}
-    if found.device not in streams:
+    if not getattr(found, "is_cuda", False):
         return found
     pinned = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
     with torch.cuda.stream(streams[found.device]):

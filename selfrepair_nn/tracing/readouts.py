@@ -79,7 +79,9 @@ def capped(logit, plan):
 
 def to_cpu(found):
     """A job's result, tensors by name and perhaps by layer, on the CPU."""
-    return {name: to_cpu(each) if isinstance(each, dict) else each.cpu() for name, each in found.items()}
+    if isinstance(found, dict):
+        return {name: to_cpu(each) for name, each in found.items()}
+    return found.cpu() if isinstance(found, torch.Tensor) else found
 
 
 def norm_scale(x, plan):
