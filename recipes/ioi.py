@@ -3,7 +3,7 @@
 import selfrepair_nn as sr
 
 FIGURES = ("ioi",)
-PARAMETERS = {"count": 64, "movers": 3}
+PARAMETERS = {"count": 64, "movers": 3, "found_on": "all"}
 
 
 def prompts(structure, tokenizer, options):
@@ -14,6 +14,7 @@ def prompts(structure, tokenizer, options):
 def graph(structure, options):
     """The heads of largest direct effect on the difference are the name movers: each is ablated alone, then all.
 
+    `--param found_on=half` finds them, and their backups, on half of the prompts, and reports the others.
     Then later heads read what the first of them reads, as all layers between are deleted.
     """
     heads = sr.chosen_heads(structure, options)
@@ -26,6 +27,7 @@ def graph(structure, options):
     return sr.Graph(
         ablate=sr.sweep(heads),
         strongest=options.param["movers"],
+        found_on=options.param["found_on"],
         then=then,
         replacement=options.ablation,
         record="full",

@@ -24,6 +24,7 @@ from selfrepair_nn.analysis import (
     only,
     outcomes_by_head,
     reinforcement_by_head,
+    reinforcement_nulls,
     scale_by_head,
     strongest_repairs,
     strongest_responses,
@@ -33,6 +34,7 @@ from selfrepair_nn.analysis import (
     who_repairs,
 )
 from selfrepair_nn.case_sites import sites_of
+from selfrepair_nn.choosing import choose_tokens
 from selfrepair_nn.components import (
     Attention,
     FinalNorm,
@@ -61,7 +63,14 @@ from selfrepair_nn.models.model import wrap
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts, text_prompts
 from selfrepair_nn.recipe import recipes as list_recipes
-from selfrepair_nn.replacements import Constant, OtherHead, Reinforce, Scale
+from selfrepair_nn.replacements import (
+    Constant,
+    OtherHead,
+    Reinforce,
+    ReinforcePartner,
+    ReinforceRandom,
+    Scale,
+)
 from selfrepair_nn.report import report as write_report
 from selfrepair_nn.running.run import run
 from selfrepair_nn.simulate import simulate_heads
@@ -91,6 +100,8 @@ __all__ = [
     "PostNorms",
     "Prompts",
     "Reinforce",
+    "ReinforcePartner",
+    "ReinforceRandom",
     "Routing",
     "Scale",
     "SelfRepairError",
@@ -104,6 +115,7 @@ __all__ = [
     "by_layer",
     "by_variant",
     "check",
+    "choose_tokens",
     "chosen_heads",
     "compare_paper",
     "contrast_by_head",
@@ -130,6 +142,7 @@ __all__ = [
     "plot",
     "preview",
     "reinforcement_by_head",
+    "reinforcement_nulls",
     "repeated_prompts",
     "run",
     "scale_by_head",

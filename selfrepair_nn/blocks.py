@@ -14,23 +14,28 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn.choosing import along, halves, in_half, ranked_by, splits, tail_of
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.integrity import require_source
-from selfrepair_nn.quantities import SWEEP, TOKEN, asked_in
+from selfrepair_nn.quantities import QUANTITIES, SWEEP, TOKEN, asked_in
 
 BLOCK = 2**22  # values held at once
+Ranked = tuple[np.ndarray, np.ndarray]  # values, tokens
+NOTHING: Ranked = (np.empty(0), np.empty(0, int))
 
 
 @dataclass(frozen=True)
 class Top:
     """The top tokens of every case, in order of token, with their direct effects (float64).
 
-    Where the tokens are ranked by another variable, `effect` is that.
+    Where the tokens are ranked by another variable, `effect` is that. `sign` is 1, or -1 where an entry counts with the
+    other sign (`choosing.along`): `effect` and everything in logits is to be multiplied by it.
     """
 
     case: np.ndarray
     token: np.ndarray
     effect: np.ndarray
+    sign: np.ndarray
 
     def pick(self, start: int, values: np.ndarray, first_case: int = 0) -> tuple[slice, np.ndarray]:
         """The entries in a block of `values` [case, prompt, position, …] from prompt `start`, and the values."""
@@ -42,7 +47,7 @@ class Top:
 
     def of(self, chosen: np.ndarray) -> "Top":
         """Only the chosen entries: indices, or a bool for each."""
-        return Top(self.case[chosen], self.token[chosen], self.effect[chosen])
+        return Top(self.case[chosen], self.token[chosen], self.effect[chosen], self.sign[chosen])
 
 
 def sites(ds: xr.Dataset) -> tuple[str, ...]:
@@ -58,13 +63,13 @@ def counted_tokens(ds: xr.Dataset) -> np.ndarray:
 
 
 def done_cases(ds: xr.Dataset) -> np.ndarray:
-    """What counts: bool [case, prompt]; a prompt without a counted token does not.
+    """What counts: bool [case, prompt]; a prompt without a counted token, or of the other half, does not.
 
     Raises:
         StoreError: the store that `ds` comes from is not whole.
     """
     require_source(ds)
-    done = _done(ds)
+    done = _done(ds) & in_half(ds)
     for name in ("noise_floor", "threshold"):
         if name in ds:
             begun = (ds.done & ds.selected).any("prompt")
@@ -100,28 +105,40 @@ def token_counts(ds: xr.Dataset, done: np.ndarray) -> np.ndarray:
 
 
 def direct_effects(
-    ds: xr.Dataset, done: np.ndarray, share: float, by: str = "direct_effect"
+    ds: xr.Dataset, done: np.ndarray, share: float, by: str = "direct_effect", tail: str | None = None
 ) -> tuple[np.ndarray, Top]:
-    """The sums [case, prompt] of the direct effects, and each case's top `share` of tokens, in one reading.
+    """The sums [case, prompt] of the direct effects, and each case's share of tokens at its tail, in one reading.
 
-    `by` names another variable to be summed and ranked by.
+    `by` names another variable to be summed and ranked by, at the top unless a `tail` is named.
 
-    The top share is exactly max(1, floor(share n)) of a case's n counted tokens, the first of equals, NaN last;
-    none if n is 0. A store with thresholds holds direct effects of every counted token: there it is that share of the
-    whole run, as far as it is done; where some prompts alone are left of the run, what it did not store does not count.
+    The share is exactly max(1, floor(share n)) of a case's n counted tokens, the first of equals, NaN last; none if n
+    is 0. Where the half of a dataset is reported it is what reaches the least that the other half's share holds, or
+    else the one that comes nearest. A store with thresholds holds direct effects of every counted token: there it is
+    that share of the whole run, as far as it is done; where some prompts alone are left of the run, what it did not
+    store does not count.
 
     Raises:
-        UsageError: the store keeps less of each case's tokens.
+        UsageError: the store does not keep these tokens.
     """
-    require_kept(ds, share)
-    if "threshold" not in ds or by != "direct_effect":
-        sums, top = _ranked(ds, done, share, by)
-        return sums, _stored(ds, top) if asked_in(ds) == "logprob" and "kept_share" in ds.attrs else top
-    sums, top = _ranked(ds, np.repeat(np.any(done, axis=1)[:, None], done.shape[1], 1), share, by)
-    counted = done[top.case, top.token // ds.sizes["position"]]
-    if "kept_share" in ds.attrs:
-        counted &= top.effect >= ds.threshold.transpose(*sites(ds)).values.ravel()[top.case]
-    return np.where(done, sums, 0), top.of(counted)
+    tail = tail or (tail_of(ds) if by == "direct_effect" else "top")
+    require_kept(ds, share, tail)
+    whole_run = "threshold" in ds and by == "direct_effect"
+    begun = np.any(done, axis=1)[:, None]
+    over = begun & in_half(ds) if whole_run else done
+    if splits(ds) and share < 1:
+        other = halves(ds)["selecting"]
+        known = begun & in_half(other) & (True if whole_run else _done(ds))
+        sums, top = _reaching(ds, over, by, tail, _limits(ds, known, share, by, tail))
+    else:
+        sums, top = _ranked(ds, over, share, by, tail)
+    if whole_run:
+        counted = done[top.case, top.token // ds.sizes["position"]]
+        if "kept_share" in ds.attrs:
+            counted &= top.effect >= ds.threshold.transpose(*sites(ds)).values.ravel()[top.case]
+        sums, top = np.where(done, sums, 0), top.of(counted)
+    elif asked_in(ds) == "logprob" and "kept_share" in ds.attrs:
+        top = _stored(ds, top)
+    return sums, top
 
 
 def _stored(ds: xr.Dataset, top: Top) -> Top:
@@ -133,9 +150,58 @@ def _stored(ds: xr.Dataset, top: Top) -> Top:
     return top.of(kept)
 
 
-def require_kept(ds: xr.Dataset, share: float = 1) -> None:
-    """Raise UsageError if the store keeps a smaller share of tokens than this; 1 means every token."""
+def _limits(ds: xr.Dataset, done: np.ndarray, share: float, by: str, tail: str) -> np.ndarray:
+    """What the last of each case's share of what is `done` is ranked by: [case]; infinite where nothing is.
+
+    Raises:
+        UsageError: the store does not keep all other tokens that reach it.
+    """
+    _, top = _ranked(ds, done, share, by, tail)
+    limits = np.full(len(done), np.inf)
+    np.minimum.at(limits, top.case, ranked_by(top.effect, tail))
+    kept = ds.attrs.get("kept_share", 1) < 1
+    if kept and (limits < ds.threshold.transpose(*sites(ds)).values.ravel()).any():
+        raise UsageError(
+            f"selecting on half of the documents needs tokens beyond the top {ds.attrs['kept_share']:g} that this "
+            f"store keeps: give a smaller share, such as {share / 2:g}, or run without --select top-share"
+        )
+    return limits
+
+
+def _reaching(
+    ds: xr.Dataset, done: np.ndarray, by: str, tail: str, limits: np.ndarray
+) -> tuple[np.ndarray, Top]:
+    """As `_ranked`, of the tokens that reach each case's limit; of one at least."""
+    sums, one = _ranked(ds, done, np.finfo(float).tiny, by, tail)
+    n_positions, asked = ds.sizes["position"], counted_tokens(ds)
+    found: list[list[Ranked]] = [[] for _ in done]
+    for start, values in _blocks(ds, by):
+        here = slice(start, start + values.shape[1])
+        for case in np.flatnonzero(done[:, here].any(1)):
+            counted = np.flatnonzero(done[case, here, None] & asked[here])
+            fresh = values[case].ravel()[counted].astype(float)
+            reach = ranked_by(fresh, tail) >= limits[case]
+            found[case].append((fresh[reach], counted[reach] + start * n_positions))
+    best = [_joined(parts) for parts in found]
+    for case, token, effect in zip(one.case, one.token, one.effect, strict=True):
+        if not best[case][0].size:
+            best[case] = np.array([effect]), np.array([token])
+    return sums, _gather(best, tail)
+
+
+def _joined(parts: Sequence[Ranked]) -> Ranked:
+    values, tokens = zip(NOTHING, *parts, strict=True)
+    return np.concatenate(values), np.concatenate(tokens)
+
+
+def require_kept(ds: xr.Dataset, share: float = 1, tail: str = "top") -> None:
+    """Raise UsageError if the store does not keep so large a share of tokens at this tail; 1 means every token."""
     kept = ds.attrs.get("kept_share", 1)
+    if kept < 1 and tail != "top":
+        raise UsageError(
+            f"this store keeps each head's top {kept:g} of tokens, and nothing was ablated on others: for the tail "
+            f"{tail!r} run without --select top-share"
+        )
     if share > kept:
         asked = "every token" if share == 1 else f"share {share:g}"
         if asked_in(ds) == "logprob":
@@ -148,7 +214,7 @@ def require_kept(ds: xr.Dataset, share: float = 1) -> None:
         )
 
 
-def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str) -> tuple[np.ndarray, Top]:
+def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str, tail: str) -> tuple[np.ndarray, Top]:
     n_positions, asked = ds.sizes["position"], counted_tokens(ds)
     wanted = _wanted(token_counts(ds, done).sum(1), share)
     sums = np.zeros(done.shape)
@@ -159,12 +225,15 @@ def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str) -> tuple[np
         for case in np.flatnonzero(done[:, here].any(1)):
             counted = np.flatnonzero(done[case, here, None] & asked[here])
             fresh = values[case].ravel()[counted].astype(float)
-            best[case] = _best(best[case], fresh, counted + start * n_positions, wanted[case])
-    return sums, _gather(best)
+            best[case] = _best(best[case], fresh, counted + start * n_positions, wanted[case], tail)
+    return sums, _gather(best, tail)
 
 
 def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndarray, np.ndarray]:
-    """The sums [case, prompt] of a variable, and its values on the entries of `top`, in float64."""
+    """The sums [case, prompt] of a variable, and its values on the entries of `top`, in float64.
+
+    What is in logits has there the sign with which each entry counts.
+    """
     sums, chosen, asked = np.zeros(done.shape), np.empty(top.token.size), counted_tokens(ds)
     for start, values in _blocks(ds, name):
         here = slice(start, start + values.shape[1])
@@ -172,7 +241,7 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
         within, picked = top.pick(start, values)
         chosen[within] = picked
     require_known(name, bool(np.isnan(chosen).any()))
-    return sums, chosen
+    return sums, chosen * top.sign if QUANTITIES[name].units == "logit" else chosen
 
 
 def sums(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
@@ -259,14 +328,6 @@ def edited_cases(ds: xr.Dataset) -> np.ndarray:
     return done_cases(ds) & np.take_along_axis(counted_tokens(ds), where, 1)[:, 0]
 
 
-def in_top(values: np.ndarray, share: float) -> np.ndarray:
-    """Which of one case's `values` [token] are in its top share: bool [token], as in `direct_effects`."""
-    marks = np.zeros(values.size, bool)
-    _, kept = _best(NOTHING, values, np.arange(values.size), int(_wanted(np.array(values.size), share)))
-    marks[kept] = True
-    return marks
-
-
 def component_sums(
     ds: xr.Dataset, top: Top, clusters: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -280,6 +341,7 @@ def component_sums(
     for layer, parts in groupby(stored, lambda part: int(top.case[part[0][0]]) // n_heads):
         sums, counts = np.zeros((n_heads, *shape)), np.zeros((n_heads, shape[1]))
         for entries, changes in parts:
+            changes = changes * top.sign[entries, None]
             head, cluster = top.case[entries] % n_heads, clusters[top.token[entries] // ds.sizes["position"]]
             at: Any = (head, slice(None), cluster)
             np.add.at(sums, at, changes)
@@ -359,28 +421,24 @@ def _done_sums(values: np.ndarray, done: np.ndarray, asked: np.ndarray) -> np.nd
     return np.where(done, values.sum(-1, dtype=float, where=where), 0)
 
 
-Ranked = tuple[np.ndarray, np.ndarray]  # values, tokens
-NOTHING: Ranked = (np.empty(0), np.empty(0, int))
-
-
 def _wanted(tokens: np.ndarray, share: float) -> np.ndarray:
     return np.where(tokens, np.maximum(1, (share * tokens).astype(int)), 0)
 
 
-def _best(best: Ranked, fresh: np.ndarray, tokens: np.ndarray, count: int) -> Ranked:
-    """The `count` highest of the best so far and of fresh, later tokens, in order of token."""
+def _best(best: Ranked, fresh: np.ndarray, tokens: np.ndarray, count: int, tail: str) -> Ranked:
+    """The `count` first at a tail of the best so far and of fresh, later tokens, in order of token."""
     values, kept = np.concatenate([best[0], fresh]), np.concatenate([best[1], tokens])
     if values.size <= count:
         return values, kept
-    ranked = np.where(np.isnan(values), -np.inf, values)
+    ranked = np.where(np.isnan(values), -np.inf, ranked_by(values, tail))
     least = np.partition(ranked, -count)[-count]
     chosen = ranked > least
     chosen[np.flatnonzero(ranked == least)[: count - chosen.sum()]] = True
     return values[chosen], kept[chosen]
 
 
-def _gather(best: list[Ranked]) -> Top:
+def _gather(best: list[Ranked], tail: str) -> Top:
     case = np.repeat(np.arange(len(best)), [len(tokens) for _, tokens in best])
     effect, token = (np.concatenate(parts) for parts in zip(*best, strict=True))
     order = np.argsort(token, kind="stable")
-    return Top(case[order], token[order], effect[order])
+    return Top(case[order], token[order], effect[order], along(effect[order], tail))

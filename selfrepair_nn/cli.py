@@ -158,6 +158,31 @@ def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
     _plan(recipe, choices, calibrate)
 
 
+TAIL = click.option(
+    "--tail",
+    type=click.Choice(["top", "bottom", "absolute"]),
+    help="Which share of a head's tokens, by direct effect: the highest, the lowest (written against the target), or "
+    "the largest of either sign; default: top.",
+)
+SPLIT = click.option(
+    "--split-selection",
+    is_flag=True,
+    default=None,
+    help="Select tokens and heads on half of the documents, report on the other half.",
+)
+AGAINST = click.option(
+    "--against",
+    type=click.Choice(["removed", "direct-effect"]),
+    help="What logit changes are set against: what the ablation took of the direct effect, or all of that, as in the "
+    "paper; default: removed, but for zero ablation.",
+)
+
+
+def _views(command: Callable) -> Callable:
+    """Give a command the options of what a figure or a page shows of a store."""
+    return TAIL(SPLIT(AGAINST(command)))
+
+
 @cli.command()
 @click.argument("stores", nargs=-1, required=True)
 @click.option(
@@ -181,6 +206,7 @@ def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
 @click.option("--recipe", default=None, help="Your recipe's .py, if it defines figures of its own.")
 @click.option("--layers", default=None, help="Draw only these layers: 8:12 or 0,5,-1; default: all.")
 @click.option("--heads", default=None, help="Draw only these heads: 9.6,10.*; default: all.")
+@_views
 def plot(
     stores: tuple[str, ...],
     names: tuple[str, ...],
@@ -190,6 +216,7 @@ def plot(
     recipe: str | None,
     layers: str | None,
     heads: str | None,
+    **views: Any,
 ) -> None:
     """Draw the figures of one or several STORES as PNG and SVG, and print their paths.
 
@@ -207,7 +234,7 @@ def plot(
     wanted, folder = names or (own(datasets[0], found) if outcome == "logit" else None), out or beside(datasets[0])
     if layers or heads:
         datasets = [only(ds, layers, heads) for ds in datasets]
-    for path in draw(datasets, folder, wanted, share=share, recipe=recipe, outcome=outcome):
+    for path in draw(datasets, folder, wanted, share=share, recipe=recipe, outcome=outcome, **views):
         _print(path)
 
 
@@ -215,12 +242,13 @@ def plot(
 @click.argument("store")
 @click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
 @click.option("--recipe", default=None, help="Your recipe's .py, if it defines figures of its own.")
-def report(store: str, out: str | None, recipe: str | None) -> None:
+@_views
+def report(store: str, out: str | None, recipe: str | None, **views: Any) -> None:
     """Write one HTML page about STORE: figures, tables and where the numbers come from."""
     from selfrepair_nn.report import report as write
     from selfrepair_nn.store import open_store
 
-    _print(write(open_store(store), out, recipe=recipe))
+    _print(write(open_store(store), out, recipe=recipe, **views))
 
 
 @cli.command("compare-paper")
@@ -245,15 +273,18 @@ def compare_paper(store: str, reference: str | None, out: str | None) -> None:
 
 @cli.command()
 @click.argument("store")
-def info(store: str) -> None:
+@TAIL
+@SPLIT
+def info(store: str, **tokens: Any) -> None:
     """Print what STORE holds, how much of it is done, and where it comes from."""
+    from selfrepair_nn.choosing import choose_tokens
     from selfrepair_nn.store import open_store
     from selfrepair_nn.text import summary
 
     dataset = open_store(store)
     _print(_described(dataset))
     click.echo()
-    _print(summary(dataset))
+    _print(summary(choose_tokens(dataset, **tokens)))
 
 
 @cli.command()

@@ -101,6 +101,14 @@ class Estimate:
         of_cases = self.mean, self.influence, self.shares
         return Estimate(*(_mean_of(values[inside], groups[inside], sizes) for values in of_cases))
 
+    def minus(self, other: "Estimate") -> "Estimate":
+        """The differences of these means and another's, whose errors go together where they share clusters."""
+        both = (self.known & other.known)[:, None]
+        with np.errstate(invalid="ignore"):
+            moved = self.influence - other.influence
+        shares = np.where(both, (self.shares + other.shares) / 2, 0)
+        return Estimate(self.mean - other.mean, moved, shares)
+
     @property
     def _spread(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Standard error, skewness and degrees of freedom of the mean: [case] each.

@@ -47,14 +47,20 @@ RECORDS = {
     "full": "every component by itself",
 }
 
+FOUND_ON = ("all", "half")
+"""The prompts on which the strongest heads are found."""
+LATER = {"also": (), "found_on": "all"}
+"""Fields that older versions did not have, with the values that say the same as these did."""
+
 
 @dataclass(frozen=True)
 class Graph(metaclass=Declared):
     """One experiment, or a sweep of them: each entry of `ablate` is one ablated run, its sites replaced together.
 
     `strongest`, if given, keeps of the swept heads the so many that have the largest mean direct effect over the run's
-    prompts: a clean pass finds them before anything is ablated. `then`, if given too, is a function of these heads, the
-    strongest first, that gives further cases.
+    prompts: a clean pass finds them before anything is ablated. `found_on="half"` finds them on half of the documents
+    (or prompts, where these are few): statistics are then over the other half. `then`, if given too, is a function of
+    these heads, the strongest first, that gives further cases.
     `freeze` holds the sites that keep their clean value; a site that a run ablates is never frozen in that run.
     `neurons` is the layer whose MLP is recorded neuron by neuron; `residual_norm` records the length of the residual
     stream; `attention` lists distances: the attention each head pays to the token so far back is recorded. `also` names
@@ -83,6 +89,7 @@ class Graph(metaclass=Declared):
     strongest: int | None = None
     then: Callable[[tuple[Head, ...]], Iterable[tuple[Ablatable, ...]]] | None = None
     also: tuple[str, ...] = ()
+    found_on: str = "all"
 
     def __post_init__(self) -> None:
         for name, kept in (("ablate", _cases), ("freeze", frozenset), ("attention", tuple), ("also", _words)):
@@ -91,6 +98,7 @@ class Graph(metaclass=Declared):
         one_of("target", self.target, TARGETS | {"difference": ""})
         one_of("value_bias", self.value_bias, VALUE_BIASES)
         one_of("record", self.record, RECORDS)
+        one_of("found_on", self.found_on, FOUND_ON)
         for each in self.also:
             one_of("also", each, ASKED)
         by = self.replaced_by
@@ -107,6 +115,8 @@ class Graph(metaclass=Declared):
             object.__setattr__(self, "neurons", whole("neurons", self.neurons, 0))
         if self.then is not None and not callable(self.then):
             raise UsageError(f"then is a function of the strongest heads, not {brief(self.then)}")
+        if self.found_on != "all" and self.strongest is None:
+            raise UsageError('found_on="half" says where the strongest heads are found: say how many, strongest=…')
         if self.then is not None and self.strongest is None:
             raise UsageError("then is a function of the strongest heads: say how many, strongest=…")
 
@@ -133,7 +143,8 @@ class Graph(metaclass=Declared):
     @property
     def digest(self) -> str:
         """A hash of everything it says: two graphs with the same digest do the same."""
-        told = [f.name for f in fields(self) if f.name != "freeze" and (f.name != "also" or self.also)]
+        left_out = {"freeze", *(name for name, usual in LATER.items() if getattr(self, name) == usual)}
+        told = [f.name for f in fields(self) if f.name not in left_out]
         others = [_said(getattr(self, name)) for name in told]
         return sha256(repr([sorted(map(repr, self.freeze)), *others]).encode()).hexdigest()[:16]
 
@@ -167,7 +178,7 @@ class Graph(metaclass=Declared):
         cases = tuple(case for case in self.ablate if case[0] in heads)
         if self.then is not None:
             cases = sweep(heads) + tuple(self.then(tuple(heads)))
-        return replace(self, ablate=cases, strongest=None, then=None)
+        return replace(self, ablate=cases, strongest=None, then=None, found_on="all")
 
     def beyond(self, structure: Any) -> str | None:
         """The label of a site that a model of this structure does not have, or None.
@@ -348,6 +359,8 @@ def _require_recordable(graph: Graph) -> None:
         raise UsageError("reinforced heads are measured in logits: leave log-probability out")
     if graph.attention and not graph.heads_only:
         raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
+    if "falling_neuron" in graph.also and graph.neurons is None:
+        raise UsageError('also="falling_neuron" is of a recorded MLP: say whose neurons, neurons=LAYER')
     for distance in graph.attention:
         if not isinstance(distance, int) or distance < 0:
             raise UsageError(

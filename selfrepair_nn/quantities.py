@@ -192,6 +192,9 @@ _ALL = (
     Quantity("top_neuron", "ablated", (*SWEEP, "rank"), "1", "most repairing neurons", "Index of the neuron of the recorded MLP whose DE rises most, second most ...", "int", when="neurons"),
     Quantity("top_neuron_change", "ablated", (*SWEEP, "rank"), "logit", "their changes of direct effect", "DE of that neuron after the ablation minus before, under the clean norm scale.", when="neurons"),
     Quantity("top_neuron_direct_effect", "ablated", (*SWEEP, "rank"), "logit", "their direct effects", "DE of that neuron in the clean run.", when="neurons"),
+    Quantity("falling_neuron", "ablated", SWEEP, "1", "most breaking neuron", "Index of the neuron of the recorded MLP whose DE falls most.", "int", when="falling_neuron"),
+    Quantity("falling_neuron_change", "ablated", SWEEP, "logit", "its change of direct effect", "DE of that neuron after the ablation minus before, under the clean norm scale.", when="falling_neuron"),
+    Quantity("falling_neuron_direct_effect", "ablated", SWEEP, "logit", "its direct effect", "DE of that neuron in the clean run.", when="falling_neuron"),
     Quantity("neuron_direct_effect", "clean", (*SWEEP, "neuron"), "logit", "direct effect of the neuron", "DE of every neuron of the recorded MLP in the clean run, on the top tokens of (layer, head).", when="neurons"),
     Quantity("neuron_change", "ablated", (*SWEEP, "neuron"), "logit", "change of direct effect of the neuron", "DE of every neuron of the recorded MLP after the ablation minus before, on the top tokens of (layer, head); with the bias, which does not change, they add up to mlp_change.", when="neurons"),
     Quantity("routing", "clean", (*TOKEN, "choice"), "1", "routing", "Index of each expert that the token uses in the clean run, those of a mixture in ascending order.", "int", when="routing"),
@@ -219,7 +222,7 @@ IN_NATS = {"logit_change": "logprob_change", "self_repair": "self_repair_logprob
 """What is told of a target's logit, and what of the next token's log-probability."""
 OUTCOMES = {"logit": "the logit of the target", "logprob": "the log-probability of the next token"}
 COORDINATES = tuple(q.name for q in _ALL if q.source == "label")
-ASKED = tuple(sorted({q.when for q in _ALL if q.when not in WHEN}))
+ASKED = tuple(dict.fromkeys(q.when for q in _ALL if q.source != "label" and q.when not in WHEN))
 """What `Graph.also` can name."""
 
 

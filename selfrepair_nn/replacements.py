@@ -16,7 +16,10 @@ from selfrepair_nn.values import Declared, brief, number
 
 
 class Run(Protocol):
-    """A run, as a replacement sees it: its prompts, their partners [prompt] and places in the text [prompt]."""
+    """A run, as a replacement sees it: its prompts, their partners [prompt] and places in the text [prompt].
+
+    `random_directions` are vectors of length 1 as wide as the residual stream, [prompt, d_model], from the run's seed.
+    """
 
     @property
     def prompts(self) -> Any: ...
@@ -26,18 +29,21 @@ class Run(Protocol):
     def order(self) -> Any: ...
     @property
     def edited_position(self) -> Any: ...
+    def random_directions(self, block: Any) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Replacement(metaclass=Declared):
     """What takes the place of a site's value.
 
-    `reads_text` says that values come from another text, so that each block of prompts needs a clean pass more.
+    `reads_text` says that values come from another text, so that each block of prompts needs a clean pass more;
+    `reads_partner` that this is the text of the prompt's partner.
     `reads_means` says that mean values are found before the first block.
     `takes_away` says that nothing is left of what was there: beside such a one, whole layers may be deleted or swapped.
     """
 
     reads_text: ClassVar[bool] = False
+    reads_partner: ClassVar[bool] = False
     takes_away: ClassVar[bool] = False
     reads_means: ClassVar[bool] = False
 
@@ -93,7 +99,7 @@ class _OfHeads(Replacement):
 class Resample(Replacement):
     """The same site's value at the same position of the prompt's partner."""
 
-    reads_text = takes_away = True
+    reads_text = reads_partner = takes_away = True
 
     def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
         return {"partner_tokens": run.prompts.tokens[run.partners[block]]}
@@ -203,6 +209,24 @@ class Reinforce(_OfHeads):
 
     def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
         return {"edited_position": run.edited_position[block]}
+
+
+@dataclass(frozen=True)
+class ReinforcePartner(Reinforce):
+    """A null of Reinforce: what the same head writes at that position of the prompt's partner is added instead."""
+
+    reads_text = reads_partner = True
+
+    def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
+        return super().arrays(run, block) | {"partner_tokens": run.prompts.tokens[run.partners[block]]}
+
+
+@dataclass(frozen=True)
+class ReinforceRandom(Reinforce):
+    """A null of Reinforce: a random direction is added instead, as long as the head's own write is there."""
+
+    def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
+        return super().arrays(run, block) | {"random_direction": run.random_directions(block)}
 
 
 def _keep_number(replacement: Replacement, name: str) -> None:

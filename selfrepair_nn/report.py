@@ -21,13 +21,16 @@ from selfrepair_nn.analysis import (
     by_head,
     by_layer,
     by_variant,
+    has_nulls,
     held,
     most_repaired,
     reinforced,
     reinforcement_by_head,
+    reinforcement_nulls,
     remembering,
     restored,
 )
+from selfrepair_nn.choosing import viewed
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import UsageError
@@ -59,10 +62,14 @@ def render(
     share: float | None = None,
     store: str | None = None,
     recipe: str | Path | None = None,
+    tail: str | None = None,
+    split_selection: bool | None = None,
+    against: str | None = None,
 ) -> str:
     """The report of a store as HTML; `store` is its directory's name, by default where `ds` came from.
 
     `recipe` is a recipe's name or the path of your own: the figures that its file defines are on the page too.
+    `tail`, `split_selection` and `against` as in `plot`.
 
     Of single heads, each ablated in one way, it has tables of layers and heads; of cases, of several variants and of
     heads that read their own write, one of what the store has instead.
@@ -70,7 +77,8 @@ def render(
     Raises:
         UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet.
     """
-    ds, found = wording.legible(held(restored(ds))), None if recipe is None else find_recipe(recipe)
+    ds = viewed(wording.legible(restored(ds)), tail, split_selection, against)
+    ds, found = held(ds), None if recipe is None else find_recipe(recipe)
     figures.note_unknown(ds, found)
     with remembering():
         return (_of_heads if suiting.grid(ds) else _of_others)(ds, share, store, found)
@@ -87,7 +95,7 @@ def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, recipe: Re
     parts = _common(ds, heads, share, store, recipe) | {
         "basis": _safe(wording.basis(heads)),
         "facts": _facts(heads, layers),
-        "over": _safe(wording.each_heads(heads.attrs["share"])),
+        "over": _safe(wording.each_heads(heads)),
         "layers": _layer_table(layers),
         "intervals": _safe(style.capital(wording.intervals(heads))),
         "rate": f"{RATE:.0%}",
@@ -103,8 +111,8 @@ def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, recipe: Re
 
 def _of_others(ds: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None) -> str:
     """The page of a store of cases, of variants, or of reinforced heads."""
-    own = reinforced(ds)
-    found = reinforcement_by_head(ds) if own else _summed_up(ds, share)
+    own = reinforced(ds) or has_nulls(ds)
+    found = _of_edits(ds) if own else _summed_up(ds, share)
     if not (found.tokens > 0).any():
         raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to report")
     dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
@@ -114,11 +122,16 @@ def _of_others(ds: xr.Dataset, share: float | None, store: str | None, recipe: R
         "every": "" if own else _site_table(found, dims),
         "over": "one position of each prompt"
         if own
-        else wording.each_heads(found.attrs["share"], "the"),
+        else wording.each_heads(found, "the"),
         "rate": f"{RATE:.0%}",
         "place": _safe(repr({d: ds[d].values.tolist()[0] for d in dims})),
     }
     return PAGE_OF_OTHERS.substitute(parts)
+
+
+def _of_edits(ds: xr.Dataset) -> xr.Dataset:
+    """The summary of a store of heads that read their own write, or nulls of it."""
+    return reinforcement_by_head(ds) if reinforced(ds) else reinforcement_nulls(ds)
 
 
 def _common(
@@ -128,7 +141,10 @@ def _common(
     drawn = figures.drawn(ds, share=share, recipe=recipe)
     return {
         "title": _safe(wording.title(found)),
-        "task": "".join(f"<p class=note>{_safe(told)}.</p>" for told in wording.task(found)),
+        "task": "".join(
+            f"<p class=note>{_safe(told)}.</p>"
+            for told in (*map(style.capital, wording.selection(found)), *wording.task(found))
+        ),
         "banner": _banners(found),
         "figures": "".join(_figure(each, figure) for each, figure in drawn),
         "counted": ".where(ds.counted)" if "counted" in ds else "",
@@ -152,6 +168,9 @@ def report(
     share: float | None = None,
     store: str | None = None,
     recipe: str | Path | None = None,
+    tail: str | None = None,
+    split_selection: bool | None = None,
+    against: str | None = None,
 ) -> Path:
     """Write the report of a store to `path`, by default beside it, and return that.
 
@@ -159,7 +178,8 @@ def report(
     """
     folder = figures.beside(ds)
     path = local(folder.with_name(f"{folder.name}.html") if path is None else path)
-    page = render(ds, share=share, store=store, recipe=recipe)
+    choices = {"tail": tail, "split_selection": split_selection, "against": against}
+    page = render(ds, share=share, store=store, recipe=recipe, **choices)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path

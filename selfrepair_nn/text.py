@@ -15,9 +15,11 @@ from selfrepair_nn.analysis import (
     by_layer,
     by_variant,
     compare_paper,
+    has_nulls,
     most_repaired,
     reinforced,
     reinforcement_by_head,
+    reinforcement_nulls,
     restored,
     strongest_responses,
 )
@@ -36,6 +38,7 @@ from selfrepair_nn.wording import (
     number,
     reach,
     repaired,
+    selection,
     span,
     task,
     title,
@@ -79,11 +82,13 @@ def summary(ds: xr.Dataset, share: float | None = None) -> str:
     worst closure. Of a store of cases one line per case; of one of several variants one line per variant, means over
     all heads; of one of reinforced heads those that respond to their own write. Errors as in `by_head`.
     """
-    if not reinforced(ds):
+    if not (reinforced(ds) or has_nulls(ds)):
         require(ds, ("self_repair",))
     ds = legible(restored(ds))
     if reinforced(ds):
         found, lines = _of_reinforced(ds)
+    elif has_nulls(ds):
+        found, lines = _of_nulls(ds)
     elif "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
         found, lines = _of_others(ds, share)
     else:
@@ -97,10 +102,10 @@ def _of_heads(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str
     share = heads.attrs["share"]
     layers = by_layer(heads, share)
     layers = layers.isel(layer=np.flatnonzero(layers.heads.values))
-    means = f"Means over heads on {each_heads(heads.attrs['share'])}, in logits:"
-    opening = [*_opening(heads), "", means]
+    means = f"Means over heads on {each_heads(heads)}, in logits:"
     if not layers.sizes["layer"]:
-        return heads, [*opening[:-1], "nothing is done yet"]
+        return heads, [*_opening(heads), "", "nothing is done yet"]
+    opening = [*_opening(heads), "", *textwrap.wrap(means, WIDTH)]
     rows = [
         f"layer heads{_header(layers)}",
         *(_row(layers.isel(layer=i)) for i in range(layers.sizes["layer"])),
@@ -114,7 +119,7 @@ def _of_heads(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str
 
 def _opening(found: xr.Dataset, top: bool = True) -> list[str]:
     """Whose numbers these are and what they are over; and whether the model does the task, if it is one."""
-    lines = [f"{title(found)}: {basis(found, top)}", *task(found)]
+    lines = [f"{title(found)}: {basis(found, top)}", *selection(found), *task(found)]
     return [part for line in lines for part in textwrap.wrap(line, WIDTH)]
 
 
@@ -152,6 +157,29 @@ def _of_reinforced(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
     return found, [*lines, "", intervals(found, "slope"), noise(found)]
 
 
+def _of_nulls(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
+    """How many heads answer to their own write, and of how many that exceeds each null."""
+    found = reinforcement_nulls(ds)
+    opening = _opening(found, top=False)
+    known = int(np.isfinite(found.high).any("write").sum())
+    if not known:
+        few = f"too few {found.attrs['clustered_by']}s for an interval"
+        return found, [*opening, few if (found.tokens > 0).any() else "nothing is done yet"]
+    told = "Heads whose slope, of the change of direct effect on the direct effect, surely differs from 0 by their own "
+    told += "write; and of these, those whose slope is surely beyond that under each null:"
+    lines = [*textwrap.wrap(told, WIDTH), ""]
+    nulls = [str(label) for label in found["null"].values]
+    lines.append(f"{'':18}{'own':>10}" + "".join(f"{label:>12}" for label in (*nulls, "all nulls")))
+    for word, sign in (("self-repressing", -1), ("self-reinforcing", 1)):
+        own = found.kind.values == sign
+        away = (sign * found.excess_low > 0) & (sign * found.excess_high > 0)
+        counts = [int((away.sel(null=label).values & own).sum()) for label in nulls]
+        counts.append(int((found.beyond.values == sign).sum()))
+        lines.append(f"{word:18}{own.sum():>4} of {known:<3}" + "".join(f"{count:12}" for count in counts))
+    closing = [intervals(found, "slope"), noise(found)]
+    return found, [*opening, "", *lines, "", *closing]
+
+
 def _responses(found: xr.Dataset, kind: str, count: int) -> list[str]:
     """How many heads are of a kind, and the strongest of them."""
     known = int(((found.tokens > 0) & np.isfinite(found.high).any("scale")).sum())
@@ -184,7 +212,7 @@ def _of_others(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[st
         table += [label.ljust(width) + cells] if len(label) <= width else [label, " " * width + cells]
     if len(shown) < len(names):
         table.append(f"these are of largest self-repair, of {len(names)}; selfrepair report shows all")
-    means = f"{what} on {each_heads(found.attrs['share'], 'the')}, in logits:"
+    means = f"{what} on {each_heads(found, 'the')}, in logits:"
     closing = _closing(found) if single else _closing_of_variants(found)
     return found, [*opening, "", means, *table, "", *closing]
 
@@ -219,7 +247,8 @@ def _closing_of_variants(found: xr.Dataset) -> list[str]:
 def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
     """A store's per-layer means beside the paper's, as plain text of at most 100 columns; arguments as `compare_paper`.
 
-    The last line of each table is the mean over layers of the absolute difference. Errors as in `compare_paper`.
+    The last lines of each table are the mean over layers of the absolute difference, and of how many layers the
+    published mean lies outside the store's interval. Errors as in `compare_paper`.
     """
     ds = legible(ds)
     heads = by_head(ds, SHARE)
@@ -227,7 +256,7 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
     found = found.isel(layer=np.flatnonzero(found.direct_effect.sel(source="store").notnull()))
     name, same = found.attrs["reference"], found.attrs["n_layers"] == found.attrs["reference_n_layers"]
     opening = [f"{title(heads)}, beside {name} as the paper's authors published it", basis(heads)]
-    opening += [f"{intervals(heads)}; none were published"]
+    opening += [found.attrs["top_tokens"], f"{intervals(heads)}; none were published"]
     opening += [found.attrs["differs"]] if "differs" in found.attrs else []
     if not same:
         sizes = f"{found.attrs['n_layers']} layers here, {found.attrs['reference_n_layers']} there"
@@ -238,7 +267,7 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
     lines = [line for each in opening for line in textwrap.wrap(each, WIDTH)]
     names = list(QUANTITY_NAMES)
     for shown in (names[:4], names[4:]):
-        lines += ["", *_beside(found[[*shown, *(name + HALF_WIDTH for name in shown)]], same)]
+        lines += ["", *_beside(found, shown, same)]
     loud = [line for told in warnings(heads) for line in textwrap.wrap(told, WIDTH)]
     return "\n".join([*loud, *lines, *loud])
 
@@ -279,9 +308,8 @@ def _row(layer: xr.Dataset) -> str:
     return f"{int(layer.layer):5}{int(layer.heads):6}{cells}"
 
 
-def _beside(found: xr.Dataset, same: bool) -> list[str]:
+def _beside(found: xr.Dataset, shown: list[str], same: bool) -> list[str]:
     """A table of the store's and the paper's columns of some quantities, the store's with half an interval."""
-    shown = [str(name) for name in found.data_vars if not str(name).endswith(HALF_WIDTH)]
     lines = ["layer".ljust(12) + "".join(f"{QUANTITY_NAMES[name]:>22}" for name in shown)]
     lines.append(" " * 12 + f"{'here':>14}{'paper':>8}" * len(shown))
     for layer in range(found.sizes["layer"]):
@@ -293,7 +321,11 @@ def _beside(found: xr.Dataset, same: bool) -> list[str]:
         )
         lines.append(label.ljust(12) + "".join(cells))
     apart = (float(abs(found[name].diff("source")).mean()) for name in shown)
-    return [*lines, "apart".ljust(12) + "".join(f"{value:22.3f}" for value in apart)]
+    lines.append("apart".ljust(12) + "".join(f"{value:22.3f}" for value in apart))
+    known = [int(np.isfinite(found[name + HALF_WIDTH]).sum()) for name in shown]
+    outside = (int(found[f"{name}_outside"].sum()) for name in shown)
+    told = (f"{out} of {of}" if of else "-" for out, of in zip(outside, known, strict=True))
+    return [*lines, "outside ±".ljust(12) + "".join(f"{each:>22}" for each in told)]
 
 
 def _ranking(best: xr.Dataset) -> str:

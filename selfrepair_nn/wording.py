@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis import HALF_WIDTH, among, percent
+from selfrepair_nn.choosing import splits, tail_of
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.quantities import asked_in
@@ -50,7 +51,9 @@ def ablation(ds: xr.Dataset) -> str:
     """What was done to a site, in words."""
     done = str(ds.attrs.get("ablation", "")).split(", ")
     if done[0].startswith("reinforce"):
-        return f"heads reinforced by {', '.join(each.split('_')[-1] for each in done)} × their own write"
+        scales = dict.fromkeys(each.split("_")[-1].lstrip("-") for each in done)
+        nulls = ", and nulls of it" if any(not each.startswith("reinforce_") for each in done) else ""
+        return f"heads reinforced by {', '.join(scales)} × their own write{nulls}"
     return f"{', '.join(done)} ablation" if "ablation" in ds.attrs else "ablation not recorded"
 
 
@@ -84,14 +87,43 @@ def basis(heads: xr.Dataset, top: bool = True) -> str:
     if some:
         parts[-1] += f" that count ({percent(heads.attrs['counted_share'])} of all)"
     if top and not (some and heads.attrs["share"] == 1):
-        parts.append(f"{span(heads.top_tokens)} in the top {percent(heads.attrs['share'])}")
+        parts.append(f"{span(heads.top_tokens)} in the {among(heads.attrs['share'], heads).removesuffix(' of tokens')}")
     parts.append(f"{heads.attrs.get('target', 'unknown')} target")
     return ", ".join(parts + unfinished(heads))
 
 
-def each_heads(share: float, whose: str = "each head's") -> str:
-    """The tokens that means are over, in words."""
-    return f"{whose} top {percent(share)} of tokens by direct effect" if share < 1 else f"the {among(share)}"
+def selection(heads: xr.Dataset) -> list[str]:
+    """Of a summary that is selected on one half and reported on the other, one line: what that changes; else none."""
+    if not splits(heads) or "prompts_reporting" not in heads.attrs:
+        return []
+    own, others = heads.attrs["prompts_selecting"], heads.attrs["prompts_reporting"]
+    told = f"selected on {own} prompts, reported on {others} others"
+    if heads.attrs["share"] == 1 or "bias_self_repair" not in heads:
+        return [told]
+    added = ", ".join(f"{_with_reach(heads, f'bias_{name}')} {what}" for name, what in BIASES.items())
+    return [f"{told}; tokens selected on the reported half itself would add {added} (logits, mean over heads)"]
+
+
+BIASES = {"direct_effect": "to the direct effect", "self_repair": "to the self-repair"}
+
+
+def _with_reach(heads: xr.Dataset, name: str) -> str:
+    """The mean over all heads of a mean, with its interval."""
+    width = float(heads[f"overall_{name}{HALF_WIDTH}"])
+    return f"{number(float(heads[name].mean()))} {reach(width)}".strip()
+
+
+def each_heads(heads: xr.Dataset, whose: str = "each head's") -> str:
+    """The tokens that means of a summary are over, in words."""
+    share = heads.attrs["share"]
+    if share == 1:
+        return f"the {among(share, heads)}"
+    said = {
+        "top": "top {} of tokens by direct effect",
+        "bottom": "bottom {} of tokens by direct effect",
+        "absolute": "{} of tokens of largest direct effect of either sign, counted along its sign",
+    }
+    return f"{whose} {said[tail_of(heads)].format(percent(share))}"
 
 
 def task(heads: xr.Dataset) -> list[str]:

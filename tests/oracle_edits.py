@@ -4,7 +4,8 @@ Like `oracle`, on which it builds, it imports nothing of the package and reads t
 tuples: ("head", layer, head), ("attention", layer), ("mlp", layer), ("neuron", layer, neuron), ("layers", first, stop),
 ("swap", layer); what can only be frozen: ("norm", layer, "attention" or "mlp"), ("mixers",), ("postnorms",),
 ("finalnorm",). Replacements are
-words, or ("scale", factor), ("constant", value), ("otherhead", head), ("reinforce", scale). Layers are deleted and
+words, or ("scale", factor), ("constant", value), ("otherhead", head), ("reinforce", scale) and its
+nulls, ("reinforcepartner", scale) and ("reinforcerandom", scale). Layers are deleted and
 swapped by doing so in the model's own list of layers.
 """
 
@@ -250,8 +251,8 @@ class Edited:
                 edits.order = layers[: site[1]] + layers[site[2] :]
             elif site[0] == "swap":
                 edits.order = [*layers[: site[1]], site[1] + 1, site[1], *layers[site[1] + 2 :]]
-            elif replacement[0] == "reinforce":
-                edits.inserted[site[1]] = self._reinforcement(site, replacement[1])
+            elif replacement[0].startswith("reinforce"):
+                edits.inserted[site[1]] = self._reinforcement(site, *replacement)
             else:
                 where = {"head": edits.heads, "mlp": edits.mlps, "neuron": edits.neurons}[site[0]]
                 where[site[1] if site[0] == "mlp" else site[1:]] = self._new(site, replacement)
@@ -320,13 +321,20 @@ class Edited:
         constant = oracle.value_constant(self.parts.layers[site[1]])
         return none if constant is None else constant[site[2]]
 
-    def _reinforcement(self, site, scale: float) -> Tensor:
-        """The head's write times `scale`, at the edited position of each prompt."""
+    def _reinforcement(self, site, word: str, scale: float) -> Tensor:
+        """The head's write times `scale`, or what its null adds, at the edited position of each prompt."""
         layer = self.parts.layers[site[1]]
         W = layer.W_O.unflatten(0, (self.parts.n_heads, -1))[site[2]]
-        own = (self._value(site, self.clean) - self._constant(site)) @ W
+        seen = self.sources["resample"] if word == "reinforcepartner" else self.clean
+        own = (self._value(site, seen) - self._constant(site)) @ W
         if layer.post is not None:
             own = own * oracle.gain(layer.post) / oracle.scale(layer.post, self.clean.post[site[1]])[..., None]
+        if word == "reinforcerandom":
+            direction = self.arrays["random_direction"].double()
+            width, turn = direction.shape[1], site[1] * self.parts.n_heads + site[2]
+            turned = direction[:, [(place - turn) % width for place in range(width)]]
+            lengths = (own**2).sum(-1) ** 0.5 / (turned**2).sum(-1)[:, None] ** 0.5
+            own = lengths[..., None] * turned[:, None]
         added = torch.zeros_like(own)
         for prompt, position in enumerate(self.arrays["edited_position"].tolist()):
             added[prompt, position] = scale * own[prompt, position]

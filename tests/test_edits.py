@@ -32,7 +32,14 @@ from selfrepair_nn.errors import Incomplete, UsageError
 from selfrepair_nn.graph import Graph, Variants, freeze_set, sweep
 from selfrepair_nn.models.architectures import structure_of
 from selfrepair_nn.models.load import wrap
-from selfrepair_nn.replacements import Constant, OtherHead, Reinforce, Scale
+from selfrepair_nn.replacements import (
+    Constant,
+    OtherHead,
+    Reinforce,
+    ReinforcePartner,
+    ReinforceRandom,
+    Scale,
+)
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.jobs import ablation_job, effects_job
 from selfrepair_nn.tracing.session import run_session
@@ -53,7 +60,14 @@ def prompts(name, length=8):
         "counterfactual_tokens": torch.where(torch.arange(length) == 2, ids.roll(2, 0), ids),
         "other": ids.roll(3, 0)[:, 1:].contiguous(),
         "edited_position": torch.tensor([3, 0, 6, 2]),
+        "random_direction": directions(len(ids), families.build(name).config.hidden_size),
     }
+
+
+def directions(prompts, width):
+    """Vectors of length 1."""
+    drawn = torch.randn(prompts, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return drawn / drawn.norm(dim=1, keepdim=True)
 
 
 @cache
@@ -230,6 +244,43 @@ def test_reinforced_heads(job, name, freeze):
         found = job(name, ablate, Reinforce(scale), record="full", freeze=FREEZES[freeze], **choices)
         agree(name, found, ablate, Reinforce(scale), FREEZES[freeze], **choices)
         assert np.abs(found["inserted_direct_effect"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("null", [ReinforcePartner, ReinforceRandom])
+@pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "llama-gqa", "glm4"])
+def test_nulls_of_reinforcement(job, name, null):
+    """What the head writes on the partner's tokens, or a random direction as long as its write, is added instead."""
+    ablate = sweep([Head(0, 1), Head(1, 0)])
+    for scale, choices in ((2.0, {}), (-0.5, {"target": "raw", "value_bias": "head"})):
+        found = job(name, ablate, null(scale), **choices)
+        agree(name, found, ablate, null(scale), **choices)
+        own = job(name, ablate, Reinforce(scale), **choices)
+        assert np.abs(found["inserted_direct_effect"] - own["inserted_direct_effect"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox-parallel"])
+def test_nulls_of_reinforcement_in_a_store(stored, name):
+    """Side by side, as the recipe has them; partners and directions are the run's own, whatever the blocks."""
+    dataset, blocks = (stored(NULLS, name, f"{n}.zarr", seed=5, batch_size=n) for n in (3, 4))
+    where, order = torch.as_tensor(dataset.edited_position.values), dataset.partner.values
+    assert sorted(order.tolist()) == [0, 1, 2, 3] and (order != np.arange(4)).all()
+    width = families.build(name).config.hidden_size
+    drawn = np.stack([np.random.default_rng((5, place)).standard_normal(width) for place in range(4)])
+    ids = prompts(name)["tokens"]
+    given = {
+        "edited_position": where,
+        "partner_tokens": ids[order],
+        "random_direction": torch.as_tensor(drawn / np.linalg.norm(drawn, axis=1, keepdims=True)),
+    }
+    them = oracle_edits.Edited(families.build(name, exact=True), prompts(name) | given)
+    for write, word in (("own", "reinforce"), ("partner", "reinforcepartner"), ("random", "reinforcerandom")):
+        for head in (Head(0, 1), Head(1, 1)):
+            one = dataset.sel(write=write, layer=head.layer, head=head.head)
+            theirs = them.case((plain(head),), (word, 2.0))
+            for part in theirs.keys() & set(dataset.data_vars):
+                close(one[part].values, theirs[part], err_msg=part)
+    for part in ("logit_change", "ablated_direct_effect"):
+        close(blocks[part].values[:, dataset.selected], dataset[part].values[:, dataset.selected])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "llama-headdim", "llama-biases", "opt-biasless"])
@@ -604,7 +655,7 @@ ONE_CASE = (
 FREEZABLE = st.builds(Head, LAYER, st.integers(0, 4)) | st.sampled_from([*sorted(NORMS), PostNorms(), FinalNorm()])
 FREEZABLE |= st.builds(Mlp, LAYER) | st.builds(Attention, LAYER)
 ANY_REPLACEMENT = st.just("zero") | st.sampled_from(
-    [*REPLACEMENTS, Reinforce(1.0), OtherHead(Head(9, 0)), "noise", None]
+    [*REPLACEMENTS, Reinforce(1.0), ReinforceRandom(1.0), OtherHead(Head(9, 0)), "noise", None]
 )
 
 
@@ -667,6 +718,18 @@ def graph(structure, options):
     heads = sr.sweep([sr.Head(0, 1), sr.Head(1, 0), sr.Head(1, 1)])
     graphs = {scale: sr.Graph(ablate=heads, replacement=sr.Reinforce(scale)) for scale in (0.0, 0.5, 2.0)}
     return sr.Variants("scale", graphs)
+'''
+
+NULLS = '''"""Heads that read their own write, another prompt's and a random one."""
+
+import selfrepair_nn as sr
+
+
+def graph(structure, options):
+    heads = sr.sweep([sr.Head(0, 1), sr.Head(1, 1)])
+    kinds = {"own": sr.Reinforce, "partner": sr.ReinforcePartner, "random": sr.ReinforceRandom}
+    graphs = {name: sr.Graph(ablate=heads, replacement=kind(2.0)) for name, kind in kinds.items()}
+    return sr.Variants("write", graphs)
 '''
 
 COUNTERFACTUALS = '''"""Prompts with counterfactuals, measured by the difference of two tokens; attention too."""

@@ -12,6 +12,7 @@ from matplotlib.text import Annotation, Text
 
 from selfrepair_nn import figures
 from selfrepair_nn.analysis import by_head, by_layer
+from selfrepair_nn.choosing import viewed
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.simulate import simulate_heads, unfinished
@@ -125,13 +126,14 @@ def test_figure_1_has_the_intervals_of_the_layers():
     assert "Too few prompts for an interval" in words(figures.draw(LAYER, simulate_heads(6, 4, 8, 13)))
 
 
+@pytest.mark.parametrize(("against", "name"), [(None, "removed"), ("direct-effect", "direct_effect")])
 @pytest.mark.parametrize("store", ["ds", "part"])
-def test_figure_2_shows_every_head_in_its_layers_colour(store, request):
+def test_figure_2_shows_every_head_in_its_layers_colour(store, against, name, request):
     ds = request.getfixturevalue(store)
-    axes = figures.draw(PLANE, ds).axes[0]
+    axes = figures.draw(PLANE, viewed(ds, None, None, against)).axes[0]
     heads = by_head(ds)
     known = (heads.tokens > 0).values
-    expected = np.column_stack([heads.direct_effect.values[known], heads.logit_change.values[known]])
+    expected = np.column_stack([heads[name].values[known], heads.logit_change.values[known]])
     np.testing.assert_allclose(dots(axes), expected)
     scatter = next(c for c in axes.collections if isinstance(c, PathCollection))
     np.testing.assert_array_equal(scatter.get_array(), np.broadcast_to(np.arange(6)[:, None], (6, 4))[known])
@@ -144,7 +146,7 @@ def test_figure_2_shows_every_head_in_its_layers_colour(store, request):
 def test_figure_2_has_the_line_and_names_the_wedge(ds):
     figure = figures.draw(PLANE, ds)
     axes = figure.axes[0]
-    assert axes.get_xlabel() == "direct effect, mean over all tokens (logits)"
+    assert axes.get_xlabel() == "direct effect removed, mean over all tokens (logits)"
     assert axes.get_ylabel() == "logit change when ablated,\nmean over all tokens (logits)"
     assert any(
         len(x) == 3 and np.array_equal(line.get_ydata(), -x)
@@ -158,6 +160,21 @@ def test_figure_2_has_the_line_and_names_the_wedge(ds):
     assert any(path.contains_point((x, -x / 2)) for path in paths)
     assert not any(path.contains_point((x, x / 2)) or path.contains_point((x, -2 * x)) for path in paths)
     assert "top 2%" not in words(figure)
+
+
+@pytest.mark.parametrize("ablation", ["resample", "mean", "zero", "identity"])
+def test_what_logit_changes_are_set_against(ablation):
+    """What was removed, but where nothing takes the head's place, or it is put back: there DE, as in the paper."""
+    ds = simulate_heads(3, 2, 8, 13, ablation=ablation)
+    usual = "direct effect removed" if ablation in ("resample", "mean") else "direct effect"
+    for against, label in ((None, usual), ("removed", "direct effect removed"), ("direct-effect", "direct effect")):
+        chosen = viewed(ds, None, None, against)
+        assert figures.draw(PLANE, chosen).axes[0].get_xlabel().startswith(f"{label}, mean over")
+        assert figures.draw("token_noise", chosen).axes[0].get_xlabel() == f"{label} (logits)"
+        told = "direct effect removed) / √2 = self-repair / √2" if label != "direct effect" else "direct effect) / √2,"
+        assert told in words(figures.draw("distance_by_layer", chosen))
+    with pytest.raises(UsageError, match="against 'all' is not known; choose one of removed, direct-effect"):
+        figures.plot(ds, "nowhere", against="all")
 
 
 def test_figure_2_has_one_scale_where_it_can():
@@ -183,11 +200,11 @@ def test_figure_2_names_the_extreme_heads_without_overlap(seed):
     frame = axes.get_window_extent()
     assert all(frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) for box in boxes)
     heads = by_head(ds)
-    size = np.hypot(heads.direct_effect, heads.logit_change).values
+    size = np.hypot(heads.removed, heads.logit_change).values
     farthest = Head(*map(int, np.unravel_index(size.argmax(), size.shape))).label
     note = next(t for t in notes if t.get_text() == farthest)
     place = np.unravel_index(size.argmax(), size.shape)
-    np.testing.assert_allclose(note.xy, [heads.direct_effect.values[place], heads.logit_change.values[place]])
+    np.testing.assert_allclose(note.xy, [heads.removed.values[place], heads.logit_change.values[place]])
 
 
 def test_figure_2_has_a_panel_for_each_store(ds):

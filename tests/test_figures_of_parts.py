@@ -17,6 +17,7 @@ from selfrepair_nn.analysis import (
     token_noise,
     who_repairs,
 )
+from selfrepair_nn.choosing import viewed
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.simulate import simulate_heads, unfinished
@@ -44,23 +45,27 @@ def means(axes):
     return [line for line in axes.lines if line.get_marker() not in ("None", "")]
 
 
+@pytest.mark.parametrize(("against", "name"), [("removed", "removed"), ("direct-effect", "direct_effect")])
 @pytest.mark.parametrize("store", ["ds", "part"])
-def test_every_done_token_is_a_dot(store, request):
+def test_every_done_token_is_a_dot(store, against, name, request):
     ds = request.getfixturevalue(store)
-    figure, tokens = figures.draw("token_noise", ds, share=0.1), token_noise(ds, 0.1)
+    figure = figures.draw("token_noise", viewed(ds, None, None, against), share=0.1)
+    tokens = token_noise(ds, 0.1, against=against)
     assert len(figure.axes) == tokens.sizes["rank"]
     for rank, axes in enumerate(figure.axes):
         one = tokens.isel(rank=rank)
         known = one.direct_effect.notnull().values
-        expected = np.column_stack([one.direct_effect.values[known], one.logit_change.values[known]])
+        expected = np.column_stack([one[name].values[known], one.logit_change.values[known]])
         np.testing.assert_allclose(dots(axes), expected[np.lexsort(expected.T)])
         assert axes.get_title("left") == f"L{int(one['layer'])}H{int(one['head'])}"
         said = axes.texts[0].get_text().replace("\N{MINUS SIGN}", "-")
         assert f"all {known.sum()} tokens: correlation {float(one.correlation):.2f}; " in said
         assert f"top 10%: correlation {float(one.top_correlation):.2f}; broken" in said
         assert f"under {float(one.under):.0%}, over {float(one.over):.0%}" in said
-        dotted = next(line for line in axes.lines if line.get_linestyle() == ":")
-        assert dotted.get_xdata()[0] == one.direct_effect.where(one.top).min()
+        dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+        rings = [len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
+        assert dotted == ([] if against == "removed" else [one.direct_effect.where(one.top).min()])
+        assert rings == ([int(one.top.sum())] if against == "removed" else [])
         (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         assert ((expected > [low, bottom]) & (expected < [high, top])).all()
 
@@ -97,7 +102,10 @@ def test_the_norms_panels_show_heads_and_layers(store, request):
         np.testing.assert_allclose(line.get_ydata(), layers[name])
     for line, name in zip(means(parts), ("top_norm_on_existing", "top_norm_on_change"), strict=True):
         np.testing.assert_allclose(line.get_ydata(), layers[name])
-    assert clipped.get_ylim() == (0, 1)
+    beside = {line.get_label(): line.get_ydata() for line in clipped.lines}
+    for label, name in (("its mirror: clipped breakage", "norm_mirror"), ("excess over the mirror", "norm_excess")):
+        np.testing.assert_allclose(beside[label], layers[name])
+    assert clipped.get_ylim()[1] == 1 and (clipped.get_ylim()[0] == 0) == (not (layers.norm_excess < 0).any())
     assert clipped.yaxis.get_major_formatter()(0.4, 0) == "40%"
     assert ratio.yaxis.get_major_formatter()(-1000, 0) == "\N{MINUS SIGN}100,000%"
 
@@ -112,11 +120,16 @@ def test_several_norms_are_drawn_by_depth(ds):
 def test_distance_is_shown_over_all_and_over_top_tokens(ds):
     heads, layers = by_head(ds), by_layer(ds)
     layer = np.broadcast_to(heads["layer"].values[:, None], heads.tokens.shape).ravel()
-    for axes, prefix in zip(figures.draw("distance_by_layer", ds).axes, ("", "top_"), strict=True):
+    drawn = figures.draw("distance_by_layer", viewed(ds, None, None, "direct-effect"))
+    for axes, prefix in zip(drawn.axes, ("", "top_"), strict=True):
         distance = (heads[f"{prefix}logit_change"] + heads[f"{prefix}direct_effect"]) / np.sqrt(2)
         expected = np.column_stack([layer, distance.values.ravel()])
         np.testing.assert_allclose(dots(axes), expected[np.lexsort(expected.T)])
         np.testing.assert_allclose(means(axes)[0].get_ydata(), layers[f"{prefix}distance"])
+    for axes, prefix in zip(figures.draw("distance_by_layer", ds).axes, ("", "top_"), strict=True):
+        expected = np.column_stack([layer, heads[f"{prefix}self_repair"].values.ravel() / np.sqrt(2)])
+        np.testing.assert_allclose(dots(axes), expected[np.lexsort(expected.T)], atol=1e-9)
+        np.testing.assert_allclose(means(axes)[0].get_ydata(), layers[f"{prefix}self_repair"] / np.sqrt(2), atol=1e-9)
 
 
 def test_the_map_shows_every_change(ds):

@@ -38,6 +38,11 @@ GRAPHS = {
     "sums": ("sr.Graph(ablate=HEADS)", {}, set()),
     "full": ('sr.Graph(ablate=HEADS, record="full")', {"components": "all"}, COMPONENTS),
     "neurons": ("sr.Graph(ablate=HEADS, neurons=7)", {}, NEURONS),
+    "falling": (
+        'sr.Graph(ablate=HEADS, neurons=7, also="falling_neuron")',
+        {},
+        NEURONS | {f"falling_neuron{end}" for end in ("", "_change", "_direct_effect")},
+    ),
     "norm": ("sr.Graph(ablate=HEADS, residual_norm=True)", {}, NORMS),
     "also": ('sr.Graph(ablate=HEADS, also="residual_norm")', {}, NORMS),
     "attention": ("sr.Graph(ablate=HEADS, attention=(0, 2, 3))", {}, {"attention"}),

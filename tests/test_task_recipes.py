@@ -14,6 +14,7 @@ from test_tasks import Words
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
+from selfrepair_nn.choosing import selecting_half
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, sweep
 
@@ -124,6 +125,44 @@ def test_backups_rise_most_when_the_name_movers_are_gone(ioi):
     for i, name in enumerate(found.component.values):
         assert_allclose(found.direct_effect[i], before[name], rtol=0, atol=TIGHT)
         assert_allclose(found.joint[i], after[name], rtol=0, atol=TIGHT)
+
+
+def test_found_on_half_and_reported_on_the_rest(wrapped, tmp_path):
+    """Name movers and backups are those of the half that selects, every number is of the other, by plain hooks."""
+    model = replace(wrapped("neox-sequential", exact=True), tokenizer=Words())
+    choices = {"count": 24, "movers": 2, "found_on": "half"}
+    ds = run("ioi", model, tmp_path, param=choices).load()
+    module, ids = model.nn._module, whole(ds)
+    given, clean = setting(module, ids, (ids[:, 1:], ds.other.values))
+    selects = selecting_half(ds.document.values)
+    assert 8 <= selects.sum() <= 16 and ds.attrs["found_on"] == "half"
+    heads = [i for i, kind in enumerate(clean.kinds) if kind == "head"]
+    last = clean.effects[:, -1, heads].numpy()
+    order = np.argsort(-last[selects].mean(0), kind="stable")
+    names = [clean.labels[heads[i]] for i in order[:2]]
+    assert ds.case.values.tolist()[:2] == names
+    effects, after = ablated((ds, module, ids, given, clean), sr.select_heads(None, ",".join(names), 3, 3))
+    rise = (effects[:, -1, heads].numpy() - last)[:, order[2:]]
+    ranked = np.argsort(-rise[selects].mean(0), kind="stable")
+    found = sr.backups(ds, 3)
+    assert found.component.values.tolist() == [clean.labels[heads[order[2:][i]]] for i in ranked[:3]]
+    for rank, place in enumerate(ranked[:3]):
+        reported = (last[:, order[2:]] + rise)[~selects, place].mean()
+        assert_allclose(found.joint[rank], reported, rtol=0, atol=TIGHT)
+        assert_allclose(found.selecting_rise[rank], rise[selects, place].mean(), rtol=0, atol=TIGHT)
+    movers = sr.name_movers(ds)
+    before = difference(clean.seen.logits, ids, ds)
+    assert_allclose(movers.attrs["logit_difference"], before[~selects].mean(), rtol=0, atol=TIGHT)
+    joint = movers.isel(case=2)
+    assert_allclose(joint.logit_change, (after - before)[~selects].mean(), rtol=0, atol=TIGHT)
+    told = f"selected on {selects.sum()} prompts, reported on {(~selects).sum()} others"
+    assert told in sr.summary(ds) and told in figures.draw("ioi", ds).get_supxlabel()
+    whole_run = sr.choose_tokens(ds, split_selection=False)
+    assert_allclose(sr.name_movers(whole_run).attrs["logit_difference"], before.mean(), rtol=0, atol=TIGHT)
+    with pytest.raises(UsageError, match="found_on 'most' is not known; choose one of all, half"):
+        run("ioi", model, tmp_path / "x", param=choices | {"found_on": "most"})
+    with pytest.raises(UsageError, match="say how many, strongest="):
+        Graph(ablate=sweep([sr.Head(0, 0)]), found_on="half")
 
 
 def without_layers(module, given, layers):

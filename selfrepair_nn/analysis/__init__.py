@@ -20,8 +20,11 @@ from selfrepair_nn.analysis.outcomes import in_nats, outcomes_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
 from selfrepair_nn.analysis.reinforcement import (
     CONFIDENCE,
+    OWN,
+    has_nulls,
     reinforced,
     reinforcement_by_head,
+    reinforcement_nulls,
     strongest_responses,
 )
 from selfrepair_nn.analysis.remembering import held, remembering
@@ -42,6 +45,7 @@ __all__ = [
     "KINDS",
     "LEAST",
     "MEANS",
+    "OWN",
     "QUANTITIES",
     "SHARE",
     "among",
@@ -59,6 +63,7 @@ __all__ = [
     "done_share",
     "erasure_neurons",
     "every_token",
+    "has_nulls",
     "held",
     "in_nats",
     "induction_by_head",
@@ -74,6 +79,7 @@ __all__ = [
     "references",
     "reinforced",
     "reinforcement_by_head",
+    "reinforcement_nulls",
     "remembering",
     "restored",
     "scale_by_head",

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn.choosing import tail_of
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import IN_NATS, OF_MODELS, QUANTITIES, SWEEP, asked_in, usual_share
 
@@ -119,6 +120,15 @@ def share_of(ds: xr.Dataset, share: float | None) -> float:
     return share
 
 
+def require_top(ds: xr.Dataset, what: str) -> None:
+    """Raise UsageError if another tail is chosen of what a store holds for each head's top share alone."""
+    if (tail := tail_of(ds)) != "top":
+        raise UsageError(
+            f"this store holds {what} for each head's top share of tokens alone, not for the tail {tail!r}: leave the "
+            "tail out here"
+        )
+
+
 def same_share(summary: xr.Dataset, share: float) -> xr.Dataset:
     """The summary, if it is of this share; else UsageError."""
     if summary.attrs["share"] != share:
@@ -131,9 +141,23 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def among(share: float) -> str:
-    """What a statistic of this share is over."""
-    return f"top {percent(share)} of tokens" if share < 1 else "tokens that count"
+SHARES = {"top": "top {} of tokens", "bottom": "bottom {} of tokens", "absolute": "{} of tokens of largest |DE|"}
+"""What a share of tokens is called, by its tail."""
+
+
+def among(share: float, *of: xr.Dataset) -> str:
+    """What a statistic of this share of datasets or summaries is over.
+
+    Raises:
+        UsageError: their shares are of different tails.
+    """
+    tails = {*map(tail_of, of)} or {"top"}
+    if len(tails) > 1:
+        raise UsageError(f"these are shares of different tails, {' and '.join(sorted(tails))}: choose the same for all")
+    [tail] = tails
+    if share < 1:
+        return SHARES[tail].format(percent(share))
+    return "tokens that count" + (", along the sign of DE" if tail == "absolute" else "")
 
 
 def throughout(*summaries: xr.Dataset) -> str:

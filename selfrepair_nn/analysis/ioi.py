@@ -20,6 +20,7 @@ from selfrepair_nn.blocks import (
     token_counts,
 )
 from selfrepair_nn.case_sites import Case, sites_of
+from selfrepair_nn.choosing import halves, splits
 from selfrepair_nn.components import Head, Layers
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
@@ -41,6 +42,9 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
       infinite where there are too few prompts for one; clustered as in `by_head` (attributes clustered_by, clusters);
     - logit_change_se, self_repair_se: standard errors of these means;
     - correct: the share of these tokens on which the ablated model still prefers the indirect object, no unit.
+
+    Where the recipe found the name movers on half of the prompts, or `choose_tokens` splits the selection, everything
+    is of the other half (attributes prompts_selecting, prompts_reporting).
 
     Attributes: prompts, how many; logit_difference and clean_correct, of the clean run; `task` as in `by_head`.
 
@@ -69,6 +73,9 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     found.removed.attrs = {"units": "logit", "long_name": "mean direct effect removed"}
     clean_run = {"logit_difference": clean.mean(), "clean_correct": float((clean > 0).mean())}
     told = clustering(ds) | closure(ds) | {"prompts": int(done[0].sum())} | verdict(ds)
+    if splits(ds):
+        selecting = _done(halves(ds)["selecting"])[1]
+        told |= {"prompts_selecting": int(selecting[0].sum()), "prompts_reporting": told["prompts"], "share": 1.0}
     return described_widths(found).assign_attrs(ds.attrs | clean_run | told)
 
 
@@ -83,7 +90,9 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     - *_half_width: half the widths of the 95% intervals of direct_effect, and of the changes joint - direct_effect and
       moved - direct_effect; infinite where there are too few prompts. *_se: their standard errors.
 
-    The heads are chosen by what was measured: the largest of many are likely to have been measured too large.
+    The heads are chosen by what was measured: the largest of many are likely to have been measured too large. Not so
+    where the selection is split, as it is where the recipe found the name movers on half of the prompts: then they are
+    chosen by that half (their joint - direct_effect there is `selecting_rise`), and all else is of the others.
 
     Attributes as in `name_movers`. Errors too.
     """
@@ -94,7 +103,11 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
     ablated = np.array([Head(*place) in cases[joint] if min(place) >= 0 else False for place in places])
     heads = np.flatnonzero((ds.component_kind.values == "head") & ~ablated)
     changes = _tallies(ds, "component_change", done[0], heads)
-    order = np.argsort(-changes[joint].mean, kind="stable")[:count]
+    rises = changes[joint].mean
+    if splits(ds):
+        other = halves(ds)["selecting"]
+        rises = _tallies(other, "component_change", _done(other)[1][0], heads)[joint].mean
+    order = np.argsort(-rises, kind="stable")[:count]
     heads, changes = heads[order], [Tally(each.sums[order], each.counts[order]) for each in changes]
     [clean] = _tallies(ds, "component_direct_effect", done[0], heads)
     places = {d: ds[f"component_{d}"].values[heads] for d in ("layer", "head")}
@@ -108,6 +121,7 @@ def backups(ds: xr.Dataset, count: int = BACKUPS) -> xr.Dataset:
         known = tally.estimate
         found[name] = known.mean if name == "direct_effect" else clean.mean + known.mean
         found |= {f"{name}_se": known.error, name + HALF_WIDTH: known.half_width}
+    found |= {"selecting_rise": rises[order]} if splits(ds) else {}
     found = xr.Dataset(
         {name: ("rank", values) for name, values in found.items()}, attrs=name_movers(ds).attrs
     )

@@ -6,6 +6,7 @@ import xarray as xr
 from selfrepair_nn.analysis.checks import HEADS
 from selfrepair_nn.analysis.summaries import ESTIMATED, by_head
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
+from selfrepair_nn.choosing import tail_of
 from selfrepair_nn.face import public
 
 OF_SELF_REPAIR = ("self_repair_se", "p_value", "q_value", "repaired", "broken")
@@ -68,10 +69,15 @@ def _shares(heads: xr.Dataset, prefix: str) -> dict[str, xr.DataArray]:
 def most_repaired(ds: xr.Dataset, count: int = 5, share: float | None = None) -> xr.Dataset:
     """The heads of highest mean self-repair on their top share, as in `by_head` but over (rank), best first.
 
+    On a bottom share, of tokens that the head writes against, that is the lowest mean.
+
     `layer` and `head` name them. A negative `count` asks for the most broken heads, worst first. They are ranked by
     what was measured: the first of many are likely to have been measured too high, which no interval of theirs says.
+    Where the selection is split (`choose_tokens`) they are ranked by the half that selects, and so are not.
     """
     ranked = by_head(ds, share).stack(rank=HEADS)
     ranked = ranked.isel(rank=np.flatnonzero(ranked.tokens.values))
-    order = np.argsort(-np.sign(count) * ranked.top_self_repair.values, kind="stable")[: abs(count)]
+    by = ranked.get("selecting_top_self_repair", ranked.top_self_repair)
+    best = np.sign(count) * (-1 if tail_of(ranked) == "bottom" else 1)
+    order = np.argsort(-best * by.values, kind="stable")[: abs(count)]
     return ranked.isel(rank=order).reset_index("rank")

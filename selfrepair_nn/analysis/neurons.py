@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.checks import HEADS, of_heads, percent, share_of
+from selfrepair_nn.analysis.checks import HEADS, of_heads, percent, require_top, share_of
 from selfrepair_nn.analysis.noise import COUNT, strongest
 from selfrepair_nn.analysis.recurrence import recurring
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, batches, clusters, entry_tally
 from selfrepair_nn.blocks import BLOCK, Top, clean_values, direct_effects, done_cases, entries_of, stored_rows
-from selfrepair_nn.confidence import Tally
+from selfrepair_nn.confidence import Estimate, Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import recorded
 
 PLACES = 50
 PARTS = (0.5, 0.1, 0.05, 0.02, 0.01)
+FALLING = ("falling_neuron_direct_effect", "falling_neuron_change")
 SHARED = ("shared_within", "shared_between", "shared_by_chance")
 
 
@@ -39,7 +40,10 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
 
     Over (rank): entries, their number; anti_erasing, the share of them on which the neuron's direct effect is negative
     and rises; mlp_positive, the share of them on which the MLP's direct effect is positive; and half the widths of the
-    95% intervals of these shares, as in `by_head`.
+    95% intervals of these shares, as in `by_head`. Their null is the same with every sign turned, as if the target were
+    what the model is to avoid: mirror is the share, of the `share` of tokens on which the MLP breaks most, on which the
+    neuron whose direct effect falls most has a positive one; excess = anti_erasing - mirror, of the same documents. A
+    store that holds no falling neurons, of Graph(also="falling_neuron"), has NaN for both.
 
     Memory: 8 bytes a token, and some 60 for each entry.
 
@@ -64,13 +68,34 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
     counts = np.bincount(rank, minlength=n)
     found = {name: (("rank", "entry"), _padded(values, rank, n)) for name, values in (whole | logits).items()}
     for name, marks in shares.items():
-        known = entry_tally(
-            rank * ds.sizes["prompt"] + prompt, marks, (n, ds.sizes["prompt"]), clusters(ds)
-        ).estimate
+        known = entry_tally(*_at(ds, rank, prompt, marks, n), clusters(ds)).estimate
+        found |= {name: ("rank", known.mean), name + HALF_WIDTH: ("rank", known.half_width)}
+    anti = entry_tally(*_at(ds, rank, prompt, shares["anti_erasing"], n), clusters(ds)).estimate
+    mirror = _mirrored(ds, heads, share, count)
+    for name, known in (("mirror", mirror), ("excess", anti.minus(mirror))):
         found |= {name: ("rank", known.mean), name + HALF_WIDTH: ("rank", known.half_width)}
     found = heads.assign(found | {"entries": ("rank", counts)})
-    units = dict.fromkeys(logits, "logit") | dict.fromkeys((*whole, *shares, "entries"), "1")
+    units = dict.fromkeys(logits, "logit") | dict.fromkeys((*whole, *shares, "mirror", "excess", "entries"), "1")
     return _described(found, units)
+
+
+def _mirrored(ds: xr.Dataset, heads: xr.Dataset, share: float | None, count: int) -> Estimate:
+    """The share of the tokens on which the MLP breaks most whose most breaking neuron wrote for the target."""
+    n = heads.sizes["rank"]
+    if any(name not in ds for name in FALLING):
+        nothing = np.full((n, 1), np.nan)
+        return Estimate(nothing[:, 0], nothing, np.zeros((n, 1)))
+    _, top, rank = _top_tokens(ds, share, count, "mlp_change", "bottom")
+    clean, change = (entries_of(ds[name], top) for name in FALLING)
+    prompt = top.token // ds.sizes["position"]
+    return entry_tally(*_at(ds, rank, prompt, (clean > 0) & (change < 0), n), clusters(ds)).estimate
+
+
+def _at(
+    ds: xr.Dataset, rank: np.ndarray, prompt: np.ndarray, marks: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Marks [entry] as `entry_tally` takes them, of `n` ranks."""
+    return rank * ds.sizes["prompt"] + prompt, marks, (n, ds.sizes["prompt"])
 
 
 @public
@@ -94,7 +119,8 @@ def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COU
     hits, counts = np.zeros((n, size, len(PARTS), places)), np.zeros((n, size))
     for entries, change in stored_rows(ds.neuron_change, top):
         most = -np.sort(-change, axis=1)[:, None, :places]
-        effect = top.effect[entries][:, None, None]
+        change = change * top.sign[entries, None]
+        effect = (top.effect * top.sign)[entries][:, None, None]
         at = rank[entries], joined[top.token[entries] // ds.sizes["position"]]
         np.add.at(hits, at, (effect > 0) & (most >= np.array(PARTS)[:, None] * effect))
         np.add.at(counts, at, 1)
@@ -126,6 +152,7 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
     sums, sizes, counts = np.zeros((n, neurons)), np.zeros((n, neurons)), np.zeros((n, 1), int)
     for entries, change in stored_rows(ds.neuron_change, top):
+        change = change * top.sign[entries, None]
         for total, values in ((sums, change), (sizes, abs(change)), (counts, 1)):
             np.add.at(total, rank[entries], values)
     with np.errstate(invalid="ignore"):
@@ -183,16 +210,18 @@ def neuron_consistency(ds: xr.Dataset, share: float | None = None, count: int = 
 
 
 def _top_tokens(
-    ds: xr.Dataset, share: float | None, count: int, by: str = "direct_effect"
+    ds: xr.Dataset, share: float | None, count: int, by: str = "direct_effect", tail: str | None = None
 ) -> tuple[xr.Dataset, Top, np.ndarray]:
     """A few heads over (rank), the top tokens of each by a variable, and the rank that each of these belongs to."""
     ds = of_heads(ds)
     share = share_of(ds, share)
     _check_neurons(ds, share if by == "direct_effect" else 0)
+    if by == "direct_effect":
+        require_top(ds, "every neuron")
     heads, done = by_head(ds, share), done_cases(ds)
     cases = strongest(heads, count)
     done[np.setdiff1d(np.arange(len(done)), cases)] = False
-    _, top = direct_effects(ds, done, share, by)
+    _, top = direct_effects(ds, done, share, by, tail)
     ranks = np.zeros(len(done), int)
     ranks[cases] = np.arange(len(cases))
     return heads.stack(rank=HEADS).isel(rank=cases).reset_index("rank"), top, ranks[top.case]
@@ -229,7 +258,8 @@ def _medians(array: xr.DataArray, top: Top) -> np.ndarray:
     for start in range(0, neurons, width):
         part = slice(start, start + width)
         values = entries_of(array.isel(neuron=part), top)
-        values = values[np.isfinite(values).all(1)]
+        stored = np.isfinite(values).all(1)
+        values = values[stored] * top.sign[stored, None]
         if len(values):
             found[part] = np.median(values.astype(float), axis=0)
     return found
@@ -245,6 +275,8 @@ LONG_NAMES = {
     "mlp_change": "change of direct effect of the MLP",
     "anti_erasing": "direct effect of the neuron below 0, and rising",
     "mlp_positive": "direct effect of the MLP above 0",
+    "mirror": "direct effect of the most breaking neuron above 0, and falling",
+    "excess": "anti-erasing, less its mirror",
     "entries": "number of tokens",
     "repairs": "share of tokens on which the neuron repairs this part of the direct effect",
     "stored_tokens": "number of tokens",

@@ -37,7 +37,7 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     for name, text in names.items():
         units = QUANTITIES[name].units if name in PARTS else "1"
         found[name].attrs = {"units": units, "long_name": text}
-        found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share)}"}
+        found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share, found)}"}
     return described_widths(found)
 
 
@@ -47,6 +47,6 @@ def _read_off(ds: xr.Dataset, share: float) -> Iterator[tuple[str, tuple]]:
         sums, chosen = read(ds, name, tokens.done, tokens.top)
         if name == "from_norm":
             name, sums = "norm_ratio", ratio_sums(ds, "from_norm", "direct_effect", tokens.done)
-            chosen = ratios(chosen, tokens.top.effect)
+            chosen = ratios(chosen, tokens.top.effect * tokens.top.sign)
         for each, tally in tokens.both(name, sums, chosen).items():
             yield from tokens.columns(each, tally.estimate).items()

@@ -12,6 +12,7 @@ from selfrepair_nn.analysis.checks import percent
 from selfrepair_nn.analysis.layers import by_layer
 from selfrepair_nn.analysis.summaries import by_head
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
+from selfrepair_nn.choosing import tail_of
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import SHARE
@@ -27,6 +28,8 @@ QUANTITIES = (
     "from_norm",
     "norm_share",
 )
+PAPER_TOKENS = "about 20,000 of 1 million"
+"""As section 2.2 says of these models."""
 SETTINGS = {"ablation": "resample", "target": "centred", "value_bias": "output", "freeze": "none"}
 """How the published numbers were measured."""
 
@@ -38,7 +41,8 @@ def compare_paper(ds: xr.Dataset, reference: str | None = None) -> xr.Dataset:
     Variables are those of QUANTITIES, the same for both: means over a layer's heads of the means over each head's
     top 2% of tokens by direct effect, in logits; norm_share: of clip(from_norm / direct_effect, 0, 1), no unit.
     x_half_width(layer), of each: half the width of the 95% interval of the store's mean; nothing was published of how
-    well the paper's are known.
+    well the paper's are known. x_outside(layer): whether the published mean lies outside the store's interval.
+    Attribute `top_tokens`: how many tokens of how many a top share is, on either side, in words.
     `reference_layer(layer)` is the layer of the reference that each is put beside: the same layer, or the one at the
     same depth where the models have different numbers of layers.
 
@@ -52,7 +56,10 @@ def compare_paper(ds: xr.Dataset, reference: str | None = None) -> xr.Dataset:
     Raises:
         UsageError: no such reference, or none of the model's name; else as by_head.
     """
-    layers = by_layer(by_head(ds, SHARE), SHARE)
+    heads = by_head(ds, SHARE)
+    if tail_of(heads) != "top":
+        raise UsageError(f"the published means are of each head's top share, not its {tail_of(heads)}: choose the top")
+    layers = by_layer(heads, SHARE)
     name = reference or _same_model(layers)
     if name not in references():
         raise UsageError(
@@ -66,10 +73,15 @@ def compare_paper(ds: xr.Dataset, reference: str | None = None) -> xr.Dataset:
         own = layers[name_here]
         values = np.stack([own.values, np.array(published[quantity])[beside]])
         found[quantity] = xr.Variable(("source", "layer"), values, own.attrs)
-        found[quantity + HALF_WIDTH] = layers[name_here + HALF_WIDTH].variable
+        width = layers[name_here + HALF_WIDTH]
+        found[quantity + HALF_WIDTH] = width.variable
+        outside = abs(values[0] - values[1]) > width.values
+        told = {"units": "1", "long_name": f"published outside the interval of the {own.attrs['long_name']}"}
+        found[f"{quantity}_outside"] = xr.Variable("layer", outside, told)
     labels = {"source": ["store", "paper"], "layer": layers["layer"], "reference_layer": ("layer", beside)}
     sizes = {"reference_n_layers": published["layers"], "n_layers": _n_layers(layers)}
-    found = xr.Dataset(found, labels, layers.attrs | sizes | {"reference": name})
+    told = {"reference": name, "top_tokens": _top_tokens(heads)}
+    found = xr.Dataset(found, labels, layers.attrs | sizes | told)
     return found.assign_attrs(differs=_differs(layers)) if _differs(layers) else found
 
 
@@ -83,6 +95,12 @@ def reference_of(ds: xr.Dataset) -> str | None:
     """The name of the published model that a store's model is, or None."""
     name = str(ds.attrs.get("model", "")).rstrip("/").rpartition("/")[2].lower()
     return next((key for key, one in references().items() if name in one["names"]), None)
+
+
+def _top_tokens(heads: xr.Dataset) -> str:
+    """How large the top share is on either side."""
+    here, of = (heads[name].max() for name in ("top_tokens", "tokens"))
+    return f"top {percent(SHARE)}: {int(here):,} of {int(of):,} tokens a head here, {PAPER_TOKENS} there"
 
 
 def _same_model(ds: xr.Dataset) -> str:

@@ -14,6 +14,7 @@ from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 
 CONFIDENCE = 0.95
+OWN = "own"
 NEEDED = (
     "done",
     "selected",
@@ -47,32 +48,93 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
     """
     if "slope" in ds:
         return ds
-    if not 0 < confidence < 1:
-        raise UsageError(f"confidence {confidence!r} is not in (0, 1): write 0.95 for 95%")
-    ds = restored(ds)
-    missing = [name for name in (*NEEDED, "scale") if name not in ds.variables]
-    if missing:
-        raise UsageError(f"this is not a store of reinforced heads: it lacks {', '.join(missing)}")
-    done, shape = edited_cases(ds), [ds.sizes[d] for d in HEADS]
-    before = np.where(done, edited_of(ds, "direct_effect"), np.nan)
-    variants = [ds.isel(scale=i) for i in range(ds.sizes["scale"])]
-    after = np.stack([np.where(done, edited_of(one, "ablated_direct_effect"), np.nan) for one in variants])
-    level = 1 - (1 - confidence) / max(1, int(done.any(1).sum()))
-    lines = [_line(before, each - before, clusters(ds), level) for each in after]
+    _require(confidence)
+    ds = _of_edits(ds, "scale")
+    done, before, after = measured(ds, "scale")
+    level = bonferroni(confidence, done)
+    lines = [line(before, each - before, clusters(ds), level) for each in after]
     slope, intercept, reach = (np.array(values) for values in zip(*lines, strict=True))
+    shape = [ds.sizes[d] for d in HEADS]
     found = {"slope": slope, "intercept": intercept, "low": slope - reach, "high": slope + reach}
     per_head = ("scale", *HEADS)
     values = {name: (per_head, each.reshape(-1, *shape)) for name, each in found.items()}
     values |= {
         "before": ((*HEADS, "prompt"), before.reshape(*shape, -1)),
         "after": ((*per_head, "prompt"), after.reshape(len(after), *shape, -1)),
-        "kind": (HEADS, _kind(slope - reach, slope + reach).reshape(shape)),
-        "tokens": (HEADS, done.sum(1).reshape(shape)),
-        "noise_floor": ds.noise_floor.variable.load(),
+        "kind": (HEADS, kinds(slope - reach, slope + reach).reshape(shape)),
     }
-    labels = {d: ds[d].variable for d in ("scale", *HEADS)}
-    told = clustering(ds) | closure(ds) | verdict(ds) | {"confidence": confidence}
-    return _describe(xr.Dataset(values, labels, ds.attrs | told))
+    return describe(ds, "scale", done, values, confidence)
+
+
+@public
+def reinforcement_nulls(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
+    """Whether heads answer to their own write, or to anything that is added in its place.
+
+    - slope, low, high, over (write, layer, head): as in `reinforcement_by_head`, of the change after - before on the
+      direct effect, where what is added is the head's own write; the same with the other sign ("reversed"); what the
+      head writes at that position of another prompt ("partner"); a direction drawn at random, as long as its own write
+      ("random");
+    - excess, excess_low, excess_high, over (null, layer, head): the slope under the own write minus that under each
+      null, of the same prompts, and its interval, which holds for all heads of a null together;
+    - kind, over (layer, head): -1 self-repressing, 1 self-reinforcing, by the own write alone; beyond: the same, and
+      the interval of the excess over every null excludes 0 on that side, else 0; tokens: how many edited positions.
+
+    A head whose direct effect shrinks whatever is added, since the norms of what it reads grow, has the same slope
+    under "own" and "reversed". A result of this function is returned as it is. Errors as in `reinforcement_by_head`.
+    """
+    if "excess" in ds:
+        return ds
+    _require(confidence)
+    ds = _of_edits(ds, "write")
+    labels = [str(label) for label in ds["write"].values]
+    if OWN not in labels or len(labels) < 2:
+        raise UsageError(f"this store has no null beside {OWN!r}, but {', '.join(labels)}: run reinforcement_nulls")
+    done, before, after = measured(ds, "write")
+    level = bonferroni(confidence, done)
+    own, nulls = labels.index(OWN), [i for i, label in enumerate(labels) if label != OWN]
+    shape = [ds.sizes[d] for d in HEADS]
+    found = {}
+    for prefix, dim, changes in (
+        ("", "write", [each - before for each in after]),
+        ("excess_", "null", [after[own] - after[i] for i in nulls]),
+    ):
+        lines = [line(before, each, clusters(ds), level) for each in changes]
+        slope, _, reach = (np.array(values).reshape(-1, *shape) for values in zip(*lines, strict=True))
+        named = {prefix.rstrip("_") or "slope": slope, f"{prefix}low": slope - reach, f"{prefix}high": slope + reach}
+        found |= {name: ((dim, *HEADS), values) for name, values in named.items()}
+    kind = kinds(*(found[name][1][own][None] for name in ("low", "high")))
+    surely = kinds(*(found[f"excess_{name}"][1] for name in ("low", "high")))
+    found |= {"kind": (HEADS, kind), "beyond": (HEADS, np.where(surely == kind, kind, 0))}
+    described = describe(ds, "write", done, found, confidence)
+    return described.assign_coords(null=[labels[i] for i in nulls])
+
+
+def _require(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence {confidence!r} is not in (0, 1): write 0.95 for 95%")
+
+
+def _of_edits(ds: xr.Dataset, axis: str) -> xr.Dataset:
+    """A store of reinforced heads along this axis, `restored`."""
+    ds = restored(ds)
+    missing = [name for name in (*NEEDED, axis) if name not in ds.variables]
+    if missing:
+        raise UsageError(f"this is not a store of reinforced heads: it lacks {', '.join(missing)}")
+    return ds
+
+
+def measured(ds: xr.Dataset, axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is done [case, prompt], and direct effects there before [case, prompt] and after [variant, case, prompt]."""
+    done = edited_cases(ds)
+    before = np.where(done, edited_of(ds, "direct_effect"), np.nan)
+    variants = [ds.isel({axis: i}) for i in range(ds.sizes[axis])]
+    after = [np.where(done, edited_of(one, "ablated_direct_effect"), np.nan) for one in variants]
+    return done, before, np.stack(after)
+
+
+def bonferroni(confidence: float, done: np.ndarray) -> float:
+    """The level of one head's interval, so that all heads' hold together."""
+    return 1 - (1 - confidence) / max(1, int(done.any(1).sum()))
 
 
 def reinforced(ds: xr.Dataset) -> bool:
@@ -83,6 +145,12 @@ def reinforced(ds: xr.Dataset) -> bool:
     needed = {"scale", *HEADS}
     scaled = "self_repair" in ds and needed <= {*ds.self_repair.dims} and ds["scale"].dtype.kind in "fi"
     return "slope" in ds or (scaled and "edited_position" in ds.coords)
+
+
+def has_nulls(ds: xr.Dataset) -> bool:
+    """Whether a store, or a result of `reinforcement_nulls`, is of heads that read their own write, and nulls of it."""
+    stored = "self_repair" in ds and "write" in ds.self_repair.dims and "edited_position" in ds.coords
+    return "excess" in ds or (stored and OWN in ds["write"].values)
 
 
 @public
@@ -100,7 +168,7 @@ def strongest_responses(ds: xr.Dataset, count: int = 5, confidence: float = CONF
     return ranked.isel(rank=order).reset_index("rank")
 
 
-def _line(
+def line(
     x: np.ndarray, y: np.ndarray, cluster: np.ndarray, level: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slope, intercept and the half-width of the slope's interval, of each row's y on x [case, prompt].
@@ -143,22 +211,36 @@ def _slope(sums: np.ndarray) -> np.ndarray:
         return np.where(spread > 1e-12 * xx, (xy - x * y / n) / spread, np.nan)
 
 
-def _kind(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def kinds(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Along scales first: 1 where every interval lies above 0, -1 where every one lies below."""
     return (low > 0).all(0).astype(int) - (high < 0).all(0).astype(int)
 
 
-def _describe(found: xr.Dataset) -> xr.Dataset:
-    texts = {
-        "slope": ("1", "slope of the change of direct effect on the direct effect"),
-        "intercept": ("logit", "intercept of the same line"),
-        "low": ("1", "lower end of the slope's confidence interval"),
-        "high": ("1", "upper end of the slope's confidence interval"),
-        "before": ("logit", "direct effect"),
-        "after": ("logit", "direct effect when reinforced"),
-        "kind": ("1", "-1 self-repressing, 1 self-reinforcing, 0 neither"),
-        "tokens": ("1", "number of edited positions, one for each prompt"),
+def describe(ds: xr.Dataset, axis: str, done: np.ndarray, values: dict, confidence: float) -> xr.Dataset:
+    """The summary of a store along an axis, with what every one has."""
+    values = values | {
+        "tokens": (HEADS, done.sum(1).reshape([ds.sizes[d] for d in HEADS])),
+        "noise_floor": ds.noise_floor.variable.load(),
     }
-    for name, (units, text) in texts.items():
-        found[name].attrs = {"units": units, "long_name": text}
+    told = clustering(ds) | closure(ds) | verdict(ds) | {"confidence": confidence}
+    found = xr.Dataset(values, {d: ds[d].variable for d in (axis, *HEADS)}, ds.attrs | told)
+    for name, (units, text) in TEXTS.items():
+        if name in found:
+            found[name].attrs = {"units": units, "long_name": text}
     return found
+
+
+TEXTS = {
+    "slope": ("1", "slope of the change of direct effect on the direct effect"),
+    "intercept": ("logit", "intercept of the same line"),
+    "low": ("1", "lower end of the slope's confidence interval"),
+    "high": ("1", "upper end of the slope's confidence interval"),
+    "excess": ("1", "slope under the head's own write minus that under the null"),
+    "excess_low": ("1", "lower end of the excess's confidence interval"),
+    "excess_high": ("1", "upper end of the excess's confidence interval"),
+    "before": ("logit", "direct effect"),
+    "after": ("logit", "direct effect when reinforced"),
+    "kind": ("1", "-1 self-repressing, 1 self-reinforcing, 0 neither"),
+    "beyond": ("1", "the same, beyond every null"),
+    "tokens": ("1", "number of edited positions, one for each prompt"),
+}

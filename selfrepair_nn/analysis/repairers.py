@@ -5,7 +5,7 @@ import json
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.checks import HEADS, among, of_heads, percent, share_of
+from selfrepair_nn.analysis.checks import HEADS, among, of_heads, percent, require_top, share_of
 from selfrepair_nn.analysis.summaries import by_head
 from selfrepair_nn.analysis.tokens import batches, clusters
 from selfrepair_nn.blocks import Top, component_sums, direct_effects, done_cases
@@ -44,7 +44,7 @@ def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     _, top = direct_effects(ds, done_cases(ds), share)
     found = by_head(ds, share).assign(_pairs(ds, top))
     found = found.assign_coords({n: c for n, c in ds.coords.items() if c.dims == ("component",)})
-    told = f"mean change of direct effect, {among(share)}"
+    told = f"mean change of direct effect, {among(share, ds)}"
     names = {
         "repair": ("logit", told),
         "repair_half_width": ("logit", f"half-width of the 95% interval of {told}"),
@@ -116,6 +116,8 @@ def _check_components(ds: xr.Dataset, share: float) -> None:
         raise UsageError("this store holds no component changes: run its recipe with --components top")
     settings = json.loads(ds.attrs.get("settings", "{}"))
     stored = settings.get("share") if settings.get("components") == "top" else None
+    if stored is not None:
+        require_top(ds, "component changes")
     if stored is not None and share > stored:
         raise UsageError(
             f"this store holds component changes of the top {percent(stored)} of tokens only: "

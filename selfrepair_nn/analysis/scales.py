@@ -36,7 +36,7 @@ def scale_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
         heads = heads.assign(tokens.columns(name, tally.estimate))
     for name, text in {"scale_ratio": f"mean {RATIO}", "above_one": "tokens with S/S' above 1"}.items():
         heads[name].attrs = {"units": "1", "long_name": text}
-        heads[f"top_{name}"].attrs = {"units": "1", "long_name": f"{text}, {among(share)}"}
+        heads[f"top_{name}"].attrs = {"units": "1", "long_name": f"{text}, {among(share, ds)}"}
     return described_widths(heads)
 
 

@@ -63,4 +63,4 @@ def top_share(ds: xr.Dataset, share: float | None = None) -> xr.DataArray:
     marks[top.case, top.token] = True
     found = xr.DataArray(marks.reshape([ds.sizes[d] for d in SWEEP]), dims=SWEEP, name="top_share")
     labels = {d: ds[d] for d in SWEEP if d in ds.coords}
-    return found.assign_coords(labels).assign_attrs(long_name=f"{among(share)} of the head", units="1")
+    return found.assign_coords(labels).assign_attrs(long_name=f"{among(share, ds)} of the head", units="1")

@@ -7,15 +7,22 @@ import xarray as xr
 
 from selfrepair_nn.analysis.checks import among, meant, of_cases, of_heads, same_share, share_of
 from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.halves import BIASED, of_halves
 from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
 from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
+from selfrepair_nn.choosing import splits
 from selfrepair_nn.confidence import RATE, Tally, q_values
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES, asked_in, told_of
 
 ESTIMATED = ("half_width", "prompts_used", "layer_half_width")
+NORM_SHARES = {
+    "norm_share": "repaired by the norm",
+    "norm_mirror": "broken by the norm",
+    "norm_excess": "repaired by the norm, less what is broken",
+}
 
 
 @public
@@ -25,8 +32,11 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     - x and top_x, for x in MEANS and from_components, from_mixers, from_post_norms, logit_change_capped, rerouted (a
       share), as far as the store has it: mean over all counted tokens, and over the top share (Equations 1 and 2); so
       also removed = direct_effect - ablated_direct_effect, what the ablation takes away, and distance = (logit_change +
-      direct_effect) / sqrt 2, from the line y = -x of Figure 2;
-    - norm_share: mean over the top share of clip(from_norm / direct_effect, 0, 1), no unit (Appendix A);
+      direct_effect) / sqrt 2, from the line y = -x of Figure 2, and removed_distance = (logit_change + removed) / sqrt
+      2, from that line where what was removed is the other axis: self_repair / sqrt 2;
+    - norm_share: mean over the top share of clip(from_norm / direct_effect, 0, 1), no unit (Appendix A); norm_mirror:
+      the same of -from_norm, what clipping makes of a norm that repairs as often as it breaks; norm_excess: the one
+      minus the other;
     - x_half_width, of each of these: half the width of its 95% interval, infinite where there is none: where fewer
       than 20 clusters hold a token. layer_x_half_width(layer) and overall_x_half_width: of the means over the heads of
       a layer, and over all heads, whose errors go together since they share their tokens;
@@ -40,6 +50,12 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     - tokens, top_tokens: how many tokens the means are over; worst_closure: the largest |closure|;
     - selected(layer, head), noise_floor(layer) (NaN where the run did not measure it): from the store; and of a
       run until an interval is narrow half_width, prompts_used(layer, head) and layer_half_width(layer).
+
+    Of what `choose_tokens` gives, top_x is over the tail that is chosen (attribute tail). Where that splits the
+    selection everything is over the reported half (attributes prompts_selecting, prompts_reporting), and there is also
+
+    - bias_direct_effect, bias_self_repair: what selecting tokens on the reported half itself would add to top_x;
+    - selecting_direct_effect, selecting_top_self_repair: means of the other half, by which heads are selected.
 
     Clusters are documents, or prompts where there are fewer than 20 documents: attributes clustered_by, clusters and
     documents. worst_closure and closure_limit (attributes) are the largest |closure| of all, and what the dtype allows.
@@ -80,6 +96,8 @@ def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None 
     """`by_head` of a store that is checked; with GROUP_x_half_width of further `groups` of heads."""
     dims = sites(ds)
     found = dict(_read_off(ds, share, groups or {}))
+    columns, halves = of_halves(ds, share) if splits(ds) else ({}, {})
+    found |= columns
     labels = {name: ds[name].variable for name in (*dims, "case_sites", "case_layer") if name in ds.coords}
     heads = xr.Dataset(found, labels, ds.attrs)
     heads = heads.assign(selected=ds.selected.variable.load(), noise_floor=_noise_floor(ds))
@@ -87,7 +105,7 @@ def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None 
     heads = heads.assign(_derived(heads, "") | _derived(heads, "top_"))
     sizes = {"prompts": ds.sizes["prompt"], "positions": ds.sizes["position"]}
     done = float(((ds.done & ds.selected).mean("prompt").where(ds.selected)).mean())
-    sizes |= {"counted_share": float(counted_tokens(ds).mean())} | verdict(ds)
+    sizes |= halves | {"counted_share": float(counted_tokens(ds).mean())} | verdict(ds)
     known = clustering(ds) | closure(ds, heads.worst_closure.values.ravel())
     return _describe(heads, share).assign_attrs(share=share, done_share=done, **sizes, **known)
 
@@ -95,10 +113,10 @@ def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None 
 def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Iterator[tuple[str, tuple]]:
     """What `by_head` reads off the store, variable by variable."""
     tokens, sums = Tokens.of(ds, share, groups)
-    effects = tokens.top.effect
+    effects = chosen = tokens.top.effect * tokens.top.sign
     if asked_in(ds) == "logprob":
-        sums, effects = own_loss(ds, tokens)
-    chosen = effects
+        sums, chosen = own_loss(ds, tokens)
+        effects = chosen
     plane: dict[str, Tally] = {}
     for name in meant(ds):
         if name != "direct_effect":
@@ -112,7 +130,8 @@ def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Ite
             for prefix in ("", "top_"):
                 yield from _tested(tokens, prefix, found[f"{prefix}{name}"]).items()
         if name == "from_norm":
-            yield from tokens.columns("norm_share", _norm_share(tokens, chosen, effects).estimate).items()
+            for each, tally in _norm_shares(tokens, ratios(chosen, effects)).items():
+                yield from tokens.columns(each, tally.estimate).items()
     for prefix in ("", "top_"):
         yield from _in_the_plane(tokens, prefix, plane).items()
     for name, counts in (("tokens", tokens.counts), ("top_tokens", tokens.top_counts)):
@@ -138,15 +157,21 @@ def _in_the_plane(tokens: Tokens, prefix: str, of: Mapping[str, Tally]) -> Colum
     before, change = (of[prefix + name] for name in ("direct_effect", "logit_change"))
     after = of.get(f"{prefix}ablated_direct_effect")
     removed = before if after is None else Tally(before.sums - after.sums, before.counts)
-    distance = Tally((change.sums + before.sums) / np.sqrt(2), before.counts)
-    return tokens.columns(f"{prefix}removed", removed.estimate) | tokens.columns(
-        f"{prefix}distance", distance.estimate
-    )
+    found = tokens.columns(f"{prefix}removed", removed.estimate)
+    for name, axis in (("distance", before), ("removed_distance", removed)):
+        distance = Tally((change.sums + axis.sums) / np.sqrt(2), before.counts)
+        found |= tokens.columns(prefix + name, distance.estimate)
+    return found
 
 
-def _norm_share(tokens: Tokens, from_norm: np.ndarray, effects: np.ndarray) -> Tally:
-    """Section 3.2 and Appendix A: clipped per token; a token of no direct effect has nothing to repair."""
-    return tokens.top_tally(np.clip(ratios(from_norm, effects), 0, 1))
+def _norm_shares(tokens: Tokens, ratio: np.ndarray) -> dict[str, Tally]:
+    """Section 3.2 and Appendix A: clipped per token; a token of no direct effect has nothing to repair.
+
+    Its mirror is what the same clipping makes of the other sign, the excess the one minus the other, token by token.
+    """
+    share, mirror = np.clip(ratio, 0, 1), np.clip(-ratio, 0, 1)
+    shares = {"norm_share": share, "norm_mirror": mirror, "norm_excess": share - mirror}
+    return {name: tokens.top_tally(values) for name, values in shares.items()}
 
 
 def _derived(heads: xr.Dataset, prefix: str) -> dict[str, xr.DataArray]:
@@ -173,6 +198,7 @@ def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
         "self_repair_se": (units, "standard error of the mean self-repair"),
         "removed": (units, "mean direct effect removed"),
         "distance": (units, "distance from y = -x"),
+        "removed_distance": (units, "distance from y = -x, against what was removed"),
         "between": ("1", "between y = -x and the x-axis"),
         "p_value": ("1", "p-value of a mean self-repair of 0"),
         "q_value": ("1", "false discovery rate of the mean self-repair"),
@@ -182,8 +208,15 @@ def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
     }
     for name, (units, text) in known.items():
         heads[name].attrs = {"units": units, "long_name": text}
-        heads[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share)}"}
-    heads["norm_share"].attrs = {"units": "1", "long_name": "share of the direct effect repaired by the norm"}
+        heads[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share, heads)}"}
+    for name, text in NORM_SHARES.items():
+        heads[name].attrs = {"units": "1", "long_name": f"share of the direct effect {text}"}
+    for name in BIASED if "bias_self_repair" in heads else ():
+        told = f"mean {QUANTITIES[name].long_name}"
+        heads[f"bias_{name}"].attrs = {"units": "logit", "long_name": f"selected where reported, more {told}"}
+        for own in (f"selecting_{name}", f"selecting_top_{name}"):
+            if own in heads:
+                heads[own].attrs = {"units": "logit", "long_name": f"{told}, half that selects"}
     heads["worst_closure"].attrs = {"units": "logit", "long_name": "largest |closure|"}
     return described_widths(heads)
 

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.blocks import Top, counted_tokens, direct_effects, done_cases, sites, token_counts
+from selfrepair_nn.choosing import in_half
 from selfrepair_nn.confidence import CLUSTERS, Estimate, Tally, clusters_of
 
 HALF_WIDTH, BATCHES = "_half_width", 100
@@ -100,7 +101,7 @@ def batches(clusters: np.ndarray) -> np.ndarray:
 def clusters(ds: xr.Dataset) -> np.ndarray:
     """Index of the cluster of each prompt of a store: its document, or itself: [prompt]."""
     if "document" in ds.variables:
-        return clusters_of(ds.document.values, np.any(counted_tokens(ds), axis=1))
+        return clusters_of(ds.document.values, np.any(counted_tokens(ds), axis=1) & in_half(ds))
     return np.arange(ds.sizes["prompt"])
 
 
@@ -108,9 +109,9 @@ def clustering(ds: xr.Dataset) -> dict[str, str | int]:
     """Attributes of a summary: what its intervals take as independent ("document" or "prompt"), and how many.
 
     documents is the number of documents, 0 where the store does not tell. Prompts without a counted token are none of
-    them.
+    them, nor are those of the half that selects.
     """
-    asked = counted_tokens(ds).any(1)
+    asked = counted_tokens(ds).any(1) & in_half(ds)
     documents = np.unique(ds.document.values[asked]).size if "document" in ds.variables else 0
     kind = "document" if documents >= CLUSTERS else "prompt"
     count = np.unique(clusters(ds)[asked]).size

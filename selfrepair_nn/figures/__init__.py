@@ -16,6 +16,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import held, in_nats, remembering
+from selfrepair_nn.choosing import viewed
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.face import public
@@ -39,6 +40,7 @@ from selfrepair_nn.figures import (
     outcomes,
     path_patching,
     reinforced_heads,
+    reinforcement_nulls,
     repair_graph,
     repair_map,
     residual_norm,
@@ -97,6 +99,7 @@ FIGURES: dict[str, Drawing] = {
         routing,
         self_reinforcement,
         reinforced_heads,
+        reinforcement_nulls,
         layer_position,
         variants,
         cases,
@@ -253,17 +256,23 @@ def plot(
     share: float | None = None,
     recipe: str | Path | None = None,
     outcome: str = "logit",
+    tail: str | None = None,
+    split_selection: bool | None = None,
+    against: str | None = None,
 ) -> list[Path]:
     """Draw and save figures by name, by default all that the datasets are `suited` to.
 
     They go into `directory`, by default beside the first store, named as it is without .zarr. `recipe` is a recipe's
     name or the path of your own: then its figures are drawn, those that its file defines among them. `outcome`
-    "logprob" draws log-probability in place of logits, in the figures that can, of stores that hold it. Returns the
-    files, two for each figure. Errors as in `draw` and `analysis.in_nats`, and as for a recipe's file that cannot be
-    read as one.
+    "logprob" draws log-probability in place of logits, in the figures that can, of stores that hold it. `tail` and
+    `split_selection` as in `choose_tokens`. `against` is what changes of the logit are set against, where a figure does
+    so: "removed", DE - DE', what the ablation takes away (the default, but for zero ablation), or "direct-effect", DE,
+    as in the paper. Returns the files, two for each figure. Errors as in `draw` and `analysis.in_nats`, and as for a
+    recipe's file that cannot be read as one.
     """
     one_of("outcome", outcome, OUTCOMES)
-    stores = {name: held(in_nats(ds) if outcome == "logprob" else ds) for name, ds in named(datasets).items()}
+    asked = {name: in_nats(ds) if outcome == "logprob" else ds for name, ds in named(datasets).items()}
+    stores = {name: held(viewed(ds, tail, split_selection, against)) for name, ds in asked.items()}
     found = None if recipe is None else find_recipe(recipe)
     first = next(iter(stores.values()))
     wanted = own(first, found) if names is None and found else names

@@ -38,7 +38,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         label = Head(int(tokens["layer"]), int(tokens["head"])).label
         row[0].set_ylabel(f"{label if len(found) == 1 else f'{name}, {label}'}: logit change (logits)")
     style.heading(figure, found)
-    reading = [line.format(top=among(share)) for line in READING]
+    reading = [line.format(top=among(share, *found.values())) for line in READING]
     style.caption(figure, found, [*style.captions(found, of="top_over"), *reading])
     return figure
 

@@ -38,7 +38,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     looks = {"squeeze": False, "gridspec_kw": {"height_ratios": [3 + count for count in rows]}}
     for axes, (name, cases) in zip(figure.subplots(len(found), 1, **looks)[:, 0], found.items(), strict=True):
         _draw_store(axes, cases)
-        axes.set_xlabel(f"mean on {among(share)} (logits)")
+        axes.set_xlabel(f"mean on {among(share, *found.values())} (logits)")
         axes.set_title("" if len(found) == 1 else name, loc="right")
     style.heading(figure, found)
     style.caption(figure, found, [*style.captions(found), *READING])

@@ -28,7 +28,7 @@ def draw(datasets: style.Datasets, share: float, ylabel: str, reading: str) -> F
     grid = figure.subplots(len(found), 1, squeeze=False)[:, 0]
     for axes, (name, heads) in zip(grid, found.items(), strict=True):
         _draw_store(axes, heads, differences(stores[name], share))
-        axes.set_ylabel(f"{ylabel}, {among(share)} (logits)")
+        axes.set_ylabel(f"{ylabel}, {among(share, *found.values())} (logits)")
         axes.set_title("" if len(found) == 1 else name, loc="right")
     style.heading(figure, found)
     style.caption(figure, found, [*style.captions(found), reading])

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from selfrepair_nn.analysis import HALF_WIDTH, by_layer
 from selfrepair_nn.figures import style
 
+SHOWN = 80  # percentile of the bars' lengths for which there is room
 VISIBLE = 0.004  # the least part of an axis that the eye sees as a band
 
 
@@ -77,6 +78,20 @@ def depth(heads: xr.Dataset, alone: bool) -> np.ndarray:
         return layer
     deepest = max(heads.attrs.get("n_layers", layer.max() + 1) - 1, layer.max(), 1)
     return 100 * layer / deepest
+
+
+def places(heads: xr.Dataset) -> np.ndarray:
+    """Where each head stands on the horizontal axis: its layer, the heads of a layer side by side."""
+    count = heads.sizes["head"]
+    return heads["layer"].values[:, None] + 0.7 * ((np.arange(count) + 0.5) / count - 0.5)
+
+
+def room(slope: np.ndarray, high: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis with room for every slope and most bars; hardly anything is known where a bar leaves it."""
+    reach, known = style.bars(high - slope), np.isfinite(slope)
+    usual = np.nanpercentile(reach[known], SHOWN) if np.isfinite(reach[known]).any() else 0
+    low, high = slope[known].min(initial=0) - usual, slope[known].max(initial=0) + usual
+    return low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
 
 
 def _quiet(heads: xr.Dataset, name: str) -> np.ndarray:

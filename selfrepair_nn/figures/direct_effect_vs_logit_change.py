@@ -11,12 +11,18 @@ from matplotlib.ticker import MaxNLocator
 
 from selfrepair_nn import wording
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, every_token, throughout
+from selfrepair_nn.choosing import against_of
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import plane, style, suiting
 
 LABELS = 8
-READING = (
+READING = {
+    "removed": "Dashed: y = \N{MINUS SIGN}x, no repair: the logit loses what the ablation takes of the head's direct "
+    "effect. √2 times the distance from it is self-repair.",
+    "direct-effect": "Dashed: y = \N{MINUS SIGN}x, no repair if what replaces the head writes nothing to the logit.",
+}
+SHADED = (
     "Shaded, between it and the x-axis: self-repaired on average, as these means were measured. Thin bars: 95% "
     "intervals of both means."
 )
@@ -25,6 +31,9 @@ READING = (
 @figure(*suiting.HEADS_ALONE, name=__name__, about=__doc__, of_summary=True, nats=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each store, means over all tokens; heads in the wedge are self-repaired (section 2.2).
+
+    The axis is what the ablation removed, or the direct effect, as `plot` was asked; the direct effect where nothing
+    takes the head's place.
 
     `datasets` is a store or a summary of `by_head`, a sequence of them, or a mapping from title to them.
     Raises UsageError as `by_head` does, and if there is nothing to draw.
@@ -42,7 +51,11 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         _colour_bar(figure, axes, heads)
     top = not all(map(every_token, found.values()))
     told = style.captions(found, top, of="top_logit_change" if top else "logit_change")
-    style.caption(figure, found, [*told, plane.no_repair(style.unit_of(found) == "nats"), READING])
+    if style.unit_of(found) == "nats":
+        reading = [plane.IN_NATS]
+    else:
+        reading = dict.fromkeys(READING[against_of(heads)] for heads in found.values())
+    style.caption(figure, found, [*told, *reading, SHADED])
     figure.draw_without_rendering()
     for axes, heads in zip(panels, found.values(), strict=False):
         _write_names(axes, heads)
@@ -56,25 +69,30 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
     style.crosses(axes, x, y, *_widths(heads))
     colours = {"c": layer, "cmap": style.LAYERS, "norm": _norm(heads)}
     axes.scatter(x, y, **colours, s=26, edgecolor="white", linewidth=0.4, zorder=3)
-    tokens = throughout(heads) if every_token(heads) else among(heads.attrs["share"])
-    unit, effect = wording.unit(heads), wording.effect(heads)
+    tokens = throughout(heads) if every_token(heads) else among(heads.attrs["share"], heads)
+    unit = wording.unit(heads)
     gap = " " if unit == "logits" else "\n"
-    axes.set_xlabel(f"{effect},{gap}mean over {tokens} ({unit})")
+    axes.set_xlabel(f"{plane.named(heads)},{gap}mean over {tokens} ({unit})")
     axes.set_ylabel(f"{wording.change(heads)} when ablated,\nmean over {tokens} ({unit})")
 
 
 def _points(heads: xr.Dataset) -> tuple[np.ndarray, ...]:
-    """Direct effect, logit change, layer and head of every head with something done."""
+    """What is on both axes, layer and head of every head with something done."""
     known, kind = (heads.tokens > 0).values, "" if every_token(heads) else "top_"
     layer, head = np.meshgrid(heads["layer"].values, heads["head"].values, indexing="ij")
-    x, y = (heads[f"{kind}{name}"].values[known] for name in ("direct_effect", "logit_change"))
+    x, y = (heads[f"{kind}{name}"].values[known] for name in _axes(heads))
     return x, y, layer[known], head[known]
 
 
 def _widths(heads: xr.Dataset) -> list[np.ndarray]:
     """Half-widths of both means of every head with something done."""
     known, kind = (heads.tokens > 0).values, "" if every_token(heads) else "top_"
-    return [heads[f"{kind}{name}{HALF_WIDTH}"].values[known] for name in ("direct_effect", "logit_change")]
+    return [heads[f"{kind}{name}{HALF_WIDTH}"].values[known] for name in _axes(heads)]
+
+
+def _axes(heads: xr.Dataset) -> tuple[str, str]:
+    """The means on both axes."""
+    return plane.VARIABLES[against_of(heads)], "logit_change"
 
 
 def _norm(heads: xr.Dataset) -> Normalize:

@@ -17,6 +17,8 @@ READING = (
     "Dots: for each head the {share} of tokens on which {mlp} repairs most; of each the one neuron that repairs most.",
     "Above: histogram of its clean direct effect. Left of the vertical line the neuron erased before the ablation:",
     "dots there, above the dashed line y = x, are anti-erasure. Colours: direct effect of the whole MLP, clean.",
+    "Mirrored: where {mlp} breaks most, how often the neuron that breaks most wrote for the token before the ablation.",
+    "Were neurons pushed towards zero whatever their sign, both would be alike: the excess is the one less the other.",
 )
 
 
@@ -34,6 +36,12 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     panels.colour_bar(figure, dots[-1], "direct effect of the whole MLP (logits)")
     panels.explain(figure, found, READING, share, "anti_erasing")
     return figure
+
+
+def _excess(head: xr.Dataset) -> str:
+    """ "+35% ± 6%", in percent of tokens."""
+    sign = "+" if float(head.excess) >= 0 else ""
+    return f"{sign}{style.shown_share(head, 'excess')}".replace("-", "\N{MINUS SIGN}")
 
 
 def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, Any]) -> PathCollection:
@@ -54,8 +62,10 @@ def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, Any]
     above.tick_params(labelbottom=False, labelleft=False, left=False, bottom=False)
     above.grid(False)
     above.spines["left"].set_visible(False)
-    above.set_title(title, pad=27)
+    above.set_title(title, pad=38)
     said = f"anti-erasure on {style.shown_share(head, 'anti_erasing')} of {entries:,} tokens"
+    if np.isfinite(float(head.mirror)):
+        said += f"\nmirrored {style.shown_share(head, 'mirror')}, excess {_excess(head)}"
     said += f"\ndirect effect of the MLP above 0 on {style.shown_share(head, 'mlp_positive')}"
     place = {"transform": above.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     above.text(0, 1.06, said, linespacing=1.3, **place)

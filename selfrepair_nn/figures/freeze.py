@@ -35,7 +35,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     grid = figure.subplots(len(found), 2, squeeze=False, gridspec_kw={"width_ratios": [3, 2]})
     for (layers, plane), (name, heads) in zip(grid, found.items(), strict=True):
         _draw_layers(layers, heads)
-        layers.set_ylabel(f"self-repair, mean on {among(share)} (logits)")
+        layers.set_ylabel(f"self-repair, mean on {among(share, *found.values())} (logits)")
         _draw_norm(plane, heads)
         layers.set_title("by layer" if len(found) == 1 else f"{name}: by layer")
         plane.set_title("the final norm")

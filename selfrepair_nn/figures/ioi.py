@@ -55,7 +55,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     facts = [
         f"{'' if len(found) == 1 else name + ': '}{fact}"
         for name, (movers, _) in found.items()
-        for fact in (_facts(movers), *(f"{line}." for line in wording.task(movers)))
+        for fact in (_facts(movers), *(f"{line}." for line in _told(movers)))
     ]
     first = ", ".join(dict.fromkeys(str(movers.case.values[0]) for movers, _ in found.values()))
     shown = {name: movers for name, (movers, _) in found.items()}
@@ -94,6 +94,12 @@ def _draw_backups(axes: Axes, rising: xr.Dataset) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("direct effect on that difference (logits)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.1), ncols=3, borderaxespad=0, handletextpad=0.1)
+
+
+def _told(movers: xr.Dataset) -> list[str]:
+    """Where name movers and backups were selected, if on other prompts than these; whether the model does the task."""
+    told = wording.selection(movers) or ["selected on the prompts that are shown; --param found_on=half takes others"]
+    return [*(f"Name movers and backups: {each}" for each in told), *wording.task(movers)]
 
 
 def _facts(movers: xr.Dataset) -> str:

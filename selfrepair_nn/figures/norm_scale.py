@@ -27,7 +27,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         legends = [_legend(tokens.isel(ablation=i)) for i in range(tokens.sizes["ablation"])]
         histograms.draw(axes, dict(zip(legends, top, strict=True)))
         axes.set_xlabel("S/S'")
-        axes.set_ylabel(f"share of the {among(share)}")
+        axes.set_ylabel(f"share of the {among(share, *found.values())}")
     style.heading(figure, found)
     style.caption(figure, found, [*style.captions(found, of="top_above_one"), READING])
     return figure

@@ -68,6 +68,6 @@ def explain(
     `of` is a mean whose interval the figure shows, or None.
     """
     names = dict.fromkeys(str(heads.attrs.get("recorded_mlp", "the MLP")) for heads in found.values())
-    facts = {"share": percent(share), "top": among(share), "mlp": " or ".join(names)}
+    facts = {"share": percent(share), "top": among(share, *found.values()), "mlp": " or ".join(names)}
     style.heading(figure, found)
     style.caption(figure, found, [*style.captions(found, of=of), *(line.format(**facts) for line in reading)])

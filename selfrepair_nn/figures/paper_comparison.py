@@ -29,9 +29,18 @@ def draw(ds: xr.Dataset, *, reference: str | None = None) -> Figure:
     for axes, quantity in zip(panels, QUANTITIES, strict=True):
         _draw_quantity(axes, found, quantity)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
-    notes = [found.attrs["differs"]] if "differs" in found.attrs else []
-    style.caption(figure, {"": heads}, [*style.captions({"": heads}), READING, *notes])
+    notes = [_outside(found)] if np.isfinite(found.self_repair_half_width).any() else []
+    notes += [found.attrs["differs"]] if "differs" in found.attrs else []
+    top = f"{style.capital(found.attrs['top_tokens'])}."
+    style.caption(figure, {"": heads}, [*style.captions({"": heads}), READING, top, *notes])
     return figure
+
+
+def _outside(found: xr.Dataset) -> str:
+    """How many of the published means lie outside the store's intervals."""
+    known = sum(int(np.isfinite(found[name + HALF_WIDTH]).sum()) for name in QUANTITIES)
+    outside = sum(int(found[f"{name}_outside"].sum()) for name in QUANTITIES)
+    return f"Published means outside the interval of the store's: {outside} of {known}."
 
 
 def _draw_quantity(axes: Axes, found: xr.Dataset, quantity: str) -> None:

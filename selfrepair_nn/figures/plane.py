@@ -1,19 +1,29 @@
-"""The plane of direct effect and logit change: on y = -x all of the effect is lost, and nothing made up for."""
+"""The plane of direct effect, or what was removed of it, and logit change: on y = -x nothing is made up for."""
 
 import numpy as np
+import xarray as xr
 from matplotlib.axes import Axes
 
+from selfrepair_nn import wording
+from selfrepair_nn.choosing import against_of
 from selfrepair_nn.figures import style
 
+NAMES = {"removed": "direct effect removed", "direct-effect": "direct effect"}
+VARIABLES = {"removed": "removed", "direct-effect": "direct_effect"}
+"""What is on the horizontal axis, by what the logit's change is set against."""
 EQUAL = 3  # the most that one axis may be longer than the other for both to have the same scale
 
 
-def no_repair(nats: bool) -> str:
-    """What the dashed line is."""
-    line = "Dashed: y = \N{MINUS SIGN}x, no repair"
-    if nats:
-        return f"{line}. Own effect: what the head's own write alone takes from the log-probability, the norm frozen."
-    return f"{line} if what replaces the head writes nothing to the logit."
+IN_NATS = (
+    "Dashed: y = \N{MINUS SIGN}x, no repair. Own effect: what the head's own write alone takes from the "
+    "log-probability, the norm frozen."
+)
+"""What the dashed line is, of log-probability."""
+
+
+def named(heads: xr.Dataset) -> str:
+    """What is on the horizontal axis."""
+    return wording.effect(heads) if wording.unit(heads) == "nats" else NAMES[against_of(heads)]
 
 
 def limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:

@@ -11,7 +11,6 @@ from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import depth, style, suiting
 
 NAMED = 3
-SHOWN = 80  # percentile of the bars' lengths for which there is room
 READING = (
     "Slope of the change of direct effect on the direct effect, one edited position of each prompt. Bars: "
     "intervals that hold for all heads of a panel together ({confidence:.0%}).",
@@ -39,7 +38,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             one = heads.isel(scale=i)
             _draw_panel(axes, one)
             axes.set_title(f"{float(one['scale']):g} × its own write")
-        row[0].set_ylim(*_limits(heads))
+        row[0].set_ylim(*depth.room(heads.slope.values, heads.high.values))
         row[0].set_ylabel("slope" if len(found) == 1 else f"{name}: slope")
         figure.draw_without_rendering()
         _name_heads(row[heads.sizes["scale"] - 1], heads)
@@ -53,14 +52,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     return figure
 
 
-def _places(heads: xr.Dataset) -> np.ndarray:
-    """Where each head stands on the horizontal axis: its layer, the heads of a layer side by side."""
-    count = heads.sizes["head"]
-    return heads["layer"].values[:, None] + 0.7 * ((np.arange(count) + 0.5) / count - 0.5)
-
-
 def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
-    places, kind = _places(heads), heads.kind.values
+    places, kind = depth.places(heads), heads.kind.values
     for value, colour in ((-1, style.colour(0)), (0, style.MUTED), (1, style.colour(1))):
         chosen = (kind == value) & np.isfinite(heads.slope.values)
         slope, reach = heads.slope.values[chosen], style.bars((heads.high - heads.slope).values[chosen])
@@ -75,18 +68,9 @@ def _draw_panel(axes: Axes, heads: xr.Dataset) -> None:
     depth.name_axis(axes, True)
 
 
-def _limits(heads: xr.Dataset) -> tuple[float, float]:
-    """Room for every slope and for most bars; hardly anything is known where a bar leaves the panel."""
-    slope, reach = heads.slope.values, style.bars((heads.high - heads.slope).values)
-    known = np.isfinite(slope)
-    usual = np.nanpercentile(reach[known], SHOWN) if np.isfinite(reach[known]).any() else 0
-    low, high = slope[known].min(initial=0) - usual, slope[known].max(initial=0) + usual
-    return low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
-
-
 def _name_heads(axes: Axes, heads: xr.Dataset) -> None:
     """The labels of the heads that respond most, in the panel of the largest scale."""
-    last, places = heads.isel(scale=-1), _places(heads)
+    last, places = heads.isel(scale=-1), depth.places(heads)
     every = _bars(places, last)
     for count in (NAMED, -NAMED):
         best = strongest_responses(heads, count)

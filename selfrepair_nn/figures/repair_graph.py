@@ -71,7 +71,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.set_title("" if len(found) == 1 else name)
     style.heading(figure, found)
     count = max(len(each) for each in arrows.values())
-    reading = [line.format(count=count, top=among(share), rate=RATE) for line in READING]
+    reading = [line.format(count=count, top=among(share, *found.values()), rate=RATE) for line in READING]
     style.caption(figure, found, [*style.captions(found), *reading])
     return figure
 

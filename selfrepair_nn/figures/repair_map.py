@@ -44,7 +44,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     panels = figure.subplots(len(found), 3, **looks)
     for row, (name, pairs) in zip(panels, found.items(), strict=True):
         image = _draw_store(row, pairs)
-        label = f"mean change of direct effect, {among(share)} (logits)"
+        label = f"mean change of direct effect, {among(share, *found.values())} (logits)"
         looks = {
             "pad": 0.01,
             "aspect": 40,

@@ -37,7 +37,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     grid = figure.subplots(len(found), 3, squeeze=False, gridspec_kw={"width_ratios": [3, 2, 2]})
     for (layers, change, moved), (name, heads) in zip(grid, found.items(), strict=True):
         _draw_layers(layers, heads)
-        layers.set_ylabel(f"self-repair, mean on {among(share)} (logits)")
+        layers.set_ylabel(f"self-repair, mean on {among(share, *found.values())} (logits)")
         layers.set_title("by layer" if len(found) == 1 else f"{name}: by layer")
         _draw_change(change, heads, differences(stores[name], share))
         change.set_title("by re-routing (logits)")

@@ -26,7 +26,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     depth.draw_heads(axes, found, "top_self_repair", share)
     depth.draw_noise(axes, found)
     axes.set_title(style.wrapped(style.title_of(found)))
-    axes.set_ylabel(f"self-repair, mean on {among(share)} ({style.unit_of(found)})")
+    axes.set_ylabel(f"self-repair, mean on {among(share, *found.values())} ({style.unit_of(found)})")
     style.legend(figure, axes, found)
     style.caption(figure, found, [*style.captions(found), depth.told(READING, found, "top_self_repair")])
     return figure

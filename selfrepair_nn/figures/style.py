@@ -170,7 +170,7 @@ def captions(
     facts = [
         (name, f"{fact}.")
         for name, heads in found.items()
-        for fact in (f"{wording.basis(heads, top)}; {wording.noise(heads)}", *wording.task(heads))
+        for fact in _facts(heads, top)
     ]
     known = {} if of is None else {name: f"{capital(intervals(heads, of))}." for name, heads in found.items()}
     if len(found) == 1:
@@ -178,6 +178,11 @@ def captions(
     lines = [f"{name}: {fact}" for name, fact in facts]
     alike = len({*known.values()}) == 1
     return lines + ([*known.values()][:1] if alike else [f"{name}: {told}" for name, told in known.items()])
+
+
+def _facts(heads: xr.Dataset, top: bool) -> list[str]:
+    basis = f"{wording.basis(heads, top)}; {wording.noise(heads)}"
+    return [basis, *map(capital, wording.selection(heads)), *wording.task(heads)]
 
 
 def capital(sentence: str) -> str:

@@ -9,7 +9,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from selfrepair_nn import wording
-from selfrepair_nn.analysis import SHARE, among, percent, token_noise
+from selfrepair_nn.analysis import SHARE, among, token_noise
+from selfrepair_nn.choosing import against_of, tail_of
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import plane, style, suiting
@@ -18,22 +19,31 @@ CELLS = 80
 WIDE, LINE = 68, 10  # characters over a panel, and points of a line of them
 MANY, PIXELS = 50_000, 700  # tokens of a panel that are all drawn, and pixels of its sides
 READING = (
-    "Dots: tokens; the brighter, the denser they lie. Dashed: y = \N{MINUS SIGN}x, no repair.",
+    "Dots: tokens; the brighter, the denser they lie. {marked}: the head's {top}. "
+    "Dashed: y = \N{MINUS SIGN}x, no repair.",
     "Under: repaired in part, between the dashed line and the x-axis. Over: beyond the x-axis. "
-    "Broken: beyond the dashed line, more is lost than the head wrote.",
+    "Broken: beyond the dashed line, more is lost than {what}.",
 )
-IN_LOGITS = "Dotted: from here on the head's {top}."
+MARKED = {"removed": "Ringed", "direct-effect": "Beyond the dotted line"}
+WHAT = {"removed": "was removed", "direct-effect": "the head wrote"}
 IN_NATS = "Own effect: what the head's own write alone takes, the norm frozen. Top: by direct effect on the logit."
+RINGS = {"marker": "o", "markersize": 3, "markerfacecolor": "none", "markeredgewidth": 0.35, "linestyle": "none"}
+RINGS |= {"color": style.COLOURS[1], "alpha": 0.8, "rasterized": True, "zorder": 1.2}
 
 
 @figure(*suiting.ON_EVERY_TOKEN, name=__name__, about=__doc__, every_token=True, nats=True)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `token_noise` chooses; several stores have a row each.
 
+    The axis is what the ablation removed, or the direct effect, as `plot` was asked; the direct effect where nothing
+    takes the head's place.
+
     `datasets` is a store, a sequence of them, or a mapping from title to them. Raises UsageError as `token_noise`
     does, and if there is nothing to draw.
     """
-    found = style.summaries(datasets, share, token_noise)
+    found = style.summaries(
+        datasets, share, lambda ds, share: token_noise(ds, share, against=against_of(ds))
+    )
     most, alone = max(tokens.sizes["rank"] for tokens in found.values()), len(found) == 1
     columns = min(most, 2 if alone else 4)
     rows = -(-most // columns) * len(found)
@@ -47,8 +57,10 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             else:
                 axes.remove()
     style.heading(figure, found)
-    own = IN_NATS if style.unit_of(found) == "nats" else IN_LOGITS.format(top=among(share))
-    reading = [*READING, own]
+    kinds = dict.fromkeys(tokens.attrs["against"] for tokens in found.values())
+    facts = {"marked": " or ".join(MARKED[kind] for kind in kinds), "what": " or ".join(WHAT[kind] for kind in kinds)}
+    reading = [line.format(top=among(share, *found.values()), **facts) for line in READING]
+    reading += [IN_NATS] if style.unit_of(found) == "nats" else []
     if any(tokens.direct_effect[0].size > MANY for tokens in found.values() if tokens.sizes["rank"]):
         reading.append("Of tokens that lie on one spot, one is drawn.")
     style.caption(figure, found, [*style.captions(found, of="under"), *reading])
@@ -56,27 +68,36 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 
 def _draw_head(axes: Axes, tokens: xr.Dataset, share: float, prefix: str) -> None:
-    known = ~np.isnan(tokens.direct_effect.values)
-    x, y = tokens.direct_effect.values[known], tokens.logit_change.values[known]
+    known, against = ~np.isnan(tokens.direct_effect.values), tokens.attrs["against"]
+    x, y, top = (tokens[n].values[known] for n in (plane.VARIABLES[against], "logit_change", "top"))
     plane.limits(axes, x, y)
     plane.wedge(axes)
-    if wording.unit(tokens) == "logits":
-        axes.axvline(x[tokens.top.values[known]].min(), color=style.MUTED, linestyle=":", linewidth=1, zorder=2)
+    if against == "removed":
+        axes.plot(x[top], y[top], **RINGS)
+    elif wording.unit(tokens) == "logits":
+        for end in _ends(x[top], tail_of(tokens)):
+            axes.axvline(end, color=style.MUTED, linestyle=":", linewidth=1, zorder=2)
     density = _density(axes, x, y)
     order = np.argsort(density, kind="stable")
     order = order[_seen(axes, x[order], y[order])]
     look = {"cmap": style.LAYERS, "norm": LogNorm(1, max(density.max(), 2)), "s": 5, "linewidth": 0}
     axes.scatter(x[order], y[order], c=density[order], rasterized=True, zorder=1, **look)
     unit = wording.unit(tokens)
-    axes.set_xlabel(f"{wording.effect(tokens)} ({unit})")
+    axes.set_xlabel(f"{plane.named(tokens)} ({unit})")
     axes.set_ylabel(f"{wording.change(tokens)} when ablated ({unit})")
     said = [_said(tokens, "", f"all {int(tokens.tokens):,} tokens")]
-    said.append(_said(tokens, "top_", f"top {percent(share)}"))
+    said.append(_said(tokens, "top_", among(share, tokens).removesuffix(" of tokens")))
     said = [part for line in said for part in _fitting(line)]
     label = Head(int(tokens["layer"]), int(tokens["head"])).label
     axes.set_title(prefix + label, pad=27 + LINE * (len(said) - 2))
     place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     axes.text(0, 1.02, "\n".join(said), linespacing=1.3, **place)
+
+
+def _ends(effects: np.ndarray, tail: str) -> list[float]:
+    """Where the share of tokens begins, of the direct effects in it."""
+    ends = {"top": effects, "bottom": -effects, "absolute": abs(effects)}[tail].min()
+    return {"top": [ends], "bottom": [-ends], "absolute": [-ends, ends]}[tail]
 
 
 def _seen(axes: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -5,7 +5,17 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, axis_of, by_case, by_head, by_variant, reinforced
+from selfrepair_nn.analysis import (
+    HALF_WIDTH,
+    SHARE,
+    among,
+    axis_of,
+    by_case,
+    by_head,
+    by_variant,
+    has_nulls,
+    reinforced,
+)
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import Need, figure
 from selfrepair_nn.figures import changes, style, suiting
@@ -15,7 +25,7 @@ READING = ("Marks: the {count} of largest mean direct effect. Grey: the mean ove
 
 NEED = Need(
     "several variants, side by side",
-    lambda ds: suiting.axis(ds) is not None and not reinforced(ds),
+    lambda ds: suiting.axis(ds) is not None and not reinforced(ds) and not has_nulls(ds),
 )
 
 
@@ -30,7 +40,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     figure = style.new_figure(8.6, 1 + 3.9 * len(found))
     for axes, (name, sites) in zip(_panels(figure, len(found)), found.items(), strict=True):
         _draw_store(axes, sites)
-        axes.set_ylabel(f"self-repair, mean on {among(share)} (logits)")
+        axes.set_ylabel(f"self-repair, mean on {among(share, *found.values())} (logits)")
         axes.set_title("" if len(found) == 1 else name, loc="right")
     style.heading(figure, found)
     style.caption(figure, found, [*style.captions(found), *(line.format(count=COUNT) for line in READING)])

@@ -222,6 +222,12 @@ class Experiment:
         counted_first = np.argsort(~counts, axis=1, kind="stable")
         return counted_first[np.arange(self.prompts.n), drawn]
 
+    def random_directions(self, block: slice | np.ndarray) -> np.ndarray:
+        """Vectors of length 1, as wide as the residual stream, from the seed, one a prompt: [prompt, d_model]."""
+        width, places = self.description.structure.d_model, self.order[block]
+        drawn = [np.random.default_rng((self.options.seed, int(place))).standard_normal(width) for place in places]
+        return np.array([each / np.linalg.norm(each) for each in drawn], self.precision)
+
     @property
     def records(self) -> frozenset[str]:
         """The conditions for a quantity to be recorded (quantities.WHEN, ASKED) that the run fulfils."""
@@ -379,7 +385,7 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     tokens = options.tokens_per_pass or (SERVED_TOKENS if options.served else TOKENS_PER_PASS)
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, tokens)
-    lent = _partners(options, prompts.n, [graph.ablation for graph in work.graphs])
+    lent = _partners(options, prompts.n, list(work.graphs))
     _require_statistics(options, work)
     order = _order(options, prompts.n)
     if lent is not None:
@@ -426,11 +432,11 @@ def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, di
     return (found.axis if isinstance(found, Variants) else None), dict(graphs)
 
 
-def _partners(options: Options, n: int, ablations: list[str]) -> np.ndarray | None:
-    if "resample" not in ablations:
+def _partners(options: Options, n: int, graphs: Sequence[Graph]) -> np.ndarray | None:
+    if not any(graph.replaced_by.reads_partner for graph in graphs):
         if options.partners is not None:
             raise UsageError(
-                f"partners are for resample ablation: leave them out with ablation {ablations[0]!r}"
+                f"partners are for resample ablation: leave them out with ablation {graphs[0].ablation!r}"
             )
         return None
     return partners(n, options.seed) if options.partners is None else load_partners(options.partners, n)

@@ -87,6 +87,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         {} if experiment.graph.neurons is None else {"recorded_mlp": Mlp(experiment.graph.neurons).label}
     )
     recorded |= {"kept_share": experiment.share} if experiment.selective else {}
+    recorded |= {"found_on": "half"} if experiment.asked[0].found_on == "half" else {}
     return recorded | {
         "title": f"{experiment.recipe.name} of {experiment.description.source.name}",
         "recipe": experiment.recipe.name,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.backends.local import Backend, only
+from selfrepair_nn.choosing import selecting_half
 from selfrepair_nn.components import Head
 from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.graph import Graph, sweep
@@ -19,9 +20,11 @@ TRIED = 4
 
 def strongest(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> list[Head]:
     """The heads of largest mean direct effect, over the tokens that count, as many as asked for. Clean passes only."""
-    plan = experiment.graph.plan(layout)
+    plan, counted = experiment.graph.plan(layout), experiment.counted
+    if experiment.graph.found_on == "half":
+        counted = counted & selecting_half(experiment.prompts.document)[:, None]
     sums = {
-        block.start: effects.sum((1, 2), dtype=float, where=experiment.counted[block])
+        block.start: effects.sum((1, 2), dtype=float, where=counted[block])
         for block, effects in direct_effects(experiment, plan, runner)
     }
     order = np.argsort(-sum(sums[start] for start in sorted(sums)), kind="stable")[

@@ -245,7 +245,7 @@ def _neuron_changes(changes, batch, effects, scale, state, plan):
     else:
         change, whole = _own_neuron_changes(layer, batch, effects, state, clean)
     most, which = change.topk(min(plan["ranks"], change.shape[-1]))
-    return {
+    found = {
         "mlp_change": whole,
         "top_neuron": which,
         "top_neuron_change": most,
@@ -253,6 +253,11 @@ def _neuron_changes(changes, batch, effects, scale, state, plan):
         "neuron_change": change,
         "neuron_direct_effect": clean,
     }
+    if "falling_neuron" in plan["gives"]:
+        least, falling = change.min(-1)
+        before = clean.gather(-1, falling[..., None])[..., 0]
+        found |= {"falling_neuron": falling, "falling_neuron_change": least, "falling_neuron_direct_effect": before}
+    return found
 
 
 def _own_neuron_changes(layer, batch, effects, state, clean):

@@ -98,16 +98,44 @@ class Reinforce(Bundle, Replacement):
     def begins(self, case, plan):
         return case[0].layer, False
 
+    def added(self, sites, block):
+        """What is added, before it is scaled: [site, prompt, position, d_model]."""
+        return _written(sites, block, block.clean)
+
     def edits(self, sites, block, start):
-        values, kind = sites[0].values(sites, block), sites[0]
-        constants = torch.stack([site.constant(block) for site in sites])[:, None, None]
-        own = kind.writes(sites, widen(values) - constants, block)
-        edited = block.arrays["edited_position"].to(own.device)[:, None]
-        here = edited == torch.arange(own.shape[2], device=own.device)
-        written, effects = self.scale * own * here[..., None], block.home(kind.effects(sites, values, block))
+        values, kind, added = sites[0].values(sites, block), sites[0], self.added(sites, block)
+        edited = block.arrays["edited_position"].to(added.device)[:, None]
+        here = edited == torch.arange(added.shape[2], device=added.device)
+        written, effects = self.scale * added * here[..., None], block.home(kind.effects(sites, values, block))
         inserted = block.home(along(written, block.probed["direction"]))
         found = zip(effects, written, inserted, strict=True)
         return [Edit((effect, effect), written=w, inserted=i) for effect, w, i in found]
+
+
+class ReinforcePartner(Reinforce):
+    """What the head writes on the partner's tokens is added instead."""
+
+    text = "partner_tokens"
+
+    def added(self, sites, block):
+        return _written(sites, block, block.source)
+
+
+class ReinforceRandom(Reinforce):
+    """A random direction of the same length is added instead: another for each head, turned from one of each prompt."""
+
+    def added(self, sites, block):
+        own = super().added(sites, block)
+        direction, n_heads = block.arrays["random_direction"].to(own), block.plan["model"]["n_heads"]
+        turned = [direction.roll(site.layer * n_heads + site.head, -1) for site in sites]
+        return own.norm(dim=-1, keepdim=True) * torch.stack(turned)[:, :, None]
+
+
+def _written(sites, block, kept):
+    """What heads of one layer write of their values in a pass: [site, prompt, position, d_model]."""
+    values = torch.stack([site.value(kept, block.plan) for site in sites])
+    constants = torch.stack([site.constant(block) for site in sites])[:, None, None]
+    return sites[0].writes(sites, widen(values) - constants, block)
 
 
 KINDS = {
@@ -120,6 +148,8 @@ KINDS = {
     "constant": Constant,
     "otherhead": OtherHead,
     "reinforce": Reinforce,
+    "reinforcepartner": ReinforcePartner,
+    "reinforcerandom": ReinforceRandom,
 }
 """By the word that a plan has for each."""
 
