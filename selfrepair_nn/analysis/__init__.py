@@ -20,13 +20,11 @@ from selfrepair_nn.analysis.outcomes import in_nats, outcomes_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
 from selfrepair_nn.analysis.reinforcement import (
     CONFIDENCE,
-    OWN,
-    has_nulls,
     reinforced,
     reinforcement_by_head,
-    reinforcement_nulls,
     strongest_responses,
 )
+from selfrepair_nn.analysis.reinforcement_nulls import OWN, has_nulls, reinforcement_nulls
 from selfrepair_nn.analysis.remembering import held, remembering
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
 from selfrepair_nn.analysis.scales import scale_by_head, token_variants

@@ -14,7 +14,6 @@ from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 
 CONFIDENCE = 0.95
-OWN = "own"
 NEEDED = (
     "done",
     "selected",
@@ -46,10 +45,10 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
     Raises:
         UsageError: this is no store of reinforced heads, or `confidence` is not in (0, 1).
     """
-    if "slope" in ds:
+    if _found(ds):
         return ds
-    _require(confidence)
-    ds = _of_edits(ds, "scale")
+    require_confidence(confidence)
+    ds = of_edits(ds, "scale")
     done, before, after = measured(ds, "scale")
     level = bonferroni(confidence, done)
     lines = [line(before, each - before, clusters(ds), level) for each in after]
@@ -66,55 +65,13 @@ def reinforcement_by_head(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
     return describe(ds, "scale", done, values, confidence)
 
 
-@public
-def reinforcement_nulls(ds: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
-    """Whether heads answer to their own write, or to anything that is added in its place.
-
-    - slope, low, high, over (write, layer, head): as in `reinforcement_by_head`, of the change after - before on the
-      direct effect, where what is added is the head's own write; the same with the other sign ("reversed"); what the
-      head writes at that position of another prompt ("partner"); a direction drawn at random, as long as its own write
-      ("random");
-    - excess, excess_low, excess_high, over (null, layer, head): the slope under the own write minus that under each
-      null, of the same prompts, and its interval, which holds for all heads of a null together;
-    - kind, over (layer, head): -1 self-repressing, 1 self-reinforcing, by the own write alone; beyond: the same, and
-      the interval of the excess over every null excludes 0 on that side, else 0; tokens: how many edited positions.
-
-    A head whose direct effect shrinks whatever is added, since the norms of what it reads grow, has the same slope
-    under "own" and "reversed". A result of this function is returned as it is. Errors as in `reinforcement_by_head`.
-    """
-    if "excess" in ds:
-        return ds
-    _require(confidence)
-    ds = _of_edits(ds, "write")
-    labels = [str(label) for label in ds["write"].values]
-    if OWN not in labels or len(labels) < 2:
-        raise UsageError(f"this store has no null beside {OWN!r}, but {', '.join(labels)}: run reinforcement_nulls")
-    done, before, after = measured(ds, "write")
-    level = bonferroni(confidence, done)
-    own, nulls = labels.index(OWN), [i for i, label in enumerate(labels) if label != OWN]
-    shape = [ds.sizes[d] for d in HEADS]
-    found = {}
-    for prefix, dim, changes in (
-        ("", "write", [each - before for each in after]),
-        ("excess_", "null", [after[own] - after[i] for i in nulls]),
-    ):
-        lines = [line(before, each, clusters(ds), level) for each in changes]
-        slope, _, reach = (np.array(values).reshape(-1, *shape) for values in zip(*lines, strict=True))
-        named = {prefix.rstrip("_") or "slope": slope, f"{prefix}low": slope - reach, f"{prefix}high": slope + reach}
-        found |= {name: ((dim, *HEADS), values) for name, values in named.items()}
-    kind = kinds(*(found[name][1][own][None] for name in ("low", "high")))
-    surely = kinds(*(found[f"excess_{name}"][1] for name in ("low", "high")))
-    found |= {"kind": (HEADS, kind), "beyond": (HEADS, np.where(surely == kind, kind, 0))}
-    described = describe(ds, "write", done, found, confidence)
-    return described.assign_coords(null=[labels[i] for i in nulls])
-
-
-def _require(confidence: float) -> None:
+def require_confidence(confidence: float) -> None:
+    """Raise UsageError unless it is in (0, 1)."""
     if not 0 < confidence < 1:
         raise UsageError(f"confidence {confidence!r} is not in (0, 1): write 0.95 for 95%")
 
 
-def _of_edits(ds: xr.Dataset, axis: str) -> xr.Dataset:
+def of_edits(ds: xr.Dataset, axis: str) -> xr.Dataset:
     """A store of reinforced heads along this axis, `restored`."""
     ds = restored(ds)
     missing = [name for name in (*NEEDED, axis) if name not in ds.variables]
@@ -137,6 +94,11 @@ def bonferroni(confidence: float, done: np.ndarray) -> float:
     return 1 - (1 - confidence) / max(1, int(done.any(1).sum()))
 
 
+def _found(ds: xr.Dataset) -> bool:
+    """Whether this is a result of `reinforcement_by_head`."""
+    return "slope" in ds and "scale" in ds.slope.dims
+
+
 def reinforced(ds: xr.Dataset) -> bool:
     """Whether a store, or a result of `reinforcement_by_head`, is of heads that read their own write at some scales.
 
@@ -144,13 +106,7 @@ def reinforced(ds: xr.Dataset) -> bool:
     """
     needed = {"scale", *HEADS}
     scaled = "self_repair" in ds and needed <= {*ds.self_repair.dims} and ds["scale"].dtype.kind in "fi"
-    return "slope" in ds or (scaled and "edited_position" in ds.coords)
-
-
-def has_nulls(ds: xr.Dataset) -> bool:
-    """Whether a store, or a result of `reinforcement_nulls`, is of heads that read their own write, and nulls of it."""
-    stored = "self_repair" in ds and "write" in ds.self_repair.dims and "edited_position" in ds.coords
-    return "excess" in ds or (stored and OWN in ds["write"].values)
+    return _found(ds) or (scaled and "edited_position" in ds.coords)
 
 
 @public

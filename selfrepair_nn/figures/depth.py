@@ -89,8 +89,8 @@ def places(heads: xr.Dataset) -> np.ndarray:
 def room(slope: np.ndarray, high: np.ndarray) -> tuple[float, float]:
     """Ends of an axis with room for every slope and most bars; hardly anything is known where a bar leaves it."""
     reach, known = style.bars(high - slope), np.isfinite(slope)
-    usual = np.nanpercentile(reach[known], SHOWN) if np.isfinite(reach[known]).any() else 0
-    low, high = slope[known].min(initial=0) - usual, slope[known].max(initial=0) + usual
+    usual = float(np.nanpercentile(reach[known], SHOWN)) if np.isfinite(reach[known]).any() else 0.0
+    low, high = float(slope[known].min(initial=0)) - usual, float(slope[known].max(initial=0)) + usual
     return low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
 
 
