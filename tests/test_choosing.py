@@ -183,8 +183,9 @@ def test_summaries_figures_and_pages_say_which_tokens(ds, tmp_path):
         assert "bottom 2%" in words, name
         assert "Selected on" in words, name
     page = sr.write_report(ds, tmp_path / "x.html", tail="absolute", split_selection=True).read_text()
-    for said in ("largest |DE|", "Selected on", "of either sign, counted along its sign"):
-        assert said in page
+    assert "largest |DE|" in page
+    assert "Selected on" in page
+    assert "of either sign, counted along its sign" in page
     largest = figures.draw("self_repair_by_layer", sr.choose_tokens(ds, tail="absolute"))
     assert "of largest |DE|" in largest.axes[0].get_ylabel()
     with pytest.raises(UsageError, match="different tails, bottom and top"):
@@ -201,19 +202,22 @@ def test_a_store_of_the_top_alone_has_no_other_tail(tmp_path):
     assert ran.code == 0, ran.err
     for tail in ("bottom", "absolute"):
         shown = selfrepair("info", store, "--tail", tail)
-        assert (shown.code, shown.err.count("\n")) == (2, 1) and "without --select top-share" in shown.err
+        assert (shown.code, shown.err.count("\n")) == (2, 1)
+        assert "without --select top-share" in shown.err
     ds = sr.open_store(store)
     smaller = sr.by_head(sr.choose_tokens(ds, split_selection=True), 0.02)
     whole = ("run", "heads", "--model", model, "--prompts", prompts, "--layers", "2", "--out", tmp_path / "w.zarr")
     assert selfrepair(*whole).code == 0
     full = sr.by_head(sr.choose_tokens(sr.open_store(tmp_path / "w.zarr"), split_selection=True), 0.02)
     assert_allclose(smaller.top_self_repair, full.top_self_repair, rtol=1e-4, atol=1e-6)
-    with pytest.raises(UsageError, match="needs tokens beyond the top 0.2 that this store keeps"):
+    with pytest.raises(UsageError, match=r"needs tokens beyond the top 0\.2 that this store keeps"):
         sr.by_head(sr.choose_tokens(ds, split_selection=True), 0.2)
     shown = selfrepair("plot", tmp_path / "w.zarr", "--tail", "bottom", "--split-selection", "--against", "removed")
-    assert shown.code == 0 and shown.out.count(".png") == 2
+    assert shown.code == 0
+    assert shown.out.count(".png") == 2
     wrong = selfrepair("plot", store, "--tail", "lowest")
-    assert wrong.code == 2 and "bottom" in wrong.err
+    assert wrong.code == 2
+    assert "bottom" in wrong.err
 
 
 def test_what_is_kept_of_the_top_alone_is_refused(ds):

@@ -263,7 +263,8 @@ def test_nulls_of_reinforcement_in_a_store(stored, name):
     """Side by side, as the recipe has them; partners and directions are the run's own, whatever the blocks."""
     dataset, blocks = (stored(NULLS, name, f"{n}.zarr", seed=5, batch_size=n) for n in (3, 4))
     where, order = torch.as_tensor(dataset.edited_position.values), dataset.partner.values
-    assert sorted(order.tolist()) == [0, 1, 2, 3] and (order != np.arange(4)).all()
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    assert (order != np.arange(4)).all()
     width = families.build(name).config.hidden_size
     drawn = np.stack([np.random.default_rng((5, place)).standard_normal(width) for place in range(4)])
     ids = prompts(name)["tokens"]

@@ -105,7 +105,8 @@ def test_the_norms_panels_show_heads_and_layers(store, request):
     beside = {line.get_label(): line.get_ydata() for line in clipped.lines}
     for label, name in (("its mirror: clipped breakage", "norm_mirror"), ("excess over the mirror", "norm_excess")):
         np.testing.assert_allclose(beside[label], layers[name])
-    assert clipped.get_ylim()[1] == 1 and (clipped.get_ylim()[0] == 0) == (not (layers.norm_excess < 0).any())
+    assert clipped.get_ylim()[1] == 1
+    assert (clipped.get_ylim()[0] == 0) == (not (layers.norm_excess < 0).any())
     assert clipped.yaxis.get_major_formatter()(0.4, 0) == "40%"
     assert ratio.yaxis.get_major_formatter()(-1000, 0) == "\N{MINUS SIGN}100,000%"
 

@@ -20,7 +20,8 @@ VARIED = ["ablated_direct_effect", "logit_change", "self_repair", "closure"]
 
 def covered(low, high, truth=0):
     """The share of intervals that hold the truth; all must have ends."""
-    assert np.isfinite(low).all() and np.isfinite(high).all()
+    assert np.isfinite(low).all()
+    assert np.isfinite(high).all()
     return float(((low <= truth) & (truth <= high)).mean())
 
 
@@ -36,8 +37,8 @@ def test_the_mirror_of_the_norms_share_by_hand():
     assert float(found.norm_excess) == 0.0625
 
 
-def test_the_excess_is_that_of_every_token(seed=3):
-    ds = simulate_heads(2, 3, 30, 40, seed=seed)
+def test_the_excess_is_that_of_every_token():
+    ds = simulate_heads(2, 3, 30, 40, seed=3)
     found = sr.by_head(ds, 0.1)
     ratio = (ds.from_norm / ds.direct_effect).values.reshape(6, -1).astype(float)
     best = np.argsort(-ds.direct_effect.values.reshape(6, -1), axis=1)[:, :120]
@@ -119,7 +120,8 @@ def test_neurons_of_either_sign_alike_have_no_excess_of_erasure():
 def test_older_stores_have_no_mirror():
     ds = neurons().drop_vars([f"falling_neuron{end}" for end in ("", "_change", "_direct_effect")])
     found = sr.erasure_neurons(ds, 0.3, 2)
-    assert np.isnan(found.excess).all() and np.isfinite(found.anti_erasing).all()
+    assert np.isnan(found.excess).all()
+    assert np.isfinite(found.anti_erasing).all()
     assert "mirrored" not in str([t.get_text() for a in figures.draw("erasure_neurons", ds).axes for t in a.texts])
 
 
@@ -188,7 +190,8 @@ def test_a_head_that_answers_to_its_own_write_alone():
     assert row[1:4] == [str(int((found.kind == -1).sum())), "of", "100"]
     assert row[-1] == str(int((found.beyond == -1).sum()))
     figure = figures.draw("reinforcement_nulls", ds)
-    assert len(figure.axes) == 4 and f"{row[1]} repress, 0 reinforce" in figure.axes[0].get_title("left")
+    assert len(figure.axes) == 4
+    assert f"{row[1]} repress, 0 reinforce" in figure.axes[0].get_title("left")
     assert "and nulls of it" in figure.get_suptitle()
 
 

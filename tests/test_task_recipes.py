@@ -135,7 +135,8 @@ def test_found_on_half_and_reported_on_the_rest(wrapped, tmp_path):
     module, ids = model.nn._module, whole(ds)
     given, clean = setting(module, ids, (ids[:, 1:], ds.other.values))
     selects = selecting_half(ds.document.values)
-    assert 8 <= selects.sum() <= 16 and ds.attrs["found_on"] == "half"
+    assert 8 <= selects.sum() <= 16
+    assert ds.attrs["found_on"] == "half"
     heads = [i for i, kind in enumerate(clean.kinds) if kind == "head"]
     last = clean.effects[:, -1, heads].numpy()
     order = np.argsort(-last[selects].mean(0), kind="stable")
@@ -158,7 +159,8 @@ def test_found_on_half_and_reported_on_the_rest(wrapped, tmp_path):
     joint = movers.isel(case=2)
     assert_allclose(joint.logit_change, (after - before)[~selects].mean(), rtol=0, atol=TIGHT)
     told = f"selected on {selects.sum()} prompts, reported on {(~selects).sum()} others"
-    assert told in sr.summary(ds) and told in figures.draw("ioi", ds).get_supxlabel()
+    assert told in sr.summary(ds)
+    assert told in figures.draw("ioi", ds).get_supxlabel()
     whole_run = sr.choose_tokens(ds, split_selection=False)
     assert_allclose(sr.name_movers(whole_run).attrs["logit_difference"], before.mean(), rtol=0, atol=TIGHT)
     with pytest.raises(UsageError, match="found_on 'most' is not known; choose one of all, half"):

@@ -88,10 +88,12 @@ def places(heads: xr.Dataset) -> np.ndarray:
 
 def room(slope: np.ndarray, high: np.ndarray) -> tuple[float, float]:
     """Ends of an axis with room for every slope and most bars; hardly anything is known where a bar leaves it."""
-    reach, known = style.bars(high - slope), np.isfinite(slope)
-    usual = float(np.nanpercentile(reach[known], SHOWN)) if np.isfinite(reach[known]).any() else 0.0
-    low, high = float(slope[known].min(initial=0)) - usual, float(slope[known].max(initial=0)) + usual
-    return low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+    reach, known = style.bars(high - slope), slope[np.isfinite(slope)]
+    reach = reach[np.isfinite(reach)]
+    usual = float(np.percentile(reach, SHOWN)) if reach.size else 0.0
+    low, top = float(known.min(initial=0)) - usual, float(known.max(initial=0)) + usual
+    edge = 0.05 * (top - low or 1)
+    return low - edge, top + edge
 
 
 def _quiet(heads: xr.Dataset, name: str) -> np.ndarray:
