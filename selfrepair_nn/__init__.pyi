@@ -55,6 +55,7 @@ from selfrepair_nn.components import (
 from selfrepair_nn.drawing import figure
 from selfrepair_nn.errors import SelfRepairError, UsageError
 from selfrepair_nn.estimating.preview import preview
+from selfrepair_nn.explorer import view
 from selfrepair_nn.figures import plot
 from selfrepair_nn.graph import Graph, Variants, sweep
 from selfrepair_nn.integrity import verify
@@ -159,6 +160,7 @@ __all__ = [
     "token_variants",
     "top_share",
     "verify",
+    "view",
     "who_repairs",
     "wrap",
     "write_report",

@@ -244,6 +244,17 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
     return sums, chosen * top.sign if QUANTITIES[name].units == "logit" else chosen
 
 
+def values_at(ds: xr.Dataset, name: str, case: np.ndarray, token: np.ndarray) -> np.ndarray:
+    """A variable of each case at tokens in ascending order: [entry], in float64; NaN where the store has none."""
+    found, n_positions = np.empty(token.size), ds.sizes["position"]
+    for start, values in _blocks(ds, name):
+        first, last = start * n_positions, (start + values.shape[1]) * n_positions
+        here = slice(*np.searchsorted(token, (first, last)))
+        flat = values.reshape(len(values), -1)
+        found[here] = flat[case[here], token[here] - first]
+    return found
+
+
 def sums(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
     """The sums [case, prompt] of a variable."""
     found, asked = np.zeros(done.shape), counted_tokens(ds)

@@ -251,6 +251,32 @@ def report(store: str, out: str | None, recipe: str | None, **views: Any) -> Non
     _print(write(open_store(store), out, recipe=recipe, **views))
 
 
+@cli.command()
+@click.argument("stores", nargs=-1, required=True)
+@click.option("--out", default=None, help="File to write; default: beside the first store, -explorer.html.")
+@click.option(
+    "--share",
+    type=float,
+    help="Top share of tokens, by direct effect; default: 0.02, or 1 where not all count.",
+)
+@click.option("--serve", is_flag=True, help="Serve it too, on this machine alone, until interrupted.")
+@click.option("--port", type=int, default=0, show_default=True, help="Port to serve at; 0: one that is free.")
+def view(stores: tuple[str, ...], out: str | None, share: float | None, serve: bool, port: int) -> None:
+    """Write one HTML page to look at STORE: its heads, their tokens, the text, who repairs what.
+
+    Of two STORES they stand side by side. The page needs no network, and no server.
+    """
+    from selfrepair_nn.explorer import view as write
+    from selfrepair_nn.explorer.serving import Server
+    from selfrepair_nn.store import open_store
+
+    server = Server(port) if serve else None
+    page = write([open_store(path) for path in stores], out, share=share)
+    _print(page)
+    if server:
+        server.run(page, _print)
+
+
 @cli.command("compare-paper")
 @click.argument("store")
 @click.option("--reference", default=None, help="Model of the paper to compare with; default: STORE's own.")

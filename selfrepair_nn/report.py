@@ -1,12 +1,12 @@
-"""A report of one store as one HTML file: figures, tables, how to read them, where the numbers come from.
+"""A report of one store as one HTML file: its explorer, figures, tables, how to read them, where the numbers come from.
 
-The file needs nothing else: no network, no script, no font.
+The file needs nothing else: no network, no font, and no script but the explorer's own.
 """
 
 import base64
 import json
 from collections.abc import Mapping
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -34,6 +34,8 @@ from selfrepair_nn.choosing import viewed
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.explorer.contents import Contents, has_tokens
+from selfrepair_nn.explorer.page import page
 from selfrepair_nn.face import public
 from selfrepair_nn.figures import style, suiting
 from selfrepair_nn.paths import local
@@ -106,7 +108,7 @@ def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, recipe: Re
         "place": f"layer={int(best['layer'][0])}, head={int(best['head'][0])}",
         "n_heads": str(int((heads.tokens > 0).sum())),
     }
-    return PAGE.substitute(parts)
+    return _page(ds, share, PAGE, parts)
 
 
 def _of_others(ds: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None) -> str:
@@ -126,7 +128,13 @@ def _of_others(ds: xr.Dataset, share: float | None, store: str | None, recipe: R
         "rate": f"{RATE:.0%}",
         "place": _safe(repr({d: ds[d].values.tolist()[0] for d in dims})),
     }
-    return PAGE_OF_OTHERS.substitute(parts)
+    return _page(ds, share, PAGE_OF_OTHERS, parts)
+
+
+def _page(ds: xr.Dataset, share: float | None, body: Template, parts: dict[str, str]) -> str:
+    """The explorer of a store, which a summary has none of, and what there is to read."""
+    stores = [Contents(ds, share).data()] if has_tokens(ds) else []
+    return page(stores, title=unescape(parts["title"]), head=HEAD.substitute(parts), rest=body.substitute(parts))
 
 
 def _of_edits(ds: xr.Dataset) -> xr.Dataset:
@@ -179,9 +187,9 @@ def report(
     folder = figures.beside(ds)
     path = local(folder.with_name(f"{folder.name}.html") if path is None else path)
     choices = {"tail": tail, "split_selection": split_selection, "against": against}
-    page = render(ds, share=share, store=store, recipe=recipe, **choices)
+    text = render(ds, share=share, store=store, recipe=recipe, **choices)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -317,43 +325,11 @@ def _nested(value: Any) -> str:
     return f"<code>{_safe(shown)}</code>"
 
 
-HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Self-repair: $title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem }
-body { margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
-.basis, figcaption, .note { color: #555; margin: .2rem 0 1rem }
-.banner { background: #fff3d6; border-left: 4px solid #e69f00; padding: .5rem .8rem }
-.loud { background: #c00000; color: #fff; border-color: #600000; font-size: 1.2rem; font-weight: 600 }
-.facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0 }
-.facts div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .8rem; flex: 1 }
-.facts b { display: block; font-size: 1.1rem } .facts span { color: #555; font-size: .85rem }
-figure { margin: 1rem 0 1.6rem } figcaption { font-size: .9rem }
-figure img { max-width: 100%; height: auto; display: block; margin: 0 auto }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; width: 100% }
-th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #eee }
-td { font-variant-numeric: tabular-nums }
-th { border-bottom: 2px solid #888; font-weight: 600 } th:first-child, td:first-child { text-align: left }
-.words td, .words th { text-align: left } summary { cursor: pointer; margin: .8rem 0 .4rem }
-pre, code { background: #f6f6f6; border-radius: 4px; overflow-wrap: anywhere }
-pre { padding: .7rem; overflow-x: auto }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .2rem 0 }
-dl, dl dl { font-size: .85rem } dl dl dl { font-size: 1em }
-dt { color: #555 } dd { margin: 0; min-width: 0 }
-@media print { body { margin: 0; max-width: none } figure, tr { break-inside: avoid } }
-</style>
-</head>
-<body>
-<h1>Self-repair: $title</h1>
+HEAD = Template("""<h1>Self-repair: $title</h1>
 <p class="basis">$basis</p>
 $task
 $banner
-"""
+""")
 OF_HEADS = """
 <div class="facts">$facts</div>
 
@@ -422,7 +398,5 @@ $variables
 
 <h2>Where the numbers come from</h2>
 $provenance
-</body>
-</html>
 """
-PAGE, PAGE_OF_OTHERS = Template(HEAD + OF_HEADS + TAIL), Template(HEAD + OF_OTHERS + TAIL)
+PAGE, PAGE_OF_OTHERS = Template(OF_HEADS + TAIL), Template(OF_OTHERS + TAIL)

@@ -34,6 +34,8 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
       also removed = direct_effect - ablated_direct_effect, what the ablation takes away, and distance = (logit_change +
       direct_effect) / sqrt 2, from the line y = -x of Figure 2, and removed_distance = (logit_change + removed) / sqrt
       2, from that line where what was removed is the other axis: self_repair / sqrt 2;
+    - share_repaired and top_share_repaired: mean self_repair / mean removed, no unit; NaN unless the interval of
+      removed excludes 0;
     - norm_share: mean over the top share of clip(from_norm / direct_effect, 0, 1), no unit (Appendix A); norm_mirror:
       the same of -from_norm, what clipping makes of a norm that repairs as often as it breaks; norm_excess: the one
       minus the other;
@@ -124,7 +126,7 @@ def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Ite
         found = tokens.both(name, sums, chosen)
         for each, tally in found.items():
             yield from tokens.columns(each, tally.estimate).items()
-        if name in ("direct_effect", "ablated_direct_effect", "logit_change"):
+        if name in ("direct_effect", "ablated_direct_effect", "logit_change", "self_repair"):
             plane |= found
         if name == "self_repair":
             for prefix in ("", "top_"):
@@ -134,6 +136,7 @@ def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Ite
                 yield from tokens.columns(each, tally.estimate).items()
     for prefix in ("", "top_"):
         yield from _in_the_plane(tokens, prefix, plane).items()
+        yield from _share_repaired(tokens, prefix, plane).items()
     for name, counts in (("tokens", tokens.counts), ("top_tokens", tokens.top_counts)):
         yield name, (tokens.dims, counts.sum(1).reshape(tokens.shape))
     worst = largest(ds, "closure", tokens.done) if "closure" in ds else np.full(tokens.counts.shape[0], np.nan)
@@ -155,13 +158,31 @@ def _tested(tokens: Tokens, prefix: str, self_repair: Tally) -> Columns:
 def _in_the_plane(tokens: Tokens, prefix: str, of: Mapping[str, Tally]) -> Columns:
     """What the direct effects and the logit change say together: sums over the same tokens."""
     before, change = (of[prefix + name] for name in ("direct_effect", "logit_change"))
-    after = of.get(f"{prefix}ablated_direct_effect")
-    removed = before if after is None else Tally(before.sums - after.sums, before.counts)
+    removed = _removed(prefix, of)
     found = tokens.columns(f"{prefix}removed", removed.estimate)
     for name, axis in (("distance", before), ("removed_distance", removed)):
         distance = Tally((change.sums + axis.sums) / np.sqrt(2), before.counts)
         found |= tokens.columns(prefix + name, distance.estimate)
     return found
+
+
+def _removed(prefix: str, of: Mapping[str, Tally]) -> Tally:
+    """What the ablation takes; of log-probability what the head's own write alone takes, which is its effect there."""
+    before, after = of[f"{prefix}direct_effect"], of.get(f"{prefix}ablated_direct_effect")
+    return before if after is None else Tally(before.sums - after.sums, before.counts)
+
+
+def _share_repaired(tokens: Tokens, prefix: str, of: Mapping[str, Tally]) -> Columns:
+    """A ratio of two means, its half-width that of the linearised ratio; NaN where nothing is surely removed."""
+    repair, removed = of[f"{prefix}self_repair"], _removed(prefix, of)
+    size, width = removed.mean, removed.half_width
+    surely = (abs(size) > np.where(np.isfinite(width), width, 0))[:, None]
+    size = np.where(surely, size[:, None], np.nan)
+    with np.errstate(invalid="ignore"):
+        share = repair.mean[:, None] / size
+        known = Tally((repair.sums - share * removed.sums) / size, repair.counts).half_width
+    found = {f"{prefix}share_repaired": share[:, 0], f"{prefix}share_repaired{HALF_WIDTH}": known}
+    return {name: (tokens.dims, each.reshape(tokens.shape)) for name, each in found.items()}
 
 
 def _norm_shares(tokens: Tokens, ratio: np.ndarray) -> dict[str, Tally]:
@@ -199,6 +220,7 @@ def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
         "removed": (units, "mean direct effect removed"),
         "distance": (units, "distance from y = -x"),
         "removed_distance": (units, "distance from y = -x, against what was removed"),
+        "share_repaired": ("1", "share of the removed direct effect that is repaired"),
         "between": ("1", "between y = -x and the x-axis"),
         "p_value": ("1", "p-value of a mean self-repair of 0"),
         "q_value": ("1", "false discovery rate of the mean self-repair"),

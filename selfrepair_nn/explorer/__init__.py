@@ -1,0 +1,82 @@
+"""The explorer: one page on which the heads of a store, its text and every token's numbers are looked at."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import xarray as xr
+
+from selfrepair_nn.analysis import remembering
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.explorer.contents import Contents
+from selfrepair_nn.explorer.page import page
+from selfrepair_nn.explorer.serving import Server
+from selfrepair_nn.face import public
+from selfrepair_nn.figures import beside
+from selfrepair_nn.paths import local
+from selfrepair_nn.shown import tell
+
+Datasets = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
+MOST = 2
+
+
+@public
+def view(
+    datasets: Datasets,
+    path: str | Path | None = None,
+    *,
+    share: float | None = None,
+    serve: bool = False,
+    port: int = 0,
+) -> Path:
+    """Write the explorer of a store, or of two side by side, as one HTML file, and return its path.
+
+    It goes to `path`, by default beside the first store, its name ending in -explorer.html. The file needs nothing
+    else: no network, no server. Numbers of single tokens are rounded, as the page says. Of a large store it holds every
+    head's summary, the text, all numbers of the first prompts, and of the others those of each head's top `share`.
+
+    With `serve` it is also served, on this machine alone, at `port` (0: one that is free) until interrupted.
+
+    Raises:
+        UsageError: a dataset is not a store with tokens, nothing of it is done, `share` is not in (0, 1], there are
+            more than two, or the port cannot be had.
+    """
+    server = Server(port) if serve else None
+    try:
+        written = _write(datasets, path, share)
+    except BaseException:
+        if server:
+            server.close()
+        raise
+    if server:
+        server.run(written, lambda address: tell(f"{written} is at {address} until interrupted"))
+    return written
+
+
+def _write(datasets: Datasets, path: str | Path | None, share: float | None) -> Path:
+    stores = _named(datasets)
+    if not 1 <= len(stores) <= MOST:
+        raise UsageError(f"{len(stores)} stores do not stand side by side: give one or {MOST}")
+    found = _beside([ds for _, ds in stores]) if path is None else local(path)
+    if found.is_dir():
+        raise UsageError(f"{str(found)!r} is a directory: name a file in it, such as explorer.html")
+    with remembering():
+        text = page([Contents.of(ds, share, name).data() for name, ds in stores])
+    found.parent.mkdir(parents=True, exist_ok=True)
+    found.write_text(text, encoding="utf-8")
+    return found
+
+
+def _named(datasets: Datasets) -> list[tuple[str | None, xr.Dataset]]:
+    """What each store is called: by its key, of several by its file, of one by its title."""
+    if isinstance(datasets, xr.Dataset):
+        return [(None, datasets)]
+    if isinstance(datasets, Mapping):
+        return [(str(name), ds) for name, ds in datasets.items()]
+    several = len(datasets) > 1
+    return [(beside(ds).name if several and ds.encoding.get("source") else None, ds) for ds in datasets]
+
+
+def _beside(stores: Sequence[xr.Dataset]) -> Path:
+    """Where the page of these stores goes."""
+    first, *others = map(beside, stores)
+    return first.with_name("-".join([first.name, *(each.name for each in others), "explorer.html"]))

@@ -1,0 +1,157 @@
+// What a page holds of a store: packed numbers unpacked when they are asked for, each head's when it is looked at.
+
+const MISSING = 0xffff;
+
+/** The bytes of a text that was made by zlib and base64. */
+async function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+/** Reads columns one after the other; a number's lowest bytes come first, then the next. */
+class Reader {
+  constructor(bytes) {
+    this.bytes = bytes;
+    this.at = 0;
+  }
+
+  whole(count, width) {
+    const found = new Uint32Array(count);
+    for (let byte = 0; byte < width; byte++) {
+      const start = this.at + byte * count;
+      for (let i = 0; i < count; i++) found[i] += this.bytes[start + i] * 256 ** byte;
+    }
+    this.at += count * width;
+    return found;
+  }
+
+  /** Numbers that grow, told by how much each is above the one before. */
+  growing(count) {
+    const found = this.whole(count, 4);
+    for (let i = 1; i < count; i++) found[i] += found[i - 1];
+    return found;
+  }
+
+  /** Numbers in steps, NaN where there is none. */
+  rounded(count, step) {
+    return Float64Array.from(this.whole(count, 2), (n) => {
+      if (n === MISSING) return NaN;
+      return (n % 2 ? -(n + 1) / 2 : n / 2) * step;
+    });
+  }
+}
+
+class Store {
+  constructor(data) {
+    this.data = data;
+    this.kept = new Map();
+    const { sites } = data;
+    const { layer, head } = sites;
+    this.labels = sites.case ?? layer.flatMap((l) => head.map((h) => `L${l}H${h}`));
+    this.places = new Map(this.labels.map((label, i) => [label, i]));
+    /** Rows of the grid: a layer and its heads, or a layer's cases. */
+    this.rows = sites.case
+      ? [...new Set(layer)].sort((a, b) => a - b).map((l) => ({
+          layer: l,
+          cases: sites.case.flatMap((_, i) => (layer[i] === l ? [i] : [])),
+        }))
+      : layer.map((l, i) => ({ layer: l, cases: head.map((_, j) => i * head.length + j) }));
+  }
+
+  /** The text, and which tokens count. */
+  async open() {
+    const { text, tokens } = this.data;
+    const [places, targets, others, counted] = await Promise.all(
+      [text.places, text.targets, text.others, text.counted].map((part) => part && unpacked(part)),
+    );
+    const words = (bytes, width) => bytes && new Reader(bytes).whole(text.prompts * width, 4);
+    this.words = words(places, text.positions + 1);
+    this.targets = words(targets, text.positions);
+    this.others = words(others, text.positions);
+    this.counted = counted;
+    this.fields = tokens.fields;
+    const within = tokens.whole * text.positions;
+    this.dense = Uint32Array.from({ length: within }, (_, i) => i).filter((i) => !counted || counted[i]);
+  }
+
+  /** A word of the text: `word` 0 is the first token of a prompt, 1 the target of position 0. */
+  word(prompt, word) {
+    return this.data.text.vocabulary[this.words[prompt * (this.data.text.positions + 1) + word]];
+  }
+
+  target(token) {
+    const { text } = this.data;
+    const [prompt, position] = this.split(token);
+    return this.targets ? text.vocabulary[this.targets[token]] : this.word(prompt, position + 1);
+  }
+
+  other(token) {
+    return this.others && this.data.text.vocabulary[this.others[token]];
+  }
+
+  split(token) {
+    const { positions } = this.data.text;
+    return [Math.floor(token / positions), token % positions];
+  }
+
+  once(key, find) {
+    if (!this.kept.has(key)) {
+      if (this.kept.size > 40) this.kept.delete(this.kept.keys().next().value);
+      this.kept.set(key, find());
+    }
+    return this.kept.get(key);
+  }
+
+  /** A head's tokens: `token` where each is in the text, `top` whether it is in the share, `columns` the numbers. */
+  tokens(variant, site) {
+    return this.once(`tokens ${variant} ${site}`, () => this.readTokens(variant, site));
+  }
+
+  async readTokens(variant, site) {
+    const [extra, text] = this.data.tokens.variants[variant][site];
+    const reader = new Reader(await unpacked(text));
+    const empty = reader.bytes.length === 0;
+    const beyond = reader.growing(extra);
+    const count = empty ? 0 : this.dense.length + extra;
+    const token = new Uint32Array(count);
+    if (!empty) token.set(this.dense);
+    token.set(beyond, count - extra);
+    const top = reader.whole(count, 1);
+    const columns = Object.fromEntries(this.fields.map((f) => [f.name, reader.rounded(count, f.step)]));
+    return { token, top, columns, place: new Map(Array.from(token, (t, i) => [t, i])) };
+  }
+
+  /** The clean run's numbers: name → one for each token of the first prompts. */
+  clean() {
+    return this.once("clean", async () => {
+      const { clean } = this.data.tokens;
+      const reader = new Reader(await unpacked(clean.values));
+      const count = clean.prompts * this.data.text.positions;
+      return clean.fields.map((field, i) => ({
+        ...field,
+        step: clean.steps[i],
+        values: reader.rounded(count, clean.steps[i]),
+      }));
+    });
+  }
+
+  /** Which components changed most on each token of a head: token → rows of [component, change], and the others' sum. */
+  components(variant, site) {
+    return this.once(`components ${variant} ${site}`, async () => {
+      const found = new Map();
+      const { step, shown, cases } = this.data.repairs.tokens[variant];
+      const [count, text] = cases[site];
+      const reader = new Reader(await unpacked(text));
+      const token = reader.growing(count);
+      const index = reader.whole(count * shown, 2);
+      const change = reader.rounded(count * shown, step);
+      const rest = reader.rounded(count, step);
+      token.forEach((t, i) => {
+        const rows = Array.from({ length: shown }, (_, j) => [index[i * shown + j], change[i * shown + j]]);
+        found.set(t, { rows: rows.filter(([, value]) => value !== 0), rest: rest[i], step });
+      });
+      return found;
+    });
+  }
+}
