@@ -35,7 +35,7 @@ from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.explorer.contents import Contents, has_tokens
-from selfrepair_nn.explorer.page import page
+from selfrepair_nn.explorer.rendering import page
 from selfrepair_nn.face import public
 from selfrepair_nn.figures import style, suiting
 from selfrepair_nn.paths import local

@@ -73,6 +73,8 @@ def test_by_hand():
         "self_repair_half_width": math.inf,
         "removed": 1,
         "top_removed": 3,
+        "share_repaired": 1,
+        "top_share_repaired": 1 / 3,
         "norm_share": 0.25,
         "worst_closure": 1e-6,
         "noise_floor": 0.01,

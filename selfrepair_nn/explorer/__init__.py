@@ -8,7 +8,7 @@ import xarray as xr
 from selfrepair_nn.analysis import remembering
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.explorer.contents import Contents
-from selfrepair_nn.explorer.page import page
+from selfrepair_nn.explorer.rendering import page
 from selfrepair_nn.explorer.serving import Server
 from selfrepair_nn.face import public
 from selfrepair_nn.figures import beside

@@ -13,6 +13,8 @@ from markupsafe import Markup
 SCRIPTS = ("data.js", "parts.js", "heads.js", "tokens.js", "pane.js")
 STYLES = ("body.css", "explorer.css", "report.css")
 
+FILES = ("page.html.j2", *SCRIPTS, *STYLES)
+
 
 def page(stores: list[Mapping[str, Any]], title: str | None = None, head: str = "", rest: str = "") -> str:
     """The page of the data of one store, or of several side by side (`contents.Contents`); of none, without explorer.
