@@ -56,7 +56,7 @@ def variants(ds):
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """opened(stores, size, scheme, at): the page in the browser, when it is ready; no error may be told, nothing loaded."""
+    """opened(stores, size, scheme, at): the page in a browser, when it is ready; it tells no error, loads nothing."""
     told, contexts = [], []
 
     def shown(stores, size=WIDE, scheme="light", at="", write=sr.view):
@@ -248,7 +248,7 @@ def test_cases_are_tiles(opened, ds):
     cases = cases.assign_coords(case=["L0H0+L1H1", "L2.mlp"], case_layer=("case", [0, 2]))
     cases = cases.assign(noise_floor=("case", [1e-6, 1e-6]))
     tab = opened(cases)
-    assert tab.locator(".cell").all_inner_texts() == ["L0H0+L1H1", "L2.mlp"]
+    assert [text.rstrip("•×") for text in tab.locator(".cell").all_inner_texts()] == ["L0H0+L1H1", "L2.mlp"]
     tab.click(".cell >> nth=0")
     tab.keyboard.press("ArrowDown")
     tab.wait_for_selector(".head h3:has-text('L2.mlp')")

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+PACKAGE = "selfrepair_nn.explorer"
 SCRIPTS = ("data.js", "parts.js", "heads.js", "tokens.js", "pane.js")
 STYLES = ("body.css", "explorer.css", "report.css")
 
 FILES = ("page.html.j2", *SCRIPTS, *STYLES)
 
 
-def page(stores: list[Mapping[str, Any]], title: str | None = None, head: str = "", rest: str = "") -> str:
+def page(stores: Sequence[Mapping[str, Any]], title: str | None = None, head: str = "", rest: str = "") -> str:
     """The page of the data of one store, or of several side by side (`contents.Contents`); of none, without explorer.
 
     `head` and `rest` are what stands before and after it, safe markup; `title` is what the browser calls the page.
@@ -42,12 +43,12 @@ def policy(style: str, script: str) -> str:
 @cache
 def environment() -> Environment:
     """Of all templates: what is not made here is escaped, whoever wrote it."""
-    return Environment(loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined)
+    return Environment(loader=PackageLoader(PACKAGE, ""), autoescape=True, undefined=StrictUndefined)
 
 
 def joined(names: Iterable[str]) -> str:
     """Files of ours, one after the other."""
-    return "\n".join((files(__package__) / name).read_text(encoding="utf-8") for name in names)
+    return "\n".join((files(PACKAGE) / name).read_text(encoding="utf-8") for name in names)
 
 
 def _hash(text: str) -> str:

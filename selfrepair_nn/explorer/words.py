@@ -19,9 +19,10 @@ def text(ds: xr.Dataset, prompts: int) -> dict[str, Any]:
 
     `places` are indices of `vocabulary` [prompt, position + 1]; `targets` and `others` [prompt, position].
     """
-    read, target, other = (_texts(ds, name, prompts) for name in ("token", "target", "other"))
-    rows = read if target is None else np.concatenate([read, target[:, -1:]], axis=1)
-    follows = target is None or (target[:, :-1] == read[:, 1:]).all()
+    read, target = (_texts(ds, name, prompts) for name in ("token", "target"))
+    other = _texts(ds, "other", prompts) if "other" in ds.variables else None
+    rows = np.concatenate([read, target[:, -1:]], axis=1)
+    follows = (target[:, :-1] == read[:, 1:]).all()
     parts = {"places": rows, "targets": None if follows else target, "others": other}
     every = np.concatenate([part.ravel() for part in parts.values() if part is not None])
     vocabulary, index = np.unique(every, return_inverse=True)
@@ -40,12 +41,10 @@ def text(ds: xr.Dataset, prompts: int) -> dict[str, Any]:
     }
 
 
-def _texts(ds: xr.Dataset, name: str, prompts: int) -> np.ndarray | None:
+def _texts(ds: xr.Dataset, name: str, prompts: int) -> np.ndarray:
     """Texts [prompt, position]; a token that has none is shown by its number."""
     if f"{name}_text" in ds.variables:
         return ds[f"{name}_text"].isel(prompt=slice(prompts)).transpose(*TOKEN).values.astype(object)
-    if name == "other" and name not in ds.variables:
-        return None
     ids = ds[name].isel(prompt=slice(prompts)).transpose(*TOKEN).values
     return np.vectorize("⟨{}⟩".format, [object])(ids)
 
