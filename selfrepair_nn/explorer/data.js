@@ -75,9 +75,9 @@ class Store {
     this.dense = Uint32Array.from({ length: within }, (_, i) => i).filter((i) => !counted || counted[i]);
   }
 
-  /** A word of the text: `word` 0 is the first token of a prompt, 1 the target of position 0. */
-  word(prompt, word) {
-    return this.data.text.vocabulary[this.words[prompt * (this.data.text.positions + 1) + word]];
+  /** A word of the text: place 0 is the first token of a prompt, 1 the target of position 0. */
+  word(prompt, place) {
+    return this.data.text.vocabulary[this.words[prompt * (this.data.text.positions + 1) + place]];
   }
 
   target(token) {

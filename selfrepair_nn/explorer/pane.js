@@ -8,7 +8,7 @@ class Pane {
     this.grid = new Grid(this);
     this.head = new Head(this);
     this.tops = new Tops(this);
-    this.text = new Text(this);
+    this.text = new Prompts(this);
     this.details = new Details(this);
     this.axes = make("div", { class: "tools axes" });
     const { name, basis, notes } = store.data;
@@ -136,9 +136,9 @@ class Page {
   }
 
   /** A choice in one store, taken by the other as well if it is to follow. */
-  each(pane, choice) {
+  each(pane, chosen) {
     const following = this.together.checked ? this.panes : [pane];
-    return Promise.all(following.map((each) => each.take(choice)));
+    return Promise.all(following.map((each) => each.take(chosen)));
   }
 
   keep() {

@@ -67,7 +67,7 @@ class Tops {
 }
 
 /** Whole prompts. What a token is coloured by belongs to its prediction from what stands before it. */
-class Text {
+class Prompts {
   constructor(pane) {
     this.pane = pane;
     this.element = make("figure", { class: "card text" });
