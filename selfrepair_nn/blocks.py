@@ -6,6 +6,7 @@ that only the tokens that are `counted`: what stands at the others is never look
 blank in what counts, and a store that lost a chunk, are a StoreError.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -414,10 +415,16 @@ def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
         here = slice(start, start + step)
         block = _whole(array.isel(prompt=here, missing_dims="ignore"), dims)
         block = block.reshape(-1, *block.shape[-2:])
-        if name == "direct_effect" or "kept_share" not in ds.attrs:
+        if name == "direct_effect" or not ("kept_share" in ds.attrs or _of_top_tokens(ds, name)):
             lost = np.isnan(_done_sums(block, done[:, here], asked[here]))
             require_known(name, np.any(lost, axis=0), start)
         yield start, block
+
+
+def _of_top_tokens(ds: xr.Dataset, name: str) -> bool:
+    """Whether a variable is kept for each head's top tokens alone, and blank elsewhere."""
+    large = name in QUANTITIES and QUANTITIES[name].large
+    return large and json.loads(ds.attrs.get("settings", "{}")).get("logprob") != "all"
 
 
 def _whole(array: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:

@@ -349,3 +349,12 @@ def test_scripts_are_whole(tmp_path):
     assert (token, top) == (found.token.tolist(), found.top.astype(int).tolist())
     np.testing.assert_allclose(values, found.columns["self_repair"])
     assert (word, target, label) == (ds.token_text.values[1, 0], ds.target_text.values[1, 1], "L2H0")
+
+
+def test_log_probability_is_shown_where_it_is_held(tmp_path):
+    """Of the top share alone: elsewhere there is none, and no page takes that for a loss."""
+    choices = {"layers": "7", "tokens": 512, "length": 64, "logprob": "top", "progress": False}
+    ds = sr.run("heads", model="tiny-neox", out=tmp_path / "x.zarr", **choices)
+    assert "top_self_repair_logprob" in json.dumps(Contents.of(ds).data())
+    assert "top_self_repair_logprob" in sr.view(ds, tmp_path / "x.html").read_text()
+    assert sr.write_report(ds, tmp_path / "r.html").exists()

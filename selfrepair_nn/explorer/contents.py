@@ -18,6 +18,7 @@ from selfrepair_nn.analysis import (
     by_variant,
     every_token,
     held,
+    outcomes_by_head,
     restored,
     throughout,
 )
@@ -80,7 +81,8 @@ class Contents:
 
     @cached_property
     def summaries(self) -> list[xr.Dataset]:
-        one = by_case if "case" in self.ds.dims else by_head
+        in_nats = "self_repair_logprob" in self.ds
+        one = by_case if "case" in self.ds.dims else outcomes_by_head if in_nats else by_head
         if len(self.axes) == 1:
             [axis] = self.axes
             both = by_variant(self.ds, self.share, one)
@@ -103,7 +105,7 @@ class Contents:
         return {
             "name": line(self.name or wording.title(first), wording.WIDTH),
             "basis": wording.basis(first),
-            "over": among(first.attrs["share"]),
+            "over": among(first.attrs["share"], first),
             "notes": self._notes(),
             "level": LEVEL,
             "axes": [{"name": line(d), "labels": [line(v) for v in self._labels(d)]} for d in self.axes],
@@ -148,7 +150,7 @@ class Contents:
     def _summed_fields(self) -> list[dict[str, str]]:
         """What there is to say of each head, with its interval."""
         first = self.summaries[0]
-        share, everywhere = among(first.attrs["share"]), throughout(first)
+        share, everywhere = among(first.attrs["share"], first), throughout(first)
         found = []
         for name in self._means:
             own = name.removeprefix("top_")
