@@ -79,9 +79,11 @@ def capped(logit, plan):
 
 def to_cpu(found):
     """A job's result, tensors by name and perhaps by layer, on the CPU."""
-    if isinstance(found, dict):
-        return {name: to_cpu(each) for name, each in found.items()}
-    return found.cpu() if isinstance(found, torch.Tensor) else found
+    return {name: _home(each) for name, each in found.items()}
+
+
+def _home(x):
+    return to_cpu(x) if isinstance(x, dict) else x.cpu() if isinstance(x, torch.Tensor) else x
 
 
 def norm_scale(x, plan):
