@@ -1,4 +1,4 @@
-"""Heads that answer to their own write, beside nulls of it: reversed, of another prompt, at random (section 5.3)."""
+"""Heads that answer to their own write, beside nulls: reversed, of another prompt, at random (section 5.3)."""
 
 import selfrepair_nn as sr
 

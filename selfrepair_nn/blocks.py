@@ -18,7 +18,7 @@ import xarray as xr
 from selfrepair_nn.choosing import along, halves, in_half, ranked_by, splits, tail_of
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.integrity import require_source
-from selfrepair_nn.quantities import QUANTITIES, SWEEP, TOKEN, asked_in
+from selfrepair_nn.quantities import IN_NATS, QUANTITIES, SWEEP, TOKEN, asked_in
 
 BLOCK = 2**22  # values held at once
 Ranked = tuple[np.ndarray, np.ndarray]  # values, tokens
@@ -160,12 +160,22 @@ def _limits(ds: xr.Dataset, done: np.ndarray, share: float, by: str, tail: str) 
     _, top = _ranked(ds, done, share, by, tail)
     limits = np.full(len(done), np.inf)
     np.minimum.at(limits, top.case, ranked_by(top.effect, tail))
-    kept = ds.attrs.get("kept_share", 1) < 1
-    if kept and (limits < ds.threshold.transpose(*sites(ds)).values.ravel()).any():
+    if ds.attrs.get("kept_share", 1) < 1 and (limits < _kept_limits(ds, by)).any():
+        remedy = "with --logprob all" if asked_in(ds) == "logprob" else "without --select top-share"
         raise UsageError(
             f"selecting on half of the documents needs tokens beyond the top {ds.attrs['kept_share']:g} that this "
-            f"store keeps: give a smaller share, such as {share / 2:g}, or run without --select top-share"
+            f"store keeps: give a smaller share, such as {share / 2:g}, or run {remedy}"
         )
+    return limits
+
+
+def _kept_limits(ds: xr.Dataset, by: str) -> np.ndarray:
+    """The least direct effect of which a store keeps all that the ablation did: [case]."""
+    if "threshold" in ds:
+        return ds.threshold.transpose(*sites(ds)).values.ravel()
+    _, top = _ranked(ds, _done(ds), ds.attrs["kept_share"], by, "top")
+    limits = np.full(np.prod([ds.sizes[d] for d in sites(ds)]), np.inf)
+    np.minimum.at(limits, top.case, top.effect)
     return limits
 
 
@@ -198,6 +208,11 @@ def _joined(parts: Sequence[Ranked]) -> Ranked:
 def require_kept(ds: xr.Dataset, share: float = 1, tail: str = "top") -> None:
     """Raise UsageError if the store does not keep so large a share of tokens at this tail; 1 means every token."""
     kept = ds.attrs.get("kept_share", 1)
+    if kept < 1 and tail != "top" and asked_in(ds) == "logprob":
+        raise UsageError(
+            f"this store keeps the log-probability of each head's top {kept:g} of tokens: for the tail {tail!r} run "
+            "with --logprob all"
+        )
     if kept < 1 and tail != "top":
         raise UsageError(
             f"this store keeps each head's top {kept:g} of tokens, and nothing was ablated on others: for the tail "
@@ -233,7 +248,7 @@ def _ranked(ds: xr.Dataset, done: np.ndarray, share: float, by: str, tail: str) 
 def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndarray, np.ndarray]:
     """The sums [case, prompt] of a variable, and its values on the entries of `top`, in float64.
 
-    What is in logits has there the sign with which each entry counts.
+    What is a part or a change of the target's logit or log-probability has there the sign with which each entry counts.
     """
     sums, chosen, asked = np.zeros(done.shape), np.empty(top.token.size), counted_tokens(ds)
     for start, values in _blocks(ds, name):
@@ -242,7 +257,8 @@ def read(ds: xr.Dataset, name: str, done: np.ndarray, top: Top) -> tuple[np.ndar
         within, picked = top.pick(start, values)
         chosen[within] = picked
     require_known(name, bool(np.isnan(chosen).any()))
-    return sums, chosen * top.sign if QUANTITIES[name].units == "logit" else chosen
+    of_target = QUANTITIES[name].units == "logit" or name in IN_NATS.values()
+    return sums, chosen * top.sign if of_target else chosen
 
 
 def values_at(ds: xr.Dataset, name: str, case: np.ndarray, token: np.ndarray) -> np.ndarray:
@@ -415,13 +431,13 @@ def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
         here = slice(start, start + step)
         block = _whole(array.isel(prompt=here, missing_dims="ignore"), dims)
         block = block.reshape(-1, *block.shape[-2:])
-        if name == "direct_effect" or not ("kept_share" in ds.attrs or _of_top_tokens(ds, name)):
+        if name == "direct_effect" or not ("kept_share" in ds.attrs or of_top_tokens(ds, name)):
             lost = np.isnan(_done_sums(block, done[:, here], asked[here]))
             require_known(name, np.any(lost, axis=0), start)
         yield start, block
 
 
-def _of_top_tokens(ds: xr.Dataset, name: str) -> bool:
+def of_top_tokens(ds: xr.Dataset, name: str) -> bool:
     """Whether a variable is kept for each head's top tokens alone, and blank elsewhere."""
     large = name in QUANTITIES and QUANTITIES[name].large
     return large and json.loads(ds.attrs.get("settings", "{}")).get("logprob") != "all"

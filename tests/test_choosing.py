@@ -228,3 +228,54 @@ def test_what_is_kept_of_the_top_alone_is_refused(ds):
         sr.choose_tokens(ds, tail="lowest")
     with pytest.raises(UsageError, match="the published means are of each head's top share, not its bottom"):
         sr.compare_paper(sr.choose_tokens(ds, tail="bottom"), "gpt2-small")
+
+
+# ---------------------------------------------------------------- of stores that keep some tokens alone
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Late heads with log-probability and components of the top share, and with log-probability of every token."""
+    folder = tmp_path_factory.mktemp("kept")
+    given = {"model": "tiny-neox", "tokens": 1024, "length": 32, "layers": "6:8", "share": 0.1, "progress": False}
+    some = sr.run("heads", logprob="top", components="top", out=folder / "top.zarr", **given)
+    return some, sr.run("heads", logprob="all", out=folder / "all.zarr", **given)
+
+
+@pytest.mark.parametrize("asked", [{"tail": "bottom"}, {"tail": "absolute"}, {"split_selection": True}])
+def test_what_is_kept_of_other_tokens_alone_is_left_out(kept, tmp_path, capsys, asked):
+    some, _ = kept
+    assert sr.plot(some, tmp_path, **asked)
+    said = capsys.readouterr().err
+    assert sr.write_report(some, tmp_path / "x.html", **asked).exists()
+    if "tail" in asked:
+        assert "leaves out outcomes" in said
+        assert "--logprob all" in said
+        with pytest.raises(UsageError, match="run with --logprob all"):
+            figures.draw("outcomes", sr.choose_tokens(some, **asked))
+
+
+def test_selecting_on_half_of_kept_log_probability(kept):
+    nats = sr.choose_tokens(sr.in_nats(kept[0]), split_selection=True)
+    with pytest.raises(UsageError, match="or run with --logprob all"):
+        sr.by_head(nats, 0.1)
+    assert np.isfinite(sr.by_head(nats, 0.02).top_self_repair).all()
+
+
+def test_outcomes_count_along_the_sign_as_their_store_in_nats(kept):
+    ds = sr.choose_tokens(kept[1], tail="absolute")
+    one, other = sr.outcomes_by_head(ds, 0.2), sr.by_head(sr.in_nats(ds), 0.2)
+    same = {"self_repair_logprob": "self_repair", "logprob_change": "logit_change", "norm_logprob": "from_norm"}
+    for name, own in same.items():
+        assert_allclose(one[f"top_{name}"], other[f"top_{own}"], atol=1e-12)
+    left = one.top_self_repair_logprob - one.top_logprob_change
+    assert_allclose(one.top_removed_logprob, left, atol=1e-12)
+    assert "largest |DE|" in one.top_self_repair_logprob.attrs["long_name"]
+
+
+def test_neurons_of_the_top_share_alone_are_drawn(tmp_path):
+    """Without the mirror, for which the other tail would have to be there."""
+    choices = {"model": "tiny-neox", "tokens": 512, "length": 32, "progress": False, "param": {"count": 2}}
+    ds = sr.run("neurons", out=tmp_path / "n.zarr", select="top-share", **choices)
+    assert sr.plot(ds, tmp_path)
+    assert np.isnan(sr.erasure_neurons(ds).mirror).all()

@@ -19,6 +19,7 @@ import selfrepair_nn as sr
 from selfrepair_nn import figures, report, text
 from selfrepair_nn.analysis import HALF_WIDTH, MEANS
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.explorer import words
 from selfrepair_nn.quantities import QUANTITIES, SWEEP
 from selfrepair_nn.recipe import find_recipe, recipe_paths
 
@@ -309,8 +310,9 @@ def analysed(ds, share):
 
 
 def page(ds):
-    """The page's numbers: without pictures, which are compared as such."""
+    """The page's numbers: without pictures, which are compared as such, and without the text, all of which is shown."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "text", lambda *_: {})
         patch.setattr(figures, "drawn", lambda *_, **__: [])
         return report.render(ds, store="s.zarr")
 

@@ -1,5 +1,7 @@
 """What only a GPU does, with the GPU left out: products in its way, results on their way, room that is measured."""
 
+from dataclasses import replace
+
 import families
 import numpy as np
 import pytest
@@ -9,10 +11,14 @@ from numpy.testing import assert_allclose
 import selfrepair_nn as sr
 from selfrepair_nn.backends import local
 from selfrepair_nn.components import Head
+from selfrepair_nn.errors import UnsupportedModel
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout import packing
 from selfrepair_nn.layout.packing import block_for
 from selfrepair_nn.layout.plan import Work
+from selfrepair_nn.layout.units import Unit
+from selfrepair_nn.models import check
+from selfrepair_nn.models.check import require
 from selfrepair_nn.models.load import wrap
 from selfrepair_nn.tracing import changes
 from selfrepair_nn.tracing.changes import dots, in_parts
@@ -211,3 +217,43 @@ def test_a_run_takes_the_units_of_its_device(monkeypatch, tmp_path):
     assert sr.run(out=tmp_path / "x.zarr", **given).attrs["prompts_per_chunk"] == 7
     monkeypatch.undo()
     assert packing.fitting_block(wrap(given["model"]), work(), 0) == work().block
+
+
+def test_a_half_of_which_nothing_is_wanted_gives_something_all_the_same():
+    model = wrap(families.build("llama-gqa"))
+    tokens = torch.as_tensor(families.random_ids(model.module, 2))
+    plan = Graph(ablate=sweep([Head(1, 0)])).plan(model.layout) | {"tokens_per_pass": 10**4}
+    wanted = np.array([[0, 5]])
+    shapes = dict.fromkeys(("logit_change",), ("case", "prompt", tokens.shape[1] - 1))
+    unit = Unit("u", ablation_job, slice(0, 2), plan, lambda p: _arrays(tokens, p), shapes, wanted=wanted)
+    first, second = (run_session(half.job, model.nn, half.arrays, half.plan) for half in unit.halves())
+    whole = run_session(unit.job, model.nn, unit.arrays, unit.plan)
+    assert_allclose(second["logit_change"][0, 0, :5], whole["logit_change"][0, 1, :5], atol=1e-10)
+    assert first["logit_change"].isfinite().any()
+
+
+def _arrays(tokens, prompts):
+    return {"tokens": tokens[prompts], "partner_tokens": tokens.roll(1, 0)[prompts]}
+
+
+# ---------------------------------------------------------------- a proof that is known
+
+
+def test_a_proof_is_known_for_the_same_state_alone(monkeypatch):
+    """For the same weights and answers, but not for another description of them; and nothing that failed is."""
+    model = wrap(families.build("gpt2"))
+    require(model, state="as it is")
+    counted = []
+    inner = check._on_random_tokens
+    monkeypatch.setattr(check, "_on_random_tokens", lambda model: counted.append(1) or inner(model))
+    require(model, state="as it is")
+    assert not counted
+    require(model)
+    require(model, state="another")
+    assert len(counted) == 2
+    parallel = replace(model.structure, parallel=True)
+    wrong = replace(model, description=replace(model.description, structure=parallel))
+    for _ in range(2):
+        with pytest.raises(UnsupportedModel):
+            require(wrong, state="as it is")
+    assert len(counted) == 4

@@ -22,6 +22,7 @@ from selfrepair_nn.models.load import wrap
 from selfrepair_nn.quantities import QUANTITIES, SWEEP
 from selfrepair_nn.running.rounds import schedule
 from selfrepair_nn.store import Store
+from selfrepair_nn.tracing.memory import Room
 from selfrepair_nn.tracing.replacements import Zero
 from selfrepair_nn.tracing.rows import Batch, batches
 from selfrepair_nn.tracing.sites import Head
@@ -144,8 +145,10 @@ def test_several_variants(asked, tmp_path):
 def test_rows_end_after_what_is_wanted_and_others_are_left_out():
     cases = [[Head(0, 0)], [Head(0, 1)], [Head(2, 0)]]
     wanted = torch.tensor([[0, 3, 10], [2, 0, 0], [0, 0, 4]])
-    plan = {"tokens_per_pass": 6, "model": {"parallel": False}, "replacement": Zero()}
-    found = batches(cases, plan, torch.arange(30).reshape(3, 10), wanted)
+    plan, room, found = {"model": {"parallel": False}, "replacement": Zero()}, Room(6), []
+    for each in batches(cases, plan, torch.arange(30).reshape(3, 10), room, torch.device("cpu"), wanted):
+        room.fits(each.tokens.numel())
+        found.append(each)
     rows = [[(i, p) for i, prompts in each.cases for p in prompts.tolist()] for each in found]
     assert rows == [[(0, 2)], [(0, 1), (1, 0)], [(2, 2)]]
     assert [each.length for each in found] == [10, 3, 4]

@@ -82,7 +82,7 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
 def _mirrored(ds: xr.Dataset, heads: xr.Dataset, share: float | None, count: int) -> Estimate:
     """The share of the tokens on which the MLP breaks most whose most breaking neuron wrote for the target."""
     n = heads.sizes["rank"]
-    if any(name not in ds for name in FALLING):
+    if any(name not in ds for name in FALLING) or ds.attrs.get("kept_share", 1) < 1:
         nothing = np.full((n, 1), np.nan)
         return Estimate(nothing[:, 0], nothing, np.zeros((n, 1)))
     _, top, rank = _top_tokens(ds, share, count, "mlp_change", "bottom")

@@ -69,7 +69,7 @@ def outcomes_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     for name, text in (named | {"removed_logprob": "log-probability that the own write takes"}).items():
         units, text = "nat", f"mean {text}"
         found[name].attrs = {"units": units, "long_name": text}
-        found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share)}"}
+        found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share, found)}"}
     return described_widths(found)
 
 

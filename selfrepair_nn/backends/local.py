@@ -33,13 +33,13 @@ def backend(
     name: str,
     model: Model,
     vocabulary: np.ndarray | None = None,
-    settled: Callable[[int], Any] = lambda tokens: None,
+    settled: Callable[[int], Any] | None = None,
 ) -> Backend:
     """The backend of that name for a model in this process: units are run in order, each when it is asked for.
 
     A GPU has the next unit to compute already when one is given. `vocabulary` are the token ids that the units will
-    measure: what is probed of the weights for them is probed once. `settled` is told how many tokens a pass has where
-    memory, measured, allows others than were asked for.
+    measure: what is probed of the weights for them is probed once. Where `settled` is given, how many tokens a pass has
+    follows on a GPU from what is measured there, and it is told the number once that is known; else from the plan.
 
     Raises:
         UsageError: no backend of that name.
@@ -58,7 +58,7 @@ class _Local:
     """A model in this process. What does not fit its memory is done in smaller pieces, and so is what follows."""
 
     def __init__(
-        self, model: Model, remote: Any, vocabulary: np.ndarray | None, settled: Callable[[int], Any]
+        self, model: Model, remote: Any, vocabulary: np.ndarray | None, settled: Callable[[int], Any] | None
     ) -> None:
         self._model, self._remote, self._vocabulary, self._settled = model, remote, vocabulary, settled
         self._room: Any = None
@@ -118,14 +118,14 @@ class _Local:
             return
         if self._room is None:
             alone = len(self._model.devices) == 1 and self._model.device.startswith("cuda")
-            self._room = Room(asked, MOST["cuda"] if alone else 0)
-        tokens, refused = self._room.tokens, self._room.refused
+            self._room = Room(asked, MOST["cuda"] if alone and self._settled else 0)
+        known, refused = (self._room.tokens, self._room.measured), self._room.refused
         try:
             yield plan | {"room": self._room}
         finally:
             if self._room.refused > refused:
                 tell(f"out of memory: going on with {self._room.tokens} tokens in a pass")
-            if self._room.tokens != tokens:
+            if self._settled and (self._room.tokens, self._room.measured) != known:
                 self._settled(self._room.tokens)
 
     def _weights(self) -> Any:

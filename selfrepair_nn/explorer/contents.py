@@ -22,6 +22,7 @@ from selfrepair_nn.analysis import (
     restored,
     throughout,
 )
+from selfrepair_nn.choosing import splits, tail_of
 from selfrepair_nn.confidence import LEVEL
 from selfrepair_nn.equations import PARTS
 from selfrepair_nn.errors import UsageError
@@ -81,8 +82,7 @@ class Contents:
 
     @cached_property
     def summaries(self) -> list[xr.Dataset]:
-        in_nats = "self_repair_logprob" in self.ds
-        one = by_case if "case" in self.ds.dims else outcomes_by_head if in_nats else by_head
+        one = by_case if "case" in self.ds.dims else outcomes_by_head if self._in_nats else by_head
         if len(self.axes) == 1:
             [axis] = self.axes
             both = by_variant(self.ds, self.share, one)
@@ -92,6 +92,12 @@ class Contents:
         if not (found[0].tokens > 0).any():
             raise UsageError(f"{wording.title(found[0])!r} has nothing done yet: there is nothing to look at")
         return found
+
+    @property
+    def _in_nats(self) -> bool:
+        """Whether log-probability is held of the tokens that are looked at."""
+        usual = tail_of(self.ds) == "top" and not splits(self.ds)
+        return "self_repair_logprob" in self.ds and (usual or not blocks.of_top_tokens(self.ds, "self_repair_logprob"))
 
     @cached_property
     def entries(self) -> Entries:

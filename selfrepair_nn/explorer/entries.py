@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn import blocks
+from selfrepair_nn.choosing import ranked_by, tail_of
 from selfrepair_nn.explorer.packing import FINE, levels, packed, plain, rounded, step_for
 from selfrepair_nn.quantities import TOKEN, WIDE
 
@@ -77,7 +78,7 @@ class Entries:
         """The tokens of each case's share that are shown."""
         _, top = blocks.direct_effects(self.ds, self.done, self.share)
         top = top.of(top.token < self.texts * self.ds.sizes["position"])
-        return _first_of_each(top, CHOSEN // self._each)
+        return _first_of_each(top, CHOSEN // self._each, tail_of(self.ds))
 
     @cached_property
     def dense(self) -> np.ndarray:
@@ -136,6 +137,7 @@ def clean(ds: xr.Dataset, texts: int) -> dict:
     names, n_positions = clean_fields_of(ds), ds.sizes["position"]
     prompts = min(texts, max(1, CLEAN // max(1, len(names) * n_positions)))
     done = ds.done.transpose("prompt", ...).values.reshape(ds.sizes["prompt"], -1).any(1)[:prompts, None]
+    done = done & blocks.counted_tokens(ds)[:prompts]
     values = {n: ds[n].isel(prompt=slice(prompts)).transpose(*TOKEN).values.astype(float) for n in names}
     values = {n: np.where(done, v, np.nan) for n, v in values.items()}
     steps = {n: step_for(v, FINE) for n, v in values.items()}
@@ -143,8 +145,8 @@ def clean(ds: xr.Dataset, texts: int) -> dict:
     return {"prompts": prompts, "steps": [steps[n] for n in names], "values": packed(*columns)}
 
 
-def _first_of_each(top: blocks.Top, count: int) -> blocks.Top:
-    """The `count` highest direct effects of each case."""
-    order = np.lexsort((-top.effect, top.case))
+def _first_of_each(top: blocks.Top, count: int, tail: str) -> blocks.Top:
+    """The `count` first at the tail of each case."""
+    order = np.lexsort((-ranked_by(top.effect, tail), top.case))
     start = np.searchsorted(top.case[order], top.case[order])
     return top.of(np.sort(order[np.arange(order.size) - start < max(1, count)]))

@@ -9,6 +9,7 @@ import xarray as xr
 from selfrepair_nn import blocks
 from selfrepair_nn.analysis import who_repairs
 from selfrepair_nn.case_sites import sites_of
+from selfrepair_nn.choosing import ranked_by, tail_of
 from selfrepair_nn.components import Attention, Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.explorer.packing import levels, packed, plain, rounded, significant, step_for
@@ -28,7 +29,7 @@ def repairs(
     if "component_change" not in first:
         return None
     share, count = summaries[0].attrs["share"], TOKENS // (len(variants) * 2 * SHOWN)
-    chosen = _shared_out(top, count)
+    chosen = _shared_out(top, count, tail_of(first))
     return {
         "labels": [line(c) for c in first.component.values],
         "layers": first.component_layer.values.tolist(),
@@ -107,9 +108,9 @@ def _is(site: Any, labels: np.ndarray, layer: np.ndarray, head: np.ndarray) -> n
     return labels == getattr(site, "label", "")
 
 
-def _shared_out(top: blocks.Top, count: int) -> blocks.Top:
-    """At most `count` of the entries, as many of each case: the highest direct effects."""
+def _shared_out(top: blocks.Top, count: int, tail: str) -> blocks.Top:
+    """At most `count` of the entries, as many of each case: the first at the tail."""
     cases = max(1, np.unique(top.case).size)
-    order = np.lexsort((-top.effect, top.case))
+    order = np.lexsort((-ranked_by(top.effect, tail), top.case))
     rank = np.arange(order.size) - np.searchsorted(top.case[order], top.case[order])
     return top.of(np.sort(order[rank < max(1, count // cases)]))

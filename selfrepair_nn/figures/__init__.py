@@ -16,7 +16,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import held, in_nats, remembering
-from selfrepair_nn.choosing import viewed
+from selfrepair_nn.choosing import splits, tail_of, viewed
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.face import public
@@ -237,14 +237,23 @@ def drawn(
 ) -> Iterator[tuple[Drawing, Figure]]:
     """Figures, and what each draws, by default of all that the datasets are `suited` to.
 
-    Stores are summarised once for all. Errors as in `draw`.
+    Stores are summarised once for all. Errors as in `draw`; of all that they are suited to, those are left out, and
+    told, that cannot be of the tokens that were chosen.
     """
     stores, share = named(datasets), share_of(datasets, share)
     wanted = require_figures(suited(stores, recipe) if names is None else names, recipe)
     plain = all(map(suiting.grid, stores.values()))
     found = summaries(stores, share) if plain and any(each.of_summary for each in wanted) else stores
+    other = names is None and any(tail_of(ds) != "top" or splits(ds) for ds in stores.values())
     for each in wanted:
-        yield each, draw(each, found if each.of_summary else stores, share=share, recipe=recipe)
+        try:
+            figure = draw(each, found if each.of_summary else stores, share=share, recipe=recipe)
+        except UsageError as error:
+            if not other:
+                raise
+            tell(f"leaves out {each.name}: {error}")
+        else:
+            yield each, figure
 
 
 @public

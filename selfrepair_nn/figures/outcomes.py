@@ -50,7 +50,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         _one_scale(row[:ALIKE])
         for axes, shown in zip(row, PANELS.values(), strict=True):
             _write_legend(axes, len(shown))
-    style.heading(figure, found, f"{style.title_of(found)}: means on {among(share)}")
+    style.heading(figure, found, f"{style.title_of(found)}: means on {among(share, *found.values())}")
     style.caption(figure, found, [*style.captions(found, of="top_self_repair_logprob"), *READING])
     return figure
 

@@ -57,6 +57,8 @@ class Unit:
             found["counted"] = torch.from_numpy(self.counted[self.prompts].copy())
         if self.wanted is not None:
             found["wanted"] = torch.from_numpy(self.wanted[:, self.prompts].copy())
+            if not found["wanted"].any():  # a half of which nothing is wanted: a job gives something all the same
+                found["wanted"][0, 0] = 1
         return found
 
     def halves(self) -> tuple["Unit", ...]:

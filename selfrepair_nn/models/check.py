@@ -4,6 +4,7 @@ What it is compared with is computed by plain hooks on the module as it was hand
 forward passes, behind everything that follows the unembedding.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +19,8 @@ from selfrepair_nn.models.plain import LOGITS, drawn_tokens, own_logits, whole_p
 
 ROWS = 1024
 MOST = 0.9
-_found: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
-"""What was found on random tokens of each model of this process, by the state that it was in."""
+_proven: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""What was found on random tokens of each model of this process where all passed, by the state that it was in."""
 
 BY_TWO_WAYS = "an ablation from its own layer on equals the whole pass"
 
@@ -38,13 +39,19 @@ class Finding:
 
 
 def findings(model: Model, tokens=None, state: str | None = None) -> list[Finding]:
-    """What `models.load.check` tells, of a model that is here; what was found of it in the same `state` is known."""
+    """What `models.load.check` tells, of a model that is here; what was proven of it in the same `state` is known."""
+    state = None if state is None else json.dumps([state, model.layout, model.dtype, model.device])
     with evaluating(model):
-        known = _found.setdefault(model.given, {})
-        logits, errors = known.get(state or "") or _on_random_tokens(model)
-        if state is not None:
-            known[state] = logits, errors
-        errors = errors | _on_whole_prompts(model, drawn_tokens(model) if tokens is None else tokens)
+        known = _proven.setdefault(model.given, {})
+        on_random = known.get(state or "") or _on_random_tokens(model)
+        on_prompts = _on_whole_prompts(model, drawn_tokens(model) if tokens is None else tokens)
+    found = _compared(model, *on_random)
+    if state is not None and all(each.passed for each in found):
+        known[state] = on_random
+    return found + _compared(model, on_random[0], on_prompts)
+
+
+def _compared(model, logits, errors) -> list[Finding]:
     spread, limit, parts = _spread(logits), TOLERANCE[model.dtype], {BY_TWO_WAYS: _part(model)}
     return [
         Finding(name, _worst(error, parts.get(name, 1.0)) / spread, limit) for name, error in errors.items()

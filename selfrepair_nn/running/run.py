@@ -255,8 +255,7 @@ def _packed(store: Store, experiment: Experiment, model: Model, processes: int) 
 
 def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
     if not experiment.options.served:
-        settled = (lambda tokens: None) if experiment.options.part else _keeping_tokens(store)
-        return backend(experiment.options.backend, model, experiment.vocabulary, settled)
+        return backend(experiment.options.backend, model, experiment.vocabulary, _measuring(store, experiment))
     from selfrepair_nn.backends.ndif.served import connected
 
     jobs, facts = connected(experiment.options, model, _ledger(store))
@@ -270,8 +269,12 @@ def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
     return jobs
 
 
-def _keeping_tokens(store: Store) -> Callable[[int], None]:
-    return lambda tokens: store.annotate(tokens_per_pass=tokens)
+def _measuring(store: Store, experiment: Experiment) -> Callable[[int], None] | None:
+    """What keeps how many tokens a pass was found to have; None where that is known, chosen or several share."""
+    o = experiment.options
+    if o.tokens_per_pass or o.part or o.workers > 1 or "tokens_measured" in store.attributes:
+        return None
+    return lambda tokens: store.annotate(tokens_per_pass=tokens, tokens_measured=1)
 
 
 def _ledger(store: Store) -> Ledger:
