@@ -1,5 +1,7 @@
 """Which of a head's tokens a statistic is over, said once, on the dataset: which tail, and where it is selected."""
 
+import json
+
 import numpy as np
 import xarray as xr
 
@@ -87,8 +89,12 @@ def in_half(ds: xr.Dataset) -> np.ndarray:
     n, half = ds.sizes["prompt"], half_of(ds)
     if half == "whole":
         return np.ones(n, bool)
-    document = ds.document.values if "document" in ds.variables else np.zeros(n, int)
-    return selecting_half(document) == (half == "selecting")
+    if "selecting_prompts" in ds.attrs:  # heads were found on these, whatever is left of the run
+        selecting = np.isin(ds.prompt.values, json.loads(str(ds.attrs["selecting_prompts"])))
+    else:
+        document = ds.document.values if "document" in ds.variables else np.zeros(n, int)
+        selecting = selecting_half(document)
+    return selecting == (half == "selecting")
 
 
 def half_of(ds: xr.Dataset) -> str:

@@ -14,7 +14,7 @@ from test_tasks import Words
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
-from selfrepair_nn.choosing import selecting_half
+from selfrepair_nn.choosing import in_half, selecting_half
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, sweep
 
@@ -137,6 +137,8 @@ def test_found_on_half_and_reported_on_the_rest(wrapped, tmp_path):
     selects = selecting_half(ds.document.values)
     assert 8 <= selects.sum() <= 16
     assert ds.attrs["found_on"] == "half"
+    some = [20, 3, 11, 5, 17]  # of a part of the run, too, what selected is not reported
+    assert in_half(ds.isel(prompt=some)).tolist() == (~selects[some]).tolist()
     heads = [i for i, kind in enumerate(clean.kinds) if kind == "head"]
     last = clean.effects[:, -1, heads].numpy()
     order = np.argsort(-last[selects].mean(0), kind="stable")

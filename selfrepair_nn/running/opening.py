@@ -7,6 +7,7 @@ import numpy as np
 
 from selfrepair_nn import provenance
 from selfrepair_nn.case_sites import read as case_sites
+from selfrepair_nn.choosing import selecting_half
 from selfrepair_nn.components import Head, Mlp
 from selfrepair_nn.door import require_same
 from selfrepair_nn.equations import TOLERANCE
@@ -87,7 +88,9 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         {} if experiment.graph.neurons is None else {"recorded_mlp": Mlp(experiment.graph.neurons).label}
     )
     recorded |= {"kept_share": experiment.share} if experiment.selective else {}
-    recorded |= {"found_on": "half"} if experiment.asked[0].found_on == "half" else {}
+    if experiment.asked[0].found_on == "half":
+        selecting = experiment.order[selecting_half(experiment.prompts.document)]
+        recorded |= {"found_on": "half", "selecting_prompts": selecting.tolist()}
     return recorded | {
         "title": f"{experiment.recipe.name} of {experiment.description.source.name}",
         "recipe": experiment.recipe.name,
