@@ -197,5 +197,6 @@ def described(array: xr.DataArray, step: float | None = None) -> dict[str, Any]:
 
 
 def has_tokens(ds: xr.Dataset) -> bool:
-    """Whether a dataset is a store, and not a summary of one."""
-    return "self_repair" in ds and "position" in ds.dims
+    """Whether a dataset is a store with its tokens, and not a summary of one."""
+    named = all({name, f"{name}_text"} & {*ds.variables} for name in ("token", "target"))
+    return "self_repair" in ds and "position" in ds.dims and named
