@@ -6,7 +6,7 @@ QUICK = equations components units engine recipe norm public types versions cli 
 QUICK_ONLY = not slow and not served
 ONE_FAMILY = not test_engine or gpt2
 
-BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview)
+BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls)
 
 .PHONY: demo check test lint test-alone test-beside env server bench clean
 
