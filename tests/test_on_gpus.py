@@ -145,6 +145,16 @@ def test_room_is_found_between_what_fitted_and_what_did_not():
     assert room.tokens == 100
 
 
+def test_room_goes_up_again_to_what_may_fit():
+    """One pass that was far too large does not make all later ones small."""
+    room, limit, tried = Room(1000), 900, []
+    for _ in range(6):
+        tried.append(room.tokens)
+        room.fits(tried[-1]) if tried[-1] <= limit else room.too_small(tried[-1])
+    assert tried == [1000, 500, 750, 875, 875, 875]
+    assert (room.known, room.refused) == (875, 1)
+
+
 def test_room_follows_from_what_a_large_pass_takes():
     room = Room(1000, most=5000)
     room.measure(100, used=10, free=1000)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -346,8 +345,8 @@ ERRORS = [
 @pytest.mark.parametrize(
     ("room", "said", "more"),
     [
-        (60, "going on with ([3-5][0-9]|60) tokens in a pass", {}),
-        (60, "going on with ([3-5][0-9]|60) tokens in a pass", {"ablation": "mean"}),
+        (60, "going on with 32 tokens in a pass", {}),
+        (60, "going on with 32 tokens in a pass", {"ablation": "mean"}),
         (14, "in two halves", {}),
         (14, "in two halves", {"select": "top-share"}),
         (14, "in two halves", {"logprob": "top", "share": 0.3}),
@@ -361,7 +360,7 @@ def test_what_does_not_fit_is_done_in_smaller_pieces(tmp_path, capfd, error, roo
     sr.run(out=tmp_path / "a.zarr", **given)
     with little_memory(module.model, room, error):
         sr.run(out=tmp_path / "b.zarr", **given)
-    assert re.search(said, capfd.readouterr().err)
+    assert said in capfd.readouterr().err
     one, other = (sr.open_store(tmp_path / name).load() for name in ("a.zarr", "b.zarr"))
     for name in one.data_vars:
         assert np.allclose(one[name], other[name], atol=1e-9, equal_nan=True), name

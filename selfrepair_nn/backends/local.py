@@ -119,14 +119,14 @@ class _Local:
         if self._room is None:
             alone = len(self._model.devices) == 1 and self._model.device.startswith("cuda")
             self._room = Room(asked, MOST["cuda"] if alone and self._settled else 0)
-        known, refused = (self._room.tokens, self._room.measured), self._room.refused
+        known, refused = (self._room.known, self._room.measured), self._room.refused
         try:
             yield plan | {"room": self._room}
         finally:
             if self._room.refused > refused:
-                tell(f"out of memory: going on with {self._room.tokens} tokens in a pass")
-            if self._settled and (self._room.tokens, self._room.measured) != known:
-                self._settled(self._room.tokens)
+                tell(f"out of memory: going on with {self._room.known} tokens in a pass")
+            if self._settled and (self._room.known, self._room.measured) != known:
+                self._settled(self._room.known)
 
     def _weights(self) -> Any:
         """What earlier units found of the weights."""

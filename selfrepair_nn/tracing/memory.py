@@ -8,27 +8,42 @@ FULL = 0.85
 """How much of a GPU's memory passes may fill, where it is measured what they take: pieces of it lie idle between."""
 
 
+CLOSE = 1.125
+"""So much larger a pass is worth being tried, though it may not fit."""
+
+
 class Room(Bundle):
     """How many tokens a pass may have. `most` is what more than that never pays; `measured` whether it is known.
 
-    `fitted` is the largest pass that was computed, `refused` how many were too large.
+    `fitted` is the largest pass that was computed, `failed` the smallest that was too large, if any since; `refused`
+    says how many were.
     """
 
     tokens: int
     most: int = 0
     fitted: int = 0
+    failed: int = 0
     measured: bool = False
     refused: int = 0
 
     def fits(self, tokens):
-        """A pass of so many was computed."""
+        """A pass of so many was computed: after one that was not, half way to that, as long as it is far."""
         self.fitted = max(self.fitted, tokens)
+        if self.failed:
+            middle = (self.fitted + self.failed) // 2
+            self.tokens = middle if middle > CLOSE * self.fitted else self.fitted
 
     def too_small(self, tokens):
         """A pass of so many did not fit: half way to the largest that did, or half of it."""
         if self.fitted >= tokens:  # something else has taken the memory since
             self.fitted = 0
-        self.tokens, self.refused = (self.fitted + tokens) // 2, self.refused + 1
+        self.failed, self.refused = tokens, self.refused + 1
+        self.tokens = (self.fitted + tokens) // 2
+
+    @property
+    def known(self):
+        """How many tokens a pass is known to have room for, or is asked to have."""
+        return self.fitted if self.failed and self.fitted else self.tokens
 
     def measure(self, tokens, used, free):
         """A pass of so many tokens took `used` bytes, of `free` that there were: a large one tells it for all."""
