@@ -23,7 +23,7 @@ from selfrepair_nn.models.load import wrap
 from selfrepair_nn.tracing import changes
 from selfrepair_nn.tracing.changes import dots, in_parts
 from selfrepair_nn.tracing.jobs import ablation_job
-from selfrepair_nn.tracing.memory import Room
+from selfrepair_nn.tracing.memory import Measured, Room
 from selfrepair_nn.tracing.session import run_session
 
 # ---------------------------------------------------------------- products
@@ -156,7 +156,7 @@ def test_room_goes_up_again_to_what_may_fit():
 
 
 def test_room_follows_from_what_a_large_pass_takes():
-    room = Room(1000, most=5000)
+    room = Measured(1000, 5000)
     room.measure(100, used=10, free=1000)
     assert room.tokens == 1000  # too small to tell
     room.measure(900, used=9000, free=20_000)

@@ -110,7 +110,7 @@ class _Local:
     @contextmanager
     def _told_what_fits(self, plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The plan, with how many tokens a pass may have as earlier units showed; and what this one shows, told."""
-        from selfrepair_nn.tracing.memory import Room
+        from selfrepair_nn.tracing.memory import Measured, Room
 
         asked = plan.get("tokens_per_pass")
         if asked is None:
@@ -118,7 +118,7 @@ class _Local:
             return
         if self._room is None:
             alone = len(self._model.devices) == 1 and self._model.device.startswith("cuda")
-            self._room = Room(asked, MOST["cuda"] if alone and self._settled else 0)
+            self._room = Measured(asked, MOST["cuda"]) if alone and self._settled else Room(asked)
         known, refused = (self._room.known, self._room.measured), self._room.refused
         try:
             yield plan | {"room": self._room}

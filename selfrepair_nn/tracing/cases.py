@@ -2,12 +2,16 @@
 
 import torch
 
+from selfrepair_nn.tracing.attention import AttentionPaid
 from selfrepair_nn.tracing.clean import clean_pass
+from selfrepair_nn.tracing.neurons import NeuronReadings
 from selfrepair_nn.tracing.objects import Bundle
+from selfrepair_nn.tracing.outcomes import Outcomes
 from selfrepair_nn.tracing.readouts import total
 from selfrepair_nn.tracing.replacements import replacement_of
 from selfrepair_nn.tracing.routing import routing_needs
 from selfrepair_nn.tracing.sites import site_of
+from selfrepair_nn.tracing.terms import Terms
 
 
 class Block(Bundle):
@@ -52,11 +56,17 @@ class Prepared(Bundle):
 
 
 def realised(plan):
-    """The plan with its sites and its replacement as objects, before it travels: no class goes with it but theirs."""
+    """The plan with its sites, its replacement and what else it asks for as objects: no other code travels with it."""
     if "cases" not in plan:
         return plan
     cases = [[site_of(entry) for entry in case] for case in plan["cases"]]
-    return plan | {"cases": cases, "replacement": replacement_of(plan["replacement"])}
+    asked = {
+        "readings": None if plan["neurons"] is None else NeuronReadings(),
+        "terms": Terms() if plan["record"] == "full" else None,
+        "outcomes": Outcomes() if "logprob" in plan["gives"] else None,
+        "attention": AttentionPaid(plan["attention"]) if plan["attention"] else None,
+    }
+    return plan | {"cases": cases, "replacement": replacement_of(plan["replacement"])} | asked
 
 
 def begins(case, plan):

@@ -4,7 +4,7 @@ import torch
 from nnsight import save
 
 from selfrepair_nn.tracing.places import like_rows, part, place, skip, written
-from selfrepair_nn.tracing.readouts import norm_scale, per_head, values_in, widen
+from selfrepair_nn.tracing.readouts import norm_scale
 from selfrepair_nn.tracing.routing import routing
 
 
@@ -98,65 +98,12 @@ READS = (
 """In the order in which a layer runs: nnsight reads only forwards."""
 
 
-def embeddings(model, plan, tokens):
-    """What the token embedding, and the position embedding where there is one, write: [prompt, position, d_model].
-
-    Without one the stream that enters the first layer is the token embedding, multiplied or normed as the model does.
-    """
-    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
-        found = save([])
-        if plan["model"]["position_embedding"]:
-            found.append(place(model, plan, "token_embedding").output)
-            found.append(place(model, plan, "position_embedding").output.expand_as(found[0]))
-        else:
-            found.append(place(model, plan, "layers")[0].input)
-    return found
-
-
 def layer_on(model, plan, tokens, layer, residual):
     """What a layer makes of any residual stream that enters it: [prompt, position, d_model]."""
     with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
         take_up(model, plan, layer, residual)
         made = save([written(place(model, plan, "layers")[layer])])
     return made[0]
-
-
-def attention_paid(model, plan, tokens, clean, layers, distances):
-    """How much attention each head pays to the token `distance` back: {layer: [prompt, position, heads, distance]}.
-
-    No attention weights are read, which not every implementation computes. In a pass whose values are replaced by
-    indicators of their positions, z is the attention; then the clean z goes on. As many positions as a head is wide
-    are told apart in one pass. Where there is no token so far back it is 0.
-    """
-    width, count = plan["model"]["d_head"], tokens.shape[1]
-    back = torch.arange(count)[:, None] - torch.tensor(distances)
-    paid = dict.fromkeys(layers, 0)
-    for start in range(0, count, width):
-        z = _indicated(model, plan, tokens, clean, layers, start)
-        inside = (back >= start) & (back < start + width)
-        where = (back - start).clamp(0, width - 1)
-        for layer in layers:
-            heads = widen(per_head(z[layer], plan))
-            index = where.to(heads.device)[None, :, None].expand(*heads.shape[:3], len(distances))
-            paid[layer] = paid[layer] + heads.gather(-1, index) * inside.to(heads.device)[None, :, None]
-    return paid
-
-
-def _indicated(model, plan, tokens, clean, layers, start):
-    """z of each layer where the value at position start + i is the unit vector i, and 0 elsewhere."""
-    width = plan["model"]["d_head"]
-    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
-        kept = save({})
-        for layer in layers:
-            values = values_in(part(model, plan, layer, "value").output, plan)
-            code = torch.zeros(tokens.shape[1], width, dtype=values.dtype, device=values.device)
-            stop = min(start + width, tokens.shape[1])
-            code[range(start, stop), range(stop - start)] = 1
-            values[:] = code[None, :, None]
-            z = part(model, plan, layer, "output_projection").input
-            kept[layer] = z.clone()
-            z[:] = clean["z"][layer]
-    return kept
 
 
 def take_up(model, plan, start, residual):

@@ -7,7 +7,6 @@ from selfrepair_nn.tracing.readouts import (
     behind_norm,
     capped,
     norm_scale,
-    per_head,
     product,
     total,
     widen,
@@ -49,11 +48,8 @@ def clean_readout(block):
         state["raw_logit"] = state["raw_effects"] + probed["raw_constant"]
     if "routing" in plan["gives"]:
         state["routing"] = experts_used(each["experts"] for each in clean["routing"].values())
-    if plan["neurons"] is not None:
-        layer = plan["neurons"]
-        neurons = widen(clean["neurons"][layer])
-        state["neuron_effects"] = block.home(neurons * probed["neuron_pullback"][layer]) / scale[..., None]
-        state["mlp_direct_effect"] = block.home(along(clean["mlp"][layer], probed["given_direction"])) / scale
+    if plan["readings"]:
+        state |= plan["readings"].clean(block, scale)
     return state
 
 
@@ -109,10 +105,10 @@ def ablated_readout(changes, batch, block, state):
     ]
     if inserted:
         out["inserted_direct_effect"] = torch.cat(inserted) / scale
-    if plan["record"] == "full":
-        out["component_change"] = _component_changes(changes, batch, effects, scale, state, plan)
-    if plan["neurons"] is not None:
-        out |= _neuron_changes(changes, batch, effects, scale, state, plan)
+    if plan["terms"]:
+        out["component_change"] = plan["terms"].changes(changes, batch, effects, scale, state, plan)
+    if plan["readings"]:
+        out |= plan["readings"].changes(changes, batch, effects, scale, state, plan)
     return out
 
 
@@ -172,102 +168,6 @@ def _without_own(changes, effects, batch, part):
     return changes
 
 
-def _component_changes(changes, batch, effects, scale, state, plan):
-    """Every component's change of direct effect: [row, position, component]."""
-    index = _component_index(plan)
-    out = scale.new_zeros(*scale.shape, len(index))
-    for layer, x in changes["heads"].items():
-        first = index["head", layer, 0]
-        out[..., first : first + x.shape[-1]] = x / scale[..., None]
-    for kind in ("mixer", "mlp"):
-        for layer, x in changes[f"{kind}s"].items():
-            out[..., index[kind, layer]] = x / scale
-    for (rows, case, prompts), own in zip(batch.each(), effects, strict=True):
-        for site, pair in own.items():
-            if not case.edits[site].seen:
-                where, change = site.component_changes(index, pair, _clean_of(batch, prompts, state))
-                out[rows, :, where] += change
-    return out
-
-
-def _clean_of(batch, prompts, state):
+def clean_of(batch, prompts, state):
     """A function that gives what is known of the clean run, by name, for a case's rows."""
     return lambda name: batch.of(state[name], prompts)
-
-
-def _component_index(plan):
-    """Where each component stands, in the order of components.components."""
-    names = [("embed", None), *([("pos_embed", None)] if plan["model"]["position_embedding"] else [])]
-    for layer in range(plan["model"]["n_layers"]):
-        if layer in plan["model"]["headless"]:
-            names.append(("mixer", layer))
-        else:
-            names += [("head", layer, head) for head in range(plan["model"]["n_heads"])]
-            names += [("attention_bias", layer)] if plan["attention_bias"] else []
-        names.append(("mlp", layer))
-    return {name: index for index, name in enumerate(names)}
-
-
-def component_effects(embedded, block, scale):
-    """Direct effect of every component, clean: [prompt, position, component]; `embedded` is what `embeddings` gives."""
-    plan, clean, probed, direction = block.plan, block.clean, block.probed, block.probed["direction"]
-    effects = [along(x, direction) for x in embedded]
-    for layer in range(plan["model"]["n_layers"]):
-        if layer in plan["model"]["headless"]:
-            effects.append(along(clean["mixer"][layer], probed["given_direction"]))
-        else:
-            effects += _attention_effects(block, layer)
-        effects.append(along(clean["mlp"][layer], probed["given_direction"]))
-    return torch.stack([block.home(x) for x in effects], -1) / scale[..., None]
-
-
-def _attention_effects(block, layer):
-    """⟨x, d_t⟩ of each head of a layer and, where it is a component, of the attention's output bias."""
-    plan, clean, probed = block.plan, block.clean, block.probed
-    z = per_head(widen(clean["z"][layer]), plan) - probed["value_constant"][layer]
-    through = per_head(probed["pullback"][layer], plan)
-    effects = [*(z * through).sum(-1).unbind(-1)]
-    if plan["attention_bias"]:
-        constant = (probed["value_constant"][layer] * through).sum((-1, -2))
-        given = behind_norm(probed["given_direction"], probed, clean, layer)
-        effects.append(along(probed["output_bias"][layer], given) + constant)
-    return effects
-
-
-def _neuron_changes(changes, batch, effects, scale, state, plan):
-    """What the recorded MLP and its neurons changed; the most repairing neurons of each token by name.
-
-    Where the pass begins above them, only what the case itself ablates of them changed.
-    """
-    layer, clean = plan["neurons"], batch.of(state["neuron_effects"])
-    if layer in changes["mlps"]:
-        change, whole = changes["neurons"] / scale[..., None], changes["mlps"][layer] / scale
-    else:
-        change, whole = _own_neuron_changes(layer, batch, effects, state, clean)
-    most, which = change.topk(min(plan["ranks"], change.shape[-1]))
-    found = {
-        "mlp_change": whole,
-        "top_neuron": which,
-        "top_neuron_change": most,
-        "top_neuron_direct_effect": clean.gather(-1, which),
-        "neuron_change": change,
-        "neuron_direct_effect": clean,
-    }
-    if "falling_neuron" in plan["gives"]:
-        least, falling = change.min(-1)
-        before = clean.gather(-1, falling[..., None])[..., 0]
-        found |= {"falling_neuron": falling, "falling_neuron_change": least, "falling_neuron_direct_effect": before}
-    return found
-
-
-def _own_neuron_changes(layer, batch, effects, state, clean):
-    """The cases' own changes of a layer's neurons and of its MLP: [row, position, neuron], [row, position]."""
-    change, whole = torch.zeros_like(clean), clean.new_zeros(clean.shape[:-1])
-    for (rows, _, prompts), own in zip(batch.each(), effects, strict=True):
-        for site, pair in own.items():
-            found = site.neuron_changes(layer, pair, _clean_of(batch, prompts, state))
-            if found is not None:
-                which, of_neurons, of_mlp = found
-                change[rows, :, which] += of_neurons
-                whole[rows] += of_mlp
-    return change, whole

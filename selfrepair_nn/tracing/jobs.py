@@ -23,16 +23,14 @@ reaches their case's, in order.
 import torch
 
 from selfrepair_nn.tracing.cases import Block, clean_effects, needs, prepare, read_out, sources
-from selfrepair_nn.tracing.clean import attention_paid, clean_pass, embeddings
+from selfrepair_nn.tracing.clean import clean_pass
 from selfrepair_nn.tracing.decompose import (
     ablated_readout,
     clean_readout,
-    component_effects,
     neuron_pullback,
     pullback,
 )
-from selfrepair_nn.tracing.memory import Room, Watch, out_of_memory
-from selfrepair_nn.tracing.outcomes import ablated_outcomes, clean_outcomes
+from selfrepair_nn.tracing.memory import Room, out_of_memory
 from selfrepair_nn.tracing.passes import ablated_pass
 from selfrepair_nn.tracing.probes import measured_tokens, probe
 from selfrepair_nn.tracing.readouts import norm_scale, sent, widen
@@ -45,11 +43,10 @@ def ablation_job(model, arrays, plan, tick=None, known=None):
     tokens, cases = arrays["tokens"], plan["cases"]
     block, room = _block(model, plan, arrays, cases, known), plan.get("room") or Room(plan["tokens_per_pass"])
     state = clean_readout(block)
-    if plan["record"] == "full":
-        embedded = embeddings(model, plan, tokens)
-        state["component_effects"] = component_effects(embedded, block, state["norm_scale"])
-    if "logprob" in plan["gives"]:
-        state |= clean_outcomes(block, state["norm_scale"])
+    if plan["terms"]:
+        state["component_effects"] = plan["terms"].effects(block, state["norm_scale"])
+    if plan["outcomes"]:
+        state |= plan["outcomes"].clean(block, state["norm_scale"])
     found, start, ready = [], None, {}
     for batch in batches(cases, plan, tokens, room, state["norm_scale"].device, arrays.get("wanted")):
         if start != batch.start:
@@ -62,7 +59,7 @@ def ablation_job(model, arrays, plan, tick=None, known=None):
     out = _with_next(_of_clean_run(state, block.probed, plan), tokens)
     out |= gathered(found, len(tokens), tokens.shape[1] - 1, len(cases))
     if plan["attention"]:
-        out["attention"] = _attention(block, cases)
+        out["attention"] = plan["attention"].paid(block, cases)
     return out
 
 
@@ -73,16 +70,10 @@ def _tried(block, batch, state, ready, room):
     """
     size = batch.tokens.numel()
     try:
-        with Watch(state["norm_scale"].device if room.most and not room.measured else None) as watch:
-            results = _results(block, batch, state, ready)
+        return room.given(lambda: _results(block, batch, state, ready), size, state["norm_scale"].device)
     except Exception as error:
         if not out_of_memory(error) or len(batch.prompts) == 1:
             raise
-    else:
-        room.fits(size)
-        if watch.used:
-            room.measure(size, watch.used, watch.free)
-        return results
     room.too_small(size)
     ready.clear()
     if torch.cuda.is_available():
@@ -97,9 +88,9 @@ def _results(block, batch, state, ready):
     prepared = batch.prepared(ready)
     changes = ablated_pass(block, prepared)
     results = _with_next(ablated_readout(changes, prepared, block, state), block.arrays["tokens"])
-    if "logprob" in block.plan["gives"]:
+    if outcomes := block.plan["outcomes"]:
         top = _top(results["direct_effect"], batch, block.arrays)
-        results |= ablated_outcomes(block, prepared, changes["final"], results["ablated_norm_scale"], top, state)
+        results |= outcomes.ablated(block, prepared, changes["final"], results["ablated_norm_scale"], top, state)
     return results
 
 
@@ -126,7 +117,7 @@ def _of_clean_run(state, probed, plan):
 
 def effects_job(model, arrays, plan, tick=None, known=None):
     """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
-    same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": []}
+    same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": None}
     cases = plan["cases"]
     block = _block(model, same, arrays, cases, known)
     scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)
@@ -194,11 +185,3 @@ def _split(results, batch, arrays, plan):
     rows = batch.numbers * tokens.shape[0] + batch.prompts
     few = {name: results.pop(name)[top] for name in plan["large"] if name in results}
     return results, few, rows[row] * tokens.shape[1] + position
-
-
-def _attention(block, cases):
-    """Attention of each case's head: [case, prompt, position, distance]."""
-    heads, tokens = [site for case in cases for site in case], block.arrays["tokens"]
-    layers = sorted({head.layer for head in heads})
-    paid = attention_paid(block.model, block.plan, tokens, block.clean, layers, block.plan["attention"])
-    return torch.stack([block.home(paid[head.layer][:, :-1, head.head]) for head in heads])

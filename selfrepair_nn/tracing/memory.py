@@ -13,18 +13,23 @@ CLOSE = 1.125
 
 
 class Room(Bundle):
-    """How many tokens a pass may have. `most` is what more than that never pays; `measured` whether it is known.
+    """How many tokens a pass may have.
 
     `fitted` is the largest pass that was computed, `failed` the smallest that was too large, if any since; `refused`
     says how many were.
     """
 
     tokens: int
-    most: int = 0
     fitted: int = 0
     failed: int = 0
-    measured: bool = False
     refused: int = 0
+    measured = True  # nothing is to be found out
+
+    def given(self, work, tokens, device):
+        """What `work` gives, a pass of so many tokens."""
+        found = work()
+        self.fits(tokens)
+        return found
 
     def fits(self, tokens):
         """A pass of so many was computed: after one that was not, half way to that, as long as it is far."""
@@ -45,31 +50,30 @@ class Room(Bundle):
         """How many tokens a pass is known to have room for, or is asked to have."""
         return self.fitted if self.failed and self.fitted else self.tokens
 
+
+class Measured(Room):
+    """Of a GPU in this process: the first large pass tells how many tokens the next ones have, `most` at most."""
+
+    tokens: int
+    most: int
+    measured: bool = False
+
+    def given(self, work, tokens, device):
+        if self.measured:
+            return super().given(work, tokens, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        found = super().given(work, tokens, device)
+        idle = torch.cuda.memory_reserved(device) - before
+        free = torch.cuda.mem_get_info(device)[0] + idle
+        self.measure(tokens, torch.cuda.max_memory_allocated(device) - before, free)
+        return found
+
     def measure(self, tokens, used, free):
         """A pass of so many tokens took `used` bytes, of `free` that there were: a large one tells it for all."""
-        if self.most and not self.measured and 2 * tokens > self.tokens:
-            wanted = int(FULL * free / used * tokens)
+        if not self.measured and 2 * tokens > self.tokens:
+            wanted = int(FULL * free / max(1, used) * tokens)
             self.tokens, self.measured = max(1, min(self.most, wanted)), True
-
-
-class Watch:
-    """Within, what a GPU's memory holds at most beyond what it held before: `used` bytes, of `free`; else None."""
-
-    def __init__(self, device):
-        self.device = device
-        self.used = self.free = None
-
-    def __enter__(self):
-        if self.device is not None:
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if self.device is not None and kind is None:
-            self.used = torch.cuda.max_memory_allocated(self.device) - self._before
-            idle = torch.cuda.memory_reserved(self.device) - self._before
-            self.free = torch.cuda.mem_get_info(self.device)[0] + idle
 
 
 def out_of_memory(error):

@@ -187,3 +187,10 @@ def _placed(x, kept):
     out = x.new_full(kept.shape, float("nan") if x.is_floating_point() else -1)
     out[kept] = x
     return out
+
+
+class Outcomes:
+    """Both, as an object of the plan: their code goes only with a request that asks for them."""
+
+    clean = staticmethod(clean_outcomes)
+    ablated = staticmethod(ablated_outcomes)

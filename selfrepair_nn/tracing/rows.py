@@ -1,4 +1,14 @@
-"""Which case runs on which prompt in which pass, and where its numbers go."""
+"""Which case runs on which prompt in which pass, and where its numbers go.
+
+Of `batches` (told here, for the text of a function travels with each request, a module's does not):
+
+Args:
+    tokens: ids [prompt, position].
+    room: a `memory.Room`. Where the last batch did not fit, its rows come again, in the end one by one.
+    device: where the batches' tokens and indices are to lie.
+    wanted: how many positions of each prompt are wanted for each case, [case, prompt]; None for all of them.
+        Rows with none are left out, and rows of like length go together.
+"""
 
 import torch
 
@@ -70,17 +80,7 @@ class Batch(Bundle):
 
 
 def batches(cases, plan, tokens, room, device, wanted=None):
-    """Share the work out among passes: one start each, and at most as many tokens as there is room for, or one case.
-
-    Args:
-        tokens: ids [prompt, position].
-        room: a `memory.Room`. Where the last batch did not fit, its rows come again, in the end one by one.
-        device: where the batches' tokens and indices are to lie.
-        wanted: how many positions of each prompt are wanted for each case, [case, prompt]; None for all of them.
-            Rows with none are left out, and rows of like length go together.
-
-    Gives one Batch after the other.
-    """
+    """One Batch after the other: one start each, and as many tokens as there is room for, or one case."""
     n, length = tokens.shape
     for start, group in _by_start(cases, plan):
         lengths = torch.full((len(group), n), length) if wanted is None else wanted[group]
