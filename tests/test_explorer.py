@@ -358,3 +358,9 @@ def test_log_probability_is_shown_where_it_is_held(tmp_path):
     assert "top_self_repair_logprob" in json.dumps(Contents.of(ds).data())
     assert "top_self_repair_logprob" in sr.view(ds, tmp_path / "x.html").read_text()
     assert sr.write_report(ds, tmp_path / "r.html").exists()
+
+
+def test_a_port_without_a_server_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="port 8000 is of a page that is served"):
+        sr.view(simulate_heads(2, 2, 4, 9), tmp_path / "x.html", port=8000)
+    assert not (tmp_path / "x.html").exists()

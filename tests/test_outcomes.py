@@ -447,3 +447,8 @@ def test_the_command_line_draws_it(runs, tmp_path):
     assert refused.code == 2
     assert "run its recipe with --logprob top" in refused.err
     assert selfrepair("plot", store, "--outcome", "nats").code == 2
+
+
+def test_a_summary_in_logits_is_told_from_a_store_without_log_probability(runs):
+    with pytest.raises(UsageError, match="this is a summary in logits: give its store"):
+        sr.in_nats(sr.by_head(runs(), 0.2))

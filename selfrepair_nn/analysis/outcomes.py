@@ -32,6 +32,8 @@ def in_nats(ds: xr.Dataset) -> xr.Dataset:
     if asked_in(ds) == "logprob":
         return ds
     require(ds, ("self_repair",))
+    if "position" not in ds.dims:
+        raise UsageError("this is a summary in logits: give its store, or a summary of in_nats(store)")
     if "logprob_change" not in ds:
         raise UsageError("this store holds no log-probability: run its recipe with --logprob top, or all")
     swept = [name for name, q in QUANTITIES.items() if name in ds.data_vars and q.ablated and q.units == "logit"]

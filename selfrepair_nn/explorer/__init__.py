@@ -40,6 +40,8 @@ def view(
         UsageError: a dataset is not a store with tokens, nothing of it is done, `share` is not in (0, 1], there are
             more than two, or the port cannot be had.
     """
+    if port and not serve:
+        raise UsageError(f"port {port!r} is of a page that is served: give serve too, or leave it out")
     server = Server(port) if serve else None
     try:
         written = _write(datasets, path, share)
