@@ -19,7 +19,7 @@ from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.models.architectures import ARCHITECTURES
 from selfrepair_nn.models.load import load
 from selfrepair_nn.replacements import OtherHead, Reinforce
-from selfrepair_nn.tracing import clean
+from selfrepair_nn.tracing import clean, terms
 from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 
@@ -118,7 +118,8 @@ def test_an_embedding_is_read_only_where_there_are_two(wrapped, monkeypatch, nam
         places.append(what)
         return place(model, plan, what)
 
-    monkeypatch.setattr(clean, "place", watched)
+    for module in (clean, terms):
+        monkeypatch.setattr(module, "place", watched)
     for arrays, plan in asked_of(model)[:1]:
         run_session(ablation_job, model.nn, arrays, plan)
     assert "layers" in places
