@@ -87,7 +87,7 @@ def differs(whole: xr.Dataset, top: xr.Dataset) -> float:
     """Largest difference of any statistic of the top share."""
     found = 0.0
     for summary in (by_head, by_layer):
-        one, other = summary(whole), summary(top)
+        one, other = str(summary(whole)), str(summary(top))
         for name in one.data_vars:
             if name.startswith("top_"):
                 found = max(found, float(abs(one[name].astype(float) - other[name]).max()))

@@ -120,7 +120,7 @@ def _of_others(ds: xr.Dataset, share: float | None, store: str | None, recipe: R
     dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
     parts = _common(ds, found, share, store, recipe) | {
         "basis": _safe(wording.basis(found, top=not own)),
-        "summary": escape(text.summary(ds, share)),
+        "summary": escape(str(text.summary(ds, share))),
         "every": "" if own else _site_table(found, dims),
         "over": "one position of each prompt"
         if own

@@ -2,6 +2,8 @@
 
 import json
 import textwrap
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -27,6 +29,7 @@ from selfrepair_nn.analysis.checks import require
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import SWEEP
+from selfrepair_nn.table import Summary, columns, numbers, of_layer, of_responses
 from selfrepair_nn.wording import (
     WIDTH,
     basis,
@@ -47,20 +50,6 @@ from selfrepair_nn.wording import (
 )
 
 LABEL, RANKED, ROWS = 14, 4, 40
-COLUMNS = {
-    "direct effect": "top_direct_effect",
-    "logit change": "top_logit_change",
-    "self-repair": "top_self_repair",
-    "= heads": "top_from_heads",
-    "+ MLPs": "top_from_mlps",
-    "+ norm": "top_from_norm",
-}
-PARTS = {
-    "= others": "top_from_components",
-    "+ mixers": "top_from_mixers",
-    "+ post": "top_from_post_norms",
-}
-"""Further columns, before the norm's, of what some stores have."""
 QUANTITY_NAMES = {
     "direct_effect": "direct effect",
     "ablated_direct_effect": "ablated DE",
@@ -73,48 +62,75 @@ QUANTITY_NAMES = {
 }
 
 
-@public
-def summary(ds: xr.Dataset, share: float | None = None) -> str:
-    """What a user sees after a run: plain text of at most 100 columns; `ds` is a store or its summary.
+@dataclass(frozen=True)
+class Said:
+    """A summary: the dataset that it is read from, what stands above and below its table, and the table twice.
 
-    One line per layer with something done, means over its heads on their top share in logits (Equation 2), with the
-    95% interval of the self-repair, and how many heads are repaired; the most repaired heads, the noise floor and the
-    worst closure. Of a store of cases one line per case; of one of several variants one line per variant, means over
-    all heads; of one of reinforced heads those that respond to their own write. Errors as in `by_head`.
+    `rows` is the table as lines of text; `records` its numbers, one dict for each row.
+    """
+
+    found: xr.Dataset
+    above: list[str]
+    rows: list[str]
+    below: list[str]
+    index: str
+    records: list[dict[str, Any]]
+
+    @property
+    def lines(self) -> list[str]:
+        return [*self.above, *self.rows, *self.below]
+
+
+@public
+def summary(ds: xr.Dataset, share: float | None = None) -> Summary:
+    """What a user sees after a run: a pandas frame that prints as plain text; `ds` is a store or its summary.
+
+    One row per layer with something done, means over its heads on their top share in logits (Equation 2), with the
+    95% interval of the self-repair, and how many heads are repaired. Of a store of cases one row per case; of one of
+    several variants one row per variant, means over all heads; of one of reinforced heads those that respond to their
+    own write, and of nulls of it how many do. Printed (`str`), it is a text of at most 100 columns, which also names
+    the most repaired heads, the noise floor and the worst closure; a notebook shows all of this as a table.
+    Errors as in `by_head`.
     """
     if not (reinforced(ds) or has_nulls(ds)):
         require(ds, ("self_repair",))
     ds = legible(restored(ds))
     if reinforced(ds):
-        found, lines = _of_reinforced(ds)
+        said = _of_reinforced(ds)
     elif has_nulls(ds):
-        found, lines = _of_nulls(ds)
+        said = _of_nulls(ds)
     elif "case" in ds.dims or not {*ds.self_repair.dims} <= {*SWEEP}:
-        found, lines = _of_others(ds, share)
+        said = _of_others(ds, share)
     else:
-        found, lines = _of_heads(ds, share)
-    loud = [line for told in warnings(found) for line in textwrap.wrap(told, WIDTH)]
-    return "\n".join([*loud, "", *lines, "", *loud] if loud else lines)
+        said = _of_heads(ds, share)
+    loud = [line for told in warnings(said.found) for line in textwrap.wrap(told, WIDTH)]
+    lines = [*loud, "", *said.lines, "", *loud] if loud else said.lines
+    notes = [*loud, *said.above], [*said.below, *loud]
+    return Summary.of(said.records, said.index, "\n".join(lines), *notes)
 
 
-def _of_heads(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str]]:
+def _nothing(found: xr.Dataset, above: list[str], told: str = "nothing is done yet") -> Said:
+    """A summary without a row, and why."""
+    return Said(found, above, [told], [], "row", [])
+
+
+def _of_heads(ds: xr.Dataset, share: float | None) -> Said:
     heads = by_head(ds, share)
     share = heads.attrs["share"]
     layers = by_layer(heads, share)
     layers = layers.isel(layer=np.flatnonzero(layers.heads.values))
     means = f"Means over heads on {each_heads(heads)}, in logits:"
     if not layers.sizes["layer"]:
-        return heads, [*_opening(heads), "", "nothing is done yet"]
+        return _nothing(heads, [*_opening(heads), ""])
     opening = [*_opening(heads), "", *textwrap.wrap(means, WIDTH)]
-    rows = [
-        f"layer heads{_header(layers)}",
-        *(_row(layers.isel(layer=i)) for i in range(layers.sizes["layer"])),
-        "",
-    ]
-    if layers.under_noise.any():
-        rows[-1:] = ["~ mean self-repair under the noise floor of its layer", ""]
+    each = [layers.isel(layer=i) for i in range(layers.sizes["layer"])]
+    rows = [f"layer heads{_header(layers)}", *map(_row, each)]
+    below = (
+        ["~ mean self-repair under the noise floor of its layer", ""] if layers.under_noise.any() else [""]
+    )
     closing = [f"most repaired: {_ranking(most_repaired(heads, RANKED, share))}", *_closing(heads)]
-    return heads, [*opening, *rows, *closing, *textwrap.wrap(_how_well_known(heads), WIDTH)]
+    below += [*closing, *textwrap.wrap(_how_well_known(heads), WIDTH)]
+    return Said(heads, opening, rows, below, "layer", [of_layer(one) for one in each])
 
 
 def _opening(found: xr.Dataset, top: bool = True) -> list[str]:
@@ -144,40 +160,46 @@ def _how_well_known(heads: xr.Dataset) -> str:
     )
 
 
-def _of_reinforced(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
+def _of_reinforced(ds: xr.Dataset) -> Said:
     """The heads that are self-repressing and self-reinforcing, the strongest first, at most ten of each."""
     found = reinforcement_by_head(ds)
     opening = _opening(found, top=False)
     if not (found.tokens > 0).any():
-        return found, [*opening, "nothing is done yet"]
+        return _nothing(found, opening)
     scales = ", ".join(f"{scale:g}" for scale in found["scale"].values)
     told = f"Slope of the change of direct effect on the direct effect, at scales {scales}, and its interval:"
-    lines = [*opening, "", told, *_responses(found, "self-repressing", 10)]
-    lines += _responses(found, "self-reinforcing", -10)
-    return found, [*lines, "", intervals(found, "slope"), noise(found)]
+    lines = [line for kind, count in RESPONSES.items() for line in _responses(found, kind, count)]
+    records = [each for kind, count in RESPONSES.items() for each in of_responses(found, kind, count)]
+    below = ["", intervals(found, "slope"), noise(found)]
+    return Said(found, [*opening, "", told], lines, below, "head", records)
 
 
-def _of_nulls(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
+RESPONSES = {"self-repressing": 10, "self-reinforcing": -10}
+"""Of each kind, how many of the strongest are shown; signs as in `strongest_responses`."""
+
+
+def _of_nulls(ds: xr.Dataset) -> Said:
     """How many heads answer to their own write, and of how many that exceeds each null."""
     found = reinforcement_nulls(ds)
     opening = _opening(found, top=False)
     known = int(np.isfinite(found.high).any("write").sum())
     if not known:
         few = f"too few {found.attrs['clustered_by']}s for an interval"
-        return found, [*opening, few if (found.tokens > 0).any() else "nothing is done yet"]
+        return _nothing(found, opening, few if (found.tokens > 0).any() else "nothing is done yet")
     told = "Heads whose slope, of the change of direct effect on the direct effect, surely differs from 0 by their own "
     told += "write; and of these, those whose slope is surely beyond that under each null:"
-    lines = [*textwrap.wrap(told, WIDTH), ""]
-    nulls = [str(label) for label in found["null"].values]
-    lines.append(f"{'':18}{'own':>10}" + "".join(f"{label:>12}" for label in (*nulls, "all nulls")))
+    nulls, records = [str(label) for label in found["null"].values], []
+    lines = [f"{'':18}{'own':>10}" + "".join(f"{label:>12}" for label in (*nulls, "all nulls"))]
     for word, sign in (("self-repressing", -1), ("self-reinforcing", 1)):
         own = found.kind.values == sign
         away = (sign * found.excess_low > 0) & (sign * found.excess_high > 0)
         counts = [int((away.sel(null=label).values & own).sum()) for label in nulls]
         counts.append(int((found.beyond.values == sign).sum()))
         lines.append(f"{word:18}{own.sum():>4} of {known:<3}" + "".join(f"{count:12}" for count in counts))
-    closing = [intervals(found, "slope"), noise(found)]
-    return found, [*opening, "", *lines, "", *closing]
+        beyond = {f"beyond_{null}": count for null, count in zip((*nulls, "all_nulls"), counts, strict=True)}
+        records.append({"kind": word, "heads": int(own.sum()), "tested": known, **beyond})
+    above = [*opening, "", *textwrap.wrap(told, WIDTH), ""]
+    return Said(found, above, lines, ["", intervals(found, "slope"), noise(found)], "kind", records)
 
 
 def _responses(found: xr.Dataset, kind: str, count: int) -> list[str]:
@@ -194,7 +216,7 @@ def _responses(found: xr.Dataset, kind: str, count: int) -> list[str]:
     return lines
 
 
-def _of_others(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[str]]:
+def _of_others(ds: xr.Dataset, share: float | None) -> Said:
     """The summary of a store of cases, or of variants."""
     cases = "case" in ds.dims
     single = cases and {*ds.self_repair.dims} <= {"case", *SWEEP}
@@ -202,19 +224,24 @@ def _of_others(ds: xr.Dataset, share: float | None) -> tuple[xr.Dataset, list[st
     found = by_case(ds, share) if single else by_variant(ds, share, by_case if cases else by_head)
     opening = _opening(found)
     if not (found.tokens > 0).any():
-        return found, [*opening, "nothing is done yet"]
+        return _nothing(found, opening)
     what = "Means" if single else f"Means over all {'cases' if cases else 'heads'}"
     names = [str(label) for label in found[along].values]
     width = min(max(map(len, [along, *names])), LABEL)
     table, shown = [along.ljust(width) + _header(found)], _largest(found, along)
+    each = [_of_one(found.isel({along: i}), single) for i in range(len(names))]
     for i in shown:
-        label, cells = names[i], _cells(*_of_one(found.isel({along: i}), single))
+        label, cells = names[i], _cells(*each[i][:2], _said(each[i][2]))
         table += [label.ljust(width) + cells] if len(label) <= width else [label, " " * width + cells]
     if len(shown) < len(names):
         table.append(f"these are of largest self-repair, of {len(names)}; selfrepair report shows all")
     means = f"{what} on {each_heads(found, 'the')}, in logits:"
     closing = _closing(found) if single else _closing_of_variants(found)
-    return found, [*opening, "", means, *table, "", *closing]
+    records = [
+        {along: label} | numbers(one, half_width) | counts
+        for label, (one, half_width, counts) in zip(found[along].values.tolist(), each, strict=True)
+    ]
+    return Said(found, [*opening, "", means], table, ["", *closing], along, records)
 
 
 def _largest(found: xr.Dataset, along: str) -> list[int]:
@@ -224,16 +251,21 @@ def _largest(found: xr.Dataset, along: str) -> list[int]:
     return sorted(np.argsort(-repair, kind="stable")[:ROWS].tolist())
 
 
-def _of_one(one: xr.Dataset, case: bool) -> tuple[xr.Dataset, float, str]:
-    """A case's or a variant's row: its means, the half-width of its self-repair, and whether it is repaired."""
+def _of_one(one: xr.Dataset, case: bool) -> tuple[xr.Dataset, float, dict[str, Any]]:
+    """A case's or a variant's row: its means, the half-width of its self-repair, and what of it is repaired."""
     if case:
-        said = {(True, False): "yes", (False, True): "broken"}.get(
-            (bool(one.top_repaired), bool(one.top_broken)), "-"
-        )
-        return one, float(one.top_self_repair_half_width), said
-    width = float(one.overall_top_self_repair_half_width)
-    tested = int(one.top_p_value.notnull().sum())
-    return one[[*_columns(one).values()]].mean(), width, _count(int(one.top_repaired.sum()), tested)
+        whether = {name: bool(one[f"top_{name}"]) for name in ("repaired", "broken")}
+        return one, float(one.top_self_repair_half_width), whether
+    width, tested = float(one.overall_top_self_repair_half_width), int(one.top_p_value.notnull().sum())
+    counts = {name: int(one[f"top_{name}"].sum()) for name in ("repaired", "broken")}
+    return one[[*columns(one).values()]].mean(), width, counts | {"tested": tested}
+
+
+def _said(counts: dict[str, Any]) -> str:
+    """The last cell of a row."""
+    if "tested" in counts:
+        return _count(counts["repaired"], counts["tested"])
+    return "yes" if counts["repaired"] else "broken" if counts["broken"] else "-"
 
 
 def _closing_of_variants(found: xr.Dataset) -> list[str]:
@@ -272,14 +304,8 @@ def comparison(ds: xr.Dataset, reference: str | None = None) -> str:
     return "\n".join([*loud, *lines, *loud])
 
 
-def _columns(found: xr.Dataset) -> dict[str, str]:
-    """Those of the COLUMNS and PARTS that a summary has."""
-    *first, last = COLUMNS.items()
-    return {name: of for name, of in (*first, *PARTS.items(), last) if of in found}
-
-
 def _header(found: xr.Dataset) -> str:
-    effect, change, repair, *parts = _columns(found)
+    effect, change, repair, *parts = columns(found)
     return f"{effect:>14}{change:>13}{repair:>12}{'':>9}{_parts(parts)}{'repaired':>11}"
 
 
@@ -291,7 +317,7 @@ def _parts(cells: list[str]) -> str:
 
 def _cells(one: xr.Dataset, half_width: float, repaired: str, mark: str = " ") -> str:
     """A row's numbers; `mark` is set behind the self-repair."""
-    effect, change, repair, *parts = (number(float(one[name])) for name in _columns(one).values())
+    effect, change, repair, *parts = (number(float(one[name])) for name in columns(one).values())
     shown = f"{effect:>14}{change:>13}{repair:>11} {reach(half_width):<8}{mark}"
     return f"{shown}{_parts(parts)}{repaired:>11}"
 

@@ -16,7 +16,8 @@ from selfrepair_nn.analysis import MEANS, by_head, by_layer, done_share, most_re
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.simulate import simulate_heads, unfinished
-from selfrepair_nn.text import COLUMNS, number, summary
+from selfrepair_nn.table import COLUMNS
+from selfrepair_nn.text import number, summary
 
 SWEEP = ("layer", "head", "prompt", "position")
 
@@ -331,11 +332,11 @@ def test_other_datasets_are_refused(ds, function):
 
 def test_bare_attributes_do(ds):
     ds.attrs = {}
-    assert "unnamed model, ablation not recorded" in summary(ds)
+    assert "unnamed model, ablation not recorded" in str(summary(ds))
 
 
 def test_summary_shows_the_numbers(part):
-    text = summary(part)
+    text = str(summary(part))
     layers = by_layer(part)
     lines = [line.split() for line in text.splitlines() if line[:5].strip().isdigit()]
     assert [int(line[0]) for line in lines] == [0, 1, 2, 3]
@@ -355,8 +356,8 @@ def test_summary_shows_the_numbers(part):
 @pytest.mark.parametrize("model", ["m", "organisation/" + "a-very-long-name-" * 12])
 def test_summary_fits_its_width(model):
     ds = simulate_heads(40, 2, 4, 5, model=model, noise=10)
-    assert max(map(len, summary(ds).splitlines())) <= 100
-    assert "~ mean self-repair under the noise floor" in summary(ds)
+    assert max(map(len, str(summary(ds)).splitlines())) <= 100
+    assert "~ mean self-repair under the noise floor" in str(summary(ds))
 
 
 def test_the_columns_are_equation_2():
@@ -367,11 +368,11 @@ def test_the_columns_are_equation_2():
 
 
 def test_a_models_directory_is_not_shown(ds):
-    assert summary(ds.assign_attrs(model="/models/tiny")).startswith("tiny, resample")
+    assert str(summary(ds.assign_attrs(model="/models/tiny"))).startswith("tiny, resample")
 
 
 def test_summary_of_nothing(ds):
-    assert "nothing is done yet" in summary(unfinished(ds, done=False))
+    assert "nothing is done yet" in str(summary(unfinished(ds, done=False)))
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_all_tokens_of_the_other_half_where_there_is_no_share(ds):
 
 def test_summaries_figures_and_pages_say_which_tokens(ds, tmp_path):
     chosen = sr.choose_tokens(ds, tail="bottom", split_selection=True)
-    text = " ".join(sr.summary(chosen).split())
+    text = " ".join(str(sr.summary(chosen)).split())
     heads = sr.by_head(chosen)
     assert "each head's bottom 2% of tokens by direct effect" in text
     assert selection(heads)[0] in text

@@ -191,7 +191,7 @@ def test_a_summary_is_over_what_counts(stores, recipe):
 @pytest.mark.parametrize("recipe", OWN)
 def test_the_printed_numbers_are_those_at_the_positions_that_are_asked(stores, recipe):
     ds = stores(recipe)
-    printed = text.summary(ds)
+    printed = str(text.summary(ds))
     lines = printed.splitlines()
     rows = {"ioi": "case", "induction": "layer", "contrastive": "ablation"}[recipe]
     for label in ds[rows].values:
@@ -256,7 +256,7 @@ def test_a_store_that_does_not_say_counts_every_token(stores):
     xr.testing.assert_identical(sr.by_head(old), sr.by_head(every))
     assert sr.by_head(old).attrs["share"] == 0.02
     assert (sr.by_head(old).tokens == PROMPTS * (LENGTH - 1)).all()
-    assert text.summary(old) == text.summary(every)
+    assert str(text.summary(old)) == str(text.summary(every))
     for recipe, analyses in (("ioi", (sr.name_movers, sr.backups)), ("contrastive", (sr.contrast_by_head,)),
                              ("induction", (sr.induction_by_head, sr.by_kind))):  # fmt: skip
         for analysis in analyses:
@@ -549,7 +549,7 @@ def test_a_binomial_interval_says_whether_the_task_is_done(right, of, does):
     assert_allclose([found.low, found.high], [low, high], atol=1e-9)
     told = {1: "it does this task", 0: "it does not do this task", -1: "too few prompts to tell"}[does]
     said = f"the model prefers the right one in {right} of {of} prompts (chance: {of / 2:g}): {told}"
-    assert said in " ".join(text.summary(ds).split())
+    assert said in " ".join(str(text.summary(ds)).split())
     assert said in report.render(ds)
     assert said in figures.draw("self_repair_by_layer", ds).get_supxlabel()
 
@@ -576,7 +576,7 @@ def test_a_task_tells_whether_it_is_done(stores, recipe):
     right, asked = int((logit[counted] > 0).sum()), int(counted.sum())
     unit = "prompts" if recipe == "ioi" else "tokens"
     said = f"in {right} of {asked} {unit} (chance: {asked / 2:g})"
-    assert said in " ".join(text.summary(ds).split())
+    assert said in " ".join(str(text.summary(ds)).split())
     [figure] = [name for name in figures.suited(ds) if name in ("ioi", "induction", "contrast")]
     assert said in figures.draw(figure, ds).get_supxlabel()
 

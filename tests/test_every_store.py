@@ -89,7 +89,7 @@ def stored(tmp_path_factory):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_store_has_a_summary(stored, name):
-    lines = sr.summary(stored(name)).splitlines()
+    lines = str(sr.summary(stored(name))).splitlines()
     assert lines[0].startswith("MixtralForCausalLM" if name == "routing" else "tiny-neox")
     assert "nothing is done yet" not in lines
 
@@ -149,7 +149,7 @@ def test_the_page_and_the_summary_hold_the_means(stored, name, tmp_path):
     best = np.argsort(-sites, axis=1, kind="stable")[:, :count]
     means = np.take_along_axis(repair, np.broadcast_to(best, (len(repair), *best.shape)), 2).mean(2)
     shown = means[0] if name == "own_cases" else means.mean(1)
-    text = sr.summary(ds)
+    text = str(sr.summary(ds))
     page = sr.write_report(ds, tmp_path / "page.html").read_text()
     for value in shown:
         assert f"{value:+.3f}" in text

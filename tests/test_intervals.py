@@ -168,7 +168,7 @@ def test_a_cluster_that_says_it_all_leaves_nothing_known():
 
 def test_few_prompts_are_said_to_be_few():
     few = simulate_heads(2, 2, CLUSTERS - 1, 12, components=True)
-    for said in (sr.summary(few), render(few)):
+    for said in (str(sr.summary(few)), render(few)):
         assert "too few prompts for an interval" in said
         assert "0 of" not in said
     for name in figures.suited(few):
@@ -176,18 +176,18 @@ def test_few_prompts_are_said_to_be_few():
 
 
 def test_it_is_said_what_is_independent(ds):
-    assert "95% intervals, clustered by document" in sr.summary(ds, SHARE)
+    assert "95% intervals, clustered by document" in str(sr.summary(ds, SHARE))
     few = ds.assign_coords(document=("prompt", np.arange(200) % 7))
-    told = sr.summary(few, SHARE)
+    told = str(sr.summary(few, SHARE))
     assert "clustered by prompt (200; documents are few: 7)" in told
-    assert "clustered by prompt (200)" in sr.summary(ds.drop_vars("document"), SHARE)
+    assert "clustered by prompt (200)" in str(sr.summary(ds.drop_vars("document"), SHARE))
     assert "Clustered by prompt" not in figures.draw("self_repair_by_layer", ds, share=SHARE).get_supxlabel()
 
 
 def test_repaired_is_counted_by_the_rule_everywhere(ds):
     heads = sr.by_head(ds, SHARE)
     count, broken = int(heads.top_repaired.sum()), int(heads.top_broken.sum())
-    told = sr.summary(ds, SHARE)
+    told = str(sr.summary(ds, SHARE))
     assert f"repaired: {count} of 12 heads, broken: {broken}, neither for sure: {12 - count - broken}" in told
     rows = [line for line in told.splitlines() if line[:5].strip().isdigit()]
     assert [row.split()[-3:] for row in rows] == [
@@ -200,7 +200,7 @@ def test_repaired_is_counted_by_the_rule_everywhere(ds):
 
 
 def test_summaries_and_tables_show_the_intervals(ds):
-    layers, told = sr.by_layer(ds, SHARE), sr.summary(ds, SHARE)
+    layers, told = sr.by_layer(ds, SHARE), str(sr.summary(ds, SHARE))
     for width in layers.top_self_repair_half_width.values:
         assert f"±{width:.3f}" in told
     assert f"±{layers.top_self_repair_half_width.values[0]:.3f}" in render(ds, share=SHARE)
@@ -231,10 +231,10 @@ def test_the_map_and_the_graph_know_how_well_their_pairs_are_known(ds):
 def test_a_closure_beyond_its_dtype_is_said_loudly_everywhere(dtype, worst):
     stored = "float64" if dtype == "float64" else "float32"
     good = simulate_heads(2, 2, 24, 9, model="gpt2", components=True, dtype=stored).assign_attrs(dtype=dtype)
-    assert "WARNING" not in sr.summary(good) + render(good)
+    assert "WARNING" not in str(sr.summary(good)) + render(good)
     bad = good.assign(closure=good.closure.copy(deep=True))
     bad.closure[1, 0, 3, 4] = -worst
-    assert "WARNING: do not use these numbers" in sr.summary(bad)
+    assert "WARNING: do not use these numbers" in str(sr.summary(bad))
     assert "class='banner loud'" in render(bad)
     for name in figures.suited(bad):
         assert "WARNING" in figures.draw(name, bad).get_supxlabel(), name
@@ -289,7 +289,7 @@ def test_parts_of_a_store_are_summed_up_as_in_the_whole(ds, part, source, tmp_pa
     there = whole.sel(layer=found.layer, head=found["head"])
     for name in ("top_self_repair", "top_self_repair_half_width", "norm_share", "self_repair_se", "tokens"):
         np.testing.assert_allclose(found[name], there[name], rtol=1e-6, err_msg=name)
-    assert "self-repair" in sr.summary(chosen, SHARE)
+    assert "self-repair" in str(sr.summary(chosen, SHARE))
     assert sr.norm_by_head(chosen, SHARE).sizes["layer"] == found.sizes["layer"]
 
 

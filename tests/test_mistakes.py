@@ -288,7 +288,7 @@ def test_python_tells_what_a_caller_got_wrong(call, said, tmp_path, monkeypatch)
 
 def test_a_stores_path_stands_for_its_dataset(place, whole, tmp_path):
     for path in (place.store, str(place.store)):
-        assert sr.summary(path) == sr.summary(whole)
+        assert str(sr.summary(path)) == str(sr.summary(whole))
         xr.testing.assert_identical(sr.by_layer(path), sr.by_layer(whole))
         assert len(sr.plot([path, whole], tmp_path, ["self_repair_by_layer"])) == 2
         assert sr.write_report(path, tmp_path / "page.html").exists()

@@ -184,8 +184,8 @@ def test_a_head_that_answers_to_its_own_write_alone():
     assert ((found.beyond == -1) | (found.kind == 0)).mean() > 0.95
     assert (found.beyond == -1).sum() > 50
     assert sr.reinforcement_nulls(found) is found
-    assert sr.summary(found) == sr.summary(ds)
-    text = sr.summary(ds)
+    assert str(sr.summary(found)) == str(sr.summary(ds))
+    text = str(sr.summary(ds))
     [row] = [line.split() for line in text.splitlines() if line.startswith("self-repressing")]
     assert row[1:4] == [str(int((found.kind == -1).sum())), "of", "100"]
     assert row[-1] == str(int((found.beyond == -1).sum()))

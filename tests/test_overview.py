@@ -31,7 +31,7 @@ EVERY = [(cases, axis) for cases in (None, *CASES) for axis in AXES]
 @pytest.mark.parametrize(("cases", "axis"), EVERY, ids=str)
 def test_every_store_has_a_summary_of_one_screen(cases, axis, state):
     ds = any_store(cases, axis, **STATES[state])
-    lines = sr.summary(ds).splitlines()
+    lines = str(sr.summary(ds)).splitlines()
     assert lines[0].startswith("made, ")
     assert "nothing is done yet" not in lines
     assert max(map(len, lines)) <= WIDTH
@@ -72,4 +72,4 @@ def test_a_page_of_any_store(cases, axis, monkeypatch):
 
 def test_nothing_done_is_said():
     for cases, axis in EVERY:
-        assert "nothing is done yet" in sr.summary(any_store(cases, axis, done=False))
+        assert "nothing is done yet" in str(sr.summary(any_store(cases, axis, done=False)))

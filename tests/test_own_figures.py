@@ -197,7 +197,7 @@ def test_the_sites_of_cases_are_data_and_older_stores_say_them_by_label():
 def test_sites_that_cannot_be_read_are_none(held):
     ds = any_store("neurons").assign_coords(case_sites=("case", [held]))
     assert sites_of(ds) == [()]
-    assert sr.summary(ds)
+    assert str(sr.summary(ds))
     assert figures.suited(ds) == ["cases"]
 
 

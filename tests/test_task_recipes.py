@@ -161,7 +161,7 @@ def test_found_on_half_and_reported_on_the_rest(wrapped, tmp_path):
     joint = movers.isel(case=2)
     assert_allclose(joint.logit_change, (after - before)[~selects].mean(), rtol=0, atol=TIGHT)
     told = f"selected on {selects.sum()} prompts, reported on {(~selects).sum()} others"
-    assert told in sr.summary(ds)
+    assert told in str(sr.summary(ds))
     assert told in figures.draw("ioi", ds).get_supxlabel()
     whole_run = sr.choose_tokens(ds, split_selection=False)
     assert_allclose(sr.name_movers(whole_run).attrs["logit_difference"], before.mean(), rtol=0, atol=TIGHT)

@@ -74,7 +74,7 @@ def test_a_store_of_it_is_summed_up_and_drawn(tmp_path):
     assert_allclose(ours.top_self_repair, theirs.top_self_repair, atol=1e-5)
     parts = theirs.top_from_heads + theirs.top_from_mlps
     assert_allclose(ours.top_from_components, parts, atol=1e-5)
-    said = sr.summary(one)
+    said = str(sr.summary(one))
     assert "= others" in said
     assert "worst |closure| none, as nothing is split" in said
     assert max(map(len, said.splitlines())) <= 100

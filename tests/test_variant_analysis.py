@@ -241,7 +241,7 @@ def test_slopes_of_few_prompts_are_not_judged():
     found = sr.reinforcement_by_head(reinforced([-0.3, 0.2], prompts=19, noise=0.001))
     assert not found.kind.values.any()
     assert np.isinf(found.high).all()
-    assert "too few prompts for an interval" in sr.summary(reinforced([-0.3], prompts=19))
+    assert "too few prompts for an interval" in str(sr.summary(reinforced([-0.3], prompts=19)))
 
 
 def test_repressing_and_reinforcing_heads_are_found_and_ranked():
@@ -251,7 +251,7 @@ def test_repressing_and_reinforcing_heads_are_found_and_ranked():
     assert list(sr.strongest_responses(ds)["head"].values) == [3, 0]
     assert list(sr.strongest_responses(found, 1)["head"].values) == [3]
     assert list(sr.strongest_responses(found, -5)["head"].values) == [2]
-    told = sr.summary(ds)
+    told = str(sr.summary(ds))
     assert "self-repressing: 2 of 5 heads" in told
     assert told.index("L0H3") < told.index("L0H0") < told.index("L0H2")
 
@@ -281,12 +281,12 @@ def test_stores_and_confidences_that_cannot_be(single):
 
 
 def test_summaries_have_a_line_for_each_variant_and_case(ds, single):
-    told = sr.summary(ds, SHARE)
+    told = str(sr.summary(ds, SHARE))
     means = sr.by_variant(ds, SHARE).top_self_repair.mean(("layer", "head"))
     for kind in KINDS:
         [line] = [line for line in told.splitlines() if line.startswith(kind)]
         assert f"{float(means.sel(ablation=kind)):+.3f}" in line
-    told = sr.summary(cases_of(single["zero"]), SHARE)
+    told = str(sr.summary(cases_of(single["zero"]), SHARE))
     assert "6 cases" in told
     assert [line.split()[0] for line in told.splitlines() if line.startswith("L")] == [
         "L0H0", "L0H1", "L1H0", "L1H1", "L2H0", "L2H1"
@@ -296,4 +296,4 @@ def test_summaries_have_a_line_for_each_variant_and_case(ds, single):
 def test_summaries_of_nothing(ds, single):
     for store in (ds, cases_of(single["zero"]), reinforced([0.1])):
         blank = store.assign(done=xr.zeros_like(store.done))
-        assert "nothing is done yet" in sr.summary(blank)
+        assert "nothing is done yet" in str(sr.summary(blank))
