@@ -7,19 +7,19 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import fields
-from functools import wraps
-from typing import Any, get_args
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import click
 
 from selfrepair_nn import __version__
+from selfrepair_nn.completion import COMPLETED
 from selfrepair_nn.ending import heard, interrupted
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
-from selfrepair_nn.options import RENAMED, Options, flag, renamed
-from selfrepair_nn.quantities import OUTCOMES
-from selfrepair_nn.shown import line, message, shown
+from selfrepair_nn.flags import JSON, RECIPE, SPLIT, STORE, STORES, TAIL, Group, choices, views
+from selfrepair_nn.options import Options
+from selfrepair_nn.shown import LOG, as_json, decoded, line, message, shown, tell
 
 INTERRUPTED = 130
 _FORMAT = warnings.formatwarning
@@ -74,185 +74,123 @@ def _report() -> str:
     return file.name
 
 
-@click.group(context_settings=HELP)
+@click.group(context_settings=HELP, cls=Group)
 @click.version_option(__version__, prog_name="selfrepair")
 def cli() -> None:
     """If a part of a language model is ablated: what is lost, who makes up for it, and how."""
 
 
-def _choices(command: Callable) -> Callable:
-    """Give a command one option for each field of Options, and one that is not shown for each old name."""
-
-    @wraps(command)
-    def called(**given: Any) -> None:
-        command(**renamed(given))
-
-    offered = {each.name: each for each in fields(Options)}
-    for old, new in RENAMED.items():
-        called = click.option(flag(old), old, type=_kind(offered[new]), hidden=True)(called)
-    for each in reversed(offered.values()):
-        called = _click_option(each)(called)
-    return called
-
-
-def _kind(each: Any) -> type:
-    """What click reads of an option: a number, or a text."""
-    kinds = [k for k in get_args(each.type) or (each.type,) if k in (int, float)]
-    return kinds[0] if kinds else str
-
-
-def _click_option(each: Any) -> Callable:
-    written = flag(each.name)
-    shared = {
-        "default": each.default,
-        "help": each.metadata["help"],
-        "show_default": each.default is not None,
-    }
-    if isinstance(each.default, tuple):
-        return click.option(written, each.name, multiple=True, default=each.default, help=each.metadata["help"])
-    if each.type is bool:
-        names = f"{written}/--skip-{each.name}" if each.default else written
-        return click.option(names, each.name, is_flag=True, **shared | {"show_default": each.default})
-    if each.metadata["choices"]:
-        alone = {"is_flag": False, "flag_value": each.metadata["alone"]} if each.metadata["alone"] else {}
-        return click.option(written, each.name, type=click.Choice(each.metadata["choices"]), **shared, **alone)
-    return click.option(written, each.name, type=_kind(each), **shared)
-
-
 @cli.command()
-@click.argument("recipe")
+@RECIPE
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `selfrepair plan` does.")
 @click.option("--progress/--no-progress", default=None, help="Show a bar on stderr; default: on a terminal.")
-@_choices
-def run(recipe: str, dry_run: bool, progress: bool | None, **choices: Any) -> None:
+@JSON
+@choices
+def run(recipe: str, dry_run: bool, progress: bool | None, machine: bool, **chosen: Any) -> None:
     """Run RECIPE (a name, or the path of your own .py) and print a summary of its store.
 
     Running the same command again resumes it, or prints the summary of what is there.
     """
     if dry_run:
-        _plan(recipe, choices, calibrate=False)
+        _plan(recipe, chosen, calibrate=False, machine=machine)
         return
     for number in heard():
         signal.signal(number, _interrupt)
-    _knock(recipe, choices)
+    _knock(recipe, chosen)
+    if progress or (progress is None and sys.stderr.isatty() and LOG.isEnabledFor(logging.WARNING)):
+        _say(f"{recipe}: loading torch and transformers")
     _quiet_libraries()
     from selfrepair_nn.recipe import find_recipe
     from selfrepair_nn.running.run import run as run_recipe
     from selfrepair_nn.text import summary
 
     confirm = _confirm if sys.stdin.isatty() else None
-    dataset = run_recipe(recipe, progress=progress, command=_command_line(), confirm=confirm, **choices)
-    _print(summary(dataset))
-    store = dataset.encoding["source"]
-    _print(f"\nstore   {store}")
+    dataset = run_recipe(recipe, progress=progress, command=_command_line(), confirm=confirm, **chosen)
+    store, found = dataset.encoding["source"], summary(dataset)
+    if machine:
+        _print_json({"store": store, **_about(dataset), **_summed_up(found)})
+    else:
+        _print(found)
+        _print(f"\nstore   {store}")
     if recipe.endswith(".py") and find_recipe(recipe).drawings:
-        _say(f"its figures: {shlex.join(['selfrepair', 'plot', store, '--recipe', recipe])}")
+        tell(f"its figures: {shlex.join(['selfrepair', 'plot', store, '--recipe', recipe])}")
 
 
 @cli.command()
-@click.argument("recipe")
+@RECIPE
 @click.option("--calibrate", is_flag=True, help="Run a few small jobs and estimate how long it takes.")
-@_choices
-def plan(recipe: str, calibrate: bool, **choices: Any) -> None:
+@JSON
+@choices
+def plan(recipe: str, calibrate: bool, machine: bool, **chosen: Any) -> None:
     """Print what `run` would do and cost. Nothing is written, and without --calibrate no weights are loaded."""
-    _plan(recipe, choices, calibrate)
-
-
-TAIL = click.option(
-    "--tail",
-    type=click.Choice(["top", "bottom", "absolute"]),
-    help="Which share of a head's tokens, by direct effect: the highest, the lowest (written against the target), or "
-    "the largest of either sign; default: top.",
-)
-SPLIT = click.option(
-    "--split-selection",
-    is_flag=True,
-    default=None,
-    help="Select tokens and heads on half of the documents, report on the other half.",
-)
-AGAINST = click.option(
-    "--against",
-    type=click.Choice(["removed", "direct-effect"]),
-    help="What logit changes are set against: what the ablation took of the direct effect, or all of that, as in the "
-    "paper; default: removed, but for zero ablation.",
-)
-
-
-def _views(command: Callable) -> Callable:
-    """Give a command the options of what a figure or a page shows of a store."""
-    return TAIL(SPLIT(AGAINST(command)))
+    _plan(recipe, chosen, calibrate, machine)
 
 
 @cli.command()
-@click.argument("stores", nargs=-1, required=True)
-@click.option(
-    "--figure", "names", multiple=True, help="Figure to draw, repeatable; default: the store's own."
-)
+@STORES
 @click.option(
     "--out", default=None, help="Directory for the figures; default: the first store's name without .zarr."
 )
-@click.option(
-    "--share",
-    type=float,
-    help="Top share of tokens, by direct effect; default: 0.02, or 1 where not all count.",
-)
-@click.option(
-    "--outcome",
-    type=click.Choice(tuple(OUTCOMES)),
-    default="logit",
-    show_default=True,
-    help="What is drawn: logits, or log-probability in nats, of stores that hold it (run --logprob).",
-)
-@click.option("--recipe", default=None, help="Your recipe's .py, if it defines figures of its own.")
-@click.option("--layers", default=None, help="Draw only these layers: 8:12 or 0,5,-1; default: all.")
-@click.option("--heads", default=None, help="Draw only these heads: 9.6,10.*; default: all.")
-@_views
+@views
 def plot(
     stores: tuple[str, ...],
-    names: tuple[str, ...],
     out: str | None,
-    share: float | None,
-    outcome: str,
-    recipe: str | None,
+    names: tuple[str, ...],
     layers: str | None,
     heads: str | None,
-    **views: Any,
+    recipe: str | None,
+    **shown_as: Any,
 ) -> None:
     """Draw the figures of one or several STORES as PNG and SVG, and print their paths.
 
     They are those that the first store's recipe names; where it says of none, all that suit it.
     """
-    from selfrepair_nn.analysis import only
-    from selfrepair_nn.figures import beside, own, require_figures
+    from selfrepair_nn.figures import beside, own
     from selfrepair_nn.figures import plot as draw
+
+    datasets, found = _chosen(stores, layers, heads, names, recipe)
+    wanted = names or (own(datasets[0], found) if shown_as["outcome"] == "logit" else None)
+    for path in draw(datasets, out or beside(datasets[0]), wanted, recipe=recipe, **shown_as):
+        _print(path)
+
+
+@cli.command()
+@STORE
+@click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
+@views
+def report(
+    store: str,
+    out: str | None,
+    names: tuple[str, ...],
+    layers: str | None,
+    heads: str | None,
+    recipe: str | None,
+    **shown_as: Any,
+) -> None:
+    """Write one HTML page about STORE: figures, tables and where the numbers come from."""
+    from selfrepair_nn.report import report as write
+
+    [dataset], _ = _chosen([store], layers, heads, names, recipe)
+    _print(write(dataset, out, recipe=recipe, names=names or None, **shown_as))
+
+
+def _chosen(
+    stores: Sequence[str], layers: str | None, heads: str | None, names: tuple[str, ...], recipe: str | None
+) -> tuple[list[Any], Any]:
+    """Stores, of these layers and heads alone, and the recipe whose figures are drawn; the figures' names are ones."""
+    from selfrepair_nn.analysis import only
+    from selfrepair_nn.figures import require_figures
     from selfrepair_nn.recipe import find_recipe
     from selfrepair_nn.store import open_store
 
     found = None if recipe is None else find_recipe(recipe)
     require_figures(names, found)
     datasets = [open_store(path) for path in stores]
-    wanted, folder = names or (own(datasets[0], found) if outcome == "logit" else None), out or beside(datasets[0])
-    if layers or heads:
-        datasets = [only(ds, layers, heads) for ds in datasets]
-    for path in draw(datasets, folder, wanted, share=share, recipe=recipe, outcome=outcome, **views):
-        _print(path)
+    return [only(ds, layers, heads) for ds in datasets] if layers or heads else datasets, found
 
 
 @cli.command()
-@click.argument("store")
-@click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
-@click.option("--recipe", default=None, help="Your recipe's .py, if it defines figures of its own.")
-@_views
-def report(store: str, out: str | None, recipe: str | None, **views: Any) -> None:
-    """Write one HTML page about STORE: figures, tables and where the numbers come from."""
-    from selfrepair_nn.report import report as write
-    from selfrepair_nn.store import open_store
-
-    _print(write(open_store(store), out, recipe=recipe, **views))
-
-
-@cli.command()
-@click.argument("stores", nargs=-1, required=True)
+@STORES
 @click.option("--out", default=None, help="File to write; default: beside the first store, -explorer.html.")
 @click.option(
     "--share",
@@ -278,7 +216,7 @@ def view(stores: tuple[str, ...], out: str | None, share: float | None, serve: b
 
 
 @cli.command("compare-paper")
-@click.argument("store")
+@STORE
 @click.option("--reference", default=None, help="Model of the paper to compare with; default: STORE's own.")
 @click.option(
     "--out", default=None, help="Directory for the figure; default: the store's name without .zarr."
@@ -298,23 +236,28 @@ def compare_paper(store: str, reference: str | None, out: str | None) -> None:
 
 
 @cli.command()
-@click.argument("store")
+@STORE
+@JSON
 @TAIL
 @SPLIT
-def info(store: str, **tokens: Any) -> None:
+def info(store: str, machine: bool, **tokens: Any) -> None:
     """Print what STORE holds, how much of it is done, and where it comes from."""
     from selfrepair_nn.choosing import choose_tokens
     from selfrepair_nn.store import open_store
     from selfrepair_nn.text import summary
 
     dataset = open_store(store)
+    found = summary(choose_tokens(dataset, **tokens))
+    if machine:
+        _print_json({"store": store, **_about(dataset), **_summed_up(found)})
+        return
     _print(_described(dataset))
     click.echo()
-    _print(summary(choose_tokens(dataset, **tokens)))
+    _print(found)
 
 
 @cli.command()
-@click.argument("store")
+@STORE
 def verify(store: str) -> None:
     """Read every file of STORE and list what is missing or damaged.
 
@@ -339,20 +282,26 @@ def verify(store: str) -> None:
 
 
 @cli.command()
-def recipes() -> None:
+@JSON
+def recipes(machine: bool) -> None:
     """List the recipes, one line each."""
     from selfrepair_nn.recipe import recipes as found
 
+    if machine:
+        told = ("name", "summary", "figures", "parameters", "defaults")
+        _print_json([{name: getattr(each, name) for name in told} for each in found()])
+        return
     for each in found():
         _print(f"{each.name:<20} {each.summary}")
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", shell_complete=COMPLETED["model"])
 @click.option("--dtype", default="float32", show_default=True, help="What the model computes in.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …, balanced.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
-def check(model: str, dtype: str, device: str, revision: str | None) -> None:
+@JSON
+def check(model: str, dtype: str, device: str, revision: str | None, machine: bool) -> None:
     """Test on a short random input whether MODEL is decomposed exactly; say what it is. Exit code 1 if not."""
     _knock("heads", {"model": model, "dtype": dtype, "device": device, "revision": revision})
     _quiet_libraries()
@@ -360,27 +309,40 @@ def check(model: str, dtype: str, device: str, revision: str | None) -> None:
     from selfrepair_nn.models.load import load
 
     loaded = load(model, dtype=dtype, device=device, revision=revision, check=False)
-    _print(f"family  {loaded.structure.model_type} ({type(loaded.module).__name__})")
-    for trait in loaded.structure.traits:
-        _print(f"        {trait}")
-    findings = measure(loaded)
-    for each in findings:
-        mark = "ok" if each.passed else "FAIL"
-        _print(f"{mark:<6}  {each.name}: {each.error:.1e} of the logits' spread (limit {each.limit:g})")
+    structure, findings = loaded.structure, measure(loaded)
+    family = {
+        "family": structure.model_type,
+        "class": type(loaded.module).__name__,
+        "traits": structure.traits,
+    }
+    if machine:
+        told = [{**asdict(each), "passed": each.passed} for each in findings]
+        _print_json({"model": model, **family, "findings": told})
+    else:
+        _print(f"family  {family['family']} ({family['class']})")
+        for trait in structure.traits:
+            _print(f"        {trait}")
+        for each in findings:
+            mark = "ok" if each.passed else "FAIL"
+            _print(f"{mark:<6}  {each.name}: {each.error:.1e} of the logits' spread (limit {each.limit:g})")
     if not all(each.passed for each in findings):
         raise SelfRepairError(f"{model!r} cannot be decomposed exactly")
 
 
 @cli.command()
-@click.argument("store")
-def jobs(store: str) -> None:
+@STORE
+@JSON
+def jobs(store: str, machine: bool) -> None:
     """Print what was sent to a server for STORE: what is there, what failed and why, bytes each way."""
-    from selfrepair_nn.backends.ndif.history import history
+    from selfrepair_nn.backends.ndif.history import history, told
     from selfrepair_nn.paths import local
     from selfrepair_nn.store import open_store
 
     run = open_store(store).attrs.get("run", "")
-    _print(history(local(store, "store"), run))
+    if machine:
+        _print_json({"store": store, **told(local(store, "store"), run)})
+    else:
+        _print(history(local(store, "store"), run))
 
 
 @cli.command()
@@ -388,37 +350,65 @@ def jobs(store: str) -> None:
 @click.option("--remote", is_flag=True, help="Look at the server that nnsight is configured for.")
 @click.option("--model", default=None, help="Model whose state on the server is asked for.")
 @click.option("--try", "trip", is_flag=True, help="Send the model one token and wait for the answer.")
-def doctor(host: str | None, remote: bool, model: str | None, trip: bool) -> None:
+@JSON
+def doctor(host: str | None, remote: bool, model: str | None, trip: bool, machine: bool) -> None:
     """Look at versions, settings and a server, and say what is wrong. Exit code 1 if something is."""
     _quiet_libraries()
     from selfrepair_nn.backends.ndif.doctor import doctor as look
 
-    wrong = 0
+    found = []
     for each in look(host, remote=remote, model=model, trip=trip):
-        mark = {True: "ok  ", False: "FAIL", None: "    "}[each.right]
-        _print(f"{mark}  {line(each.what):<13} {line(each.seen)}")
-        wrong += each.right is False
-    if wrong:
-        raise SelfRepairError("something is wrong: see the lines marked FAIL")
+        found.append(each)
+        if not machine:
+            mark = {True: "ok  ", False: "FAIL", None: "    "}[each.right]
+            _print(f"{mark}  {line(each.what):<13} {line(each.seen)}")
+    if machine:
+        _print_json([asdict(each) for each in found])
+    if any(each.right is False for each in found):
+        raise SelfRepairError(
+            f"something is wrong: see {'what is not right' if machine else 'the lines marked FAIL'}"
+        )
 
 
-def _knock(recipe: str, choices: dict[str, Any]) -> None:
+def _knock(recipe: str, chosen: dict[str, Any]) -> None:
     """Refuse what can be refused before the libraries are imported, which takes seconds."""
     from selfrepair_nn.door import requested
 
-    requested(recipe, Options(**choices))
+    requested(recipe, Options(**chosen))
 
 
-def _plan(recipe: str, choices: dict[str, Any], calibrate: bool) -> None:
+def _plan(recipe: str, chosen: dict[str, Any], calibrate: bool, machine: bool) -> None:
     from selfrepair_nn.recipe import renamed
 
-    _knock(recipe, choices)
+    _knock(recipe, chosen)
     if told := renamed(recipe):
-        _say(told)
+        tell(told)
     _quiet_libraries()
     from selfrepair_nn.estimating.preview import preview, preview_text
 
-    _print(preview_text(preview(recipe, calibrate=calibrate, **choices)))
+    found = preview(recipe, calibrate=calibrate, **chosen)
+    if machine:
+        _print_json(found)
+    else:
+        _print(preview_text(found))
+
+
+def _about(dataset: Any) -> dict[str, Any]:
+    """A store for a script: its attributes, those in JSON as what they say, its dimensions and its variables."""
+    variables = {
+        name: {
+            "dims": each.dims,
+            **{key: each.attrs.get(key) for key in ("units", "long_name", "description")},
+        }
+        for name, each in dataset.data_vars.items()
+    }
+    attributes = {name: decoded(value) for name, value in dataset.attrs.items()}
+    return {"attributes": attributes, "sizes": dataset.sizes, "variables": variables}
+
+
+def _summed_up(found: Any) -> dict[str, Any]:
+    """A summary for a script."""
+    return {"summary": found.records(), "notes": [*found.attrs["above"], *found.attrs["below"]]}
 
 
 def _confirm(plan: str) -> bool:
@@ -459,6 +449,10 @@ def _command_line() -> str:
 def _print(text: object) -> None:
     """A result, on stdout. What is in it may have been written by others."""
     click.echo(shown(text))
+
+
+def _print_json(value: Any) -> None:
+    click.echo(as_json(value))
 
 
 def _say(text: str) -> None:

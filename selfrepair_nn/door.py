@@ -50,9 +50,9 @@ def requested(recipe: Any, options: Options) -> tuple[Recipe, Options]:
     options = found.resolved(options)
     if isinstance(options.model, str):
         source = find(options.model, options.revision)
-        if sizes := _sizes(source):
+        if (told := sizes(source)) is not None:
             dtype = AS_SERVED if options.served else options.dtype
-            _require_possible(Request(found, options, source.name, sizes, dtype))
+            _require_possible(Request(found, options, source.name, told, dtype))
     return found, options
 
 
@@ -143,7 +143,7 @@ def attributes_of(path: Path) -> dict[str, Any]:
     return found if "settings" in found and all(type(each) is dict for each in nested) else {}
 
 
-def _sizes(source: Any) -> Sizes | None:
+def sizes(source: Any) -> Sizes | None:
     """A model's sizes as its configuration tells; None where it does not, or not which layers have heads."""
     try:
         config = json.loads((Path(source.location) / "config.json").read_text())

@@ -5,7 +5,7 @@ The file needs nothing else: no network, no font, and no script but the explorer
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape, unescape
 from pathlib import Path
 from string import Template
@@ -23,6 +23,7 @@ from selfrepair_nn.analysis import (
     by_variant,
     has_nulls,
     held,
+    in_nats,
     most_repaired,
     reinforced,
     reinforcement_by_head,
@@ -39,9 +40,10 @@ from selfrepair_nn.explorer.rendering import page
 from selfrepair_nn.face import public
 from selfrepair_nn.figures import style, suiting
 from selfrepair_nn.paths import local
-from selfrepair_nn.quantities import TOKEN
-from selfrepair_nn.recipe import Recipe, find_recipe
-from selfrepair_nn.shown import line
+from selfrepair_nn.quantities import OUTCOMES, TOKEN
+from selfrepair_nn.recipe import find_recipe
+from selfrepair_nn.shown import decoded, line
+from selfrepair_nn.values import one_of
 
 RANKED = 10
 HEAD_COLUMNS = {
@@ -64,6 +66,8 @@ def render(
     share: float | None = None,
     store: str | None = None,
     recipe: str | Path | None = None,
+    names: Iterable[str] | None = None,
+    outcome: str = "logit",
     tail: str | None = None,
     split_selection: bool | None = None,
     against: str | None = None,
@@ -71,22 +75,32 @@ def render(
     """The report of a store as HTML; `store` is its directory's name, by default where `ds` came from.
 
     `recipe` is a recipe's name or the path of your own: the figures that its file defines are on the page too.
-    `tail`, `split_selection` and `against` as in `plot`.
+    `names` are figures, by default all that suit the store. `outcome` "logprob" draws them in nats; tables stay in
+    logits. `tail`, `split_selection` and `against` as in `plot`.
 
     Of single heads, each ablated in one way, it has tables of layers and heads; of cases, of several variants and of
     heads that read their own write, one of what the store has instead.
 
     Raises:
-        UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet.
+        UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet; a figure that there is not,
+            or that the store does not suit; an outcome that it does not hold.
     """
-    ds = viewed(wording.legible(restored(ds)), tail, split_selection, against)
-    ds, found = held(ds), None if recipe is None else find_recipe(recipe)
+    one_of("outcome", outcome, OUTCOMES)
+    found = None if recipe is None else find_recipe(recipe)
+    figures.require_figures(names or (), found)
+    whole = wording.legible(restored(ds))
+    ds = held(viewed(whole, tail, split_selection, against))
+    asked = held(viewed(in_nats(whole), tail, split_selection, against)) if outcome == "logprob" else ds
     figures.note_unknown(ds, found)
     with remembering():
-        return (_of_heads if suiting.grid(ds) else _of_others)(ds, share, store, found)
+        drawn = figures.drawn(asked, names, share=share, recipe=found)
+        return (_of_heads if suiting.grid(ds) else _of_others)(ds, share, store, drawn)
 
 
-def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None) -> str:
+Drawn = Iterable[tuple[Drawing, Figure]]
+
+
+def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, drawn: Drawn) -> str:
     """The page of a store of single heads, each ablated in one way."""
     heads = by_head(ds, share)
     share = heads.attrs["share"]
@@ -94,7 +108,7 @@ def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, recipe: Re
         raise UsageError(f"{wording.title(heads)!r} has nothing done yet: there is nothing to report")
     layers = by_layer(heads, share)
     best = most_repaired(heads, RANKED, share)
-    parts = _common(ds, heads, share, store, recipe) | {
+    parts = _common(ds, heads, store, drawn) | {
         "basis": _safe(wording.basis(heads)),
         "facts": _facts(heads, layers),
         "over": _safe(wording.each_heads(heads)),
@@ -111,14 +125,14 @@ def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, recipe: Re
     return _page(ds, share, PAGE, parts)
 
 
-def _of_others(ds: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None) -> str:
+def _of_others(ds: xr.Dataset, share: float | None, store: str | None, drawn: Drawn) -> str:
     """The page of a store of cases, of variants, or of reinforced heads."""
     own = reinforced(ds) or has_nulls(ds)
     found = _of_edits(ds) if own else _summed_up(ds, share)
     if not (found.tokens > 0).any():
         raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to report")
     dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
-    parts = _common(ds, found, share, store, recipe) | {
+    parts = _common(ds, found, store, drawn) | {
         "basis": _safe(wording.basis(found, top=not own)),
         "summary": escape(str(text.summary(ds, share))),
         "every": "" if own else _site_table(found, dims),
@@ -142,11 +156,8 @@ def _of_edits(ds: xr.Dataset) -> xr.Dataset:
     return reinforcement_by_head(ds) if reinforced(ds) else reinforcement_nulls(ds)
 
 
-def _common(
-    ds: xr.Dataset, found: xr.Dataset, share: float | None, store: str | None, recipe: Recipe | None
-) -> dict[str, str]:
+def _common(ds: xr.Dataset, found: xr.Dataset, store: str | None, drawn: Drawn) -> dict[str, str]:
     """What every page holds, of a store and what is found in it."""
-    drawn = figures.drawn(ds, share=share, recipe=recipe)
     return {
         "title": _safe(wording.title(found)),
         "task": "".join(
@@ -176,6 +187,8 @@ def report(
     share: float | None = None,
     store: str | None = None,
     recipe: str | Path | None = None,
+    names: Iterable[str] | None = None,
+    outcome: str = "logit",
     tail: str | None = None,
     split_selection: bool | None = None,
     against: str | None = None,
@@ -186,7 +199,8 @@ def report(
     """
     folder = figures.beside(ds)
     path = local(folder.with_name(f"{folder.name}.html") if path is None else path)
-    choices = {"tail": tail, "split_selection": split_selection, "against": against}
+    choices: dict[str, Any] = {"tail": tail, "split_selection": split_selection, "against": against}
+    choices |= {"names": names, "outcome": outcome}
     text = render(ds, share=share, store=store, recipe=recipe, **choices)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -304,17 +318,7 @@ def _variables(ds: xr.Dataset) -> str:
 
 
 def _provenance(attributes: Mapping[str, Any]) -> str:
-    return _nested({str(name): _decoded(value) for name, value in attributes.items()})
-
-
-def _decoded(value: Any) -> Any:
-    """What a JSON string of an object or a list says; anything else as it is."""
-    if not isinstance(value, str) or value[:1] not in ("{", "["):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
+    return _nested({str(name): decoded(value) for name, value in attributes.items()})
 
 
 def _nested(value: Any) -> str:

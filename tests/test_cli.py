@@ -23,7 +23,7 @@ from selfrepair_nn.options import RENAMED, Options, flag
 from selfrepair_nn.recipe import recipe_paths
 
 COMMANDS = sorted(cli.commands)
-NOT_OPTIONS = {"recipe", "dry_run", "progress", "calibrate"}
+NOT_OPTIONS = {"recipe", "dry_run", "progress", "calibrate", "machine", "quiet", "log_level"}
 HEAVY = ("torch", "transformers", "xarray", "zarr", "nnsight", "datasets", "matplotlib")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -12,7 +11,6 @@ from hashlib import sha256
 from typing import Any, Unpack
 
 import xarray as xr
-from tqdm import tqdm
 
 from selfrepair_nn import provenance
 from selfrepair_nn.backends.local import Backend, backend, loaded, with_enough_memory
@@ -28,6 +26,7 @@ from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import fingerprint, identity
 from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options, current, require_known
+from selfrepair_nn.progress import Bar
 from selfrepair_nn.recipe import recipe_paths, renamed
 from selfrepair_nn.running.filling import finished, learn
 from selfrepair_nn.running.holding import Hold, only_writer
@@ -43,7 +42,7 @@ from selfrepair_nn.running.opening import (
 from selfrepair_nn.running.preliminaries import strongest
 from selfrepair_nn.running.rounds import rounds
 from selfrepair_nn.running.sharing import Sharing, sharing
-from selfrepair_nn.shown import line, tell
+from selfrepair_nn.shown import LOG, line, tell
 from selfrepair_nn.store import Store, open_store
 
 
@@ -60,7 +59,7 @@ def run(
 
     Args:
         recipe: a recipe's name, or the path of your own.
-        progress: True or False; None shows a bar on stderr if that is a terminal.
+        progress: True or False; None shows what is done on stderr if that is a terminal, and in a notebook.
         command: what the store says made it; default: this call.
         confirm: asked, with the plan, before a large remote run that `yes` does not allow; None refuses it.
         executor: shares the work out: any `concurrent.futures.Executor`, such as a ProcessPoolExecutor, or
@@ -79,13 +78,19 @@ def run(
     """
     require_known(choices, ("recipe", "progress", "command", "confirm", "executor"))
     options = Options(**choices)
-    with sharing(options, executor) as shared:
+    with sharing(options, executor) as shared, Bar(_name_of(options.model), progress) as bar:
+        bar.stage("reading prompts")
         experiment = prepare(recipe, options)
         _told(recipe, experiment)
         if experiment.options.served:
             _require_consent(experiment, confirm)
-        _into_store(experiment, shared, command or _call(recipe, options), progress)
+        _into_store(experiment, shared, command or _call(recipe, options), bar)
     return open_store(experiment.path)
+
+
+def _name_of(model: Any) -> str:
+    """What a model is called before it is looked at."""
+    return str(model) if isinstance(model, str | os.PathLike) else type(model).__name__
 
 
 def _told(recipe: str | os.PathLike[str], experiment: Experiment) -> None:
@@ -97,18 +102,23 @@ def _told(recipe: str | os.PathLike[str], experiment: Experiment) -> None:
             tell(told)
 
 
-def _into_store(experiment: Experiment, shared: Sharing, command: str, progress: bool | None) -> None:
+def _into_store(experiment: Experiment, shared: Sharing, command: str, bar: Bar) -> None:
     """Open the store, or make it, and compute what is missing in it."""
     with only_writer(experiment.path, experiment.options.part) as hold:
         store = existing(experiment, hold.alone)
+        bar.name = line(experiment.description.source.name, 60)
+        bar.stage(f"loading the {'tokenizer' if experiment.options.served else 'model'}")
         with with_enough_memory("loading the model"):
             model = loaded(experiment)
+        bar.stage("looking at the weights")
         with evaluating(model):
             record = _looked_at(model, store)
             damage = verify(experiment.path) if store is not None else []
             if store is None or damage or "finished" not in store.attributes:
+                bar.stage("proving the decomposition")
                 _prove(model, experiment, record)
                 if undecided(experiment, damage) or (store is None and experiment.undecided):
+                    bar.stage("finding the strongest heads")
                     experiment = _decided(experiment, model)
                 hold.require()
                 new = store is None
@@ -118,7 +128,7 @@ def _into_store(experiment: Experiment, shared: Sharing, command: str, progress:
                 experiment = as_stored(experiment, store)
                 mend(store, experiment, damage)
                 with _gone_if_empty(store, hold) if new else nullcontext():
-                    _run(store, experiment, model, shared, progress, hold)
+                    _run(store, experiment, model, shared, bar, hold)
 
 
 def _undrawable(experiment: Experiment) -> list[str]:
@@ -185,10 +195,10 @@ def _first_runner(experiment: Experiment, model: Model) -> Backend:
 
 
 def _run(
-    store: Store, experiment: Experiment, model: Model, shared: Sharing, progress: bool | None, hold: Hold
+    store: Store, experiment: Experiment, model: Model, shared: Sharing, bar: Bar, hold: Hold
 ) -> None:
     try:
-        with interruptible() as stop_if_asked, _bar(store, experiment, progress) as bar:
+        with interruptible() as stop_if_asked:
             for _ in _fill(store, experiment, model, shared, bar, hold.share):
                 stop_if_asked()
                 hold.require()
@@ -207,7 +217,7 @@ def _fill(
     experiment: Experiment,
     model: Model,
     shared: Sharing,
-    bar: tqdm,
+    bar: Bar,
     let_others: Callable[[], None],
 ) -> Iterator[slice]:
     """Everything that is still missing, block by block; gives each when it is stored.
@@ -216,8 +226,10 @@ def _fill(
     """
     o = experiment.options
     experiment = _packed(store, experiment, model, shared.on_one_device)
-    runner = _runner(store, experiment, model)
+    runner = _runner(store, experiment, model, bar)
+    bar.stage("measuring the noise floor, and what all units share")
     known = learn(store, experiment, model.layout, runner)
+    _begin(bar, store, experiment)
     if o.part:
         let_others()
     with ExitStack() as working:
@@ -229,6 +241,7 @@ def _fill(
                     bar.update(
                         experiment.work.case_tokens // experiment.prompts.n * (block.stop - block.start)
                     )
+                LOG.info("prompts %d to %d are stored", block.start, block.stop - 1)
                 yield block
 
 
@@ -253,7 +266,7 @@ def _packed(store: Store, experiment: Experiment, model: Model, processes: int) 
     return replace(experiment, work=replace(experiment.work, tokens_per_pass=int(tokens)))
 
 
-def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
+def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Backend:
     if not experiment.options.served:
         return backend(experiment.options.backend, model, experiment.vocabulary, _measuring(store, experiment))
     from selfrepair_nn.backends.ndif.served import connected
@@ -266,6 +279,7 @@ def _runner(store: Store, experiment: Experiment, model: Model) -> Backend:
             f"{facts['dtype']}: choose another --out"
         )
     store.annotate(**facts)
+    jobs.watch = bar.note
     return jobs
 
 
@@ -322,21 +336,9 @@ def _call(recipe: Any, options: Options) -> str:
     return f"selfrepair_nn.run({', '.join(shown)})"
 
 
-def _bar(store: Store, experiment: Experiment, progress: bool | None) -> tqdm:
-    """Head x token pairs, with rate and time left; drawn at most twice a second, and only on a terminal.
-
-    How many there will be is not known where only the top share is ablated.
-    """
+def _begin(bar: Bar, store: Store, experiment: Experiment) -> None:
+    """Count head x token pairs. How many there will be is not known where only the top share is ablated."""
     blocks = zip(experiment.work.units, finished(store, experiment), strict=True)
-    share = sum(b.stop - b.start for b, stored in blocks if stored)
+    share = sum(b.stop - b.start for b, stored in blocks if stored) / experiment.prompts.n
     total = None if experiment.ranked else experiment.work.case_tokens
-    return tqdm(
-        desc=line(experiment.description.source.name),
-        total=total,
-        initial=round((total or 0) * share / experiment.prompts.n),
-        unit=" head·tokens",
-        unit_scale=True,
-        mininterval=0.5,
-        file=sys.stderr,
-        disable=None if progress is None else not progress,
-    )
+    bar.begin(total, round((total or 0) * share))

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from selfrepair_nn.backends.local import Backend
 from selfrepair_nn.errors import UsageError, one_line
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.models.model import Model, release
 from selfrepair_nn.options import Options
+from selfrepair_nn.progress import Bar
 from selfrepair_nn.running.filling import Filling, Known
 from selfrepair_nn.running.workers import Lent, Own, Workers
 from selfrepair_nn.shown import tell
@@ -53,7 +53,7 @@ class Sharing:
 
     @contextmanager
     def filling(
-        self, store: Store, experiment: Experiment, known: Known, model: Model, runner: Backend, bar: tqdm
+        self, store: Store, experiment: Experiment, known: Known, model: Model, runner: Backend, bar: Bar
     ) -> Iterator[Fill]:
         """What computes blocks, and gives each when it is stored. Where workers do, this process needs no model."""
         o = self.options

@@ -14,12 +14,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from selfrepair_nn.ending import SENT_TO_ALL
 from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.packing import fitting_threads
+from selfrepair_nn.progress import Bar
 from selfrepair_nn.recipe import recipe_paths
 from selfrepair_nn.running.filling import Known
 from selfrepair_nn.running.interruption import undisturbed
@@ -40,7 +40,7 @@ class Workers:
     """
 
     def __init__(
-        self, store: Store, experiment: Experiment, known: Known, pool: "Own | Lent", bar: tqdm
+        self, store: Store, experiment: Experiment, known: Known, pool: "Own | Lent", bar: Bar
     ) -> None:
         self._experiment, self._known, self._pool, self._bar = experiment, known, pool, bar
         self._setup = _setup(store, experiment, known, pool).packed()

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from selfrepair_nn.backends.ndif.faults import KINDS, brief
 from selfrepair_nn.backends.ndif.ledger import (
@@ -27,6 +28,24 @@ MEANINGS = {
     SPLIT: "split in two",
     GIVEN_UP: "given up",
 }
+
+
+def told(store: Path, run: str) -> dict[str, Any]:
+    """The same as plain data: every part with its state, job, failures and bytes, and what there was in all."""
+    records = Ledger(ledger_path(store), run).records.values()
+    parts = [
+        {
+            "part": record.part,
+            "state": MEANINGS.get(record.event, record.event),
+            "job": record.job if record.open else None,
+            "failures": dict(record.failures),
+            "said": brief(record.text) if record.text else None,
+            "bytes_sent": record.bytes_sent,
+            "bytes_returned": record.bytes_returned,
+        }
+        for record in records
+    ]
+    return {"jobs": sum(record.jobs for record in records), "parts": parts}
 
 
 def history(store: Path, run: str) -> str:

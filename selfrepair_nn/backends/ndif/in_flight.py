@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from selfrepair_nn.backends.ndif.faults import KINDS, Fault, job_fault
+from selfrepair_nn.backends.ndif.faults import KINDS, Fault, brief, job_fault
 from selfrepair_nn.backends.ndif.ledger import FAILED, FETCHED, GIVEN_UP, SENDING, SENT, SPLIT, TAKEN, Ledger
 from selfrepair_nn.backends.ndif.server import Answer, pause_before
 from selfrepair_nn.errors import Incomplete
@@ -102,6 +102,8 @@ class JobsInFlight:
     ) -> None:
         self.service, self.ledger, self.notify = service, ledger, notify
         self.in_flight, self.patience, self.clock, self.sleep = in_flight, patience, clock, sleep
+        self.watch: Callable[[str], None] = lambda state: None
+        """Takes how the jobs stand, whenever they were looked at."""
 
     def __call__(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[Any, Any]]]:
         return _Round(self, units).run()
@@ -131,6 +133,7 @@ class _Round:
                 if fault.kind == "unreachable":
                     raise Incomplete(f"{fault}\n{self._standing()}") from None
                 raise
+            self._flight.watch(self._states())
             yield from self._complete()
             pause = SHORTEST_PAUSE if any(moved) else min(1.5 * pause, LONGEST_PAUSE)
             self._flight.sleep(pause)
@@ -248,6 +251,18 @@ class _Round:
                 yield whole.unit, found
                 for leaf in whole.leaves():
                     self._ledger.write(TAKEN, leaf.unit.label, job=leaf.job)
+
+    def _states(self) -> str:
+        """Of each status how many jobs have it, how long the first of them has, and what the server says of that."""
+        now, found = self._flight.clock(), dict[str, list[_Piece]]()
+        for piece in sorted(self._flying, key=lambda piece: piece.heard):
+            found.setdefault(piece.status.partition(":")[0].lower() or "sent", []).append(piece)
+        told = []
+        for status, pieces in found.items():
+            said = pieces[0].status.partition(":")[2].strip()
+            waited = f"{now - pieces[0].heard:.0f} s"
+            told.append(f"{len(pieces)} {status} ({', '.join(filter(None, [waited, brief(said)]))})")
+        return ", ".join(told)
 
     def _standing(self) -> str:
         """What is missing and why."""

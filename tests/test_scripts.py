@@ -1,0 +1,169 @@
+"""For scripts, shells and notebooks: JSON that mirrors Python, as much on stderr as was asked for, completion."""
+
+import json
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+from click.shell_completion import ShellComplete
+from terminal import selfrepair
+
+import selfrepair_nn as sr
+from selfrepair_nn.cli import cli
+from selfrepair_nn.figures import FIGURES
+from selfrepair_nn.progress import Bar, in_notebook
+from selfrepair_nn.recipe import recipe_paths
+from selfrepair_nn.shown import LOG, as_json, tell, telling
+
+SMALL = ("--tokens", 64, "--length", 16, "--layers", "6:")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    store = tmp_path_factory.mktemp("ran") / "s.zarr"
+    return store, selfrepair("run", "heads", *SMALL, "--out", store, "--json")
+
+
+def answer(*command):
+    """The one JSON value that a command prints."""
+    ended = selfrepair(*command, "--json")
+    assert ended.err == ""
+    assert ended.out.count("\n") == 1
+    return json.loads(ended.out)
+
+
+def test_a_run_tells_a_script_what_python_tells(ran):
+    store, ended = ran
+    assert (ended.code, ended.err) == (0, "")
+    found, ds = json.loads(ended.out), sr.open_store(store)
+    assert found["store"] == str(store)
+    assert found["summary"] == json.loads(as_json(sr.summary(ds).records()))
+    assert found["attributes"]["finished"] == ds.attrs["finished"]
+    assert found["attributes"]["options"]["tokens"] == 64
+    assert found["sizes"] == dict(ds.sizes)
+    assert any("95% intervals" in each or "too few" in each for each in found["notes"])
+
+
+def test_info_tells_the_same_and_what_each_variable_is(ran):
+    found, ds = answer("info", ran[0]), sr.open_store(ran[0])
+    assert found == json.loads(ran[1].out)
+    assert set(found["variables"]) == set(ds.data_vars)
+    assert found["variables"]["direct_effect"]["units"] == ds.direct_effect.attrs["units"]
+    assert found["variables"]["direct_effect"]["dims"] == ["layer", "head", "prompt", "position"]
+
+
+def test_a_plan_is_pythons(tmp_path):
+    command = ("heads", *SMALL, "--out", tmp_path / "s.zarr")
+    found = sr.preview("heads", tokens=64, length=16, layers="6:", out=tmp_path / "s.zarr")
+    assert answer("plan", *command) == json.loads(as_json(found))
+    assert answer("run", *command, "--dry-run") == json.loads(as_json(found))
+
+
+def test_recipes_and_checks_and_jobs_and_the_doctor(ran):
+    assert [each["name"] for each in answer("recipes")] == list(recipe_paths())
+    assert answer("jobs", ran[0]) == {"store": str(ran[0]), "jobs": 0, "parts": []}
+    checked = answer("check", "tiny-neox")
+    assert checked["family"] == "gpt_neox"
+    assert all(each["passed"] and each["error"] <= each["limit"] for each in checked["findings"])
+    looked = {each["what"]: each for each in answer("doctor")}
+    assert "torch" in looked["versions"]["seen"]
+
+
+def test_a_failure_is_words_on_stderr_and_no_json(tmp_path):
+    ended = selfrepair("info", tmp_path / "nothing.zarr", "--json")
+    assert (ended.code, ended.out) == (1, "")
+    assert "no store at" in ended.err
+
+
+def test_json_has_no_number_that_is_none(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "secret" * 6)
+    found = as_json({"a": float("nan"), "b": (float("inf"), 1), "c": "hf_" + "secret" * 6})
+    assert json.loads(found)["a"] is None
+    assert json.loads(found)["b"] == [None, 1]
+    assert "secretsecret" not in found
+
+
+# How much is told
+
+
+def test_quiet_is_silent_but_for_errors(ran, tmp_path):
+    idle = ("run", "heads", *SMALL, "--mean-prompts", 3, "--out", tmp_path / "s.zarr")
+    assert "nothing in this run depends on it" in selfrepair(*idle).err
+    assert selfrepair(*idle, "--quiet").err == ""
+    assert selfrepair("run", "no-such", "-q").err.startswith("selfrepair: error")
+
+
+def test_log_levels(ran):
+    shown = selfrepair("run", "heads", *SMALL, "--out", ran[0], "--log-level", "info")
+    assert "tiny-neox: looking at the weights" in shown.err
+    assert shown.out == selfrepair("run", "heads", *SMALL, "--out", ran[0]).out
+    assert selfrepair("run", "heads", "--log-level", "loud").code == 2
+
+
+def test_what_is_told_goes_through_logging(capsys):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    LOG.addHandler(handler)
+    try:
+        tell("something")
+        with telling("error"):
+            tell("nothing")
+    finally:
+        LOG.removeHandler(handler)
+    assert [(each.name, each.getMessage()) for each in records] == [("selfrepair_nn", "something")]
+    assert capsys.readouterr().err == "selfrepair: something\n"
+
+
+def test_a_notebook_has_a_bar_without_being_asked(monkeypatch, capsys):
+    assert not in_notebook()
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert in_notebook()
+    with Bar("tiny-neox", None) as bar:
+        bar.stage("loading the model")
+        bar.begin(100, 50)
+        bar.update(50)
+    assert "loading the model" in (shown := capsys.readouterr().err)
+    assert "100%" in shown
+    with telling("error"), Bar("tiny-neox", None) as bar:
+        bar.stage("loading the model")
+    assert capsys.readouterr().err == ""
+
+
+# Completion
+
+
+def offered(*words):
+    *given, last = words
+    return [
+        each.value for each in ShellComplete(cli, {}, "selfrepair", "").get_completions(list(given), last)
+    ]
+
+
+def test_recipes_models_figures_layers_and_heads_are_completed(ran):
+    assert "heads" in offered("run", "he")
+    assert offered("run", "heads", "--model", "tiny-n")[0] == "tiny-neox"
+    assert set(FIGURES) <= set(offered("plot", str(ran[0]), "--figure", ""))
+    assert offered("run", "heads", "--model", "tiny-llama", "--layers", "0,")[:2] == ["0,0", "0,1"]
+    assert "7.*" in offered("run", "heads", "--heads", "7.")
+    assert offered("plot", str(ran[0]), "--layers", "7") == ["7"]
+    assert offered("run", "heads", "--model", "no/such", "--layers", "") == []
+
+
+def test_report_takes_what_plot_takes(ran, tmp_path):
+    def flags(command):
+        return {o.name for o in cli.commands[command].params if o.name != "stores"}
+
+    assert flags("plot") == flags("report") - {"store"}
+    page = tmp_path / "page.html"
+    chosen = ("--figure", "norm_share", "--layers", "7", "--share", "0.1")
+    ended = selfrepair("report", ran[0], *chosen, "--out", page)
+    assert (ended.code, ended.err) == (0, "")
+    text = page.read_text()
+    assert text.count("<figure>") == 1
+    assert "L7H0" in text
+    assert "L6H0" not in text.split("All 8 heads")[1].split("</details>")[0]
+    assert selfrepair("report", ran[0], "--figure", "nonsense").code == 2
+    assert "logprob" in selfrepair("report", ran[0], "--outcome", "logprob", "--out", page).err
