@@ -413,9 +413,12 @@ def _stream(documents: Iterator[str], tokenizer, joint: int | None, wanted: int 
 
 
 def _encoded(documents: Iterator[str], tokenizer) -> Iterator[np.ndarray]:
-    while batch := list(islice(documents, _AT_ONCE)):
+    """Few at once to begin with: the first may hold all that is wanted."""
+    count = 1
+    while batch := list(islice(documents, count)):
         found = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         yield from (np.asarray(ids, dtype=np.int64) for ids in found["input_ids"])
+        count = min(2 * count, _AT_ONCE)
 
 
 def _pack(stream: np.ndarray, length: int, bos: int | None, limit: int | None):
