@@ -17,7 +17,20 @@ from selfrepair_nn import __version__
 from selfrepair_nn.completion import COMPLETED
 from selfrepair_nn.ending import heard, interrupted
 from selfrepair_nn.errors import Incomplete, NotAgreed, SelfRepairError
-from selfrepair_nn.flags import JSON, RECIPE, SPLIT, STORE, STORES, TAIL, Group, choices, views
+from selfrepair_nn.flags import (
+    CAPTION,
+    FORMAT,
+    JSON,
+    RECIPE,
+    SIZE,
+    SPLIT,
+    STORE,
+    STORES,
+    TAIL,
+    Group,
+    choices,
+    views,
+)
 from selfrepair_nn.options import Options
 from selfrepair_nn.shown import LOG, as_json, decoded, line, message, shown, tell
 
@@ -131,6 +144,9 @@ def plan(recipe: str, calibrate: bool, machine: bool, **chosen: Any) -> None:
 @click.option(
     "--out", default=None, help="Directory for the figures; default: the first store's name without .zarr."
 )
+@FORMAT
+@SIZE
+@CAPTION
 @views
 def plot(
     stores: tuple[str, ...],

@@ -73,6 +73,19 @@ OF_FIGURES = (
 )
 """Of what is drawn."""
 
+FORMAT = click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["png", "svg", "pdf"]),
+    default=("png", "svg"),
+    help="Kind of file to write, repeatable; default: png and svg.",
+)
+SIZE = click.option(
+    "--size", default=None, help="Width and height of each figure in inches, such as 6.4x4.2."
+)
+CAPTION = click.option("--caption/--no-caption", default=True, help="Small print below; default: with it.")
+
 
 class Command(click.Command):
     """A command, with the options that all have: how much is told on stderr."""

@@ -96,7 +96,7 @@ def test_every_store_has_a_summary(stored, name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_store_is_drawn_in_python(stored, name, tmp_path):
-    paths = sr.plot(stored(name), tmp_path)
+    paths = sr.plot(stored(name), tmp_path, figures.suited(stored(name)))
     assert len(paths) >= 2
     assert {path.stem for path in paths} == set(figures.suited(stored(name)))
     assert all(path.stat().st_size > 1000 for path in paths)

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from selfrepair_nn import figures
@@ -33,7 +36,7 @@ def part(ds):
 
 @pytest.fixture(scope="module")
 def files(ds, tmp_path_factory):
-    return figures.plot(ds, tmp_path_factory.mktemp("plain"))
+    return figures.plot(ds, tmp_path_factory.mktemp("plain"), figures.suited(ds))
 
 
 def same(first: list, second: list) -> bool:
@@ -228,7 +231,7 @@ def test_bare_attributes_are_drawn(name):
 
 
 def test_a_summary_draws_the_same_bytes(ds, files, tmp_path):
-    drawn = figures.plot(by_head(ds), tmp_path)
+    drawn = figures.plot(by_head(ds), tmp_path, figures.suited(by_head(ds)))
     assert same(drawn, [file for file in files if file.name in {path.name for path in drawn}])
     assert {LAYER, PLANE} < {path.stem for path in drawn}
 
@@ -260,17 +263,74 @@ def test_files_are_as_promised(ds, tmp_path):
     assert ">gpt2, resample ablation</text>" in svg.read_text()
 
 
-def test_the_callers_settings_neither_matter_nor_change(ds, files, tmp_path):
-    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.hashsalt": "mine"}):
+def test_the_callers_settings_do_not_change_and_what_would_break_a_figure_does_not_matter(ds, files, tmp_path):
+    broken = {"svg.hashsalt": "mine", "text.parse_math": True, "figure.autolayout": True, "svg.fonttype": "path"}
+    with matplotlib.rc_context(broken):
         before = dict(matplotlib.rcParams)
-        garish = figures.plot(ds, tmp_path)
+        plain = figures.plot(ds, tmp_path, figures.suited(ds))
         assert dict(matplotlib.rcParams) == before
-    assert same(garish, files)
+    assert same(plain, files)
+
+
+def test_the_callers_fonts_sizes_and_colours_are_kept(ds):
+    with matplotlib.rc_context({"axes.facecolor": "#ffeedd", "font.size": 13, "axes.titlesize": 17}):
+        [figure] = figures.plot(ds, names=LAYER)
+    [axes] = figure.axes
+    assert axes.get_facecolor() == matplotlib.colors.to_rgba("#ffeedd")
+    assert axes.yaxis.label.get_fontsize() == 13
+    assert axes._left_title.get_fontsize() == 17
+
+
+def test_without_a_directory_figures_are_returned_and_nothing_is_written(ds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = figures.plot(ds)
+    assert [type(each).__name__ for each in drawn] == ["Figure"] * len(figures.own(ds))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_shows_what_is_returned(ds, monkeypatch):
+    shown = []
+    module = SimpleNamespace(display=shown.append, get_ipython=lambda: SimpleNamespace(config={"IPKernelApp": {}}))
+    monkeypatch.setitem(sys.modules, "IPython", module)
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    assert figures.plot(ds, names=LAYER) == shown
+
+
+def test_size_small_print_and_formats_are_chosen(ds, tmp_path):
+    [plain] = figures.plot(ds, names=LAYER, size="5x3", caption=False)
+    assert tuple(plain.get_size_inches()) == (5, 3)
+    assert plain.get_supxlabel() == ""
+    [usual] = figures.plot(ds, names=LAYER)
+    assert usual.get_supxlabel() != ""
+    [path] = figures.plot(ds, tmp_path, LAYER, formats="pdf")
+    assert path.read_bytes().startswith(b"%PDF")
+    again = path.read_bytes()
+    assert figures.plot(ds, tmp_path, LAYER, formats=["pdf"])[0].read_bytes() == again
+    for wrong in ({"size": "wide"}, {"size": (0, 3)}, {"size": 5}, {"formats": ["bmp"]}, {"axes": 5}):
+        with pytest.raises(UsageError):
+            figures.plot(ds, names=LAYER, **wrong)
+
+
+@pytest.mark.parametrize("name", [LAYER, PLANE, "norm_share", "distance_by_layer"])
+def test_a_figure_is_drawn_in_the_place_of_axes(ds, name):
+    whole = Figure(figsize=(14, 6), layout="constrained")
+    left, right = whole.subplots(1, 2)
+    left.plot([0, 1])
+    assert figures.plot(ds, names=name, axes=right) == [whole]
+    FigureCanvasAgg(whole)
+    whole.draw_without_rendering()
+    [part] = whole.subfigs
+    assert part.axes
+    assert all(axes.get_window_extent().x0 > left.get_window_extent().x1 for axes in part.axes)
+    assert tuple(whole.get_size_inches()) == (14, 6)
+    with pytest.raises(UsageError, match="one figure: name it"):
+        figures.plot(ds, axes=left)
 
 
 def test_pyplot_is_not_even_imported(tmp_path):
     code = f"""
 import sys
+from types import SimpleNamespace
 from selfrepair_nn import figures
 from selfrepair_nn.simulate import simulate_heads
 figures.plot(simulate_heads(2, 2, 4, 5), {str(tmp_path)!r})

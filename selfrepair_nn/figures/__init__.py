@@ -9,11 +9,12 @@ user's recipe where its file is given. `variants` and `cases` are the overview o
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import xarray as xr
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from selfrepair_nn.analysis import held, in_nats, remembering
 from selfrepair_nn.choosing import splits, tail_of, viewed
@@ -51,8 +52,10 @@ from selfrepair_nn.figures import (
     token_noise,
     variants,
 )
-from selfrepair_nn.figures.style import Datasets, named, save, settings, share_of, summaries
+from selfrepair_nn.figures.look import formats_of, looking, save, settings
+from selfrepair_nn.figures.style import Datasets, named, share_of, summaries
 from selfrepair_nn.paths import local
+from selfrepair_nn.progress import in_notebook
 from selfrepair_nn.quantities import OUTCOMES, asked_in
 from selfrepair_nn.recipe import Recipe, find_recipe, present_name, recipe_paths, recipes
 from selfrepair_nn.shown import line, tell
@@ -212,9 +215,9 @@ def draw(
         raise UsageError(f"figure {figure.name} fails: {one_line(why)}") from why
     if why:
         raise why
-    if not isinstance(found, Figure):
+    if not isinstance(found, Figure | SubFigure):
         raise UsageError(f"figure {figure.name} gives {brief(found)}, not a matplotlib Figure")
-    return found
+    return cast(Figure, found)
 
 
 def _unsuited(figure: Drawing, title: str, ds: xr.Dataset, why: Exception | None) -> UsageError:
@@ -234,17 +237,18 @@ def drawn(
     *,
     share: float | None = None,
     recipe: Recipe | None = None,
+    chosen: bool = True,
 ) -> Iterator[tuple[Drawing, Figure]]:
     """Figures, and what each draws, by default of all that the datasets are `suited` to.
 
-    Stores are summarised once for all. Errors as in `draw`; of all that they are suited to, those are left out, and
-    told, that cannot be of the tokens that were chosen.
+    Stores are summarised once for all. Errors as in `draw`; of figures that nobody has `chosen` by name, those are
+    left out, and told, that cannot be of the tokens that were chosen.
     """
     stores, share = named(datasets), share_of(datasets, share)
     wanted = require_figures(suited(stores, recipe) if names is None else names, recipe)
     plain = all(map(suiting.grid, stores.values()))
     found = summaries(stores, share) if plain and any(each.of_summary for each in wanted) else stores
-    other = names is None and any(tail_of(ds) != "top" or splits(ds) for ds in stores.values())
+    other = not (chosen and names is not None) and any(tail_of(ds) != "top" or splits(ds) for ds in stores.values())
     for each in wanted:
         try:
             figure = draw(each, found if each.of_summary else stores, share=share, recipe=recipe)
@@ -268,30 +272,53 @@ def plot(
     tail: str | None = None,
     split_selection: bool | None = None,
     against: str | None = None,
-) -> list[Path]:
-    """Draw and save figures by name, by default all that the datasets are `suited` to.
+    formats: Any = ("png", "svg"),
+    size: Any = None,
+    caption: bool = True,
+    axes: Any = None,
+) -> Any:
+    """Draw figures by name, by default those that the first store's recipe names.
 
-    They go into `directory`, by default beside the first store, named as it is without .zarr. `recipe` is a recipe's
+    With a `directory` they are saved there, in each of the `formats` ("png", "svg", "pdf"), and the files' paths are
+    returned, a list of Path. Without one they are shown, in a notebook, and returned, a list of matplotlib Figures.
+    `size` is a figure's width and height in inches, and `caption=False` leaves out the small print; what `warnings` say
+    stays. `axes` are matplotlib axes in whose place the one figure that is named is drawn. Fonts, sizes and colours
+    that the caller has set in matplotlib are kept. `recipe` is a recipe's
     name or the path of your own: then its figures are drawn, those that its file defines among them. `outcome`
     "logprob" draws log-probability in place of logits, in the figures that can, of stores that hold it. `tail` and
     `split_selection` as in `choose_tokens`. `against` is what changes of the logit are set against, where a figure does
     so: "removed", DE - DE', what the ablation takes away (the default, but for zero ablation), or "direct-effect", DE,
-    as in the paper. Returns the files, two for each figure. Errors as in `draw` and `analysis.in_nats`, and as for a
-    recipe's file that cannot be read as one.
+    as in the paper. Errors as in `draw` and `analysis.in_nats`, and as for a recipe's file that cannot be read as one;
+    UsageError for a format, a size or axes that cannot be.
     """
     one_of("outcome", outcome, OUTCOMES)
+    endings = formats_of(formats)
     asked = {name: in_nats(ds) if outcome == "logprob" else ds for name, ds in named(datasets).items()}
     stores = {name: held(viewed(ds, tail, split_selection, against)) for name, ds in asked.items()}
     found = None if recipe is None else find_recipe(recipe)
     first = next(iter(stores.values()))
-    wanted = own(first, found) if names is None and found else names
-    if names is None and not found:
-        note_unknown(first)
-    folder = local(beside(first) if directory is None else directory, "directory")
-    with remembering():
-        every = drawn(stores, wanted, share=share, recipe=found)
-        ending = "_logprob" if outcome == "logprob" else ""
-        return [path for each, figure in every for path in save(figure, folder, each.name + ending)]
+    wanted = own(first, found) if names is None and (found or outcome == "logit") else names
+    if axes is not None and (directory is not None or len(require_figures(names or (), found)) != 1):
+        raise UsageError("axes are for one figure: name it, names=\"…\", and leave out the directory")
+    with remembering(), looking(size, caption, axes):
+        every = drawn(stores, wanted, share=share, recipe=found, chosen=names is not None)
+        if directory is None:
+            return _shown([figure for _, figure in every], axes)
+        folder, ending = local(directory, "directory"), "_logprob" if outcome == "logprob" else ""
+        return [path for each, figure in every for path in save(figure, folder, each.name + ending, endings)]
+
+
+def _shown(figures: list[Figure], axes: Any) -> list[Figure]:
+    """The figures, shown where this is a notebook; of one in the place of axes the whole that it is a part of."""
+    if axes is not None:
+        if isinstance(figures[0], Figure):
+            raise UsageError("this figure makes one of its own: it cannot be drawn in the place of axes")
+        return [axes.figure]
+    if in_notebook():
+        display = import_module("IPython.display").display
+        for figure in figures:
+            display(figure)
+    return figures
 
 
 def require_own(recipe: Recipe, options: Any) -> list[str]:

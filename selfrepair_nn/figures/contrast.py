@@ -62,7 +62,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         fact for heads in found.values() for fact in (_facts(heads), *(f"{line}." for line in task(heads)))
     ]
     style.caption(figure, found, [*facts, f"{style.capital(_known(found))}.", *READING])
-    figure.draw_without_rendering()
+    style.lay_out(figure)
     for row, heads in zip(panels, found.values(), strict=True):
         for axes, ablation in zip(row, NAMES, strict=False):
             one = heads.sel(ablation=ablation)

@@ -56,7 +56,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     else:
         reading = dict.fromkeys(READING[against_of(heads)] for heads in found.values())
     style.caption(figure, found, [*told, *reading, SHADED])
-    figure.draw_without_rendering()
+    style.lay_out(figure)
     for axes, heads in zip(panels, found.values(), strict=False):
         _write_names(axes, heads)
     return figure

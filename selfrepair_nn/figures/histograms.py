@@ -21,7 +21,7 @@ def panels(figure: Figure, found: Mapping[str, xr.Dataset]) -> list[tuple[Axes, 
     most = max(tokens.sizes["rank"] for tokens in found.values())
     columns = min(most, 2 if len(found) == 1 else 4)
     rows = -(-most // columns) * len(found)
-    figure.set_size_inches(0.4 + 4.4 * columns, 1 + 2.9 * rows)
+    style.resize(figure, 0.4 + 4.4 * columns, 1 + 2.9 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).reshape(len(found), -1)
     made = []
     for row, (name, tokens) in zip(grid, found.items(), strict=True):

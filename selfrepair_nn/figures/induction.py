@@ -62,7 +62,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     style.heading(figure, found)
     reading = [line.format(rate=RATE) for line in READING]
     style.caption(figure, found, [*style.captions(found, False, "self_repair"), *reading])
-    figure.draw_without_rendering()
+    style.lay_out(figure)
     for row, heads in zip(panels, found.values(), strict=True):
         _name(row[0], heads, heads.previous_token, heads.induction)
         _name(row[1], heads, heads.direct_effect, heads.logit_change)

@@ -40,7 +40,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             axes.set_title(f"{float(one['scale']):g} × its own write")
         row[0].set_ylim(*depth.room(heads.slope.values, heads.high.values))
         row[0].set_ylabel("slope" if len(found) == 1 else f"{name}: slope")
-        figure.draw_without_rendering()
+        style.lay_out(figure)
         _name_heads(row[heads.sizes["scale"] - 1], heads)
     style.heading(figure, found)
     confidence = next(iter(found.values())).attrs["confidence"]

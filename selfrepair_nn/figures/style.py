@@ -1,20 +1,15 @@
-"""How every figure looks and is saved. Figures are objects of their own: pyplot's state is never touched."""
+"""What figures share: names, colours, titles, legends, small print, labels. pyplot's state is never touched."""
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from io import BytesIO
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -22,49 +17,35 @@ from selfrepair_nn import wording
 from selfrepair_nn.analysis import HALF_WIDTH, by_head, restored
 from selfrepair_nn.analysis.checks import share_of as usual_share_of
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.paths import local
+from selfrepair_nn.figures.look import (
+    captioned,
+    heighten,
+    lay_out,
+    looking,
+    new_figure,
+    outlined_svg,
+    resize,
+    save,
+    settings,
+    space,
+    width_of,
+)
 from selfrepair_nn.shown import line as one_line
 from selfrepair_nn.wording import intervals, reach, warnings
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
 MUTED, SHADE, LOUD, LABEL = "#555555", "#0072B2", "#C00000", 7.5
+__all__ = ["lay_out", "looking", "new_figure", "outlined_svg", "resize", "save", "settings", "space"]
+
 CHARACTERS = 20.5  # of small print in an inch
 LINES, LINE = 4, 0.14  # small print for which there is room, and inches of a line
 LAYERS = "viridis"
 TITLE = 60
 """Characters that fit over a panel."""
 
-SETTINGS = {
-    "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 9,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "text.parse_math": False,
-    "legend.fontsize": 8,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "selfrepair_nn",
-}
 Datasets = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
 Summary = Callable[[xr.Dataset, float], xr.Dataset]
-
-
-@contextmanager
-def settings(**changes: str) -> Iterator[None]:
-    """This module's settings, whatever the caller's are; those are back afterwards. Usable as a decorator."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        look: Any = SETTINGS | changes
-        matplotlib.rcParams.update(look)
-        yield
 
 
 def named(datasets: Datasets) -> dict[str, xr.Dataset]:
@@ -130,19 +111,6 @@ def as_percent(value: float, _position: float) -> str:
     return f"{100 * value:,.10g}%".replace("-", "\N{MINUS SIGN}")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, with a canvas of its own."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def space(figure: Figure, w_pad: float | None = None, h_pad: float | None = None) -> None:
-    """Room around the panels: w_pad and h_pad, in inches."""
-    engine = cast(ConstrainedLayoutEngine, figure.get_layout_engine())
-    engine.set(w_pad=w_pad, h_pad=h_pad)
-
-
 def heading(figure: Figure, found: Mapping[str, xr.Dataset], told: str | None = None) -> None:
     """`told`, by default `title_of`, above a figure of several panels."""
     figure.suptitle(told or title_of(found), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
@@ -153,11 +121,14 @@ def caption(figure: Figure, found: Mapping[str, xr.Dataset], lines: Sequence[str
     loud = [
         f"{name}: {told}" if len(found) > 1 else told for name, h in found.items() for told in warnings(h)
     ]
-    wide = int(CHARACTERS * figure.get_figwidth())
-    shown = [part for line in [*loud, *lines] for part in textwrap.wrap(line, wide)]
-    figure.set_figheight(figure.get_figheight() + LINE * max(0, len(shown) - LINES))
+    wide = max(int(CHARACTERS * width_of(figure)), 20)
+    told = [*loud, *(lines if captioned() else ())]
+    shown = [part for line in told for part in textwrap.wrap(line, wide)]
+    if len(shown) > LINES:
+        heighten(figure, LINE * (len(shown) - LINES))
     look = {"fontsize": 7, "color": LOUD if loud else MUTED, "linespacing": 1.4}
-    figure.supxlabel("\n".join(shown), x=0.01, ha="left", **look)
+    if shown:
+        figure.supxlabel("\n".join(shown), x=0.01, ha="left", **look)
 
 
 def captions(
@@ -257,25 +228,6 @@ def write_inside(axes: Axes, label: str, spots: Sequence[tuple[float, float]], o
     """Write a label on the first of the spots (x, y) that is free; conditions as in `label_points`."""
     look = {"ha": "center", "va": "center", "fontsize": 8, "style": "italic", "color": SHADE}
     _first_free(axes, others, (partial(axes.text, *spot, label, **look) for spot in spots))
-
-
-def save(figure: Figure, directory: str | Path, name: str) -> list[Path]:
-    """Write the figure as PNG (200 dpi) and SVG (text as text), always the same bytes; returns both paths."""
-    directory = local(directory, "directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{name}.{ending}" for ending in ("png", "svg")]
-    with settings():
-        figure.savefig(paths[0], dpi=200, metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
-    return paths
-
-
-def outlined_svg(figure: Figure) -> bytes:
-    """The figure as SVG with letters as outlines, for a page whose reader may lack the font."""
-    buffer = BytesIO()
-    with settings(**{"svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
 
 
 def _names(given: Sequence[str | None], found: Sequence[xr.Dataset]) -> list[str]:
