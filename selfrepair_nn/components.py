@@ -388,6 +388,17 @@ def select_heads(
     return tuple(kept)
 
 
+def layer_numbers(layers: Any, n_layers: int) -> list[int]:
+    """The layers that a specification names ("0:4", a range, a list), in ascending order, each once; of None all.
+
+    Raises:
+        UsageError: it is misspelt, or names none, or one that the model does not have.
+    """
+    if layers is None:
+        return [*range(n_layers)]
+    return sorted({*_layers(values.layers("layers", layers), n_layers)})
+
+
 def chosen_heads(structure: Any, options: Any) -> tuple[Head, ...]:
     """The heads that `options` choose; all of them where neither layers nor heads are chosen.
 
