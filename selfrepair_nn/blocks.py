@@ -360,11 +360,12 @@ def component_sums(
     ds: xr.Dataset, top: Top, clusters: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """For each layer of ablated heads with an entry of `top` that is stored: its place, sums of the components' changes
-    over these entries [head, component, cluster], and how many entries they are [head, cluster].
+    over these entries [head, component, cluster], and how many entries they are [head, cluster]. Of a store of cases
+    for each case, as if it were a layer of one head.
 
     `clusters` names each prompt's cluster.
     """
-    n_heads, shape = ds.sizes["head"], (ds.sizes["component"], int(clusters.max()) + 1)
+    n_heads, shape = ds.sizes.get("head", 1), (ds.sizes["component"], int(clusters.max()) + 1)
     stored = (part for part in stored_rows(ds.component_change, top) if part[0].size)
     for layer, parts in groupby(stored, lambda part: int(top.case[part[0][0]]) // n_heads):
         sums, counts = np.zeros((n_heads, *shape)), np.zeros((n_heads, shape[1]))
@@ -387,16 +388,18 @@ def stored_rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.
 def rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Entries of `top` and what a variable of more dimensions than a token's holds for them: [entry], [entry, …].
 
-    Read one layer and one chunk of prompts at a time; what holds no entry is not read.
+    Read one layer (or case) and one chunk of prompts at a time; what holds no entry is not read.
     """
-    array = array.transpose(*(d for d in SWEEP if d in array.dims), ...)
+    dims = ("case", *TOKEN) if "case" in array.dims else SWEEP
+    array = array.transpose(*(d for d in dims if d in array.dims), ...)
     n_heads, n_positions = (array.sizes.get(d, 1) for d in ("head", "position"))
     step = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     layer, chunk = top.case // n_heads, top.token // n_positions // step
     for at in sorted({*zip(layer.tolist(), chunk.tolist(), strict=True)}):
         entries, start = np.flatnonzero((layer == at[0]) & (chunk == at[1])), at[1] * step
-        here = {"layer": [at[0]], "prompt": slice(start, start + step)}
-        values = _whole(array.isel(here, missing_dims="ignore"), SWEEP)[0]
+        here = {dims[0]: [at[0]], "prompt": slice(start, start + step)}
+        values = _whole(array.isel(here, missing_dims="ignore"), dims)
+        values = values.reshape(-1, *values.shape[len(dims) - 2 :])
         yield entries, top.of(entries).pick(start, values, at[0] * n_heads)[1]
 
 

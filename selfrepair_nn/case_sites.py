@@ -12,7 +12,8 @@ from selfrepair_nn.errors import UsageError
 
 Case = tuple[Ablatable, ...]
 
-KINDS: dict[str, Any] = {kind.kind: kind for kind in get_args(Ablatable)}
+KINDS: dict[str, Any] = {kind.kind: kind for kind in get_args(Ablatable)} | {"swap": Swap}
+"""By the word that a store has for each; older stores have one for two layers that change places."""
 
 _LABELS = (
     (re.compile(r"L(\d+)H(\d+)"), Head),

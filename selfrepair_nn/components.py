@@ -1,7 +1,7 @@
 """Names of the places in a model: what can be ablated, frozen or recorded, and how a user writes it."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -163,18 +163,82 @@ class Layers(_Site):
 
 
 @dataclass(frozen=True, order=True)
-class Swap(_Site):
-    """Layer `layer` and the next one, to change places."""
+class Permuted(_Site):
+    """The layers of a block in another order: each of them once, the one that runs first before the others.
 
-    layer: int
-    kind = "swap"
+    Permuted((5, 3, 4)) runs layer 5, then 3, then 4, between layers 2 and 6.
+    """
+
+    order: tuple[int, ...]
+    kind = "permuted"
+
+    def __post_init__(self) -> None:
+        given: Any = self.order
+        given = given.tolist() if hasattr(given, "tolist") else given
+        if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
+            raise UsageError(f"order of Permuted lists layers, such as (5, 3, 4), not {values.brief(given)}")
+        order = tuple(values.whole("order of Permuted", each, 0) for each in given)
+        if len(order) < 2 or sorted(order) != [*range(min(order), min(order) + len(order))]:
+            raise UsageError(
+                f"order {values.brief(order)} of Permuted is no block of layers: name two or more that follow on each "
+                "other, each once, such as (5, 3, 4)"
+            )
+        object.__setattr__(self, "order", order)
+
+    @property
+    def layer(self) -> int:
+        """The first layer of the block, whichever runs first."""
+        return min(self.order)
+
+    @property
+    def stop(self) -> int:
+        """The layer behind the block."""
+        return max(self.order) + 1
+
+    @property
+    def entry(self) -> list[Any]:
+        return [self.kind, [*self.order]]
 
     @property
     def label(self) -> str:
-        return f"swap {self.layer},{self.layer + 1}"
+        if len(self.order) == 2 and self.order[0] > self.order[1]:
+            return f"swap {self.layer},{self.layer + 1}"
+        return f"order {','.join(map(str, self.order))}"
 
     def lies_in(self, structure: Any) -> bool:
-        return self.layer + 1 < structure.n_layers
+        return self.stop <= structure.n_layers
+
+
+def Swap(layer: int) -> Permuted:
+    """Layer `layer` and the next one, to change places: Permuted((layer + 1, layer))."""
+    first = values.whole("layer of Swap", layer, 0)
+    return Permuted((first + 1, first))
+
+
+@dataclass(frozen=True, order=True)
+class Parallel(_Site):
+    """The layers from `layer` up to, not including, `stop`, side by side: what they write is summed.
+
+    Each of them reads the stream that enters the first, and none what another of them writes.
+    """
+
+    layer: int
+    stop: int
+    kind = "parallel"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop < self.layer + 2:
+            raise UsageError(
+                f"{self.label}: side by side stand two layers or more; let stop be {self.layer + 2} or more"
+            )
+
+    @property
+    def label(self) -> str:
+        return f"parallel {self.layer}:{self.stop}"
+
+    def lies_in(self, structure: Any) -> bool:
+        return self.stop <= structure.n_layers
 
 
 @dataclass(frozen=True, order=True)
@@ -240,7 +304,10 @@ class Routing(_Site):
 _ENDLESS = re.compile(r"\d{10}")
 """A number of more digits than layers, heads or neurons have."""
 
-Ablatable = Head | Attention | Mlp | Neuron | Layers | Swap
+Recomposed = Permuted | Parallel
+"""Layers that all run, but not one after the other as they did."""
+Whole = Layers | Recomposed
+Ablatable = Head | Attention | Mlp | Neuron | Whole
 Freezable = Head | Attention | Mlp | Routing | Mixers | Norm | PostNorms | FinalNorm
 
 
@@ -319,6 +386,17 @@ def select_heads(
     if not kept:
         raise UsageError(f"no head is both in layers {layers!r} and in heads {heads!r}: widen one of them")
     return tuple(kept)
+
+
+def layer_numbers(layers: Any, n_layers: int) -> list[int]:
+    """The layers that a specification names ("0:4", a range, a list), in ascending order, each once; of None all.
+
+    Raises:
+        UsageError: it is misspelt, or names none, or one that the model does not have.
+    """
+    if layers is None:
+        return [*range(n_layers)]
+    return sorted({*_layers(values.layers("layers", layers), n_layers)})
 
 
 def chosen_heads(structure: Any, options: Any) -> tuple[Head, ...]:

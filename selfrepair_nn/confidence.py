@@ -184,6 +184,6 @@ class Tally:
 def _mean_of(values: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Mean of the cases in each group: [case, …] to [group, …], NaN where there are none."""
     found = np.zeros((len(sizes), *values.shape[1:]))
-    np.add.at(found, groups, values)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # infinite influences of both signs: nothing is known
+        np.add.at(found, groups, values)
         return (found.T / sizes).T

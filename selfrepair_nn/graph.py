@@ -12,13 +12,13 @@ from selfrepair_nn.components import (
     FinalNorm,
     Freezable,
     Head,
-    Layers,
     Mixers,
     Mlp,
     Norm,
     PostNorms,
+    Recomposed,
     Routing,
-    Swap,
+    Whole,
     headless_in,
 )
 from selfrepair_nn.errors import UsageError
@@ -333,7 +333,8 @@ def _require_sites(case: tuple[Ablatable, ...]) -> None:
     for index, site in enumerate(case):
         if not isinstance(site, Ablatable):
             raise UsageError(
-                f"{site} cannot be ablated; choose a Head, Attention, Mlp, Neuron, Layers or Swap"
+                f"{site} cannot be ablated; choose a Head, Attention, Mlp, Neuron, Layers, Permuted or "
+                "Parallel"
             )
         for other in case[:index]:
             if site.overlaps(other):
@@ -352,7 +353,7 @@ def _require_freezable(sites: frozenset[Freezable]) -> None:
 
 
 def _require_recordable(graph: Graph) -> None:
-    """Attention is of one head; what takes the place of whole MLPs or swapped layers has no parts of its own."""
+    """Attention is of one head; what takes the place of whole MLPs, or of layers that move, has no parts of its own."""
     if graph.record == "total" and (graph.neurons is not None or graph.reinforces):
         raise UsageError('record "total" reads the final residual stream alone: record "sums" for neurons or Reinforce')
     if graph.reinforces and "logprob" in graph.also:
@@ -367,12 +368,14 @@ def _require_recordable(graph: Graph) -> None:
                 f"attention to distance {distance!r}: give whole numbers of tokens back, from 0 on"
             )
     for site in (site for case in graph.ablate for site in case):
-        swapped = (site.layer, site.layer + 1) if isinstance(site, Swap) else ()
-        if swapped and graph.record == "full":
-            raise UsageError(f'{site.label}: components are not followed into swapped layers; record "sums"')
-        if "routing" in graph.also and isinstance(site, Layers | Swap):
+        moved = range(site.layer, site.stop) if isinstance(site, Recomposed) else ()
+        if moved and graph.record == "full":
+            raise UsageError(f'{site.label}: components are not followed into layers that move; record "sums"')
+        if "stream_distance" in graph.also and not isinstance(site, Whole):
+            raise UsageError(f"{site.label}: stream_distance is of whole layers; leave it out, or ablate these")
+        if "routing" in graph.also and isinstance(site, Whole):
             raise UsageError(f"{site.label}: routing is not followed into whole layers; ablate parts of them")
-        if graph.neurons in swapped or (isinstance(site, Mlp) and site.layer == graph.neurons):
+        if graph.neurons in moved or (isinstance(site, Mlp) and site.layer == graph.neurons):
             raise UsageError(
                 f"{site.label} leaves layer {graph.neurons} no neurons to record: choose another layer's"
             )

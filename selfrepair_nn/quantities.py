@@ -185,6 +185,7 @@ _ALL = (
     # on request
     Quantity("residual_norm", "clean", TOKEN, "1", "norm of the residual stream", "Length of the residual stream before the final norm, in the clean run.", when="residual_norm"),
     Quantity("ablated_residual_norm", "ablated", SWEEP, "1", "ablated norm of the residual stream", "Length of the residual stream before the final norm, in the ablated run.", when="residual_norm"),
+    Quantity("stream_distance", "ablated", SWEEP, "1", "distance of the residual stream", "How far the residual stream behind the deleted, permuted or parallel layers lies from the clean one, in lengths of what these layers write in the clean run: 1 where they are deleted, 0 where nothing moved.", when="stream_distance"),
     Quantity("inserted_direct_effect", "ablated", SWEEP, "logit", "direct effect of the insertion", "DE, under the clean norm scale, of what a reinforced head's run adds to the residual stream; not part of its self-repair.", when="reinforced"),
     Quantity("attention", "clean", (*SWEEP, "distance"), "1", "attention", "Attention the head pays, in the clean run, to the token so far back; 0 where there is none.", when="attention"),
     Quantity("mlp_direct_effect", "clean", TOKEN, "logit", "direct effect of the MLP", "DE of the recorded MLP in the clean run.", when="neurons"),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from selfrepair_nn.components import Attention, Head, Layers, Swap
+from selfrepair_nn.components import Attention, Head, Whole
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.values import Declared, brief, number
 
@@ -39,7 +39,7 @@ class Replacement(metaclass=Declared):
     `reads_text` says that values come from another text, so that each block of prompts needs a clean pass more;
     `reads_partner` that this is the text of the prompt's partner.
     `reads_means` says that mean values are found before the first block.
-    `takes_away` says that nothing is left of what was there: beside such a one, whole layers may be deleted or swapped.
+    `takes_away` says that nothing is left of what was there: beside such a one, whole layers may be deleted or moved.
     """
 
     reads_text: ClassVar[bool] = False
@@ -70,7 +70,7 @@ class Replacement(metaclass=Declared):
     def require(self, case: tuple[Any, ...]) -> None:
         """UsageError if it cannot take the place of these sites, which are ablated together."""
         for site in case:
-            if isinstance(site, Layers | Swap) and (len(case) > 1 or not self.takes_away):
+            if isinstance(site, Whole) and (len(case) > 1 or not self.takes_away):
                 kinds = ", ".join(word for word, each in NAMED.items() if each.takes_away)
                 raise UsageError(
                     f"{site.label}: whole layers are ablated alone, beside a replacement of {kinds}"

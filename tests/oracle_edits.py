@@ -2,11 +2,11 @@
 
 Like `oracle`, on which it builds, it imports nothing of the package and reads the weights directly. Sites are plain
 tuples: ("head", layer, head), ("attention", layer), ("mlp", layer), ("neuron", layer, neuron), ("layers", first, stop),
-("swap", layer); what can only be frozen: ("norm", layer, "attention" or "mlp"), ("mixers",), ("postnorms",),
-("finalnorm",). Replacements are
+("permuted", order) and ("parallel", first, stop); what can only be frozen: ("norm", layer, "attention" or "mlp"),
+("mixers",), ("postnorms",), ("finalnorm",). Replacements are
 words, or ("scale", factor), ("constant", value), ("otherhead", head), ("reinforce", scale) and its
 nulls, ("reinforcepartner", scale) and ("reinforcerandom", scale). Layers are deleted and
-swapped by doing so in the model's own list of layers.
+permuted by doing so in the model's own list of layers; side by side they stand by hooks, each on what the first reads.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 HOLDERS = {"gpt2": "transformer", "gptj": "transformer", "gpt_neox": "gpt_neox", "opt": "model.decoder"}
 LISTS = {"gpt2": "h", "gptj": "h"}
 MLP_NORMS = {"lfm2": "ffn_norm", "gpt2": "ln_2", "opt": "final_layer_norm"}
+WHOLE = ("layers", "permuted", "parallel")
 NO_OTHER_NORM = ("gptj", "olmo2")
 """Where the MLP reads what the attention reads, or the stream as it is."""
 
@@ -45,6 +46,7 @@ class Edits:
     final_scale: Tensor | None = None
     inserted: dict[int, Tensor] = field(default_factory=dict)  # into the layer's input [prompt, T, d_model]
     order: list[int] | None = None  # the layers that run, in this order
+    parallel: range = range(0)  # layers that read what the first of them reads, their writes summed
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Seen(oracle.Pass):
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     norm_inputs: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    entered: dict[int, Tensor] = field(default_factory=dict)  # the stream that enters each layer
 
 
 class Edited:
@@ -112,6 +115,8 @@ class Edited:
             ]
         for name, norm in self.norms.items():
             pairs.append((norm.register_forward_hook, _norm_hook(seen, name, shape, edits)))
+        pairs += [(b.register_forward_pre_hook, _enter_hook(seen, i)) for i, b in enumerate(self.blocks)]
+        pairs += [(add, hook) for add, hook in _side_by_side(self.blocks, edits.parallel)]
         pairs.append((parts.final_norm.register_forward_hook, oracle._final_hook(seen, edits.final_scale)))
         with torch.no_grad(), oracle._hooked(pairs), self._ordered(edits.order):
             seen.logits = parts.model(ids, use_cache=False).logits.double()
@@ -159,6 +164,7 @@ class Edited:
             "ablated_norm_scale": self.S
             if edits.final_scale is not None
             else self.setting.scale(seen)[:, :-1],
+            "stream_distance": self._moved(sites, seen),
             "ablated_residual_norm": seen.final[:, :-1].square().sum(-1).sqrt(),
             "component_change": change,
             "neuron_change": {
@@ -170,7 +176,7 @@ class Edited:
             found["from_mixers"] = change[..., rest["mixer"]].sum(-1)
         if self.clean.post:
             terms = self._from_post_norms(seen, edits)
-            whole = {layer for s in sites if s[0] in ("layers", "swap") for layer in self._whole(s)}
+            whole = {layer for s in sites if s[0] in WHOLE for layer in self._whole(s)}
             found["ablated_direct_effect"] += sum(terms.pop(layer, 0) for layer in whole)
             found["from_post_norms"] = sum(terms.values(), torch.zeros_like(self.S))
         if inserted is not None:
@@ -228,13 +234,25 @@ class Edited:
             effects[..., [i for i, label in enumerate(self.labels) if _layer(label) == layer]] = 0
         return effects
 
+    def _moved(self, sites, seen: Seen) -> Tensor:
+        """How far the stream behind whole layers moved, as a share of what these write; 0 of other sites."""
+        if sites[0][0] not in WHOLE:
+            return torch.zeros_like(self.S)
+        first, stop = self._whole(sites[0])[0], self._whole(sites[0])[-1] + 1
+        entering, leaving, moved = (
+            self._entering(*each) for each in ((self.clean, first), (self.clean, stop), (seen, stop))
+        )
+        return ((moved - leaving).norm(dim=-1) / (leaving - entering).norm(dim=-1))[:, :-1]
+
+    def _entering(self, seen: Seen, layer: int) -> Tensor:
+        """The stream that enters a layer; or the final norm, behind the last."""
+        return seen.final if layer == len(self.blocks) else seen.entered[layer]
+
     def _covers(self, site, label: str) -> bool:
         """Whether a component is one of those that a site names."""
         kind, *numbers = site
-        if kind == "layers":
-            return _layer(label) in range(*numbers)
-        if kind == "swap":
-            return _layer(label) in (numbers[0], numbers[0] + 1)
+        if kind in WHOLE:
+            return _layer(label) in self._whole(site)
         if kind == "attention":
             return label.startswith(f"L{numbers[0]}H")
         return label == {"head": "L{}H{}", "mlp": "L{}.mlp", "neuron": ""}[kind].format(*numbers)
@@ -249,8 +267,10 @@ class Edited:
         for site in ablated:
             if site[0] == "layers":
                 edits.order = layers[: site[1]] + layers[site[2] :]
-            elif site[0] == "swap":
-                edits.order = [*layers[: site[1]], site[1] + 1, site[1], *layers[site[1] + 2 :]]
+            elif site[0] == "permuted":
+                edits.order = [*layers[: min(site[1])], *site[1], *layers[max(site[1]) + 1 :]]
+            elif site[0] == "parallel":
+                edits.order, edits.parallel = layers, range(*site[1:])
             elif replacement[0].startswith("reinforce"):
                 edits.inserted[site[1]] = self._reinforcement(site, *replacement)
             else:
@@ -265,8 +285,8 @@ class Edited:
         return edits, next(iter(edits.inserted.values()), None)
 
     def _whole(self, site) -> range:
-        """The layers that are deleted or swapped as they are: nothing within them is frozen."""
-        return range(*site[1:]) if site[0] == "layers" else range(site[1], site[1] + 2)
+        """The layers that are deleted or moved as they are: nothing within them is frozen."""
+        return range(min(site[1]), max(site[1]) + 1) if site[0] == "permuted" else range(*site[1:])
 
     def _singles(self, site):
         """A whole attention layer is all its heads."""
@@ -344,6 +364,37 @@ class Edited:
 def _layer(label: str) -> int:
     """The layer of a component, -1 for embeddings."""
     return int(label[1:].replace("H", ".").split(".")[0]) if label.startswith("L") else -1
+
+
+def _side_by_side(blocks, layers: range) -> Iterator[tuple[Callable, Callable]]:
+    """Each of these blocks on the stream that enters the first; the last one gives that and what all of them write."""
+    entered, written = [], []
+
+    def enter(module, args):
+        if module is blocks[layers[0]]:
+            entered[:], written[:] = [args[0]], []
+        return (entered[0], *args[1:])
+
+    def leave(module, args, output):
+        whole = isinstance(output, tuple)
+        written.append((output[0] if whole else output) - entered[0])
+        if module is blocks[layers[-1]]:
+            given = entered[0] + torch.stack(written).sum(0)
+            return (given, *output[1:]) if whole else given
+        return None
+
+    for layer in layers:
+        yield blocks[layer].register_forward_pre_hook, enter
+        yield blocks[layer].register_forward_hook, leave
+
+
+def _enter_hook(seen: Seen, layer: int) -> Callable:
+    """Before a layer: note the stream that enters it."""
+
+    def hook(module, args):
+        seen.entered[layer] = args[0].double().clone()
+
+    return hook
 
 
 def _insert_hook(added: Tensor | None) -> Callable:

@@ -2,7 +2,7 @@
 
 from dataclasses import astuple, replace
 from functools import cache
-from itertools import product
+from itertools import permutations, product
 
 import families
 import numpy as np
@@ -24,6 +24,8 @@ from selfrepair_nn.components import (
     Mlp,
     Neuron,
     Norm,
+    Parallel,
+    Permuted,
     PostNorms,
     Swap,
 )
@@ -227,12 +229,37 @@ def test_deleted_layers(job, name, freeze):
 
 @pytest.mark.parametrize("freeze", FREEZES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_swapped_layers(job, name, freeze):
-    """By really swapping them in the model."""
-    ablate = sweep([Swap(0), Head(1, 1), Swap(1)])
+def test_moved_layers(job, name, freeze):
+    """By really moving them in the model, any order of two or three; side by side by plain hooks."""
+    ablate = sweep([Swap(0), Head(1, 1), Swap(1), Parallel(0, 2), Permuted((2, 0, 1)), Mlp(1), Parallel(0, 3)])
     for choices in ({}, {"target": "difference", "value_bias": "head"})[: 1 + (freeze == "nothing")]:
         found = job(name, ablate, "zero", residual_norm=True, freeze=FREEZES[freeze], **choices)
         agree(name, found, ablate, "zero", FREEZES[freeze], **choices)
+
+
+MOVED = (Layers(0, 2), Layers(2, 3), *map(Permuted, permutations(range(3))), Swap(1), Parallel(0, 3), Parallel(1, 3))
+
+
+@pytest.mark.parametrize("name", ["neox-parallel", "llama-gqa", "olmo2", "lfm2"])
+def test_every_order_of_a_block_and_how_far_it_moves_the_stream(job, name):
+    """Deleted, in every order, side by side; beside recorded neurons of another layer where there can be any."""
+    ablate = sweep(MOVED)
+    found = job(name, ablate, "zero", also=("stream_distance",))
+    agree(name, found, ablate, "zero")
+    distance = found["stream_distance"]
+    assert_array_equal(distance[:2], 1)
+    assert np.abs(distance[2]).max() < TIGHT, "the order that they have"
+    assert distance[3:].min() > 1e-3
+
+
+def test_a_moved_stream_beside_recorded_neurons(job):
+    ablate = sweep([Layers(0, 1), Swap(0), Parallel(0, 2)])
+    more = {"neurons": 2}
+    both, alone = (job("llama-gqa", ablate, "zero", also=a, **more) for a in (("stream_distance",), ()))
+    agree("llama-gqa", both, ablate, "zero")
+    assert both.keys() - alone.keys() == {"stream_distance"}
+    for part in alone:
+        assert_array_equal(both[part], alone[part])
 
 
 @pytest.mark.parametrize("freeze", ["nothing", "some", "norms-and-final"])
@@ -292,7 +319,7 @@ def test_the_other_families(job, name):
     for replacement in ("counterfactual", Scale(0.5)):
         found = job(name, ablate, replacement, record="full", freeze=freeze)
         agree(name, found, ablate, replacement, freeze)
-    for site in (Layers(0, 1), Layers(1, 2), Swap(0)):
+    for site in (Layers(0, 1), Layers(1, 2), Swap(0), Parallel(0, 2)):
         agree(name, job(name, [(site,)], "zero"), [(site,)], "zero")
     reinforced = sweep([Head(0, 1), Head(1, 2)])
     agree(name, job(name, reinforced, Reinforce(2.0)), reinforced, Reinforce(2.0))
@@ -310,7 +337,7 @@ def test_norms_behind_sublayers(job, name):
         found = job(name, ablate, replacement, record="full", freeze=freeze, tokens_per_pass=100)
         agree(name, found, ablate, replacement, freeze)
         assert (np.abs(found["from_post_norms"]).max() > 1e-3) == (PostNorms() not in freeze)
-    for site in (Layers(0, 1), Layers(1, 3), Swap(0), Swap(1)):
+    for site in (Layers(0, 1), Layers(1, 3), Swap(0), Permuted((2, 0, 1)), Parallel(1, 3)):
         agree(name, job(name, [(site,)], "zero"), [(site,)], "zero")
     reinforced = sweep([Head(0, 1), Head(1, 2), Head(2, 0)])
     agree(name, job(name, reinforced, Reinforce(2.0)), reinforced, Reinforce(2.0))
@@ -331,7 +358,7 @@ def test_mixers_without_heads(job):
         found = job("lfm2", ablate, replacement, record="full", freeze=freeze, tokens_per_pass=100)
         agree("lfm2", found, ablate, replacement, freeze)
         assert (np.abs(found["from_mixers"]).max() > 1e-3) == (Mixers() not in freeze)
-    for site in (Layers(0, 1), Layers(1, 3), Swap(0), Swap(1), Swap(2)):
+    for site in (Layers(0, 1), Layers(1, 3), Swap(0), Permuted((3, 1, 0, 2)), Swap(2), Parallel(0, 4)):
         agree("lfm2", job("lfm2", [(site,)], "zero"), [(site,)], "zero")
     reinforced = sweep([Head(1, 1), Head(3, 2)])
     agree("lfm2", job("lfm2", reinforced, Reinforce(2.0)), reinforced, Reinforce(2.0))
@@ -582,7 +609,7 @@ def test_thresholds_are_of_the_stored_effects(name, dtype):
     model = wrap(families.build(name).to(dtype))
     trials = [
         (CASES, "resample"),
-        (sweep([Layers(0, 2), Swap(1)]), "zero"),
+        (sweep([Layers(0, 2), Swap(1), Parallel(0, 3)]), "zero"),
         (sweep([Head(1, 1)]), Reinforce(2.0)),
     ]
     for ablate, replacement in trials:
@@ -607,6 +634,10 @@ def test_thresholds_are_of_the_stored_effects(name, dtype):
         (dict(ablate=((Swap(0),),), replacement=Scale(0.5)), "beside a replacement of resample"),
         (dict(ablate=((Swap(0),),), replacement="zero", record="full"), 'record "sums"'),
         (dict(ablate=((Swap(0),),), replacement="zero", neurons=1), "choose another layer"),
+        (dict(ablate=((Parallel(0, 3),),), replacement="zero", neurons=2), "choose another layer"),
+        (dict(ablate=((Parallel(0, 2),),), replacement="zero", record="full"), 'record "sums"'),
+        (dict(ablate=((Parallel(0, 2), Mlp(2)),), replacement="zero"), "alone"),
+        (dict(ablate=((Mlp(2),),), also=("stream_distance",)), "of whole layers"),
         (dict(ablate=((Mlp(1),),), neurons=1), "choose another layer"),
         (dict(ablate=((Mlp(1),),), replacement=OtherHead(Head(0, 0))), "ablate heads"),
         (dict(ablate=((Attention(1),),), replacement=Reinforce(1.0)), "one head at a time"),
@@ -631,6 +662,14 @@ def test_norms_receivers_and_axes_that_cannot_be():
     graph = Graph(ablate=((Head(0, 1),),))
     for wrong, said in (
         (lambda: Norm(1, "final"), "attention, mlp"),
+        (lambda: Swap(-1), "layer of Swap must be a whole number"),
+        (lambda: Permuted((3, 5)), "follow on each other"),
+        (lambda: Permuted((3, 3)), "each once"),
+        (lambda: Permuted((3,)), "two or more"),
+        (lambda: Permuted("43"), "lists layers"),
+        (lambda: Permuted(4), "lists layers"),
+        (lambda: Permuted((1.5, 2)), "order of Permuted must be a whole number"),
+        (lambda: Parallel(2, 3), "two layers or more; let stop be 4"),
         (lambda: graph.path((Mlp(3),), 3, 2), "L3.mlp cannot receive: choose"),
         (lambda: graph.path((Attention(3),), 3, 2), "layers 0 to 2 with heads 0 to 1"),
         (lambda: graph.path((Neuron(1, 1),), 3, 2), "L1N1 cannot receive: choose"),
@@ -649,7 +688,11 @@ PARTS = st.one_of(
     st.builds(Mlp, LAYER),
     st.builds(Neuron, LAYER, st.integers(0, 43)),
 )
-WHOLE = st.one_of(st.builds(Layers, LAYER, st.integers(1, 4)), st.builds(Swap, LAYER), st.just(FinalNorm()))
+WHOLE = st.one_of(
+    st.builds(Layers, LAYER, st.integers(1, 4)),
+    st.sampled_from([Swap(0), Swap(2), Permuted((1, 2, 0)), Parallel(0, 2), Parallel(1, 4)]),
+    st.just(FinalNorm()),
+)
 ONE_CASE = (
     st.lists(PARTS, min_size=1, max_size=3) | st.tuples(PARTS) | st.lists(WHOLE, min_size=1, max_size=2)
 )

@@ -23,6 +23,8 @@ SMALL = {"tokens": 256, "length": 32}
 LATE = {"layers": "5:7"}
 CHOICES = {
     "layer_position": SMALL,
+    "layer_order": SMALL | {"param": {"step": 3}},
+    "backups": LATE | {"param": {"count": 8}},
     "ioi": {"param": {"count": 8}},
     "induction": LATE | {"param": {"count": 4, "period": 8}},
 }

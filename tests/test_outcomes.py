@@ -17,7 +17,7 @@ from torch import nn
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
-from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Swap
+from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Neuron, Parallel, Swap
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, freeze_set, sweep
 from selfrepair_nn.models.architectures import structure_of
@@ -102,7 +102,7 @@ def test_several_sites_and_every_kind_of_them(nats, name, replacement):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "olmo2"])
 def test_deleted_and_swapped_layers(nats, name):
-    compare(nats, name, ((Layers(1, 2),), (Swap(0),)), "zero")
+    compare(nats, name, ((Layers(1, 2),), (Swap(0),), (Parallel(0, 2),)), "zero")
 
 
 @pytest.mark.parametrize("name", ["neox-parallel", "olmo2", "lfm2"])

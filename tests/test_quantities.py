@@ -178,7 +178,7 @@ def test_what_is_asked_for_is_called_after_one_of_its_rows(name):
 @pytest.mark.parametrize(
     ("also", "said"),
     [
-        ("residual", "also 'residual' is not known; choose one of residual_norm, falling_neuron, routing, logprob"),
+        ("residual", "also 'residual' is not known; choose one of residual_norm, stream_distance"),
         (("residual_norm", "logit"), "also 'logit' is not known"),
         (("residual_norm", 3), "also 3 is not known"),
         (3, "Graph"),

@@ -18,7 +18,7 @@ from test_sandbox import INSTALL, REQUIRED, assert_same, save_with_tokenizer
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
-from selfrepair_nn.components import Head, Layers, Mlp, Routing, Swap
+from selfrepair_nn.components import Head, Layers, Mlp, Parallel, Routing, Swap
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.estimating.traffic import crossing_bytes
 from selfrepair_nn.graph import Graph, sweep
@@ -397,7 +397,7 @@ def test_a_layer_without_experts_is_named():
     assert Graph(sweep([Head(0, 0)]), freeze={Routing(7)}).beyond(structure) == "L7.routing"
 
 
-@pytest.mark.parametrize("site", [Layers(0, 1), Swap(0)])
+@pytest.mark.parametrize("site", [Layers(0, 1), Swap(0), Parallel(0, 2)])
 def test_whole_layers_have_no_routing(site):
     with pytest.raises(UsageError, match="routing is not followed into whole layers"):
         Graph(sweep([site]), "zero", also="routing")

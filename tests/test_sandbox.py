@@ -19,6 +19,8 @@ from selfrepair_nn.components import (
     Mlp,
     Neuron,
     Norm,
+    Parallel,
+    Permuted,
     Swap,
     select_heads,
 )
@@ -144,7 +146,7 @@ EDITS = {
     "frozen": dict(ablate=MIXED, freeze=NORMS | {Mlp(1), Attention(2)}, neurons=2, record="full"),
     "everything-frozen": dict(ablate=MIXED, freeze=NORMS | {Mlp(1), Mlp(2), Attention(2), FinalNorm()}),
     "deleted": dict(ablate=sweep([Layers(0, 2), Layers(2, 3)]), replacement="zero", record="full", neurons=1),
-    "swapped": dict(ablate=sweep([Swap(0), Swap(1)]), replacement="zero", freeze=NORMS),
+    "swapped": dict(ablate=sweep([Swap(0), Permuted((2, 0, 1)), Parallel(0, 3)]), replacement="zero", freeze=NORMS),
     "reinforced": dict(ablate=HEADS, replacement=Reinforce(0.5), record="full"),
     "scaled": dict(ablate=MIXED, replacement=Scale(0.5)),
     "other-head": dict(ablate=HEADS, replacement=OtherHead(Head(2, 0)), attention=(0, 1, 5)),

@@ -7,7 +7,7 @@ import torch
 from numpy.testing import assert_allclose
 
 import selfrepair_nn as sr
-from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, PostNorms, Swap
+from selfrepair_nn.components import Attention, FinalNorm, Head, Layers, Mlp, Parallel, PostNorms, Swap
 from selfrepair_nn.equations import PARTS, complete
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.estimating.traffic import crossing_bytes
@@ -25,6 +25,7 @@ CASES = (
     (Mlp(1), Head(2, 1)),
     (Layers(1, 2),),
     (Swap(1),),
+    (Parallel(0, 2),),
 )
 FROZEN = frozenset({Head(2, 0), Mlp(2), FinalNorm()})
 

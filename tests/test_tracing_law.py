@@ -231,7 +231,7 @@ def graph(structure, options):
         "mixed": sr.Graph(mixed, neurons=2, residual_norm=True, freeze=norms),
         "mean": sr.Graph(mixed, "mean", record="full"),
         "deleted": sr.Graph(sr.sweep([sr.Layers(0, 2), sr.Layers(1, 2)]), "zero", record="full"),
-        "swapped": sr.Graph(sr.sweep([sr.Swap(0), sr.Swap(1)]), "zero"),
+        "swapped": sr.Graph(sr.sweep([sr.Swap(0), sr.Permuted((2, 0, 1)), sr.Parallel(0, 3)]), "zero"),
         "path": sr.Graph(heads, attention=(0, 2)).path((sr.Mlp(2),), *sizes),
         "scale": sr.Variants("scale", {s: sr.Graph(heads, sr.Reinforce(s)) for s in (0.5, 3.0)}),
         "other": sr.Graph(heads, sr.OtherHead(sr.Head(1, 1))),

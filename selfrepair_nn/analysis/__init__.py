@@ -4,8 +4,11 @@ Only what is marked `done` counts. All means are taken in float64. A store may b
 """
 
 from selfrepair_nn.analysis.checks import HEADS, MEANS, among, percent, restored, throughout
+from selfrepair_nn.analysis.composition import composition
 from selfrepair_nn.analysis.contrast import contrast_by_head
+from selfrepair_nn.analysis.hydra import hydra
 from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by_head
+from selfrepair_nn.analysis.interactions import clamped, interactions
 from selfrepair_nn.analysis.ioi import backups, name_movers
 from selfrepair_nn.analysis.layers import by_layer, most_repaired
 from selfrepair_nn.analysis.neurons import (
@@ -29,7 +32,9 @@ from selfrepair_nn.analysis.remembering import held, remembering
 from selfrepair_nn.analysis.repairers import strongest_repairs, who_repairs
 from selfrepair_nn.analysis.scales import scale_by_head, token_variants
 from selfrepair_nn.analysis.selecting import done_share, every_token, only, top_share
+from selfrepair_nn.analysis.stages import STAGES, by_stage, stages_of
 from selfrepair_nn.analysis.summaries import by_case, by_head
+from selfrepair_nn.analysis.taking_over import KNOWN_BACKUPS, backup_roc, conditional_effects
 from selfrepair_nn.analysis.task import does_task
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
 from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
@@ -41,20 +46,27 @@ __all__ = [
     "HALF_WIDTH",
     "HEADS",
     "KINDS",
+    "KNOWN_BACKUPS",
     "LEAST",
     "MEANS",
     "OWN",
     "QUANTITIES",
     "SHARE",
+    "STAGES",
     "among",
     "axis_of",
+    "backup_roc",
     "backups",
     "by_case",
     "by_head",
     "by_kind",
     "by_layer",
+    "by_stage",
     "by_variant",
+    "clamped",
     "compare_paper",
+    "composition",
+    "conditional_effects",
     "contrast_by_head",
     "differences",
     "does_task",
@@ -63,8 +75,10 @@ __all__ = [
     "every_token",
     "has_nulls",
     "held",
+    "hydra",
     "in_nats",
     "induction_by_head",
+    "interactions",
     "most_repaired",
     "name_movers",
     "neuron_changes",
@@ -81,6 +95,7 @@ __all__ = [
     "remembering",
     "restored",
     "scale_by_head",
+    "stages_of",
     "strongest_repairs",
     "strongest_responses",
     "throughout",

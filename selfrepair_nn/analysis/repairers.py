@@ -40,7 +40,7 @@ def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
         return by_head(ds, share)
     ds = of_heads(ds)
     share = share_of(ds, share)
-    _check_components(ds, share)
+    check_components(ds, share)
     _, top = direct_effects(ds, done_cases(ds), share)
     found = by_head(ds, share).assign(_pairs(ds, top))
     found = found.assign_coords({n: c for n, c in ds.coords.items() if c.dims == ("component",)})
@@ -111,7 +111,8 @@ def _own(ds: xr.Dataset) -> np.ndarray:
     return same_layer & (ds.component_head.values == head[:, None])
 
 
-def _check_components(ds: xr.Dataset, share: float) -> None:
+def check_components(ds: xr.Dataset, share: float) -> None:
+    """Raise UsageError unless a store has the component changes of so large a share of tokens."""
     if "component_change" not in ds:
         raise UsageError("this store holds no component changes: run its recipe with --components top")
     settings = json.loads(ds.attrs.get("settings", "{}"))

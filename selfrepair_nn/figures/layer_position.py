@@ -7,11 +7,12 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, by_case, throughout
 from selfrepair_nn.case_sites import sites_of
-from selfrepair_nn.components import Ablatable, Layers, Swap
+from selfrepair_nn.components import Ablatable, Layers, Permuted
 from selfrepair_nn.drawing import Need, figure
 from selfrepair_nn.figures import depth, style, suiting
 
-KINDS = {Layers: "a layer deleted", Swap: "two neighbours swapped"}
+KINDS = {Layers: "a layer deleted", Permuted: "two neighbours swapped"}
+SIZES = {Layers: 1, Permuted: 2}
 PARTS = {
     "own": "change of its own direct effect",
     "logit_change": "logit change",
@@ -43,7 +44,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     grid = figure.subplots(len(found), 2, squeeze=False, sharey="row")
     for row, (name, cases) in zip(grid, found.items(), strict=True):
         for axes, (kind, told) in zip(row, KINDS.items(), strict=True):
-            _draw_kind(axes, cases.isel(case=_of_kind(cases, kind)), 0.5 * (kind is Swap))
+            _draw_kind(axes, cases.isel(case=_of_kind(cases, kind)), 0.5 * (kind is Permuted))
             axes.set_title(told if len(found) == 1 else f"{name}: {told}")
         row[0].set_ylabel("logits")
         row[0].legend()
@@ -59,7 +60,7 @@ def _of_kind(cases: xr.Dataset, kind: type) -> np.ndarray:
 
 
 def _alone(site: Ablatable, kind: type) -> bool:
-    return isinstance(site, kind) and not (isinstance(site, Layers) and site.stop > site.layer + 1)
+    return isinstance(site, Layers | Permuted) and isinstance(site, kind) and site.stop - site.layer == SIZES[kind]
 
 
 def _draw_kind(axes: Axes, cases: xr.Dataset, shift: float) -> None:

@@ -160,6 +160,11 @@ def capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
+def signed(value: float) -> str:
+    """A number in a cell: its sign, two decimals."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
 def bars(half_width: np.ndarray) -> np.ndarray:
     """Lengths of error bars: half-widths, and none where there is no interval."""
     return np.where(np.isfinite(half_width), half_width, np.nan)

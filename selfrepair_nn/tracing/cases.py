@@ -11,6 +11,7 @@ from selfrepair_nn.tracing.readouts import total
 from selfrepair_nn.tracing.replacements import replacement_of
 from selfrepair_nn.tracing.routing import routing_needs
 from selfrepair_nn.tracing.sites import site_of
+from selfrepair_nn.tracing.streams import SeveralReadings, StreamReadings
 from selfrepair_nn.tracing.terms import Terms
 
 
@@ -61,12 +62,18 @@ def realised(plan):
         return plan
     cases = [[site_of(entry) for entry in case] for case in plan["cases"]]
     asked = {
-        "readings": None if plan["neurons"] is None else NeuronReadings(),
+        "readings": _readings(plan),
         "terms": Terms() if plan["record"] == "full" else None,
         "outcomes": Outcomes() if "logprob" in plan["gives"] else None,
         "attention": AttentionPaid(plan["attention"]) if plan["attention"] else None,
     }
     return plan | {"cases": cases, "replacement": replacement_of(plan["replacement"])} | asked
+
+
+def _readings(plan):
+    found = [NeuronReadings()] if plan["neurons"] is not None else []
+    found += [StreamReadings()] if "stream_distance" in plan["gives"] else []
+    return SeveralReadings(found) if len(found) > 1 else next(iter(found), None)
 
 
 def begins(case, plan):

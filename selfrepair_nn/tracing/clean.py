@@ -4,7 +4,7 @@ import torch
 from nnsight import save
 
 from selfrepair_nn.tracing.places import like_rows, part, place, skip, written
-from selfrepair_nn.tracing.readouts import norm_scale
+from selfrepair_nn.tracing.readouts import norm_scale, total, widen
 from selfrepair_nn.tracing.routing import routing
 
 
@@ -104,6 +104,20 @@ def layer_on(model, plan, tokens, layer, residual):
         take_up(model, plan, layer, residual)
         made = save([written(place(model, plan, "layers")[layer])])
     return made[0]
+
+
+def layers_on(model, plan, tokens, between, residual):
+    """What neighbouring layers write if each reads the same residual stream, summed: [prompt, position, d_model]."""
+    with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
+        take_up(model, plan, between[0], residual)
+        made = save([])
+        for layer in between:
+            reading = place(model, plan, "layers")[layer]
+            if layer > between[0]:
+                reading.input[:] = residual
+            given = widen(written(reading))
+            made.append(given - widen(residual).to(given.device))
+    return total(made)
 
 
 def take_up(model, plan, start, residual):

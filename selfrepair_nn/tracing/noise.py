@@ -41,10 +41,11 @@ def _shaken_pass(block, starts):
     with torch.no_grad(), model.trace(tokens.repeat(len(starts), 1), use_cache=False, logits_to_keep=no_logits(plan)):
         take_up(model, plan, lowest, clean["input"][lowest].repeat(len(starts), 1, 1))
         for layer in range(lowest, last):
-            for (start, inside), where in rows:
-                if start == layer:
-                    place(model, plan, "layers")[layer].input[where] = _moved(clean["input"][layer])
-                if start == layer and inside:
+            here = [(inside, where) for (start, inside), where in rows if start == layer]
+            for _, where in here:
+                place(model, plan, "layers")[layer].input[where] = _moved(clean["input"][layer])
+            for inside, where in here:
+                if inside:
                     part(model, plan, layer, "output_projection").input[where] = clean["z"][layer]
         final = place(model, plan, "final_norm").input
         for (start, _), where in rows:

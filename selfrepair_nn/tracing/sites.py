@@ -5,7 +5,7 @@ A place in the order of a pass is (layer, inside): before a layer, or inside it,
 
 import torch
 
-from selfrepair_nn.tracing.clean import layer_on
+from selfrepair_nn.tracing.clean import layer_on, layers_on
 from selfrepair_nn.tracing.objects import Bundle, Label
 from selfrepair_nn.tracing.readouts import along, among, behind_norm, per_head, product, widen
 
@@ -233,22 +233,43 @@ class Layers(Label, Rebuilt):
         return None
 
 
-class Swap(Label, Rebuilt):
-    """A layer and the next one, in each other's place."""
+class Permuted(Label, Rebuilt):
+    """The layers of a block, in the order in which they run."""
 
-    layer: int
+    order: tuple
+
+    def __init__(self, order):
+        self.order = tuple(order)
+
+    @property
+    def layer(self):
+        return min(self.order)
 
     @property
     def stop(self):
-        return self.layer + 2
+        return max(self.order) + 1
 
     def stream(self, block):
-        tokens = block.arrays["tokens"]
-        second = layer_on(block.model, block.plan, tokens, self.layer + 1, block.clean["input"][self.layer])
-        return layer_on(block.model, block.plan, tokens, self.layer, second)
+        x = block.clean["input"][self.layer]
+        for layer in self.order:
+            x = layer_on(block.model, block.plan, block.arrays["tokens"], layer, x)
+        return x
 
 
-KINDS = {"head": Head, "mlp": Mlp, "neuron": Neuron, "layers": Layers, "swap": Swap}
+class Parallel(Label, Rebuilt):
+    """The layers from `layer` up to, not including, `stop`: each reads what enters the first."""
+
+    layer: int
+    stop: int
+
+    def stream(self, block):
+        entering = block.clean["input"][self.layer]
+        between = range(self.layer, self.stop)
+        written = layers_on(block.model, block.plan, block.arrays["tokens"], between, entering)
+        return widen(entering) + written.to(entering.device)
+
+
+KINDS = {"head": Head, "mlp": Mlp, "neuron": Neuron, "layers": Layers, "permuted": Permuted, "parallel": Parallel}
 """By the word that a plan has for each."""
 
 
