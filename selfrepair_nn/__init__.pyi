@@ -2,6 +2,7 @@
 
 from selfrepair_nn import analysis as analysis
 from selfrepair_nn.analysis import (
+    attribution,
     backups,
     by_case,
     by_head,
@@ -13,6 +14,7 @@ from selfrepair_nn.analysis import (
     differences,
     does_task,
     erasure_neurons,
+    false_negatives,
     in_nats,
     induction_by_head,
     most_repaired,
@@ -31,6 +33,7 @@ from selfrepair_nn.analysis import (
     token_noise,
     token_variants,
     top_share,
+    variance_components,
     who_repairs,
 )
 from selfrepair_nn.case_sites import sites_of
@@ -109,6 +112,7 @@ __all__ = [
     "Swap",
     "UsageError",
     "Variants",
+    "attribution",
     "backups",
     "by_case",
     "by_head",
@@ -124,6 +128,7 @@ __all__ = [
     "does_task",
     "edited_prompts",
     "erasure_neurons",
+    "false_negatives",
     "figure",
     "in_nats",
     "induction_by_head",
@@ -159,6 +164,7 @@ __all__ = [
     "token_noise",
     "token_variants",
     "top_share",
+    "variance_components",
     "verify",
     "view",
     "who_repairs",

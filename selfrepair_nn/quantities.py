@@ -5,7 +5,7 @@ these rows.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ WHEN = {
     "reinforced": "`Reinforce`",
     "ranked": "`--select` or `--until-ci`",
     "estimated": "`--until-ci`",
+    "resampled": "`--resamples`",
+    "moments": "`--resamples-as moments`",
 }
 """When a quantity is recorded: the conditions that a graph, its prompts and its options fulfil by what they are.
 
@@ -56,7 +58,8 @@ class Quantity:
     a coordinate; "run" is kept by the run itself; "clean" and "ablated" come from the ablation job, of the clean pass
     and of each ablated one; "derived" follows from those (equations.complete).
     In a store whose runs ablate more than one head at once, or something else, `case` stands for `layer` and `head`;
-    in one with several variants, what is of an ablated run has their axis as its first dimension.
+    in one with several variants, what is of an ablated run has their axis as its first dimension, and in one with
+    several partners of each prompt, `resample` before the others.
     """
 
     name: str
@@ -99,12 +102,12 @@ class Quantity:
         }
         return kinds[self.kind]
 
-    def dims_in(self, grid: bool, axis: str | None) -> tuple[str, ...]:
-        """Its dimensions in a store with or without a grid of heads, and with an axis of variants or none."""
+    def dims_in(self, grid: bool, *axes: str | None) -> tuple[str, ...]:
+        """Its dimensions in a store with or without a grid of heads, and with axes that ablated runs lie along."""
         dims = self.dims
         if not grid and self.source != "label" and dims[:1] == ("layer",):
             dims = ("case", *dims[2:])
-        return (axis, *dims) if axis and self.ablated else dims
+        return (*filter(None, axes), *dims) if self.ablated else dims
 
     def shape(self, sizes: Mapping[str, int], packed: bool = False) -> tuple[str | int, ...]:
         """Its shape as a job gives it, "prompt" and "case" by name; `packed` where there are thresholds.
@@ -112,7 +115,7 @@ class Quantity:
         What is large comes then as [token, …]. `sizes` are those of the store's dimensions.
         """
         named = {"prompt": "prompt", "case": "case"}
-        shape = tuple(named.get(d) or sizes[d] for d in self.dims_in(False, None))
+        shape = tuple(named.get(d) or sizes[d] for d in self.dims_in(False))
         return ("token", *shape[3:]) if packed and self.large else shape
 
 
@@ -131,6 +134,7 @@ _ALL = (
     Quantity("counted", "label", TOKEN, "1", "counted", "Whether this token is asked about: every statistic is over these tokens alone.", "bool"),
     Quantity("document", "label", ("prompt",), "1", "document", "Index of the document in which the prompt starts.", "int"),
     Quantity("partner", "label", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
+    Quantity("resample", "label", ("resample",), "1", "resample", "Index of the partners, where every prompt has several one after the other: partner is then over (resample, prompt).", "int", when="resampled"),
     Quantity("ablation", "label", (), "1", "ablation", "What the ablated site's activations were replaced by.", "string"),
     Quantity("case", "label", ("case",), "1", "case", "What is ablated: sites joined by + are replaced together.", "string", when="cases"),
     Quantity("case_sites", "label", ("case",), "1", "sites of the case", "Its sites as JSON: a list of kind and numbers for each, such as [[\"head\", 9, 6]].", "string", when="cases"),
@@ -217,7 +221,23 @@ _ALL = (
 )
 # fmt: on
 
-QUANTITIES: dict[str, Quantity] = {q.name: q for q in _ALL}
+VARIANCE = "_variance"
+
+
+def _variance(q: Quantity) -> Quantity:
+    """The variance over partners of a quantity of the ablated runs, in a store that keeps moments alone."""
+    units = q.units if q.units == "1" else f"{q.units}²"
+    told = f"Variance over the partners of a prompt, by their number less one, of {q.name}, which is then their mean."
+    name, long_name = f"{q.name}{VARIANCE}", f"variance over partners of {q.long_name}"
+    return replace(q, name=name, units=units, long_name=long_name, description=told, when="moments", unless="")
+
+
+def varied(q: Quantity) -> bool:
+    """Whether it is a number that differs from partner to partner, of which there are a mean and a variance."""
+    return q.ablated and q.kind == "float" and q.name != "closure"
+
+
+QUANTITIES: dict[str, Quantity] = {q.name: q for q in (*_ALL, *(_variance(q) for q in _ALL if varied(q)))}
 IN_NATS = {"logit_change": "logprob_change", "self_repair": "self_repair_logprob", "from_norm": "norm_logprob"}
 """What is told of a target's logit, and what of the next token's log-probability."""
 OUTCOMES = {"logit": "the logit of the target", "logprob": "the log-probability of the next token"}
@@ -253,7 +273,7 @@ def told_of(ds: Any, name: str) -> Quantity:
 def table() -> str:
     """All quantities as the table of docs/store.md."""
     lines = ["| variable | dimensions | units | | recorded |", "|---|---|---|---|---|"]
-    for q in _ALL:
+    for q in QUANTITIES.values():
         when = WHEN.get(q.when, f'`also=("{q.when}",)`') + (f", but not with {WHEN[q.unless]}" if q.unless else "")
         lines.append(
             f"| `{q.name}` | {', '.join(q.dims) or '–'} | {q.units} | {q.description} | {when} |"

@@ -50,6 +50,7 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
     Raises:
         UsageError: `share` is not in (0, 1], or `ds` is not a store that records neurons.
     """
+    ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count, "mlp_change")
     first = ds[["top_neuron", "top_neuron_change", "top_neuron_direct_effect"]].isel(rank=0)
     clean = entries_of(first.top_neuron_direct_effect, top).astype(float)
@@ -113,6 +114,7 @@ def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COU
 
     Errors as in `erasure_neurons`, and for a share beyond the one whose neurons are stored.
     """
+    ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count)
     n, places, joined = heads.sizes["rank"], min(PLACES, ds.sizes["neuron"]), batches(clusters(ds))
     size = int(joined.max()) + 1
@@ -148,6 +150,7 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     rising(rank): how many neurons have a mean change above 0. stored_tokens as in `neuron_sparsity`. Medians are exact:
     where they are over many tokens, the store is read again for every few neurons. Errors as in `neuron_sparsity`.
     """
+    ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count)
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
     sums, sizes, counts = np.zeros((n, neurons)), np.zeros((n, neurons)), np.zeros((n, 1), int)
@@ -194,6 +197,7 @@ def neuron_consistency(ds: xr.Dataset, share: float | None = None, count: int = 
 
     Errors as in `erasure_neurons`.
     """
+    ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count, "self_repair")
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
     named = np.where(entries_of(ds.top_neuron_change, top) > 0, entries_of(ds.top_neuron, top), -1)
@@ -215,7 +219,7 @@ def _top_tokens(
     """A few heads over (rank), the top tokens of each by a variable, and the rank that each of these belongs to."""
     ds = of_heads(ds)
     share = share_of(ds, share)
-    _check_neurons(ds, share if by == "direct_effect" else 0)
+    _check_neurons(ds, share if by == "direct_effect" else 0, named=by != "direct_effect")
     if by == "direct_effect":
         require_top(ds, "every neuron")
     heads, done = by_head(ds, share), done_cases(ds)
@@ -227,8 +231,12 @@ def _top_tokens(
     return heads.stack(rank=HEADS).isel(rank=cases).reset_index("rank"), top, ranks[top.case]
 
 
-def _check_neurons(ds: xr.Dataset, share: float) -> None:
-    if any(each.name not in ds for each in recorded(("neurons",))):
+def _check_neurons(ds: xr.Dataset, share: float, named: bool) -> None:
+    if "partners_averaged" in ds.attrs and named and "top_neuron" not in ds:
+        raise UsageError(
+            "each partner has a most repairing neuron of its own: choose one partner, ds.isel(resample=0)"
+        )
+    if any(each.name not in ds for each in recorded(("neurons",)) if named or each.kind == "float"):
         raise UsageError(
             "this store records no neurons: run the recipe neurons, or one with Graph(neurons=LAYER)"
         )

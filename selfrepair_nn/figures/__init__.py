@@ -49,6 +49,7 @@ from selfrepair_nn.figures import (
     self_repair_by_layer,
     suiting,
     token_noise,
+    variance_components,
     variants,
 )
 from selfrepair_nn.figures.style import Datasets, named, save, settings, share_of, summaries
@@ -80,6 +81,7 @@ FIGURES: dict[str, Drawing] = {
         distance_by_layer,
         token_noise,
         norm_share,
+        variance_components,
         repair_map,
         repair_graph,
         outcomes,

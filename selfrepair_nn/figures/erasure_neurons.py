@@ -22,7 +22,7 @@ READING = (
 )
 
 
-@figure(*suiting.NEURONS, name=__name__, about=__doc__)
+@figure(*suiting.NAMED_NEURONS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `erasure_neurons` takes; several stores have a row each.
 

@@ -40,14 +40,24 @@ from selfrepair_nn.tracing.rows import batches, gathered
 
 def ablation_job(model, arrays, plan, tick=None, known=None):
     """Ablate every case of the plan on one block of prompts. What it takes and returns is told at the top."""
-    tokens, cases = arrays["tokens"], plan["cases"]
-    block, room = _block(model, plan, arrays, cases, known), plan.get("room") or Room(plan["tokens_per_pass"])
+    return ablated(*begun(model, arrays, plan, known), tick)
+
+
+def begun(model, arrays, plan, known):
+    """A block of prompts with what its cases need, and what is read of its clean run."""
+    block = _block(model, plan, arrays, plan["cases"], known)
     state = clean_readout(block)
     if plan["terms"]:
         state["component_effects"] = plan["terms"].effects(block, state["norm_scale"])
     if plan["outcomes"]:
         state |= plan["outcomes"].clean(block, state["norm_scale"])
-    found, start, ready = [], None, {}
+    return block, state
+
+
+def ablated(block, state, tick):
+    """All that a job gives, of a block that is begun."""
+    arrays, plan, tokens, cases = block.arrays, block.plan, block.arrays["tokens"], block.plan["cases"]
+    found, start, ready, room = [], None, {}, plan.get("room") or Room(plan["tokens_per_pass"])
     for batch in batches(cases, plan, tokens, room, state["norm_scale"].device, arrays.get("wanted")):
         if start != batch.start:
             start, ready = batch.start, {}
