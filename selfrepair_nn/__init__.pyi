@@ -2,7 +2,6 @@
 
 from selfrepair_nn import analysis as analysis
 from selfrepair_nn.analysis import (
-    attribution,
     backups,
     by_case,
     by_head,
@@ -14,7 +13,6 @@ from selfrepair_nn.analysis import (
     differences,
     does_task,
     erasure_neurons,
-    false_negatives,
     in_nats,
     induction_by_head,
     most_repaired,
@@ -65,6 +63,7 @@ from selfrepair_nn.integrity import verify
 from selfrepair_nn.models.load import check, load
 from selfrepair_nn.models.model import wrap
 from selfrepair_nn.options import Options
+from selfrepair_nn.patching import attribution, false_negatives
 from selfrepair_nn.prompts import Prompts, text_prompts
 from selfrepair_nn.recipe import recipes as list_recipes
 from selfrepair_nn.replacements import (

@@ -316,9 +316,9 @@ def attribution(store: str, model: str | None, small: float, out: str | None) ->
     Prints the heads that it misses, with what their exact effect is made of, and draws both.
     """
     _quiet_libraries()
-    from selfrepair_nn.analysis import attribution as attributed
     from selfrepair_nn.figures import attribution as figure
     from selfrepair_nn.figures import beside, save
+    from selfrepair_nn.patching import attribution as attributed
     from selfrepair_nn.store import open_store
     from selfrepair_nn.text import missed
 

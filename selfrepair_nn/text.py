@@ -15,7 +15,6 @@ from selfrepair_nn.analysis import (
     by_layer,
     by_variant,
     compare_paper,
-    false_negatives,
     has_nulls,
     most_repaired,
     reinforced,
@@ -28,6 +27,7 @@ from selfrepair_nn.analysis import (
 from selfrepair_nn.analysis.checks import require
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.face import public
+from selfrepair_nn.patching import false_negatives
 from selfrepair_nn.quantities import SWEEP
 from selfrepair_nn.wording import (
     WIDTH,
@@ -274,23 +274,24 @@ def missed(found: xr.Dataset) -> str:
     """
     heads = false_negatives(found)
     tested = int(np.isfinite(found.logit_change_half_width).sum())
-    lines = [f"{title(found)}: attribution patching beside the exact effect of {found.logit_change.count().item()} heads"]
+    count = found.logit_change.count().item()
+    lines = [f"{title(found)}: attribution patching beside the exact effect of {count} heads"]
     ranks, linear = (found.attrs[f"{kind}_correlation"] for kind in ("rank", "linear"))
     lines.append(
-        f"over heads, of the mean changes: rank correlation {ranks:.2f}, linear {linear:.2f}; over prompts, of one head: "
-        f"{float(found.correlation.median()):.2f} (median)"
+        f"over heads, of the mean changes: rank correlation {ranks:.2f}, linear {linear:.2f}; over prompts, of one "
+        f"head: {float(found.correlation.median()):.2f} (median)"
     )
     if not tested:
-        return "\n".join([*lines, f"{intervals(_counted(found), 'attributed_change')}: no head is called missed"])
-    of, cut = int(found.matters.sum()), int(found.cancelled.sum())
+        return "\n".join([*lines, f"{intervals(found, 'attributed_change')}: no head is called missed"])
+    of, cut, small = int(found.matters.sum()), int(found.cancelled.sum()), found.attrs["small"]
     lines.append(
-        f"something is surely removed in {of} heads; of these the exact change is surely below {found.attrs['small']:g} of it in "
-        f"{cut}, the attributed one in {heads.sizes['rank']}:"
+        f"something is surely removed in {of} heads; of these the exact change is surely below {small:g} "
+        f"of it in {cut}, the attributed one in {heads.sizes['rank']}"
     )
     lines = [part for line in lines for part in textwrap.wrap(line, WIDTH)]
     if heads.sizes["rank"]:
         lines += ["", *_missed_rows(heads)]
-    return "\n".join([*lines, "", *textwrap.wrap(intervals(_counted(found), "attributed_change"), WIDTH)])
+    return "\n".join([*lines, "", *textwrap.wrap(intervals(found, "attributed_change"), WIDTH)])
 
 
 def _missed_rows(heads: xr.Dataset) -> list[str]:
@@ -299,16 +300,13 @@ def _missed_rows(heads: xr.Dataset) -> list[str]:
     shown = {name.removeprefix("top_"): of.strip("=+ ") for name, of in names.items()}
     shown = {name: of for name, of in shown.items() if name in heads and name not in ("direct_effect", "self_repair")}
     shown["logit_change"] = "exact change"
-    lines = ["head  " + "".join(f"{of:>16}" for of in shown.values())]
+    width = min(16, (WIDTH - 6) // len(shown))
+    lines = ["head  " + "".join(f"{of:>{width}}" for of in shown.values())]
     for rank, label in enumerate(labels(heads)):
         one = heads.isel(rank=rank)
         cells = (number(float(one[n])) + reach(float(one[n + HALF_WIDTH])) for n in shown)
-        lines.append(f"{label:<6}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(f"{label:<6}" + "".join(f"{cell:>{width}}" for cell in cells))
     return lines
-
-
-def _counted(found: xr.Dataset) -> xr.Dataset:
-    return found.assign(tokens=found.logit_change.notnull().astype(int))
 
 
 def comparison(ds: xr.Dataset, reference: str | None = None) -> str:

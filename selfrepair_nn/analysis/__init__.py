@@ -3,7 +3,6 @@
 Only what is marked `done` counts. All means are taken in float64. A store may be larger than memory.
 """
 
-from selfrepair_nn.analysis.attribution import attribution, false_negatives
 from selfrepair_nn.analysis.checks import HEADS, MEANS, among, percent, restored, throughout
 from selfrepair_nn.analysis.components import variance_components
 from selfrepair_nn.analysis.contrast import contrast_by_head
@@ -49,7 +48,6 @@ __all__ = [
     "QUANTITIES",
     "SHARE",
     "among",
-    "attribution",
     "axis_of",
     "backups",
     "by_case",
@@ -64,7 +62,6 @@ __all__ = [
     "done_share",
     "erasure_neurons",
     "every_token",
-    "false_negatives",
     "has_nulls",
     "held",
     "in_nats",

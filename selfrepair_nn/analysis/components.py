@@ -85,8 +85,8 @@ def _squares(ds: xr.Dataset, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     """Sums by prompt from which all sums of squares follow, of all counted tokens and of the top share.
 
     [sum, case, prompt] each: how many tokens; the sums of their means over partners, and of the squares of these; of
-    the squares of partners' deviations from them; and of the squares of the deviations that the prompt's mean has, times
-    its tokens: NaN in a store of moments.
+    the squares of partners' deviations from them; and of the squares of the deviations that the prompt's mean has,
+    times its tokens: NaN in a store of moments.
     """
     asked, shape, partners = counted_tokens(ds), (5, *tokens.done.shape), int(ds.attrs["partners_averaged"])
     every, top = np.zeros(shape), np.zeros(shape)

@@ -6,9 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair_nn import wording
-from selfrepair_nn.analysis import HALF_WIDTH, false_negatives
+from selfrepair_nn.analysis import HALF_WIDTH
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.figures import style
+from selfrepair_nn.patching import false_negatives
 
 COUNT = 10
 SPLIT = {
@@ -34,16 +35,14 @@ def draw(found: xr.Dataset) -> Figure:
         raise UsageError("this figure is of attribution patching: give what sr.attribution(store) gives")
     if not found.attributed_change.notnull().any():
         raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to draw")
-    figure = style.new_figure(11, 4.9)
+    figure = style.new_figure(11.5, 4.9)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _draw_heads(figure, left, found)
     _draw_split(right, false_negatives(found).isel(rank=slice(COUNT)))
     style.heading(figure, {"": found})
-    known = {"": found.assign(tokens=found.logit_change.notnull().astype(int))}
-    small = found.attrs["small"]
-    lines = [line.format(small=small, count=COUNT) for line in READING]
-    intervals = f"{style.capital(wording.intervals(known[''], 'attributed_change'))}."
-    style.caption(figure, known, [intervals, *lines])
+    intervals = f"{style.capital(wording.intervals(found, 'attributed_change'))}."
+    lines = [line.format(small=found.attrs["small"], count=COUNT) for line in READING]
+    style.caption(figure, {"": found}, [intervals, *lines])
     return figure
 
 
@@ -88,4 +87,4 @@ def _draw_split(axes: Axes, missed: xr.Dataset) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(places, wording.labels(missed), rotation=45, ha="right")
     axes.set_ylabel("change of the target's logit, mean (logits)")
-    axes.legend(loc="best", ncols=2)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -83,8 +83,8 @@ def plans(experiment: Experiment, layout: dict[str, Any]) -> list[dict[str, Any]
 def _plan(experiment: Experiment, graph: Graph, layout: dict[str, Any]) -> dict[str, Any]:
     """A variant's plan; where each prompt has several partners, with what varies between them."""
     work = experiment.work
-    plan, runs = graph.plan(layout) | {"tokens_per_pass": work.tokens_per_pass}, work.runs(graph)
-    if runs == 1:
+    plan: dict[str, Any] = graph.plan(layout) | {"tokens_per_pass": work.tokens_per_pass}
+    if (runs := work.runs(graph)) == 1:
         return plan
     return plan | {"resamples": runs, "varied": [name for name in plan["gives"] if QUANTITIES[name].ablated]}
 

@@ -24,8 +24,9 @@ def read_out(model: Any, tokens: Any, layers: Sequence[int]) -> dict[int, Any]:
 def with_gradients(model: Any, tokens: Any, layers: Sequence[int], metric: Callable[[Any], Any]) -> dict[int, tuple]:
     """z of these layers, and the gradient of `metric(logits)`, a number, with respect to it: {layer: (z, gradient)}.
 
-    It is through everything that comes after, the norms, the attention and the MLPs of all positions: one pass forwards,
-    one backwards. `logits` are what the model returns, [prompt, position, vocabulary]. Nothing of the model is changed.
+    It is through everything that comes after, the norms, the attention and the MLPs of all positions: one pass
+    forwards, one backwards. `logits` are what the model returns, [prompt, position, vocabulary]. Nothing of the model
+    is changed.
     """
     import torch
 

@@ -36,19 +36,19 @@ def attribution(ds: xr.Dataset, model: Any = None, *, small: float = SMALL) -> x
     exact effects take a pass for each. It is for the same prompts, partners (the mean over several) and target as the
     store's.
 
-    m is the sum of the target's logit over the counted tokens of a prompt, so that what is compared is a prompt's sum:
-    a gradient of that sum tells for each position s how much the change of z there moves all later tokens of the prompt
-    together, and not how much a token t is moved by all changes before it, which is what the store has of each token; the
-    two agree only once they are summed over the prompt. (For each t by itself a pass backwards were needed.)
+    m is the sum of the target's logit over the counted tokens of a prompt, so what is compared is a prompt's sum. The
+    gradient of that sum tells for each position s how far the change of z there moves all later tokens of the prompt
+    together, and not how far a token t is moved by all changes before it, which the store has of each token: the two
+    agree only once they are summed over the prompt. (For each t by itself a pass backwards were needed.)
 
     - attribution(layer, head, prompt, position): <dm/dz, z' - z> of the change at this position, in logits;
-    - attributed_change: its sum over a prompt, mean over the counted tokens; logit_change: the same of the exact change;
+    - attributed_change: its sum over a prompt, mean over the counted tokens; logit_change: that of the exact change;
       removed = direct_effect - ablated_direct_effect, and self_repair with its parts, as in `by_head`; x_half_width of
       each, layer_ and overall_ ones as there;
     - correlation: Pearson's over prompts, of the attributed and the exact sums; NaN below three prompts;
-    - matters: whether removed surely is not 0 (false discovery rate 5% over the heads); cancelled: whether it matters, and
-      the exact change with its interval lies within `small` times removed: self-repair takes more than the rest;
-      false_negative: the same of the attributed change. Never said where there is no interval.
+    - matters: whether removed surely is not 0 (false discovery rate 5% over the heads); cancelled: whether it matters,
+      and the exact change with its interval lies within `small` times removed: self-repair takes the rest;
+      false_negative: the same of the attributed change. Neither is said where there is no interval.
 
     Attributes rank_correlation and linear_correlation: over the heads, of the two mean changes (Spearman's, Pearson's).
 
@@ -117,7 +117,8 @@ def _model_of(ds: xr.Dataset, given: Any) -> Any:
     if "identity" in ds.attrs:
         there, limit = json.loads(ds.attrs["identity"]), TOLERANCE.get(model.dtype, 0)
         if differing := differences(there, identity(model), limit):
-            raise StoreError(f"this store holds the numbers of another model than {model.name!r} ({'; '.join(differing)})")
+            said = "; ".join(differing)
+            raise StoreError(f"this store holds the numbers of another model than {model.name!r} is now ({said})")
     return model
 
 
@@ -215,7 +216,7 @@ def _correlation(one: np.ndarray, other: np.ndarray, done: np.ndarray) -> float:
 
 
 def _described(found: xr.Dataset, small: float) -> xr.Dataset:
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
     told = {
         "attribution": ("logit", "attribution of the change at this position to the prompt's summed logit"),
@@ -226,12 +227,11 @@ def _described(found: xr.Dataset, small: float) -> xr.Dataset:
         "cancelled": ("1", f"exact logit change surely below {small:g} of what was removed"),
         "false_negative": ("1", f"attributed logit change surely below {small:g} of what was removed"),
     }
-    told |= {n: ("logit", f"mean {QUANTITIES[n].long_name}") for n in found if n in QUANTITIES}
+    told |= {n: ("logit", f"mean {QUANTITIES[n].long_name}") for n in map(str, found) if n in QUANTITIES}
     for name, (units, text) in told.items():
         found[name].attrs = {"units": units, "long_name": text}
     known = (found.attributed_change.notnull() & found.logit_change.notnull()).values
     pair = found.attributed_change.values[known], found.logit_change.values[known]
     enough = known.sum() > 2
-    ranks = float(spearmanr(*pair).statistic) if enough else np.nan
-    linear = float(np.corrcoef(*pair)[0, 1]) if enough else np.nan
+    linear, ranks = (float(np.corrcoef(*x)[0, 1]) if enough else np.nan for x in (pair, [*map(rankdata, pair)]))
     return described_widths(found).assign_attrs(rank_correlation=ranks, linear_correlation=linear, small=small)
