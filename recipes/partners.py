@@ -3,7 +3,7 @@
 import selfrepair_nn as sr
 
 FIGURES = ("variance_components", "direct_effect_vs_logit_change", "token_noise")
-DEFAULTS = {"resamples": 4, "tokens": 4096, "length": 64}
+DEFAULTS = {"resamples": 4, "tokens": 4096}
 
 
 def graph(structure, options):

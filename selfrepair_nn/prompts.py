@@ -257,6 +257,22 @@ def shuffled(bits: np.random.PCG64, n: int) -> np.ndarray:
     return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
 
 
+def shuffled_targets(targets: np.ndarray, seed: int, prompt: int) -> np.ndarray:
+    """Whose target stands for each position's of a prompt: a random permutation [position] from the seed and its place.
+
+    No position has its own token, as far as the prompt holds enough others: what meets its own is exchanged.
+    """
+    bits = np.random.PCG64([seed, prompt])
+    order = shuffled(bits, len(targets))
+    for at in np.flatnonzero(targets[order] == targets):
+        given = targets[order]
+        fits = np.flatnonzero((given != targets[at]) & (targets != given[at]))
+        if given[at] == targets[at] and fits.size:
+            other = fits[int(bits.random_raw() % fits.size)]
+            order[[at, other]] = order[[other, at]]
+    return order
+
+
 def load_partners(source, n: int) -> np.ndarray:
     """Partners chosen by the user, from an integer array or a `.npy` file: a permutation of range(n), or several.
 

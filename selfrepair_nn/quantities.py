@@ -36,6 +36,7 @@ WHEN = {
     "ranked": "`--select` or `--until-ci`",
     "estimated": "`--until-ci`",
     "resampled": "`--resamples`",
+    "shuffled_neurons": '`also=("shuffled_target",)` with `neurons=`',
     "moments": "`--resamples-as moments`",
 }
 """When a quantity is recorded: the conditions that a graph, its prompts and its options fulfil by what they are.
@@ -141,6 +142,7 @@ _ALL = (
     Quantity("case_layer", "label", ("case",), "1", "layer of the case", "First layer that the case ablates.", "int", when="cases"),
     Quantity("other", "label", TOKEN, "1", "other token id", "Token whose logit is subtracted from the target's.", "int", when="other"),
     Quantity("other_text", "label", TOKEN, "1", "other token", "That token, as text.", "string", when="other"),
+    Quantity("shuffled_target", "label", TOKEN, "1", "shuffled target token id", "Target of another position of the prompt, drawn from the seed, and another token: what shuffled quantities are of.", "int", when="shuffled_target"),
     Quantity("counterfactual", "label", TOKEN, "1", "token id of the counterfactual text", "Token at this position of the minimally different text whose activations replace under counterfactual ablation.", "int", when="counterfactual"),
     Quantity("counterfactual_text", "label", TOKEN, "1", "token of the counterfactual", "That token, as text.", "string", when="counterfactual"),
     Quantity("edited_position", "label", ("prompt",), "1", "edited position", "Position at which the head's write is added again.", "int", when="reinforced"),
@@ -190,6 +192,11 @@ _ALL = (
     Quantity("residual_norm", "clean", TOKEN, "1", "norm of the residual stream", "Length of the residual stream before the final norm, in the clean run.", when="residual_norm"),
     Quantity("ablated_residual_norm", "ablated", SWEEP, "1", "ablated norm of the residual stream", "Length of the residual stream before the final norm, in the ablated run.", when="residual_norm"),
     Quantity("inserted_direct_effect", "ablated", SWEEP, "logit", "direct effect of the insertion", "DE, under the clean norm scale, of what a reinforced head's run adds to the residual stream; not part of its self-repair.", when="reinforced"),
+    Quantity("shuffled_direct_effect", "clean", SWEEP, "logit", "direct effect on the shuffled target", "DE of the head on the shuffled target in the clean run, under the clean norm scale.", when="shuffled_target"),
+    Quantity("shuffled_from_norm", "ablated", SWEEP, "logit", "final norm's change of the shuffled target", "(S/S' - 1) R', with R' the summed ablated direct effects of all components on the shuffled target.", when="shuffled_target"),
+    Quantity("shuffled_mlp_change", "ablated", SWEEP, "logit", "change of direct effect of the MLP on the shuffled target", "DE of the recorded MLP on the shuffled target after the ablation minus before, under the clean norm scale.", when="shuffled_neurons"),
+    Quantity("shuffled_neuron_change", "ablated", SWEEP, "logit", "most repairing neuron's change, shuffled target", "Change of DE on the shuffled target of the neuron of the recorded MLP whose DE on it rises most.", when="shuffled_neurons"),
+    Quantity("shuffled_neuron_direct_effect", "ablated", SWEEP, "logit", "its direct effect on the shuffled target", "DE of that neuron on the shuffled target in the clean run.", when="shuffled_neurons"),
     Quantity("attention", "clean", (*SWEEP, "distance"), "1", "attention", "Attention the head pays, in the clean run, to the token so far back; 0 where there is none.", when="attention"),
     Quantity("mlp_direct_effect", "clean", TOKEN, "logit", "direct effect of the MLP", "DE of the recorded MLP in the clean run.", when="neurons"),
     Quantity("mlp_change", "ablated", SWEEP, "logit", "change of direct effect of the MLP", "DE of the recorded MLP after the ablation minus before, under the clean norm scale.", when="neurons"),

@@ -20,7 +20,14 @@ from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
 from selfrepair_nn.naming import Request, Sizes
 from selfrepair_nn.options import Options
-from selfrepair_nn.prompts import Prompts, load_partners, several_partners, text_prompts, token_texts
+from selfrepair_nn.prompts import (
+    Prompts,
+    load_partners,
+    several_partners,
+    shuffled_targets,
+    text_prompts,
+    token_texts,
+)
 from selfrepair_nn.quantities import (
     QUANTITIES,
     RANKS,
@@ -140,7 +147,7 @@ class Experiment:
             "logprob": None if o.logprob == "none" else o.logprob,
             "share": self.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if self.reads_means else None,
-            "seed": o.seed if self.reinforces else None,
+            "seed": o.seed if self.reinforces or self.shuffles else None,
             "select": "top-share" if self.selective else None,
             "until_ci": None if o.until_ci is None else [o.until_ci, o.ci_of],
             "resamples_as": "moments" if self.work.moments else None,
@@ -151,7 +158,8 @@ class Experiment:
         """The options that were chosen and change nothing here."""
         o = self.options
         draws = self.partners is not None and o.partners is None
-        random = draws or self.reinforces or o.until_ci is not None or self.recipe.make_prompts is not None
+        random = draws or self.reinforces or self.shuffles or o.until_ci is not None
+        random = random or self.recipe.make_prompts is not None
         chosen = {
             "seed": o.seed != 0 and not random,
             "mean_prompts": o.mean_prompts != type(o).mean_prompts and not self.reads_means,
@@ -234,6 +242,17 @@ class Experiment:
         counted_first = np.argsort(~counts, axis=1, kind="stable")
         return counted_first[np.arange(self.prompts.n), drawn]
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether a shuffled target is asked about beside the target."""
+        return "shuffled_target" in self.graph.also
+
+    def shuffled_positions(self, block: slice | np.ndarray) -> np.ndarray:
+        """Whose target stands for each position's, from the seed: [prompt, position]; the last token keeps its own."""
+        tokens, places = self.prompts.tokens[block], self.order[block]
+        drawn = [shuffled_targets(row[1:], self.options.seed, int(at)) for row, at in zip(tokens, places, strict=True)]
+        return np.concatenate([drawn, np.full((len(drawn), 1), self.prompts.length - 1)], 1)
+
     def random_directions(self, block: slice | np.ndarray) -> np.ndarray:
         """Vectors of length 1, as wide as the residual stream, from the seed, one a prompt: [prompt, d_model]."""
         width, places = self.description.structure.d_model, self.order[block]
@@ -279,6 +298,9 @@ class Experiment:
             "partner": np.full(n, -1) if self.partners is None else self.order[self.partners],
             "ablation": self.ablation,
         }
+        if self.shuffles:
+            places = self.shuffled_positions(slice(None))[:, :-1]
+            found["shuffled_target"] = np.take_along_axis(tokens[:, 1:], places, 1)
         if self.prompts.counterfactual is not None:
             found["counterfactual"] = self.prompts.counterfactual[:, :-1]
             found["counterfactual_text"] = token_texts(self.tokenizer, found["counterfactual"])
@@ -366,6 +388,8 @@ class Experiment:
             found |= graph.replaced_by.arrays(self, block)
         if p.other is not None:
             found["other"] = p.other[block]
+        if self.shuffles:
+            found["shuffled_positions"] = self.shuffled_positions(block)
         return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
 
 

@@ -10,6 +10,7 @@ from selfrepair_nn.tracing.outcomes import Outcomes
 from selfrepair_nn.tracing.readouts import total
 from selfrepair_nn.tracing.replacements import replacement_of
 from selfrepair_nn.tracing.routing import routing_needs
+from selfrepair_nn.tracing.shuffled import Shuffled
 from selfrepair_nn.tracing.sites import site_of
 from selfrepair_nn.tracing.terms import Terms
 
@@ -60,8 +61,9 @@ def realised(plan):
     if "cases" not in plan:
         return plan
     cases = [[site_of(entry) for entry in case] for case in plan["cases"]]
+    readings = {"mlp_change": NeuronReadings, "shuffled_from_norm": Shuffled}
     asked = {
-        "readings": None if plan["neurons"] is None else NeuronReadings(),
+        "readings": [each() for name, each in readings.items() if name in plan["gives"]],
         "terms": Terms() if plan["record"] == "full" else None,
         "outcomes": Outcomes() if "logprob" in plan["gives"] else None,
         "attention": AttentionPaid(plan["attention"]) if plan["attention"] else None,
