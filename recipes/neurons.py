@@ -17,7 +17,7 @@ def graph(structure, options):
         strongest=None if options.heads else options.param["count"],
         replacement=options.ablation,
         neurons=last,
-        also=("falling_neuron", *options.also),
+        also=("falling_neuron", "shuffled_target", *options.also),
         target=options.target,
         value_bias=options.value_bias,
     ).frozen(options.freeze, structure.n_layers, structure.n_heads)

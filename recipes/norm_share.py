@@ -14,5 +14,5 @@ def graph(structure, options):
         record=options.record,
         target=options.target,
         value_bias=options.value_bias,
-        also=options.also,
+        also=("shuffled_target", *options.also),
     ).frozen(options.freeze, structure.n_layers, structure.n_heads)

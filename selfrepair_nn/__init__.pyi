@@ -38,6 +38,7 @@ from selfrepair_nn.analysis import (
     token_noise,
     token_variants,
     top_share,
+    variance_components,
     who_repairs,
 )
 from selfrepair_nn.case_sites import sites_of
@@ -72,6 +73,7 @@ from selfrepair_nn.integrity import verify
 from selfrepair_nn.models.load import check, load
 from selfrepair_nn.models.model import wrap
 from selfrepair_nn.options import Options
+from selfrepair_nn.patching import attribution, false_negatives
 from selfrepair_nn.prompts import Prompts, text_prompts
 from selfrepair_nn.recipe import recipes as list_recipes
 from selfrepair_nn.replacements import (
@@ -121,6 +123,7 @@ __all__ = [
     "Swap",
     "UsageError",
     "Variants",
+    "attribution",
     "backup_roc",
     "backups",
     "by_case",
@@ -141,6 +144,7 @@ __all__ = [
     "does_task",
     "edited_prompts",
     "erasure_neurons",
+    "false_negatives",
     "figure",
     "hydra",
     "in_nats",
@@ -179,6 +183,7 @@ __all__ = [
     "token_noise",
     "token_variants",
     "top_share",
+    "variance_components",
     "verify",
     "view",
     "who_repairs",

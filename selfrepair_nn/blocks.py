@@ -18,7 +18,7 @@ import xarray as xr
 from selfrepair_nn.choosing import along, halves, in_half, ranked_by, splits, tail_of
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.integrity import require_source
-from selfrepair_nn.quantities import IN_NATS, QUANTITIES, SWEEP, TOKEN, asked_in
+from selfrepair_nn.quantities import IN_NATS, QUANTITIES, SWEEP, TOKEN, VARIANCE, asked_in
 
 BLOCK = 2**22  # values held at once
 Ranked = tuple[np.ndarray, np.ndarray]  # values, tokens
@@ -438,6 +438,25 @@ def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
             lost = np.isnan(_done_sums(block, done[:, here], asked[here]))
             require_known(name, np.any(lost, axis=0), start)
         yield start, block
+
+
+def of_partners(ds: xr.Dataset, name: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
+    """A variable that several partners give, by blocks of prompts: which, and [partner, case, prompt, position].
+
+    Of a store of moments their mean alone, with its variances [case, prompt, position], else None.
+    """
+    if f"{name}{VARIANCE}" in ds:
+        for (start, mean), (_, spread) in zip(_blocks(ds, name), _blocks(ds, f"{name}{VARIANCE}"), strict=True):
+            yield slice(start, start + mean.shape[1]), mean[None].astype(float), spread.astype(float)
+        return
+    array, dims = ds[f"{name}_by_partner"], ("resample", *sites(ds), *TOKEN)
+    array = array.transpose(*(d for d in dims if d in array.dims))
+    chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
+    step = chunk * max(1, BLOCK * ds.sizes["prompt"] // max(1, array.size * chunk))
+    for start in range(0, ds.sizes["prompt"], step):
+        here = slice(start, min(start + step, ds.sizes["prompt"]))
+        values = _whole(array.isel(prompt=here, missing_dims="ignore"), dims).astype(float)
+        yield here, values.reshape(len(values), -1, *values.shape[-2:]), None
 
 
 def of_top_tokens(ds: xr.Dataset, name: str) -> bool:

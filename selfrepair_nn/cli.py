@@ -253,6 +253,39 @@ def compare_paper(store: str, reference: str | None, out: str | None) -> None:
 
 @cli.command()
 @STORE
+@click.option("--model", default=None, help="The model STORE is of; default: the name that it has.")
+@click.option(
+    "--small",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="A head is missed if its attributed effect is surely below this part of what was removed.",
+)
+@click.option(
+    "--out", default=None, help="Directory for the figure; default: the store's name without .zarr."
+)
+def attribution(store: str, model: str | None, small: float, out: str | None) -> None:
+    """Set attribution patching, which takes the model as linear, against STORE's exact effects of every head.
+
+    Prints the heads that it misses, with what their exact effect is made of, and draws both.
+    """
+    _quiet_libraries()
+    from selfrepair_nn.figures import attribution as figure
+    from selfrepair_nn.figures import beside, save
+    from selfrepair_nn.patching import attribution as attributed
+    from selfrepair_nn.store import open_store
+    from selfrepair_nn.text import missed
+
+    dataset = open_store(store)
+    found = attributed(dataset, model, small=small)
+    _print(missed(found))
+    click.echo()
+    for path in save(figure.draw(found), out or beside(dataset), "attribution"):
+        _print(path)
+
+
+@cli.command()
+@STORE
 @JSON
 @TAIL
 @SPLIT

@@ -23,6 +23,8 @@ class Given(TypedDict, total=False):
     length: Whole
     bos: Literal["auto", "always", "never"] | None
     partners: Any
+    resamples: Whole
+    resamples_as: Literal["all", "moments"] | None
     layers: Layers
     heads: Any
     ablation: str | None

@@ -165,6 +165,7 @@ class Graph(metaclass=Declared):
             "attention": bool(self.attention),
             "reinforced": self.reinforces,
             "residual_norm": self.residual_norm,
+            "shuffled_neurons": self.neurons is not None and "shuffled_target" in self.also,
         }
         return frozenset({"always", *self.also, *(name for name, given in fulfilled.items() if given)})
 
@@ -362,6 +363,12 @@ def _require_recordable(graph: Graph) -> None:
         raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
     if "falling_neuron" in graph.also and graph.neurons is None:
         raise UsageError('also="falling_neuron" is of a recorded MLP: say whose neurons, neurons=LAYER')
+    if "shuffled_target" in graph.also and graph.reinforces:
+        raise UsageError("a shuffled target is a null of what ablation does: leave it out of reinforced heads")
+    if "shuffled_target" in graph.also and graph.neurons is not None:
+        sites = (site for case in graph.ablate for site in case)
+        if strange := next((site for site in sites if not isinstance(site, Head | Attention)), None):
+            raise UsageError(f"{strange.label}: neurons under a shuffled target are recorded of ablated heads alone")
     for distance in graph.attention:
         if not isinstance(distance, int) or distance < 0:
             raise UsageError(

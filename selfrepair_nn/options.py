@@ -33,6 +33,10 @@ LOGPROBS = {
     "top": "log-probability too, in nats, on each head's top share of tokens",
     "all": "log-probability too, in nats, on every token",
 }
+RESAMPLES_AS = {
+    "all": "what each partner gives, along a dimension resample",
+    "moments": "mean and variance over partners: a store as large for many as for two",
+}
 SPLITS = {
     "sums": "heads, MLPs and norms by themselves",
     "total": "all but the ablated site and the final norm as one sum: only the final residual stream is read",
@@ -132,7 +136,9 @@ class Options:
     tokens: int | None = option(None, "Total number of tokens to use; default: 16384 of the sample, 100000 of a dataset, all of a file.", values.whole)
     length: int | None = option(None, "Tokens in a prompt; default: 128, or the model's context if that is shorter.", values.whole)
     bos: str = option("auto", "Begin each prompt with the BOS token: auto (if there is one), always or never.", choices=("auto", "always", "never"))
-    partners: Any = option(None, ".npy of partners: entry i is the prompt whose z replaces prompt i's.", values.partners)
+    partners: Any = option(None, ".npy of partners: entry i is the prompt whose z replaces prompt i's; or several rows, [resample, prompt].", values.partners)
+    resamples: int = option(1, "How many partners each prompt has under resample ablation, one after the other.", _processes)
+    resamples_as: str = option("all", "What is stored of several partners.", choices=RESAMPLES_AS)
     layers: str | None = option(None, "Layers to ablate in: 8:12 or 0,5,-1; default: all.", values.layers)
     heads: str | None = option(None, "Heads to ablate: 9.6,10.*; default: all.", values.heads)
     ablation: str = option("resample", "What replaces a head's z.", choices=REPLACEMENTS)

@@ -25,6 +25,9 @@ PARTS = ("tokens", "document", "counterfactual", "other", "counted")
 
 _AT_ONCE = 32
 
+SMALL = 10
+"""Of so many prompts there are more derangements (over a million) than a run could ask for."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts(metaclass=Declared):
@@ -211,16 +214,42 @@ def partners(n: int, seed: int) -> np.ndarray:
     Raises:
         UsageError: fewer than two prompts, or a negative seed.
     """
+    return several_partners(n, seed, 1)[0]
+
+
+def several_partners(n: int, seed: int, count: int) -> np.ndarray:
+    """`count` different derangements of the same prompts, each uniform over those that are left: [resample, prompt].
+
+    The first is that of `partners`, and fewer of the same seed are the first ones of more.
+
+    Raises:
+        UsageError: as in `partners`, or there are not so many.
+    """
     _check_whole(seed, "seed", 0)
     if n < 2:
         raise UsageError(
             f"resample needs two prompts and there is {n}: use more tokens, or ablate with mean or zero"
         )
+    if n < SMALL and count > (there := derangements(n)):
+        raise UsageError(
+            f"resamples {count}: {n} prompts lend to one another in {there} way{'s' * (there > 1)} alone: use more "
+            f"tokens, or at most {there}"
+        )
     bits, own = np.random.PCG64(seed), np.arange(n)
-    while True:
+    found: dict[bytes, np.ndarray] = {}
+    while len(found) < count:
         drawn = shuffled(bits, n)
         if not np.any(drawn == own):
-            return drawn
+            found.setdefault(drawn.tobytes(), drawn)
+    return np.stack([*found.values()])
+
+
+def derangements(n: int) -> int:
+    """How many derangements of n things there are."""
+    before, count = 1, 0  # of none and of one
+    for size in range(2, n + 1):
+        before, count = count, (size - 1) * (before + count)
+    return count if n else before
 
 
 def shuffled(bits: np.random.PCG64, n: int) -> np.ndarray:
@@ -228,21 +257,51 @@ def shuffled(bits: np.random.PCG64, n: int) -> np.ndarray:
     return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
 
 
+def shuffled_targets(targets: np.ndarray, seed: int, prompt: int) -> np.ndarray:
+    """Whose target stands for each position's of a prompt: a random permutation [position] from the seed and its place.
+
+    No position has its own token, as far as the prompt holds enough others: what meets its own is exchanged.
+    """
+    bits = np.random.PCG64([seed, prompt])
+    order = shuffled(bits, len(targets))
+    for at in np.flatnonzero(targets[order] == targets):
+        given = targets[order]
+        fits = np.flatnonzero((given != targets[at]) & (targets != given[at]))
+        if given[at] == targets[at] and fits.size:
+            other = fits[int(bits.random_raw() % fits.size)]
+            order[[at, other]] = order[[other, at]]
+    return order
+
+
 def load_partners(source, n: int) -> np.ndarray:
-    """Partners chosen by the user, from an integer array or a `.npy` file: a permutation of range(n).
+    """Partners chosen by the user, from an integer array or a `.npy` file: a permutation of range(n), or several.
 
     Entry i is the prompt whose activations replace prompt i's. A prompt may be its own partner: it is then
     replaced by itself, which is the null control for that prompt.
 
     Returns:
-        int64 [prompt].
+        int64 [prompt], or [resample, prompt] where there are several.
 
     Raises:
-        UsageError: unreadable, not n integers, or not a permutation; the first bad entry is named.
+        UsageError: unreadable, not n integers each, not permutations, or the same one twice; the first bad entry is
+            named.
     """
     name, entries = _read_ids(source, "partners")
+    if entries.ndim == 2 and len(entries) > 1 and entries.shape[1] == n:
+        rows = [_permutation(f"{name}, row {i}", row, n) for i, row in enumerate(entries)]
+        for i, row in enumerate(rows):
+            if (same := next((j for j in range(i) if (rows[j] == row).all()), None)) is not None:
+                raise UsageError(f"{name}: rows {same} and {i} are the same partners: give each once")
+        return np.stack(rows)
     if entries.shape != (n,):
-        raise UsageError(f"{name} has shape {entries.shape}: give one partner for each of the {n} prompts")
+        raise UsageError(
+            f"{name} has shape {entries.shape}: give one partner for each of the {n} prompts, or several rows of them, "
+            "[resample, prompt]"
+        )
+    return _permutation(name, entries, n)
+
+
+def _permutation(name: str, entries: np.ndarray, n: int) -> np.ndarray:
     for bad, problem in (
         ((entries < 0) | (entries >= n), "is no prompt"),
         (~np.isin(np.arange(n), np.unique(entries, return_index=True)[1]), "is named before"),

@@ -5,7 +5,7 @@ these rows.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ WHEN = {
     "reinforced": "`Reinforce`",
     "ranked": "`--select` or `--until-ci`",
     "estimated": "`--until-ci`",
+    "resampled": "`--resamples`",
+    "shuffled_neurons": '`also=("shuffled_target",)` with `neurons=`',
+    "moments": "`--resamples-as moments`",
 }
 """When a quantity is recorded: the conditions that a graph, its prompts and its options fulfil by what they are.
 
@@ -56,7 +59,8 @@ class Quantity:
     a coordinate; "run" is kept by the run itself; "clean" and "ablated" come from the ablation job, of the clean pass
     and of each ablated one; "derived" follows from those (equations.complete).
     In a store whose runs ablate more than one head at once, or something else, `case` stands for `layer` and `head`;
-    in one with several variants, what is of an ablated run has their axis as its first dimension.
+    in one with several variants, what is of an ablated run has their axis as its first dimension, and in one with
+    several partners of each prompt, `resample` before the others.
     """
 
     name: str
@@ -99,12 +103,12 @@ class Quantity:
         }
         return kinds[self.kind]
 
-    def dims_in(self, grid: bool, axis: str | None) -> tuple[str, ...]:
-        """Its dimensions in a store with or without a grid of heads, and with an axis of variants or none."""
+    def dims_in(self, grid: bool, *axes: str | None) -> tuple[str, ...]:
+        """Its dimensions in a store with or without a grid of heads, and with axes that ablated runs lie along."""
         dims = self.dims
         if not grid and self.source != "label" and dims[:1] == ("layer",):
             dims = ("case", *dims[2:])
-        return (axis, *dims) if axis and self.ablated else dims
+        return (*filter(None, axes), *dims) if self.ablated else dims
 
     def shape(self, sizes: Mapping[str, int], packed: bool = False) -> tuple[str | int, ...]:
         """Its shape as a job gives it, "prompt" and "case" by name; `packed` where there are thresholds.
@@ -112,7 +116,7 @@ class Quantity:
         What is large comes then as [token, …]. `sizes` are those of the store's dimensions.
         """
         named = {"prompt": "prompt", "case": "case"}
-        shape = tuple(named.get(d) or sizes[d] for d in self.dims_in(False, None))
+        shape = tuple(named.get(d) or sizes[d] for d in self.dims_in(False))
         return ("token", *shape[3:]) if packed and self.large else shape
 
 
@@ -131,12 +135,14 @@ _ALL = (
     Quantity("counted", "label", TOKEN, "1", "counted", "Whether this token is asked about: every statistic is over these tokens alone.", "bool"),
     Quantity("document", "label", ("prompt",), "1", "document", "Index of the document in which the prompt starts.", "int"),
     Quantity("partner", "label", ("prompt",), "1", "partner prompt", "Prompt whose activations replace this prompt's under resample ablation; -1 where none is used.", "int"),
+    Quantity("resample", "label", ("resample",), "1", "resample", "Index of the partners, where every prompt has several one after the other: partner is then over (resample, prompt).", "int", when="resampled"),
     Quantity("ablation", "label", (), "1", "ablation", "What the ablated site's activations were replaced by.", "string"),
     Quantity("case", "label", ("case",), "1", "case", "What is ablated: sites joined by + are replaced together.", "string", when="cases"),
     Quantity("case_sites", "label", ("case",), "1", "sites of the case", "Its sites as JSON: a list of kind and numbers for each, such as [[\"head\", 9, 6]].", "string", when="cases"),
     Quantity("case_layer", "label", ("case",), "1", "layer of the case", "First layer that the case ablates.", "int", when="cases"),
     Quantity("other", "label", TOKEN, "1", "other token id", "Token whose logit is subtracted from the target's.", "int", when="other"),
     Quantity("other_text", "label", TOKEN, "1", "other token", "That token, as text.", "string", when="other"),
+    Quantity("shuffled_target", "label", TOKEN, "1", "shuffled target token id", "Target of another position of the prompt, drawn from the seed, and another token: what shuffled quantities are of.", "int", when="shuffled_target"),
     Quantity("counterfactual", "label", TOKEN, "1", "token id of the counterfactual text", "Token at this position of the minimally different text whose activations replace under counterfactual ablation.", "int", when="counterfactual"),
     Quantity("counterfactual_text", "label", TOKEN, "1", "token of the counterfactual", "That token, as text.", "string", when="counterfactual"),
     Quantity("edited_position", "label", ("prompt",), "1", "edited position", "Position at which the head's write is added again.", "int", when="reinforced"),
@@ -187,6 +193,11 @@ _ALL = (
     Quantity("ablated_residual_norm", "ablated", SWEEP, "1", "ablated norm of the residual stream", "Length of the residual stream before the final norm, in the ablated run.", when="residual_norm"),
     Quantity("stream_distance", "ablated", SWEEP, "1", "distance of the residual stream", "How far the residual stream behind the deleted, permuted or parallel layers lies from the clean one, in lengths of what these layers write in the clean run: 1 where they are deleted, 0 where nothing moved.", when="stream_distance"),
     Quantity("inserted_direct_effect", "ablated", SWEEP, "logit", "direct effect of the insertion", "DE, under the clean norm scale, of what a reinforced head's run adds to the residual stream; not part of its self-repair.", when="reinforced"),
+    Quantity("shuffled_direct_effect", "clean", SWEEP, "logit", "direct effect on the shuffled target", "DE of the head on the shuffled target in the clean run, under the clean norm scale.", when="shuffled_target"),
+    Quantity("shuffled_from_norm", "ablated", SWEEP, "logit", "final norm's change of the shuffled target", "(S/S' - 1) R', with R' the summed ablated direct effects of all components on the shuffled target.", when="shuffled_target"),
+    Quantity("shuffled_mlp_change", "ablated", SWEEP, "logit", "change of direct effect of the MLP on the shuffled target", "DE of the recorded MLP on the shuffled target after the ablation minus before, under the clean norm scale.", when="shuffled_neurons"),
+    Quantity("shuffled_neuron_change", "ablated", SWEEP, "logit", "most repairing neuron's change, shuffled target", "Change of DE on the shuffled target of the neuron of the recorded MLP whose DE on it rises most.", when="shuffled_neurons"),
+    Quantity("shuffled_neuron_direct_effect", "ablated", SWEEP, "logit", "its direct effect on the shuffled target", "DE of that neuron on the shuffled target in the clean run.", when="shuffled_neurons"),
     Quantity("attention", "clean", (*SWEEP, "distance"), "1", "attention", "Attention the head pays, in the clean run, to the token so far back; 0 where there is none.", when="attention"),
     Quantity("mlp_direct_effect", "clean", TOKEN, "logit", "direct effect of the MLP", "DE of the recorded MLP in the clean run.", when="neurons"),
     Quantity("mlp_change", "ablated", SWEEP, "logit", "change of direct effect of the MLP", "DE of the recorded MLP after the ablation minus before, under the clean norm scale.", when="neurons"),
@@ -218,7 +229,23 @@ _ALL = (
 )
 # fmt: on
 
-QUANTITIES: dict[str, Quantity] = {q.name: q for q in _ALL}
+VARIANCE = "_variance"
+
+
+def _variance(q: Quantity) -> Quantity:
+    """The variance over partners of a quantity of the ablated runs, in a store that keeps moments alone."""
+    units = q.units if q.units == "1" else f"{q.units}²"
+    told = f"Variance over the partners of a prompt, by their number less one, of {q.name}, which is then their mean."
+    name, long_name = f"{q.name}{VARIANCE}", f"variance over partners of {q.long_name}"
+    return replace(q, name=name, units=units, long_name=long_name, description=told, when="moments", unless="")
+
+
+def varied(q: Quantity) -> bool:
+    """Whether it is a number that differs from partner to partner, of which there are a mean and a variance."""
+    return q.ablated and q.kind == "float" and q.name != "closure"
+
+
+QUANTITIES: dict[str, Quantity] = {q.name: q for q in (*_ALL, *(_variance(q) for q in _ALL if varied(q)))}
 IN_NATS = {"logit_change": "logprob_change", "self_repair": "self_repair_logprob", "from_norm": "norm_logprob"}
 """What is told of a target's logit, and what of the next token's log-probability."""
 OUTCOMES = {"logit": "the logit of the target", "logprob": "the log-probability of the next token"}
@@ -254,7 +281,7 @@ def told_of(ds: Any, name: str) -> Quantity:
 def table() -> str:
     """All quantities as the table of docs/store.md."""
     lines = ["| variable | dimensions | units | | recorded |", "|---|---|---|---|---|"]
-    for q in _ALL:
+    for q in QUANTITIES.values():
         when = WHEN.get(q.when, f'`also=("{q.when}",)`') + (f", but not with {WHEN[q.unless]}" if q.unless else "")
         lines.append(
             f"| `{q.name}` | {', '.join(q.dims) or '–'} | {q.units} | {q.description} | {when} |"

@@ -16,7 +16,8 @@ from selfrepair_nn.values import Declared, brief, number
 
 
 class Run(Protocol):
-    """A run, as a replacement sees it: its prompts, their partners [prompt] and places in the text [prompt].
+    """A run, as a replacement sees it: its prompts, their partners ([prompt], or [resample, prompt] where each has
+    several) and places in the text [prompt].
 
     `random_directions` are vectors of length 1 as wide as the residual stream, [prompt, d_model], from the run's seed.
     """
@@ -102,7 +103,7 @@ class Resample(Replacement):
     reads_text = reads_partner = takes_away = True
 
     def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
-        return {"partner_tokens": run.prompts.tokens[run.partners[block]]}
+        return {"partner_tokens": run.prompts.tokens[run.partners[..., block]]}
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class ReinforcePartner(Reinforce):
     reads_text = reads_partner = True
 
     def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
-        return super().arrays(run, block) | {"partner_tokens": run.prompts.tokens[run.partners[block]]}
+        return super().arrays(run, block) | {"partner_tokens": run.prompts.tokens[run.partners[..., block]]}
 
 
 @dataclass(frozen=True)

@@ -48,25 +48,35 @@ def simulate_heads(
     components: bool = False,
     dtype: str = "float32",
     noise: float = 2e-6,
+    resamples: int = 1,
 ) -> xr.Dataset:
     """A complete store of the `heads` recipe over (layer, head, prompt, position), reproducible.
 
     `noise` (logits) is the declared noise floor of the first layer, and the size of every change under
-    identity ablation. `components` adds the component dimension, whose changes add up to the stored sums.
+    identity ablation. `components` adds the component dimension, whose changes add up to the stored sums. With
+    several `resamples` what is of an ablated run has a dimension resample, the first as with one.
 
     Raises:
-        UsageError: an unknown ablation, a size below 1, or a resample ablation with no second prompt.
+        UsageError: an unknown ablation, a size below 1, a resample ablation with no second prompt, or several resamples
+            of another ablation, or with components.
     """
     arguments = locals().copy()
     one_of("ablation", ablation, REPLACEMENTS)
     one_of("dtype", dtype, ("float32", "float64"))
     sizes = {"layer": n_layers, "head": n_heads, "prompt": n_prompts, "position": n_positions}
     _check(sizes, ablation)
+    if resamples != 1 and (resamples < 1 or ablation != "resample" or components):
+        raise UsageError(f"resamples is {resamples}: several are of resample ablation, without components")
     rng = np.random.default_rng(seed)
     values = _coordinates(rng, sizes, ablation)
     values |= _clean(rng, sizes)
-    values |= _ablated(rng, values, ablation, noise)
-    values |= complete({name: values[name].astype(dtype) for name in MEASURED})
+    each = []
+    for _ in range(resamples):
+        made = values | _ablated(rng, values, ablation, noise)
+        each.append(made | complete({name: made[name].astype(dtype) for name in MEASURED}))
+    values = each[0]
+    if resamples > 1:
+        values |= _several(each)
     values |= {
         "selected": np.ones((n_layers, n_heads), bool),
         "done": np.ones((n_layers, n_heads, n_prompts), bool),
@@ -93,6 +103,17 @@ def unfinished(ds: xr.Dataset, selected: Iterable[Head] | None = None, done=None
     swept = [name for name, each in ds.data_vars.items() if each.dims[:4] == SWEEP]
     blanked = {name: ds[name].where(computed).assign_attrs(ds[name].attrs) for name in swept}
     return ds.assign({"selected": chosen, "done": computed} | blanked)
+
+
+def _several(each: list[Arrays]) -> Arrays:
+    """What differs between partners, along a first dimension; a prompt's are those so many places before it."""
+    own = [name for name in each[0] if name in QUANTITIES and QUANTITIES[name].ablated]
+    found = {name: np.stack([one[name] for one in each]) for name in own}
+    partner = each[0]["partner"]
+    shifts = [partner]
+    while len(shifts) < len(each):
+        shifts.append(partner[shifts[-1]])
+    return found | {"partner": np.stack(shifts), "resample": np.arange(len(each))}
 
 
 def _check(sizes: dict[str, int], ablation: str) -> None:
@@ -233,7 +254,8 @@ def _dataset(values: Arrays, dtype: str) -> xr.Dataset:
     for name, q in QUANTITIES.items():
         if name in values:
             stored = values[name] if q.kind == "string" else values[name].astype(q.dtype(dtype))
-            arrays[name] = xr.Variable(q.dims, stored, q.attributes)
+            dims = ("resample", *q.dims) if stored.ndim > len(q.dims) else q.dims
+            arrays[name] = xr.Variable(dims, stored, q.attributes)
     coordinates = {name: arrays.pop(name) for name in COORDINATES if name in arrays}
     return xr.Dataset(arrays, coordinates)
 

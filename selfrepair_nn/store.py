@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from time import monotonic, sleep
@@ -283,7 +284,7 @@ def open_store(path: str | Path) -> xr.Dataset:
     require_whole(path, count(path))
     files = Files(path, read_only=True, check=Checks(contents_of(path)))
     found = xr.open_zarr(files, chunks=None)
-    ordered = found[[name for name in QUANTITIES if name in found.data_vars]]
+    ordered = found[[name for name in QUANTITIES if name in found.data_vars]].assign_coords(found.coords)
     ordered.encoding = {"source": str(path), "checked": True}
     return ordered
 
@@ -308,6 +309,8 @@ def _sweep_drafts(path: Path) -> None:
 def _labelled(name: str, values: Any) -> xr.Variable:
     """A coordinate with its description; text as variable-length strings."""
     spec = QUANTITIES.get(name)
+    if name == "partner" and np.ndim(values) == 2:
+        spec = replace(QUANTITIES[name], dims=("resample", "prompt"))
     if spec is None or len(spec.dims) != np.ndim(values):
         spec = _axis(name, values)
     array = np.asarray(values, dtype=object if spec.kind == "string" else spec.dtype("float64"))
@@ -381,7 +384,7 @@ def _chunk(dims: tuple[str, ...], dim: str, size: int, per_chunk: int) -> int:
     """One chunk per written block of prompts and everything else; where much is kept of a token, one per layer."""
     if dim == "prompt":
         return min(per_chunk, size)
-    return 1 if dim in ("layer", "case") and set(WIDE) & set(dims) else size
+    return 1 if dim in ("resample", "layer", "case") and set(WIDE) & set(dims) else size
 
 
 @contextmanager

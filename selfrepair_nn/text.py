@@ -24,12 +24,14 @@ from selfrepair_nn.analysis import (
     reinforcement_nulls,
     restored,
     strongest_responses,
+    variance_components,
 )
 from selfrepair_nn.analysis.checks import require
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.face import public
+from selfrepair_nn.patching import false_negatives
 from selfrepair_nn.quantities import SWEEP
-from selfrepair_nn.table import Summary, columns, numbers, of_layer, of_responses
+from selfrepair_nn.table import COLUMNS, PARTS, Summary, columns, numbers, of_layer, of_responses
 from selfrepair_nn.wording import (
     WIDTH,
     basis,
@@ -128,7 +130,8 @@ def _of_heads(ds: xr.Dataset, share: float | None) -> Said:
     below = (
         ["~ mean self-repair under the noise floor of its layer", ""] if layers.under_noise.any() else [""]
     )
-    closing = [f"most repaired: {_ranking(most_repaired(heads, RANKED, share))}", *_closing(heads)]
+    best = most_repaired(heads, RANKED, share)
+    closing = [f"most repaired: {_ranking(best)}", *_closing(heads), *_partners(ds, share)]
     below += [*closing, *textwrap.wrap(_how_well_known(heads), WIDTH)]
     return Said(heads, opening, rows, below, "layer", [of_layer(one) for one in each])
 
@@ -143,6 +146,26 @@ def _closing(found: xr.Dataset) -> list[str]:
     """How many are repaired, what the intervals are, the noise floor and the worst closure."""
     told = [repaired(found), intervals(found), f"{noise(found)}, worst |closure| {worst_closure(found)}"]
     return [line for each in told for line in textwrap.wrap(each, WIDTH)]
+
+
+def _partners(ds: xr.Dataset, share: float | None) -> list[str]:
+    """Of a store of several partners, how much of a token's self-repair is theirs; otherwise nothing."""
+    if "partners_averaged" not in ds.attrs or "position" not in ds.dims:
+        return []
+    found = variance_components(ds, share)
+    name = "partner_share" if found.partner_share.notnull().any() else "top_partner_share"
+    shares = {part: found[name.replace("partner", part)].where(found.tokens > 0) for part in ("document", "token")}
+    own = found[name].where(found.tokens > 0)
+    if not own.notnull().any():
+        return []
+    shares[found.attrs["clustered_by"]] = shares.pop("document")
+    each = ", ".join(f"{float(values.mean()):.0%} the {part}'s" for part, values in shares.items())
+    over = found[name].attrs["long_name"].rpartition(", ")[2]
+    told = (
+        f"of the variance of a token's self-repair, {over}, {float(own.mean()):.0%} is its partner's "
+        f"(single heads {float(own.min()):.0%} to {float(own.max()):.0%}), {each} (mean over heads)"
+    )
+    return textwrap.wrap(told, WIDTH)
 
 
 def _how_well_known(heads: xr.Dataset) -> str:
@@ -274,6 +297,48 @@ def _closing_of_variants(found: xr.Dataset) -> list[str]:
     told = [intervals(found), f"repaired: false discovery rate {RATE:.0%} over the {site} of each row"]
     told.append(f"{noise(found)}, worst |closure| {worst_closure(found)}")
     return [line for each in told for line in textwrap.wrap(each, WIDTH)]
+
+
+def missed(found: xr.Dataset) -> str:
+    """What `attribution` gives, in words: how it goes with the exact effects, and the heads that it misses.
+
+    Raises UsageError as `false_negatives`.
+    """
+    heads = false_negatives(found)
+    tested = int(np.isfinite(found.logit_change_half_width).sum())
+    count = found.logit_change.count().item()
+    lines = [f"{title(found)}: attribution patching beside the exact effect of {count} heads"]
+    ranks, linear = (found.attrs[f"{kind}_correlation"] for kind in ("rank", "linear"))
+    lines.append(
+        f"over heads, of the mean changes: rank correlation {ranks:.2f}, linear {linear:.2f}; over prompts, of one "
+        f"head: {float(found.correlation.median()):.2f} (median)"
+    )
+    if not tested:
+        return "\n".join([*lines, f"{intervals(found, 'attributed_change')}: no head is called missed"])
+    of, cut, small = int(found.matters.sum()), int(found.cancelled.sum()), found.attrs["small"]
+    lines.append(
+        f"something is surely removed in {of} heads; of these the exact change is surely below {small:g} "
+        f"of it in {cut}, the attributed one in {heads.sizes['rank']}"
+    )
+    lines = [part for line in lines for part in textwrap.wrap(line, WIDTH)]
+    if heads.sizes["rank"]:
+        lines += ["", *_missed_rows(heads)]
+    return "\n".join([*lines, "", *textwrap.wrap(intervals(found, "attributed_change"), WIDTH)])
+
+
+def _missed_rows(heads: xr.Dataset) -> list[str]:
+    names = {"removed": "removed", "logit_change": "exact change", "attributed_change": "attributed"}
+    names |= {name: of for of, name in zip((*COLUMNS, *PARTS), (*COLUMNS.values(), *PARTS.values()), strict=True)}
+    shown = {name.removeprefix("top_"): of.strip("=+ ") for name, of in names.items()}
+    shown = {name: of for name, of in shown.items() if name in heads and name not in ("direct_effect", "self_repair")}
+    shown["logit_change"] = "exact change"
+    width = min(16, (WIDTH - 6) // len(shown))
+    lines = ["head  " + "".join(f"{of:>{width}}" for of in shown.values())]
+    for rank, label in enumerate(labels(heads)):
+        one = heads.isel(rank=rank)
+        cells = (number(float(one[n])) + reach(float(one[n + HALF_WIDTH])) for n in shown)
+        lines.append(f"{label:<6}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return lines
 
 
 def comparison(ds: xr.Dataset, reference: str | None = None) -> str:

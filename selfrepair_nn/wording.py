@@ -54,7 +54,8 @@ def ablation(ds: xr.Dataset) -> str:
         scales = dict.fromkeys(each.split("_")[-1].lstrip("-") for each in done)
         nulls = ", and nulls of it" if any(not each.startswith("reinforce_") for each in done) else ""
         return f"heads reinforced by {', '.join(scales)} × their own write{nulls}"
-    return f"{', '.join(done)} ablation" if "ablation" in ds.attrs else "ablation not recorded"
+    several = f", mean over {ds.attrs['partners_averaged']} partners" if "partners_averaged" in ds.attrs else ""
+    return f"{', '.join(done)} ablation{several}" if "ablation" in ds.attrs else "ablation not recorded"
 
 
 def model(ds: xr.Dataset) -> str:

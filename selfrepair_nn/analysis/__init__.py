@@ -4,6 +4,7 @@ Only what is marked `done` counts. All means are taken in float64. A store may b
 """
 
 from selfrepair_nn.analysis.checks import HEADS, MEANS, among, percent, restored, throughout
+from selfrepair_nn.analysis.components import variance_components
 from selfrepair_nn.analysis.composition import composition
 from selfrepair_nn.analysis.contrast import contrast_by_head
 from selfrepair_nn.analysis.hydra import hydra
@@ -102,5 +103,6 @@ __all__ = [
     "token_noise",
     "token_variants",
     "top_share",
+    "variance_components",
     "who_repairs",
 ]

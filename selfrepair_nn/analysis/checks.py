@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn.analysis.partners import averaged
 from selfrepair_nn.choosing import tail_of
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import IN_NATS, OF_MODELS, QUANTITIES, SWEEP, asked_in, usual_share
@@ -42,15 +43,17 @@ def restored(ds: xr.Dataset) -> xr.Dataset:
     """A store, or a part of one, with every dimension that a selection such as ds.sel(layer=6) took, of length 1.
 
     What is large is left as it is, to be read block by block, and what ds.where did to flags and labels is undone.
+    Where every prompt has several partners each token has its mean over them, as `partners.averaged` has it.
     A dataset that lacks nothing, or is no store, is returned as it is.
     """
     if "done" not in ds.variables:
         return ds
+    ds = averaged(ds)
     lost = [d for d in DIMS if d in ds.coords and not ds[d].ndim]
     grid = "case" not in ds.coords
     found = {}
     for name in sorted({*map(str, ds.variables)} & {*QUANTITIES}):
-        dims = QUANTITIES[name].dims_in(grid, None)
+        dims = QUANTITIES[name].dims_in(grid)
         if "position" not in dims or len(dims) <= 2:
             array = _with(ds[name].variable, dims, lost, QUANTITIES[name].kind == "bool")
             found |= {} if array is ds[name].variable else {name: array}

@@ -5,6 +5,7 @@ kept for the top share of tokens only.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from selfrepair_nn.quantities import recorded
 PLACES = 50
 PARTS = (0.5, 0.1, 0.05, 0.02, 0.01)
 FALLING = ("falling_neuron_direct_effect", "falling_neuron_change")
+SHUFFLED = ("shuffled_neuron_direct_effect", "shuffled_neuron_change")
 SHARED = ("shared_within", "shared_between", "shared_by_chance")
 
 
@@ -43,13 +45,17 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
     95% intervals of these shares, as in `by_head`. Their null is the same with every sign turned, as if the target were
     what the model is to avoid: mirror is the share, of the `share` of tokens on which the MLP breaks most, on which the
     neuron whose direct effect falls most has a positive one; excess = anti_erasing - mirror, of the same documents. A
-    store that holds no falling neurons, of Graph(also="falling_neuron"), has NaN for both.
+    store that holds no falling neurons, of Graph(also="falling_neuron"), has NaN for both. Another null is a target
+    that has nothing to do with the position, of Graph(also="shuffled_target"): shuffled is anti_erasing of the `share`
+    of tokens on which the MLP raises that most, by the neuron that raises it most; over_shuffled = anti_erasing -
+    shuffled; NaN where the store has none.
 
     Memory: 8 bytes a token, and some 60 for each entry.
 
     Raises:
         UsageError: `share` is not in (0, 1], or `ds` is not a store that records neurons.
     """
+    ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count, "mlp_change")
     first = ds[["top_neuron", "top_neuron_change", "top_neuron_direct_effect"]].isel(rank=0)
     clean = entries_of(first.top_neuron_direct_effect, top).astype(float)
@@ -71,24 +77,41 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
         known = entry_tally(*_at(ds, rank, prompt, marks, n), clusters(ds)).estimate
         found |= {name: ("rank", known.mean), name + HALF_WIDTH: ("rank", known.half_width)}
     anti = entry_tally(*_at(ds, rank, prompt, shares["anti_erasing"], n), clusters(ds)).estimate
-    mirror = _mirrored(ds, heads, share, count)
-    for name, known in (("mirror", mirror), ("excess", anti.minus(mirror))):
+    mirror, other = _mirrored(ds, heads, share, count), _shuffled(ds, heads, share, count)
+    nulls = {"mirror": mirror, "excess": anti.minus(mirror)}
+    nulls |= {"shuffled": other, "over_shuffled": anti.minus(other)}
+    for name, known in nulls.items():
         found |= {name: ("rank", known.mean), name + HALF_WIDTH: ("rank", known.half_width)}
     found = heads.assign(found | {"entries": ("rank", counts)})
-    units = dict.fromkeys(logits, "logit") | dict.fromkeys((*whole, *shares, "mirror", "excess", "entries"), "1")
+    units = dict.fromkeys(logits, "logit") | dict.fromkeys((*whole, *shares, *nulls, "entries"), "1")
     return _described(found, units)
 
 
 def _mirrored(ds: xr.Dataset, heads: xr.Dataset, share: float | None, count: int) -> Estimate:
     """The share of the tokens on which the MLP breaks most whose most breaking neuron wrote for the target."""
+    return _of_null(ds, heads, FALLING, lambda: _top_tokens(ds, share, count, "mlp_change", "bottom"), -1)
+
+
+def _shuffled(ds: xr.Dataset, heads: xr.Dataset, share: float | None, count: int) -> Estimate:
+    """The share of the tokens on which the MLP raises a shuffled target most whose most raising neuron erased it."""
+    return _of_null(ds, heads, SHUFFLED, lambda: _top_tokens(ds, share, count, "shuffled_mlp_change"), 1)
+
+
+def _of_null(
+    ds: xr.Dataset, heads: xr.Dataset, names: tuple[str, str], chosen: Callable[[], tuple], sign: int
+) -> Estimate:
+    """The share of chosen tokens on which a neuron, by its direct effect and its change, wrote against its `sign`.
+
+    NaN where the store does not hold these, or not of every token.
+    """
     n = heads.sizes["rank"]
-    if any(name not in ds for name in FALLING) or ds.attrs.get("kept_share", 1) < 1:
+    if any(name not in ds for name in names) or ds.attrs.get("kept_share", 1) < 1:
         nothing = np.full((n, 1), np.nan)
         return Estimate(nothing[:, 0], nothing, np.zeros((n, 1)))
-    _, top, rank = _top_tokens(ds, share, count, "mlp_change", "bottom")
-    clean, change = (entries_of(ds[name], top) for name in FALLING)
+    _, top, rank = chosen()
+    clean, change = (sign * entries_of(ds[name], top) for name in names)
     prompt = top.token // ds.sizes["position"]
-    return entry_tally(*_at(ds, rank, prompt, (clean > 0) & (change < 0), n), clusters(ds)).estimate
+    return entry_tally(*_at(ds, rank, prompt, (clean < 0) & (change > 0), n), clusters(ds)).estimate
 
 
 def _at(
@@ -108,11 +131,14 @@ def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COU
       at least that part of the head's direct effect; places are counted from 1, and neurons are placed on every token
       anew. On a token whose direct effect is not positive nothing is repaired. repairs_half_width: half the width of
       its 95% interval, as in `who_repairs`;
+    - first_shuffled(rank, part): the same of place 1 for a shuffled target (`erasure_neurons`), on the top share by the
+      head's direct effect on that; NaN where the store has none;
     - stored_tokens(rank): how many tokens that is over. Of a finished run it is top_tokens; of an unfinished one it
       can be fewer, for what is stored is the top share of the whole run.
 
     Errors as in `erasure_neurons`, and for a share beyond the one whose neurons are stored.
     """
+    ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count)
     n, places, joined = heads.sizes["rank"], min(PLACES, ds.sizes["neuron"]), batches(clusters(ds))
     size = int(joined.max()) + 1
@@ -129,9 +155,29 @@ def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COU
     dims, shape = ("rank", "part", "place"), (n, len(PARTS), places)
     found = {"repairs": (dims, known.mean.reshape(shape))}
     found |= {"repairs" + HALF_WIDTH: (dims, known.half_width.reshape(shape))}
+    first = _first_shuffled(ds, share, count)
+    found |= {"first_shuffled": (dims[:2], first.mean.reshape(shape[:2]))}
+    found |= {"first_shuffled" + HALF_WIDTH: (dims[:2], first.half_width.reshape(shape[:2]))}
     found |= {"stored_tokens": ("rank", counts.sum(1).astype(int))}
     found |= {"part": list(PARTS), "place": np.arange(1, places + 1)}
-    return _described(heads.assign(found), {"repairs": "1", "stored_tokens": "1"})
+    return _described(heads.assign(found), dict.fromkeys(("repairs", "first_shuffled", "stored_tokens"), "1"))
+
+
+def _first_shuffled(ds: xr.Dataset, share: float | None, count: int) -> Estimate:
+    """How often one neuron alone gives a shuffled target a part of what the head wrote for it: of (rank, part)."""
+    heads, _, _ = _top_tokens(ds, share, count)
+    n = heads.sizes["rank"]
+    if "shuffled_neuron_change" not in ds or ds.attrs.get("kept_share", 1) < 1:
+        nothing = np.full((n * len(PARTS), 1), np.nan)
+        return Estimate(nothing[:, 0], nothing, np.zeros_like(nothing))
+    _, top, rank = _top_tokens(ds, share, count, "shuffled_direct_effect")
+    most = entries_of(ds.shuffled_neuron_change, top).astype(float)
+    prompt, each = top.token // ds.sizes["position"], []
+    for part in PARTS:
+        marks = (top.effect > 0) & (most >= part * top.effect)
+        each.append(entry_tally(*_at(ds, rank, prompt, marks, n), clusters(ds)))
+    sums, counts = (np.stack([getattr(tally, name) for tally in each], 1) for name in ("sums", "counts"))
+    return Tally(*(x.reshape(n * len(PARTS), -1) for x in (sums, counts))).estimate
 
 
 @public
@@ -148,6 +194,7 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     rising(rank): how many neurons have a mean change above 0. stored_tokens as in `neuron_sparsity`. Medians are exact:
     where they are over many tokens, the store is read again for every few neurons. Errors as in `neuron_sparsity`.
     """
+    ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count)
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
     sums, sizes, counts = np.zeros((n, neurons)), np.zeros((n, neurons)), np.zeros((n, 1), int)
@@ -194,6 +241,7 @@ def neuron_consistency(ds: xr.Dataset, share: float | None = None, count: int = 
 
     Errors as in `erasure_neurons`.
     """
+    ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count, "self_repair")
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
     named = np.where(entries_of(ds.top_neuron_change, top) > 0, entries_of(ds.top_neuron, top), -1)
@@ -215,7 +263,7 @@ def _top_tokens(
     """A few heads over (rank), the top tokens of each by a variable, and the rank that each of these belongs to."""
     ds = of_heads(ds)
     share = share_of(ds, share)
-    _check_neurons(ds, share if by == "direct_effect" else 0)
+    _check_neurons(ds, share if by == "direct_effect" else 0, named=by in ("mlp_change", "self_repair"))
     if by == "direct_effect":
         require_top(ds, "every neuron")
     heads, done = by_head(ds, share), done_cases(ds)
@@ -227,8 +275,12 @@ def _top_tokens(
     return heads.stack(rank=HEADS).isel(rank=cases).reset_index("rank"), top, ranks[top.case]
 
 
-def _check_neurons(ds: xr.Dataset, share: float) -> None:
-    if any(each.name not in ds for each in recorded(("neurons",))):
+def _check_neurons(ds: xr.Dataset, share: float, named: bool) -> None:
+    if "partners_averaged" in ds.attrs and named and "top_neuron" not in ds:
+        raise UsageError(
+            "each partner has a most repairing neuron of its own: choose one partner, ds.isel(resample=0)"
+        )
+    if any(each.name not in ds for each in recorded(("neurons",)) if named or each.kind == "float"):
         raise UsageError(
             "this store records no neurons: run the recipe neurons, or one with Graph(neurons=LAYER)"
         )
@@ -277,6 +329,9 @@ LONG_NAMES = {
     "mlp_positive": "direct effect of the MLP above 0",
     "mirror": "direct effect of the most breaking neuron above 0, and falling",
     "excess": "anti-erasing, less its mirror",
+    "shuffled": "anti-erasing of a shuffled target",
+    "over_shuffled": "anti-erasing, less that of a shuffled target",
+    "first_shuffled": "share of tokens on which the first neuron repairs this part, shuffled target",
     "entries": "number of tokens",
     "repairs": "share of tokens on which the neuron repairs this part of the direct effect",
     "stored_tokens": "number of tokens",

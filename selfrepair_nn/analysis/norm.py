@@ -2,16 +2,25 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.checks import among, of_heads, share_of
+from selfrepair_nn.analysis.selecting import every_token
 from selfrepair_nn.analysis.summaries import by_head, described_widths
-from selfrepair_nn.analysis.tokens import Tokens
-from selfrepair_nn.blocks import ratio_sums, ratios, read
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, Tokens, entry_tally
+from selfrepair_nn.blocks import Top, direct_effects, ratio_sums, ratios, read
+from selfrepair_nn.choosing import tail_of
+from selfrepair_nn.confidence import Estimate
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES, asked_in
 
 PARTS = ("norm_on_existing", "norm_on_change")
+SHUFFLED = "shuffled_from_norm"
+SHUFFLED_SHARES = {
+    "norm_shuffled": "repaired by the norm, shuffled target",
+    "norm_over_shuffled": "repaired by the norm, less that of a shuffled target",
+}
 
 
 @public
@@ -21,6 +30,10 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     - norm_on_existing, norm_on_change: means of the two parts of from_norm, in logits (Appendix B);
     - norm_ratio: mean of from_norm / direct_effect as it is, not clipped, no unit (Figure 10; 0 for a token of no
       direct effect). A few tokens of hardly any direct effect decide it: the clipped one is `norm_share`;
+    - of a store that holds a shuffled target, that of another position (`Graph(also="shuffled_target")`):
+      shuffled_from_norm, the mean of what the norm does to that, in logits; norm_shuffled, norm_share for it, over each
+      head's top share by the direct effect on it, so that a head writes as much for it; norm_over_shuffled: norm_share
+      minus that (NaN where the top share alone is kept): what is left is the norm's for the target;
     - x_half_width of each, and of the means over heads, as in `by_head`.
 
     A result of this function is returned as it is, and of log-probability (`in_nats`) the summary of `by_head`. Memory
@@ -31,19 +44,45 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     ds = of_heads(ds)
     share = share_of(ds, share)
     found = by_head(ds, share).assign(dict(_read_off(ds, share)))
-    names = {n: f"mean {QUANTITIES[n].long_name}" for n in PARTS} | {
-        "norm_ratio": "final norm / direct effect"
-    }
+    names = {n: f"mean {QUANTITIES[n].long_name}" for n in (*PARTS, SHUFFLED) if n in found}
+    names |= {"norm_ratio": "final norm / direct effect"}
+    for name, text in SHUFFLED_SHARES.items():
+        if name in found:
+            found[name].attrs = {"units": "1", "long_name": f"share of the direct effect {text}"}
     for name, text in names.items():
-        units = QUANTITIES[name].units if name in PARTS else "1"
+        units = QUANTITIES[name].units if name in QUANTITIES else "1"
         found[name].attrs = {"units": units, "long_name": text}
         found[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share, found)}"}
     return described_widths(found)
 
 
+def _shuffled(ds: xr.Dataset, share: float, tokens: Tokens) -> Iterator[tuple[str, tuple]]:
+    """The clipped share of a shuffled target, where the head writes most for that, and what is left beyond it."""
+    found = {name: np.full(tokens.done.shape[0], np.nan) for name in SHUFFLED_SHARES}
+    if not every_token(ds):
+        for name, values in found.items():
+            yield name, (tokens.dims, values.reshape(tokens.shape))
+            yield name + HALF_WIDTH, (tokens.dims, values.reshape(tokens.shape))
+        return
+    _, top = direct_effects(ds, tokens.done, share, "shuffled_direct_effect", tail_of(ds))
+    known = _clipped(ds, tokens, top, SHUFFLED)
+    yield from tokens.columns("norm_shuffled", known).items()
+    yield from tokens.columns("norm_over_shuffled", _clipped(ds, tokens, tokens.top, "from_norm").minus(known)).items()
+
+
+def _clipped(ds: xr.Dataset, tokens: Tokens, top: Top, name: str) -> Estimate:
+    """Mean of a change by the norm as a share of the direct effect that ranks these tokens, clipped to 0 to 1."""
+    _, chosen = read(ds, name, tokens.done, top)
+    share = np.clip(ratios(chosen, top.effect * top.sign), 0, 1)
+    at = top.case * tokens.done.shape[1] + top.token // ds.sizes["position"]
+    return entry_tally(at, share, tokens.done.shape, tokens.clusters).estimate
+
+
 def _read_off(ds: xr.Dataset, share: float) -> Iterator[tuple[str, tuple]]:
     tokens, _ = Tokens.of(ds, share)
-    for name in (*PARTS, "from_norm"):
+    if SHUFFLED in ds:
+        yield from _shuffled(ds, share, tokens)
+    for name in (*PARTS, *((SHUFFLED,) if SHUFFLED in ds else ()), "from_norm"):
         sums, chosen = read(ds, name, tokens.done, tokens.top)
         if name == "from_norm":
             name, sums = "norm_ratio", ratio_sums(ds, "from_norm", "direct_effect", tokens.done)

@@ -72,15 +72,15 @@ def crossing_bytes(work: Work, itemsize: int) -> int:
     ids and the like are left out.
     """
     plans = [
-        graph.plan(layout_of(work.structure)) | {"tokens_per_pass": work.tokens_per_pass}
+        (graph.plan(layout_of(work.structure)) | {"tokens_per_pass": work.tokens_per_pass}, work.runs(graph))
         for graph in work.graphs
     ]
     tokens = [(block.stop - block.start) * work.length for block in work.units]
-    return itemsize * sum(_crossing(plan, count) for plan in plans for count in tokens)
+    return itemsize * sum(_crossing(*plan, count) for plan in plans for count in tokens)
 
 
-def _crossing(plan: dict[str, Any], tokens: int) -> int:
-    """Numbers that cross in one job on so many tokens."""
+def _crossing(plan: dict[str, Any], runs: int, tokens: int) -> int:
+    """Numbers that cross in one job on so many tokens, with so many partners."""
     from selfrepair_nn.tracing.cases import begins, needs, realised
 
     plan = realised(plan)
@@ -89,10 +89,10 @@ def _crossing(plan: dict[str, Any], tokens: int) -> int:
     crossing = READ * tokens * sum(len(layers) * width[what] for what, layers in kept.items())
     if plan["replacement"].text is not None:
         lent = {(site.kept, site.layer) for case in cases for site in case if site.kept}
-        crossing += READ * tokens * sum(width[what] for what, _ in lent)
+        crossing += runs * READ * tokens * sum(width[what] for what, _ in lent)
     for (start, inside), group in groupby(cases, lambda case: begins(case, plan)):
         count = len(list(group))
-        crossing += count * tokens * _pass(plan, start, inside)
+        crossing += runs * count * tokens * _pass(plan, start, inside)
     return crossing + _probe(plan, len(kept["z"]))
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn import blocks
+from selfrepair_nn.analysis.partners import BY_PARTNER
 from selfrepair_nn.choosing import ranked_by, tail_of
 from selfrepair_nn.explorer.packing import FINE, levels, packed, plain, rounded, step_for
-from selfrepair_nn.quantities import TOKEN, WIDE
+from selfrepair_nn.quantities import TOKEN, VARIANCE, WIDE
 
 DENSE = 1_600_000
 """Numbers of whole prompts."""
@@ -28,6 +29,7 @@ def fields_of(ds: xr.Dataset) -> list[str]:
     """The variables that have a number for each token of each head or case, those to look at first before others."""
     dims = {*blocks.sites(ds), *TOKEN}
     own = [str(n) for n, a in ds.data_vars.items() if dims <= {*a.dims} and a.dtype.kind == "f"]
+    own = [n for n in own if not n.endswith((VARIANCE, BY_PARTNER))]
     own = [name for name in own if {*WIDE, "rank", "distance"}.isdisjoint(ds[name].dims)]
     return sorted(own, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 

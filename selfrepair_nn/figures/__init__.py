@@ -56,6 +56,7 @@ from selfrepair_nn.figures import (
     stages,
     suiting,
     token_noise,
+    variance_components,
     variants,
 )
 from selfrepair_nn.figures.look import formats_of, looking, save, settings
@@ -89,6 +90,7 @@ FIGURES: dict[str, Drawing] = {
         distance_by_layer,
         token_noise,
         norm_share,
+        variance_components,
         repair_map,
         repair_graph,
         outcomes,

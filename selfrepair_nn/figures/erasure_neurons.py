@@ -19,10 +19,11 @@ READING = (
     "dots there, above the dashed line y = x, are anti-erasure. Colours: direct effect of the whole MLP, clean.",
     "Mirrored: where {mlp} breaks most, how often the neuron that breaks most wrote for the token before the ablation.",
     "Were neurons pushed towards zero whatever their sign, both would be alike: the excess is the one less the other.",
+    "Shuffled target: the same for the target of another position of the prompt, where {mlp} raises that most.",
 )
 
 
-@figure(*suiting.NEURONS, name=__name__, about=__doc__)
+@figure(*suiting.NAMED_NEURONS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw a panel for each head that `erasure_neurons` takes; several stores have a row each.
 
@@ -38,10 +39,10 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     return figure
 
 
-def _excess(head: xr.Dataset) -> str:
+def _excess(head: xr.Dataset, name: str) -> str:
     """ "+35% ± 6%", in percent of tokens."""
-    sign = "+" if float(head.excess) >= 0 else ""
-    return f"{sign}{style.shown_share(head, 'excess')}".replace("-", "\N{MINUS SIGN}")
+    sign = "+" if float(head[name]) >= 0 else ""
+    return f"{sign}{style.shown_share(head, name)}".replace("-", "\N{MINUS SIGN}")
 
 
 def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, Any]) -> PathCollection:
@@ -65,7 +66,9 @@ def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, Any]
     above.set_title(title, pad=38)
     said = f"anti-erasure on {style.shown_share(head, 'anti_erasing')} of {entries:,} tokens"
     if np.isfinite(float(head.mirror)):
-        said += f"\nmirrored {style.shown_share(head, 'mirror')}, excess {_excess(head)}"
+        said += f"\nmirrored {style.shown_share(head, 'mirror')}, excess {_excess(head, 'excess')}"
+    if np.isfinite(float(head.shuffled)):
+        said += f"\nshuffled target {style.shown_share(head, 'shuffled')}, excess {_excess(head, 'over_shuffled')}"
     said += f"\ndirect effect of the MLP above 0 on {style.shown_share(head, 'mlp_positive')}"
     place = {"transform": above.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     above.text(0, 1.06, said, linespacing=1.3, **place)

@@ -17,7 +17,7 @@ READING = (
 )
 
 
-@figure(*suiting.NEURONS, name=__name__, about=__doc__)
+@figure(*suiting.NAMED_NEURONS, name=__name__, about=__doc__)
 def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     """Draw for each store how often neurons recur for the heads of `neuron_consistency`, and what two tokens share.
 

@@ -1,5 +1,6 @@
 """How often the Nth most repairing neuron alone repairs a part of the head's direct effect (the paper's Figure 8)."""
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -11,7 +12,8 @@ READING = (
     "On each of a head's {top}, the neurons of {mlp} are ordered by their change of direct effect.",
     "Lines: on how many of these tokens the neuron at a place alone repairs so much of the head's direct effect; "
     "shaded: 95% intervals.",
-    "The places are those of each token: not always of the same neuron.",
+    "The places are those of each token: not always of the same neuron. Hollow, where known: the first neuron's share "
+    "for the target of another position (shuffled), on the tokens where the head writes most for that.",
 )
 
 
@@ -39,6 +41,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
             axes.fill_between(
                 head.place, values - width, values + width, color=colour, alpha=0.2, linewidth=0
             )
+        if head.first_shuffled.notnull().all():
+            look = {"marker": "D", "s": 24, "facecolor": "none", "edgecolor": colours, "zorder": 3}
+            axes.scatter(np.ones(len(parts)), head.first_shuffled.values, **look)
         axes.set_ylim(-0.02, 1.02)
         axes.set_title(title)
         axes.yaxis.set_major_formatter(style.as_percent)

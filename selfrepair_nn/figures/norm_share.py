@@ -19,6 +19,9 @@ BESIDE = {
     "norm_mirror": ("its mirror: clipped breakage", {"linestyle": ":", "linewidth": 1.2, "marker": "None"}),
     "norm_excess": ("excess over the mirror", {"linestyle": "--", "linewidth": 1.2, "marker": "None"}),
 }
+SHUFFLED = {
+    "norm_shuffled": ("of a shuffled target", {"linestyle": (0, (1, 1)), "linewidth": 1.6, "marker": "x"}),
+}
 READING = (
     "Lines: means of each layer, with their 95% intervals. Dots: attention heads (hollow where the interval of logits "
     "holds zero).",
@@ -30,6 +33,10 @@ READING = (
     "same of the norm's breakage; the excess, the one less the other, is what is repaired on balance.",
 )
 
+OF_SHUFFLED = (
+    "Shuffled target: that of another position of the prompt, on the tokens where the head writes most for it; what "
+    "the norm repairs of that has nothing to do with the token."
+)
 IN_NATS = (
     "The norm's repair of log-probability: its change, less its change with everything as ablated but the clean norm "
     "scale. Own effect: what the head's own write alone takes, the norm frozen."
@@ -56,7 +63,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     depth.draw_heads(whole, found, "top_from_norm", share)
     _draw_means(parts, found, share, PARTS)
     depth.draw_heads(clipped, found, "norm_share", share)
-    _draw_means(clipped, found, share, BESIDE)
+    shuffled = all("norm_shuffled" in heads for heads in found.values())
+    _draw_means(clipped, found, share, BESIDE | (SHUFFLED if shuffled else {}))
     depth.draw_heads(ratio, found, "norm_ratio", share)
     ratio.set_yscale("symlog", linthresh=1)
     clipped.set_ylim(min(0, clipped.get_ylim()[0]) if _below_zero(found, share) else 0, 1)
@@ -72,7 +80,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         ratio.remove()
     style.heading(figure, found)
     style.legend(figure, whole, found)
-    style.caption(figure, found, [*style.captions(found, of="top_from_norm"), *READING])
+    told = [*READING, OF_SHUFFLED] if shuffled else READING
+    style.caption(figure, found, [*style.captions(found, of="top_from_norm"), *told])
     return figure
 
 

@@ -47,6 +47,10 @@ COMPONENTS = Need(
 NEURONS = Need(
     "single neurons' changes, as `neurons` records", lambda ds: grid(ds) and "neuron_change" in ds
 )
+NAMED_NEURONS = Need(
+    "each token's most repairing neurons, as `neurons` records them with one partner of each prompt",
+    lambda ds: NEURONS.fits(ds) and "top_neuron" in ds,
+)
 ABLATIONS = Need(
     "single heads under several ablations, on every token",
     lambda ds: along(ds, "ablation") and every_token(ds),

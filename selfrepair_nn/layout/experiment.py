@@ -20,16 +20,32 @@ from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
 from selfrepair_nn.naming import Request, Sizes
 from selfrepair_nn.options import Options
-from selfrepair_nn.prompts import Prompts, load_partners, partners, text_prompts, token_texts
-from selfrepair_nn.quantities import RANKS, Quantity, recorded, usual_share
+from selfrepair_nn.prompts import (
+    Prompts,
+    load_partners,
+    several_partners,
+    shuffled_targets,
+    text_prompts,
+    token_texts,
+)
+from selfrepair_nn.quantities import (
+    QUANTITIES,
+    RANKS,
+    VARIANCE,
+    Quantity,
+    recorded,
+    usual_share,
+    varied,
+)
 from selfrepair_nn.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe, applied: what is run on which prompts. `partners` is None where nothing is resampled.
+    """A recipe, applied: what is run on which prompts.
 
-    `order` [prompt] is the place in the text of each prompt, whose rows may be shuffled; `partners` are rows.
+    `partners` are [prompt], or [resample, prompt] where each has several, None where nothing is resampled; they are
+    rows. `order` [prompt] is the place in the text of each prompt, whose rows may be shuffled.
     `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads.
     """
 
@@ -78,9 +94,10 @@ class Experiment:
 
     @property
     def bytes_of_token(self) -> int:
-        """What the store keeps of each token, before compression."""
-        work = self.work
-        return work.store_bytes(self.quantities, self.precision) // (work.prompts * work.length)
+        """What comes back of each token, before compression: what the store keeps, but of every partner."""
+        work = replace(self.work, moments=False)
+        found = work.store_bytes(recorded(self.records), self.precision)
+        return found // (work.prompts * work.length)
 
     @property
     def layers(self) -> list[int]:
@@ -130,9 +147,10 @@ class Experiment:
             "logprob": None if o.logprob == "none" else o.logprob,
             "share": self.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if self.reads_means else None,
-            "seed": o.seed if self.reinforces else None,
+            "seed": o.seed if self.reinforces or self.shuffles else None,
             "select": "top-share" if self.selective else None,
             "until_ci": None if o.until_ci is None else [o.until_ci, o.ci_of],
+            "resamples_as": "moments" if self.work.moments else None,
         }
 
     @property
@@ -140,12 +158,14 @@ class Experiment:
         """The options that were chosen and change nothing here."""
         o = self.options
         draws = self.partners is not None and o.partners is None
-        random = draws or self.reinforces or o.until_ci is not None or self.recipe.make_prompts is not None
+        random = draws or self.reinforces or self.shuffles or o.until_ci is not None
+        random = random or self.recipe.make_prompts is not None
         chosen = {
             "seed": o.seed != 0 and not random,
             "mean_prompts": o.mean_prompts != type(o).mean_prompts and not self.reads_means,
             "share": o.share is not None and not (self.shared or self.ranked),
             "logprob": o.logprob != "none" and "logprob" not in self.graph.also,
+            "resamples_as": o.resamples_as != type(o).resamples_as and self.work.resamples == 1,
         }
         return [name for name, without in chosen.items() if without]
 
@@ -222,6 +242,17 @@ class Experiment:
         counted_first = np.argsort(~counts, axis=1, kind="stable")
         return counted_first[np.arange(self.prompts.n), drawn]
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether a shuffled target is asked about beside the target."""
+        return "shuffled_target" in self.graph.also
+
+    def shuffled_positions(self, block: slice | np.ndarray) -> np.ndarray:
+        """Whose target stands for each position's, from the seed: [prompt, position]; the last token keeps its own."""
+        tokens, places = self.prompts.tokens[block], self.order[block]
+        drawn = [shuffled_targets(row[1:], self.options.seed, int(at)) for row, at in zip(tokens, places, strict=True)]
+        return np.concatenate([drawn, np.full((len(drawn), 1), self.prompts.length - 1)], 1)
+
     def random_directions(self, block: slice | np.ndarray) -> np.ndarray:
         """Vectors of length 1, as wide as the residual stream, from the seed, one a prompt: [prompt, d_model]."""
         width, places = self.description.structure.d_model, self.order[block]
@@ -236,6 +267,7 @@ class Experiment:
             "counterfactual": self.prompts.counterfactual is not None,
             "ranked": self.ranked,
             "estimated": self.options.until_ci is not None,
+            "resampled": self.work.resamples > 1,
         }
         model = of_model(vars(self.description.structure), self.graph.record)
         asked = model.union(*(graph.records for graph in self.work.graphs))
@@ -243,8 +275,12 @@ class Experiment:
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """What the store holds beside its labels."""
-        return recorded(self.records)
+        """What the store holds beside its labels; of moments no indices, which have none."""
+        found = recorded(self.records)
+        if not self.work.moments:
+            return found
+        numbers = tuple(q for q in found if not q.ablated or q.kind == "float")
+        return numbers + tuple(QUANTITIES[f"{q.name}{VARIANCE}"] for q in numbers if varied(q))
 
     def coordinates(self) -> dict[str, Any]:
         """Labels of the store's dimensions."""
@@ -262,6 +298,9 @@ class Experiment:
             "partner": np.full(n, -1) if self.partners is None else self.order[self.partners],
             "ablation": self.ablation,
         }
+        if self.shuffles:
+            places = self.shuffled_positions(slice(None))[:, :-1]
+            found["shuffled_target"] = np.take_along_axis(tokens[:, 1:], places, 1)
         if self.prompts.counterfactual is not None:
             found["counterfactual"] = self.prompts.counterfactual[:, :-1]
             found["counterfactual_text"] = token_texts(self.tokenizer, found["counterfactual"])
@@ -272,6 +311,8 @@ class Experiment:
             found["edited_position"] = self.edited_position
         if self.work.axis:
             found[self.work.axis] = self.work.labels
+        if self.work.resamples > 1:
+            found["resample"] = np.arange(self.work.resamples)
         return found | self._requested()
 
     def _sites(self) -> dict[str, Any]:
@@ -347,6 +388,8 @@ class Experiment:
             found |= graph.replaced_by.arrays(self, block)
         if p.other is not None:
             found["other"] = p.other[block]
+        if self.shuffles:
+            found["shuffled_positions"] = self.shuffled_positions(block)
         return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
 
 
@@ -384,12 +427,14 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
         raise UsageError(f"neurons and routing are kept for the top share of tokens: choose {name} 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     tokens = options.tokens_per_pass or (SERVED_TOKENS if options.served else TOKENS_PER_PASS)
-    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, tokens)
-    lent = _partners(options, prompts.n, list(work.graphs))
+    lent = _partners(options, prompts.n, list(graphs.values()))
+    resamples = 1 if lent is None or lent.ndim == 1 else len(lent)
+    moments = resamples > 1 and options.resamples_as == "moments"
+    work = Work(axis, graphs, structure, prompts.n, prompts.length, block, tokens, resamples, moments)
     _require_statistics(options, work)
     order = _order(options, prompts.n)
     if lent is not None:
-        lent = np.argsort(order)[lent[order]]
+        lent = np.argsort(order)[lent[..., order]]
     asked = tuple(work.graphs)
     found = Experiment(request, options, description, tokenizer, prompts.taken(order), order, lent, asked, work)
     if options.served and not options.batch_size:
@@ -434,9 +479,21 @@ def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, di
 
 def _partners(options: Options, n: int, graphs: Sequence[Graph]) -> np.ndarray | None:
     if not any(graph.replaced_by.reads_partner for graph in graphs):
-        if options.partners is not None:
-            raise UsageError(
-                f"partners are for resample ablation: leave them out with ablation {graphs[0].ablation!r}"
-            )
+        for name, given in (("partners", options.partners is not None), ("resamples", options.resamples > 1)):
+            if given:
+                raise UsageError(
+                    f"{name} are for resample ablation, which reads another prompt: leave them out with ablation "
+                    f"{graphs[0].ablation!r}"
+                )
         return None
-    return partners(n, options.seed) if options.partners is None else load_partners(options.partners, n)
+    if options.partners is None:
+        found = several_partners(n, options.seed, options.resamples)
+        return found if len(found) > 1 else found[0]
+    found = load_partners(options.partners, n)
+    rows = 1 if found.ndim == 1 else len(found)
+    if options.resamples not in (1, rows):
+        raise UsageError(
+            f"resamples {options.resamples}, but the partners given are {rows}: leave --resamples out, or give as many "
+            "rows, [resample, prompt]"
+        )
+    return found

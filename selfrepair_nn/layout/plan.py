@@ -21,7 +21,8 @@ class Work:
     """The units of a run: every case of the graph, in every variant, on each block of prompts.
 
     `variants` are the graphs by label, along `axis` where there are several. `tokens_per_pass` is the number of
-    tokens in one forward pass, `block` the number of prompts in a unit.
+    tokens in one forward pass, `block` the number of prompts in a unit. `resamples` is the number of partners of each
+    prompt, of which the store keeps `moments` alone, or each.
     """
 
     axis: str | None
@@ -31,6 +32,8 @@ class Work:
     length: int
     block: int
     tokens_per_pass: int
+    resamples: int = 1
+    moments: bool = False
 
     @property
     def graphs(self) -> list[Graph]:
@@ -53,7 +56,17 @@ class Work:
     @property
     def case_tokens(self) -> int:
         """Ablated head x token pairs: what a run's progress is counted in."""
-        return len(self.graphs) * len(self.graph.ablate) * self.prompts * self.length
+        return sum(map(self.runs, self.graphs)) * len(self.graph.ablate) * self.prompts * self.length
+
+    def runs(self, graph: Graph) -> int:
+        """How often a case of this graph runs on a prompt: with each of its partners, if it reads them."""
+        return self.resamples if graph.replaced_by.reads_partner else 1
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What the store's ablated runs lie along beside their sites."""
+        partners = "resample" if self.resamples > 1 and not self.moments else None
+        return tuple(filter(None, (self.axis, partners)))
 
     @property
     def components(self) -> list[Component]:
@@ -73,6 +86,7 @@ class Work:
             "rank": min(RANKS, self.structure.d_mlp),
             "choice": len(self.structure.routed) * self.structure.n_choices,
             "distance": len(self.graph.attention),
+            "resample": self.resamples,
             **({self.axis: len(self.graphs)} if self.axis else {}),
         }
 
@@ -87,13 +101,13 @@ class Work:
 
     def dims(self, quantity: Quantity) -> tuple[str, ...]:
         """The dimensions of a quantity in this run's store."""
-        return quantity.dims_in(self.graph.heads_only, self.axis)
+        return quantity.dims_in(self.graph.heads_only, *self.axes)
 
     def store_bytes(self, quantities: Iterable[Quantity], precision: str) -> int:
         """What quantities take in a store of this floating-point type, before compression."""
         sizes, count = self.sizes, 0
         for each in quantities:
-            dims = each.dims_in("layer" in sizes, self.axis)
+            dims = each.dims_in("layer" in sizes, *self.axes)
             count += prod(sizes[d] for d in dims) * np.dtype(each.dtype(precision)).itemsize
         return count
 
@@ -109,16 +123,17 @@ class Work:
         cases = len(ablated)
         starts = Counter(min(site.layer for site in case) for case in ablated)
         per_pass = max(1, self.tokens_per_pass // (self.block * self.length))
-        clean_passes = sum(1 + graph.replaced_by.reads_text for graph in self.graphs)
+        runs = sum(map(self.runs, self.graphs))
+        clean_passes = sum(1 + graph.replaced_by.reads_text * self.runs(graph) for graph in self.graphs)
         depth = sum(count * (s.n_layers - layer - s.parallel) for layer, count in starts.items())
         return {
             "units": len(self.units),
-            "passes": len(self.graphs)
+            "passes": runs
             * len(self.units)
             * sum(-(-count // per_pass) for count in starts.values()),
             "tokens": clean_passes * tokens,
-            "ablated_tokens": len(self.graphs) * cases * tokens,
-            "flops": 2 * s.layer_parameters * tokens * (clean_passes + len(self.graphs) * depth / s.n_layers),
+            "ablated_tokens": runs * cases * tokens,
+            "flops": 2 * s.layer_parameters * tokens * (clean_passes + runs * depth / s.n_layers),
         }
 
     @property

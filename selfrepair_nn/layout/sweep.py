@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.errors import SelfRepairError
+from selfrepair_nn.graph import Graph
 from selfrepair_nn.layout.experiment import Experiment
-from selfrepair_nn.layout.units import Unit, ablation_shapes
+from selfrepair_nn.layout.units import Job, Unit, ablation_shapes
+from selfrepair_nn.quantities import QUANTITIES
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,11 @@ class Sweep:
         return [self._unit(block, index) for block in blocks for index in range(len(self.plans))]
 
     def _unit(self, block: slice, variant: int) -> Unit:
-        from selfrepair_nn.tracing.jobs import ablation_job
-
         prompts, work, plan = self.experiment.prompts, self.experiment.work, self.plans[variant]
         packed, tokens = self.thresholds is not None, self._tokens_of_row(block)
         return Unit(
             name=f"ablation, {work.axis} {work.labels[variant]}" if work.axis else "ablation",
-            job=ablation_job,
+            job=_job_of(plan),
             prompts=block,
             plan=plan,
             inputs=lambda prompts: self.experiment.arrays(prompts) | self.constants,
@@ -77,5 +77,24 @@ class Sweep:
 
 def plans(experiment: Experiment, layout: dict[str, Any]) -> list[dict[str, Any]]:
     """The plan of each variant, for a model of this layout."""
+    return [_plan(experiment, graph, layout) for graph in experiment.work.graphs]
+
+
+def _plan(experiment: Experiment, graph: Graph, layout: dict[str, Any]) -> dict[str, Any]:
+    """A variant's plan; where each prompt has several partners, with what varies between them."""
     work = experiment.work
-    return [graph.plan(layout) | {"tokens_per_pass": work.tokens_per_pass} for graph in work.graphs]
+    plan: dict[str, Any] = graph.plan(layout) | {"tokens_per_pass": work.tokens_per_pass}
+    if (runs := work.runs(graph)) == 1:
+        return plan
+    return plan | {"resamples": runs, "varied": [name for name in plan["gives"] if QUANTITIES[name].ablated]}
+
+
+def _job_of(plan: dict[str, Any]) -> Job:
+    """What is run of a plan. With it goes its code, so that only what has several partners takes theirs along."""
+    if "resamples" in plan:
+        from selfrepair_nn.tracing.resamples import resamples_job
+
+        return resamples_job
+    from selfrepair_nn.tracing.jobs import ablation_job
+
+    return ablation_job

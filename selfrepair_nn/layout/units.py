@@ -132,9 +132,11 @@ class Unit:
 def ablation_shapes(plan: dict[str, Any], sizes: Mapping[str, int], packed: bool) -> Shapes:
     """The shapes of what an ablation job gives by this plan: all that the store keeps but what follows from the rest.
 
-    `sizes` are those of the store's dimensions; `packed` where there are thresholds.
+    `sizes` are those of the store's dimensions; `packed` where there are thresholds. What varies between several
+    partners of a prompt has them along a last dimension.
     """
-    return {name: QUANTITIES[name].shape(sizes, packed) for name in plan["gives"]}
+    several = dict.fromkeys(plan.get("varied", ()), (plan.get("resamples", 1),))
+    return {name: (*QUANTITIES[name].shape(sizes, packed), *several.get(name, ())) for name in plan["gives"]}
 
 
 def _names(found: Any) -> Any:

@@ -52,7 +52,7 @@ def whole_passes(model, tokens, heads) -> Iterator[Any]:
     own = {}
     with ExitStack() as hooks:
         for layer in {head.layer for head in heads}:
-            hooks.enter_context(_hooked(model, layer, lambda z, layer=layer: own.update({layer: z.clone()})))
+            hooks.enter_context(hooked(model, layer, lambda z, layer=layer: own.update({layer: z.clone()})))
         _returned(model, tokens)
     for start in range(0, len(heads), count):
         some = heads[start : start + count]
@@ -75,12 +75,12 @@ def _replaced(model, heads, own) -> Iterator[None]:
                 z[rows, :, part] = clean.roll(1, 0)[..., part]
                 return z
 
-            hooks.enter_context(_hooked(model, head.layer, edit))
+            hooks.enter_context(hooked(model, head.layer, edit))
         yield
 
 
 @contextmanager
-def _hooked(model, layer, edit) -> Iterator[None]:
+def hooked(model, layer, edit) -> Iterator[None]:
     """Within, `edit` sees the input of a layer's output projection and may give another in its place."""
     places = model.structure.places
     projection = at(at(model.module, places["layers"])[layer], places["output_projection"])

@@ -10,7 +10,7 @@ from selfrepair_nn.backends.local import Backend, tell
 from selfrepair_nn.equations import complete
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.sweep import Sweep, plans
-from selfrepair_nn.quantities import QUANTITIES
+from selfrepair_nn.quantities import QUANTITIES, VARIANCE, varied
 from selfrepair_nn.running.preliminaries import (
     direct_effects,
     follows_length,
@@ -132,8 +132,17 @@ class Filling:
         limits = self._known.limits if self._experiment.shared else None
         sweep = Sweep(self._experiment, self._plans, self._known.constants, limits, asked, self._tick)
         for block, found in sweep.by_block(self._runner(sweep.units(blocks))):
-            self._write(block, [self._measured(block, each) for each in found], open_)
+            runs = (self._runs(block, plan, each) for plan, each in zip(self._plans, found, strict=True))
+            self._write(block, [*runs], open_)
             yield block
+
+    def _runs(self, block: slice, plan: dict[str, Any], found: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+        """A job's result with everything that follows from it, for each partner; or the moments of these."""
+        work, several = self._experiment.work, plan.get("resamples", 1)
+        each = (self._measured(block, _of_partner(found, plan, index)) for index in range(several))
+        if work.moments:
+            return [moments(each)]
+        return [*each] if several > 1 else [*each] * (work.resamples if "resample" in work.axes else 1)
 
     def _measured(self, block: slice, found: dict[str, Any]) -> dict[str, np.ndarray]:
         """A job's result as arrays with everything that follows from it; NaN where only top tokens are kept."""
@@ -149,17 +158,59 @@ class Filling:
             _keep(measured, experiment.top(effects, limits, block))
         return measured
 
-    def _write(self, block: slice, variants: list[dict[str, np.ndarray]], open_: np.ndarray) -> None:
-        """One block into the store: what each variant's job measured and what follows from it, then the mark."""
+    def _write(self, block: slice, variants: list[list[dict[str, np.ndarray]]], open_: np.ndarray) -> None:
+        """One block into the store: what each variant's job measured and what follows from it, then the mark.
+
+        `variants` are lists of what each partner gives.
+        """
         store, experiment = self._store, self._experiment
         values = {}
-        for name in store.names & QUANTITIES.keys() & variants[0].keys():
+        for name in store.names & QUANTITIES.keys() & variants[0][0].keys():
             each = QUANTITIES[name]
-            parts = [experiment.on_grid(found[name]) if each.swept else found[name] for found in variants]
-            values[name] = np.stack(parts) if experiment.work.axis and each.ablated else parts[0]
+            chosen = variants if each.ablated else [variants[0][:1]]
+            parts = [[experiment.on_grid(run[name]) if each.swept else run[name] for run in runs] for runs in chosen]
+            values[name] = self._stacked(parts) if each.ablated else parts[0][0]
         done = experiment.selected.copy()
         done[done] = open_
         store.write_prompts(block, values, done)
+
+
+    def _stacked(self, parts: list[list[np.ndarray]]) -> np.ndarray:
+        """What each variant's runs with each partner gave, along the axes that the store has."""
+        found, work = np.array(parts), self._experiment.work
+        found = found if "resample" in work.axes else found[:, 0]
+        return found if work.axis else found[0]
+
+
+def _of_partner(found: dict[str, Any], plan: dict[str, Any], index: int) -> dict[str, Any]:
+    """A job's result as one of the partners alone would have it."""
+    varied = plan.get("varied", ())
+    return {name: value[..., index] if name in varied else value for name, value in found.items()}
+
+
+def moments(runs: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Mean and variance (by the number less one) of what differs between runs, whatever their number, in float64.
+
+    One run after the other is taken in and let go: Welford (1962), Note on a method for calculating corrected sums of
+    squares and products. Of closure it is the largest; what does not differ is that of the first.
+    """
+    found, count, means, squares = {}, 0, {}, {}
+    for run in runs:
+        found, count = (found or run) | _worse(found, run), count + 1
+        for name in [name for name in run if varied(QUANTITIES[name])]:
+            value = np.asarray(run[name], float)
+            away = value - means.get(name, 0)
+            means[name] = means.get(name, 0) + away / count
+            squares[name] = squares.get(name, 0) + away * (value - means[name])
+    return found | means | {f"{n}{VARIANCE}": value / max(1, count - 1) for n, value in squares.items()}
+
+
+def _worse(found: dict[str, np.ndarray], run: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The closure that is larger in size, where there is one."""
+    if "closure" not in found:
+        return {}
+    one, other = found["closure"], run["closure"]
+    return {"closure": np.where(np.isnan(other) | (abs(other) > abs(one)), other, one)}
 
 
 def _unpack(measured: dict[str, np.ndarray], top: np.ndarray) -> None:

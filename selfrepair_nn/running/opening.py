@@ -91,6 +91,8 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
     if experiment.asked[0].found_on == "half":
         selecting = experiment.order[selecting_half(experiment.prompts.document)]
         recorded |= {"found_on": "half", "selecting_prompts": selecting.tolist()}
+    if (resamples := experiment.work.resamples) > 1:
+        recorded |= {"resamples": resamples} | ({"partners_averaged": resamples} if experiment.work.moments else {})
     return recorded | {
         "title": f"{experiment.recipe.name} of {experiment.description.source.name}",
         "recipe": experiment.recipe.name,

@@ -63,10 +63,10 @@ class _Answer:
     def narrow_after(self, blocks: Sequence[slice], open_: np.ndarray) -> np.ndarray:
         """Add a round of the open cases, write what is known now, and say which cases need no more: bool [case]."""
         for block in blocks:
-            effects, repair = (
-                self._store.read(name, block)[self._experiment.selected]
-                for name in ("direct_effect", "self_repair")
-            )
+            effects, repair = (self._store.read(name, block) for name in ("direct_effect", "self_repair"))
+            if "resample" in self._experiment.work.axes:
+                repair = repair.mean(0, dtype=float)
+            effects, repair = (values[self._experiment.selected] for values in (effects, repair))
             counted = self._experiment.top(effects, self._limits, block) & open_[:, None, None]
             self._tally.add(repair, counted, self._clusters[block])
         self._used[open_] = blocks[-1].stop

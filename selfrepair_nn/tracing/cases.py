@@ -10,8 +10,9 @@ from selfrepair_nn.tracing.outcomes import Outcomes
 from selfrepair_nn.tracing.readouts import total
 from selfrepair_nn.tracing.replacements import replacement_of
 from selfrepair_nn.tracing.routing import routing_needs
+from selfrepair_nn.tracing.shuffled import Shuffled
 from selfrepair_nn.tracing.sites import site_of
-from selfrepair_nn.tracing.streams import SeveralReadings, StreamReadings
+from selfrepair_nn.tracing.streams import StreamReadings
 from selfrepair_nn.tracing.terms import Terms
 
 
@@ -61,19 +62,14 @@ def realised(plan):
     if "cases" not in plan:
         return plan
     cases = [[site_of(entry) for entry in case] for case in plan["cases"]]
+    readings = {"mlp_change": NeuronReadings, "stream_distance": StreamReadings, "shuffled_from_norm": Shuffled}
     asked = {
-        "readings": _readings(plan),
+        "readings": [each() for name, each in readings.items() if name in plan["gives"]],
         "terms": Terms() if plan["record"] == "full" else None,
         "outcomes": Outcomes() if "logprob" in plan["gives"] else None,
         "attention": AttentionPaid(plan["attention"]) if plan["attention"] else None,
     }
     return plan | {"cases": cases, "replacement": replacement_of(plan["replacement"])} | asked
-
-
-def _readings(plan):
-    found = [NeuronReadings()] if plan["neurons"] is not None else []
-    found += [StreamReadings()] if "stream_distance" in plan["gives"] else []
-    return SeveralReadings(found) if len(found) > 1 else next(iter(found), None)
 
 
 def begins(case, plan):

@@ -48,8 +48,12 @@ def clean_readout(block):
         state["raw_logit"] = state["raw_effects"] + probed["raw_constant"]
     if "routing" in plan["gives"]:
         state["routing"] = experts_used(each["experts"] for each in clean["routing"].values())
-    if plan["readings"]:
-        state |= plan["readings"].clean(block, scale)
+    for each in plan["readings"]:
+        state |= each.clean(block, scale)
+    if plan["terms"]:
+        state["component_effects"] = plan["terms"].effects(block, scale)
+    if plan["outcomes"]:
+        state |= plan["outcomes"].clean(block, scale)
     return state
 
 
@@ -107,8 +111,8 @@ def ablated_readout(changes, batch, block, state):
         out["inserted_direct_effect"] = torch.cat(inserted) / scale
     if plan["terms"]:
         out["component_change"] = plan["terms"].changes(changes, batch, effects, scale, state, plan)
-    if plan["readings"]:
-        out |= plan["readings"].changes(changes, batch, effects, scale, state, plan)
+    for each in plan["readings"]:
+        out |= each.changes(changes, batch, effects, scale, state, block)
     return out
 
 

@@ -6,7 +6,8 @@ Args:
     arrays: "tokens" [prompt, position]; for resample "partner_tokens", for counterfactual "counterfactual_tokens",
         of the same shape;
         for mean "means" {what: {layer: tensor}} as `mean_job` sums them; for reinforce "edited_position"
-        [prompt]; for the difference target "other" [prompt, position], the tokens whose logit is subtracted;
+        [prompt]; for a shuffled target "shuffled_positions" [prompt, position], whose target it is;
+        for the difference target "other" [prompt, position], the tokens whose logit is subtracted;
         "thresholds" [case], if given: see below; with them "counted" [prompt, position], if given: which tokens
         count, else all do; "wanted" [case, prompt], if given: how many positions of each
         prompt are wanted for each case, the rest being NaN.
@@ -40,13 +41,13 @@ from selfrepair_nn.tracing.rows import batches, gathered
 
 def ablation_job(model, arrays, plan, tick=None, known=None):
     """Ablate every case of the plan on one block of prompts. What it takes and returns is told at the top."""
-    tokens, cases = arrays["tokens"], plan["cases"]
-    block, room = _block(model, plan, arrays, cases, known), plan.get("room") or Room(plan["tokens_per_pass"])
-    state = clean_readout(block)
-    if plan["terms"]:
-        state["component_effects"] = plan["terms"].effects(block, state["norm_scale"])
-    if plan["outcomes"]:
-        state |= plan["outcomes"].clean(block, state["norm_scale"])
+    return ablated(block_of(model, plan, arrays, plan["cases"], known), tick)
+
+
+def ablated(block, tick):
+    """All that a job gives of a block."""
+    arrays, plan, state = block.arrays, block.plan, block.once("state", lambda: clean_readout(block))
+    tokens, cases, room = arrays["tokens"], plan["cases"], plan.get("room") or Room(plan["tokens_per_pass"])
     found, start, ready = [], None, {}
     for batch in batches(cases, plan, tokens, room, state["norm_scale"].device, arrays.get("wanted")):
         if start != batch.start:
@@ -94,7 +95,7 @@ def _results(block, batch, state, ready):
     return results
 
 
-def _block(model, plan, arrays, cases, known):
+def block_of(model, plan, arrays, cases, known):
     """A block of prompts, with what its cases need of the clean run and of the weights."""
     clean = clean_pass(model, plan, arrays["tokens"], needs(plan, cases))
     probed = _probed(model, plan, arrays, cases, clean, known)
@@ -119,7 +120,7 @@ def effects_job(model, arrays, plan, tick=None, known=None):
     """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
     same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": None}
     cases = plan["cases"]
-    block = _block(model, same, arrays, cases, known)
+    block = block_of(model, same, arrays, cases, known)
     scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)
     return {"direct_effect": (clean_effects(block, cases) / scale)[:, :, :-1].contiguous()}
 

@@ -14,12 +14,22 @@ def _clean_effects(block, scale):
     return {"neuron_effects": neurons / scale[..., None], "mlp_direct_effect": whole / scale}
 
 
-def _changes(changes, batch, effects, scale, state, plan):
+def _read(block, batch, neurons, changes):
+    """Of a pass, while it goes through the recorded MLP, [row, position, neuron]: what changed of ⟨x, d_t⟩."""
+    plan, layer = block.plan, block.plan["neurons"]
+    change = batch.against(torch.sub, neurons, block.clean["neurons"][layer])
+    changes["neurons"] = batch.against(torch.mul, change, block.probed["neuron_pullback"][layer])
+    for each in plan["readings"][1:]:
+        each.read(block, batch, change, changes)
+
+
+def _changes(changes, batch, effects, scale, state, block):
     """What the recorded MLP and its neurons changed; the most repairing neurons of each token by name.
 
     Where the pass begins above them, only what the case itself ablates of them changed.
     """
-    layer, clean = plan["neurons"], batch.of(state["neuron_effects"])
+    plan, clean = block.plan, batch.of(state["neuron_effects"])
+    layer = plan["neurons"]
     if layer in changes["mlps"]:
         change, whole = changes["neurons"] / scale[..., None], changes["mlps"][layer] / scale
     else:
@@ -54,7 +64,8 @@ def _own_changes(layer, batch, effects, state, clean):
 
 
 class NeuronReadings:
-    """Both, as an object of the plan: their code goes only with a request that asks for them."""
+    """All of it as an object of the plan: its code goes only with a request that asks for it."""
 
     clean = staticmethod(_clean_effects)
+    read = staticmethod(_read)
     changes = staticmethod(_changes)

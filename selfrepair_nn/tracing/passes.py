@@ -119,7 +119,7 @@ def _through_mixer(block, layer, batch, changes):
 
 def _through_mlp(block, layer, batch, changes):
     """Replace neurons and MLPs, or freeze them, and read what changed."""
-    model, plan, clean, probed = block.model, block.plan, block.clean, block.probed
+    model, plan, clean = block.model, block.plan, block.clean
     edited, frozen = ("neurons", layer) in batch.replaced, layer in plan["frozen_mlps"]
     if edited or plan["neurons"] == layer:
         neurons = neurons_of(model, plan, layer, batch.tokens)
@@ -127,8 +127,7 @@ def _through_mlp(block, layer, batch, changes):
             neurons[:] = batch.of(clean["neurons"][layer])
         _replace(neurons, "neurons", layer, batch, plan)
         if plan["neurons"] == layer:
-            change = batch.against(torch.sub, neurons, clean["neurons"][layer])
-            changes["neurons"] = batch.against(torch.mul, change, probed["neuron_pullback"][layer])
+            plan["readings"][0].read(block, batch, neurons, changes)
     compared, replaced = plan["record"] != "total", ("mlp", layer) in batch.replaced
     if not (compared or replaced or frozen):
         return

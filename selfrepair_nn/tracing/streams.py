@@ -1,6 +1,5 @@
 """How far the residual stream behind whole layers moved, where they are deleted or composed anew."""
 
-from selfrepair_nn.tracing.objects import Bundle
 from selfrepair_nn.tracing.readouts import widen
 
 
@@ -12,21 +11,12 @@ class StreamReadings:
         blocks = {(site.layer, site.stop) for case in block.plan["cases"] for site in case}
         return {"block_lengths": {each: _length(block, *each) for each in sorted(blocks)}}
 
-    def changes(self, changes, batch, effects, scale, state, plan):
+    def read(self, *given):
+        """Of neurons nothing."""
+
+    def changes(self, changes, batch, effects, scale, state, block):
         """stream_distance [row, position]."""
         return {"stream_distance": batch.in_rows(lambda case: _distance(case, state)).to(scale)}
-
-
-class SeveralReadings(Bundle):
-    """Several readings of a plan, as one."""
-
-    parts: list
-
-    def clean(self, *given):
-        return {name: x for part in self.parts for name, x in part.clean(*given).items()}
-
-    def changes(self, *given):
-        return {name: x for part in self.parts for name, x in part.changes(*given).items()}
 
 
 def _length(block, first, stop):
