@@ -8,11 +8,13 @@ from selfrepair_nn.analysis import (
     by_kind,
     by_layer,
     by_variant,
+    changes_in_context,
     compare_paper,
     contrast_by_head,
     differences,
     does_task,
     erasure_neurons,
+    frequent_words,
     in_nats,
     induction_by_head,
     most_repaired,
@@ -32,6 +34,7 @@ from selfrepair_nn.analysis import (
     token_variants,
     top_share,
     who_repairs,
+    words_in_context,
 )
 from selfrepair_nn.case_sites import sites_of
 from selfrepair_nn.choosing import choose_tokens
@@ -115,6 +118,7 @@ __all__ = [
     "by_kind",
     "by_layer",
     "by_variant",
+    "changes_in_context",
     "check",
     "choose_tokens",
     "chosen_heads",
@@ -125,6 +129,7 @@ __all__ = [
     "edited_prompts",
     "erasure_neurons",
     "figure",
+    "frequent_words",
     "in_nats",
     "induction_by_head",
     "ioi_prompts",
@@ -162,6 +167,7 @@ __all__ = [
     "verify",
     "view",
     "who_repairs",
+    "words_in_context",
     "wrap",
     "write_report",
 ]

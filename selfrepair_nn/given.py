@@ -31,6 +31,7 @@ class Given(TypedDict, total=False):
     freeze: str | None
     components: Literal["none", "top", "all"] | None
     logprob: Literal["none", "top", "all"] | None
+    words: Whole
     split: Literal["sums", "total"] | None
     share: Real
     select: Literal["all", "top-share"] | None

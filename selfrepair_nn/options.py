@@ -13,7 +13,7 @@ from selfrepair_nn import values
 from selfrepair_nn.corpora import COLUMN, SPLIT
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.given import Given
-from selfrepair_nn.graph import FREEZES, TARGETS, VALUE_BIASES
+from selfrepair_nn.graph import FREEZES, MOST_WORDS, TARGETS, VALUE_BIASES
 from selfrepair_nn.paths import local
 from selfrepair_nn.replacements import REPLACEMENTS
 from selfrepair_nn.shown import tell
@@ -74,6 +74,10 @@ def _seed(name: str, value: Any) -> int:
 
 def _processes(name: str, value: Any) -> int:
     return values.whole(name, value, most=1024)
+
+
+def _words(name: str, value: Any) -> int:
+    return values.whole(name, value, 0, MOST_WORDS)
 
 
 def _seconds(name: str, value: Any) -> int:
@@ -141,6 +145,7 @@ class Options:
     freeze: str = option("none", "What keeps its clean value.", choices=FREEZES)
     components: str = option("none", "Store every component's change too; alone: all.", choices=COMPONENTS, alone="all")
     logprob: str = option("none", "Measure log-probability too; alone: top.", choices=LOGPROBS, alone="top")
+    words: int = option(0, "Store the tokens that each head, and what reacts to its ablation, promote and demote most: so many of each, of each head's top share of tokens.", _words)
     split: str = option("sums", "Into which parts the self-repair is split (of a dataset: --dataset-split).", choices=SPLITS)
     share: float | None = option(None, "Share of tokens that 'top' and 'top-share' mean, by direct effect; default: 0.02, or 1 where the prompts say which tokens count.", _share)
     select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", choices=SELECTS)

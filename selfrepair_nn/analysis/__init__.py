@@ -33,6 +33,7 @@ from selfrepair_nn.analysis.summaries import by_case, by_head
 from selfrepair_nn.analysis.task import does_task
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
 from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
+from selfrepair_nn.analysis.words import changes_in_context, frequent_words, word_texts, words_in_context
 from selfrepair_nn.quantities import SHARE
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "by_kind",
     "by_layer",
     "by_variant",
+    "changes_in_context",
     "compare_paper",
     "contrast_by_head",
     "differences",
@@ -61,6 +63,7 @@ __all__ = [
     "done_share",
     "erasure_neurons",
     "every_token",
+    "frequent_words",
     "has_nulls",
     "held",
     "in_nats",
@@ -88,4 +91,6 @@ __all__ = [
     "token_variants",
     "top_share",
     "who_repairs",
+    "word_texts",
+    "words_in_context",
 ]

@@ -50,6 +50,7 @@ from selfrepair_nn.figures import (
     suiting,
     token_noise,
     variants,
+    words,
 )
 from selfrepair_nn.figures.style import Datasets, named, save, settings, share_of, summaries
 from selfrepair_nn.paths import local
@@ -83,6 +84,7 @@ FIGURES: dict[str, Drawing] = {
         repair_map,
         repair_graph,
         outcomes,
+        words,
         erasure_neurons,
         neuron_sparsity,
         neuron_changes,
