@@ -41,6 +41,7 @@ class Given(TypedDict, total=False):
     dtype: Any
     device: Any
     revision: str | None
+    revisions: str | Iterable[str] | None
     dataset_split: str | None
     column: str | None
     prompts_revision: str | None

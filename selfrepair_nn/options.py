@@ -155,6 +155,7 @@ class Options:
     dtype: str = option("float32", "What the model computes in.", values.named, ("float32", "float64", "bfloat16", "float16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …, or balanced: spread over all GPUs.", values.named, decides=False)
     revision: str | None = option(None, "Branch, tag or commit of a hub model.", values.text)
+    revisions: Any = option(None, "Checkpoints along an axis of one store, comma-separated: revisions of a hub model, or directories.", values.revisions)
     dataset_split: str = option(SPLIT, "Split of the dataset.", values.text)
     column: str = option(COLUMN, "Column of the dataset, or of the records, that holds the text.", values.text)
     prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.", values.text)
@@ -193,6 +194,8 @@ class Options:
             raise UsageError(
                 f"revision {self.revision!r} is for models of the hub: leave it out with a loaded one"
             )
+        if self.revisions is not None:
+            self._require_one_after_the_other()
         if self.split == "total" and self.components != "none":
             raise UsageError(f"split 'total' follows no component: leave components {self.components!r} out")
         if {self.components, self.logprob} == {"all", "top"}:
@@ -210,6 +213,17 @@ class Options:
             raise UsageError(
                 f"dtype {self.dtype!r} cannot be chosen here: the server decides what it computes in"
             )
+
+    def _require_one_after_the_other(self) -> None:
+        """What a run of several revisions cannot do."""
+        if not isinstance(self.model, str | os.PathLike):
+            raise UsageError("revisions are loaded one after the other: give model's name or directory, not a loaded one")
+        if self.revision is not None:
+            raise UsageError(f"revision {self.revision!r} is one, revisions are several: give only one of both options")
+        if self.until_ci is not None:
+            raise UsageError("until_ci stops each model elsewhere: leave it out with revisions")
+        if self.part:
+            raise UsageError("a run of several revisions has no parts: leave --shard out, or run each revision by itself")
 
     def _require_right_place(self) -> None:
         """What only a server, or only this machine, can take notice of."""

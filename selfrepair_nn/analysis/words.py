@@ -119,7 +119,8 @@ def changes_in_context(ds: xr.Dataset, share: float | None = None) -> xr.Dataset
     for name in ENDS:
         words = entries_of(ds[f"change_{name}"], tokens.top)[repairs, 0, 0]
         columns.append(_excess(*read.shares(words, entries), tally))
-    found: dict[str, tuple] = {name: (("end", "component"), np.stack([each[name] for each in columns])) for name in columns[0]}
+    found: dict[str, tuple] = {}
+    found |= {name: (("end", "component"), np.stack([each[name] for each in columns])) for name in columns[0]}
     known = tally(np.abs(effect[repairs])).estimate
     found["tokens"] = (("component",), np.bincount(which[repairs], minlength=size))
     found |= {"repair": (("component",), known.mean), f"repair{HALF_WIDTH}": (("component",), known.half_width)}

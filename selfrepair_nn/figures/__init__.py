@@ -49,6 +49,7 @@ from selfrepair_nn.figures import (
     self_repair_by_layer,
     suiting,
     token_noise,
+    training,
     variants,
     words,
 )
@@ -103,6 +104,7 @@ FIGURES: dict[str, Drawing] = {
         reinforced_heads,
         reinforcement_nulls,
         layer_position,
+        training,
         variants,
         cases,
     )
