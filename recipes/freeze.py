@@ -14,6 +14,7 @@ def graph(structure, options):
         target=options.target,
         value_bias=options.value_bias,
         also=options.also,
+        words=options.words,
     )
     sizes = structure.n_layers, structure.n_heads
     return sr.Variants(

@@ -17,6 +17,7 @@ def graph(structure, options):
         target=options.target,
         value_bias=options.value_bias,
         also=options.also,
+        words=options.words,
     )
     first = min(head.layer for head in heads)
     norms = [

@@ -21,5 +21,6 @@ def graph(structure, options):
         target=options.target,
         value_bias=options.value_bias,
         also=options.also,
+        words=options.words,
         attention=(1, options.param["period"] - 1),
     ).frozen(options.freeze, structure.n_layers, structure.n_heads)

@@ -33,4 +33,5 @@ def graph(structure, options):
         record="full",
         value_bias=options.value_bias,
         also=options.also,
+        words=options.words,
     )

@@ -20,6 +20,7 @@ def graph(structure, options):
         target=options.target,
         value_bias=options.value_bias,
         also=options.also,
+        words=options.words,
     )
     first = min(head.layer for head in senders)
     later = range(first + structure.parallel, structure.n_layers)

@@ -16,4 +16,5 @@ def graph(structure, options):
         target=options.target,
         value_bias=options.value_bias,
         also=options.also,
+        words=options.words,
     ).frozen(options.freeze, structure.n_layers, structure.n_heads)

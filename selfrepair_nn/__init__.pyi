@@ -10,6 +10,7 @@ from selfrepair_nn.analysis import (
     by_layer,
     by_stage,
     by_variant,
+    changes_in_context,
     clamped,
     compare_paper,
     composition,
@@ -18,6 +19,7 @@ from selfrepair_nn.analysis import (
     differences,
     does_task,
     erasure_neurons,
+    frequent_words,
     hydra,
     in_nats,
     induction_by_head,
@@ -40,6 +42,7 @@ from selfrepair_nn.analysis import (
     top_share,
     variance_components,
     who_repairs,
+    words_in_context,
 )
 from selfrepair_nn.case_sites import sites_of
 from selfrepair_nn.choosing import choose_tokens
@@ -132,6 +135,7 @@ __all__ = [
     "by_layer",
     "by_stage",
     "by_variant",
+    "changes_in_context",
     "check",
     "choose_tokens",
     "chosen_heads",
@@ -146,6 +150,7 @@ __all__ = [
     "erasure_neurons",
     "false_negatives",
     "figure",
+    "frequent_words",
     "hydra",
     "in_nats",
     "induction_by_head",
@@ -187,6 +192,7 @@ __all__ = [
     "verify",
     "view",
     "who_repairs",
+    "words_in_context",
     "wrap",
     "write_report",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.graph import Graph, Variants
 from selfrepair_nn.models.architectures import HYBRIDS
+from selfrepair_nn.models.checkpoints import checkpoints
 from selfrepair_nn.models.load import find
 from selfrepair_nn.models.model import AS_SERVED
 from selfrepair_nn.naming import Request, Sizes
@@ -48,6 +49,9 @@ def requested(recipe: Any, options: Options) -> tuple[Recipe, Options]:
     """
     found = find_recipe(recipe)
     options = found.resolved(options)
+    if options.revisions:
+        checkpoints(str(options.model), options.revisions)
+        return found, options
     if isinstance(options.model, str):
         source = find(options.model, options.revision)
         if (told := sizes(source)) is not None:

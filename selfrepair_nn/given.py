@@ -33,6 +33,7 @@ class Given(TypedDict, total=False):
     freeze: str | None
     components: Literal["none", "top", "all"] | None
     logprob: Literal["none", "top", "all"] | None
+    words: Whole
     split: Literal["sums", "total"] | None
     share: Real
     select: Literal["all", "top-share"] | None
@@ -42,6 +43,7 @@ class Given(TypedDict, total=False):
     dtype: Any
     device: Any
     revision: str | None
+    revisions: str | Iterable[str] | None
     dataset_split: str | None
     column: str | None
     prompts_revision: str | None

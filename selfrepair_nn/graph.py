@@ -22,7 +22,7 @@ from selfrepair_nn.components import (
     headless_in,
 )
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.quantities import ASKED, QUANTITIES, RANKS, measured
+from selfrepair_nn.quantities import ASKED, MOVERS, QUANTITIES, RANKS, measured
 from selfrepair_nn.replacements import Reinforce, Replacement, replacement_of
 from selfrepair_nn.values import Declared, brief, one_of, switch, text, whole
 
@@ -47,9 +47,10 @@ RECORDS = {
     "full": "every component by itself",
 }
 
+MOST_WORDS = 100
 FOUND_ON = ("all", "half")
 """The prompts on which the strongest heads are found."""
-LATER = {"also": (), "found_on": "all"}
+LATER = {"also": (), "found_on": "all", "words": 0}
 """Fields that older versions did not have, with the values that say the same as these did."""
 
 
@@ -63,8 +64,10 @@ class Graph(metaclass=Declared):
     these heads, the strongest first, that gives further cases.
     `freeze` holds the sites that keep their clean value; a site that a run ablates is never frozen in that run.
     `neurons` is the layer whose MLP is recorded neuron by neuron; `residual_norm` records the length of the residual
-    stream; `attention` lists distances: the attention each head pays to the token so far back is recorded. `also` names
-    whatever else is to be recorded, as docs/store.md has it: also=("residual_norm",) says what residual_norm=True does.
+    stream; `attention` lists distances: the attention each head pays to the token so far back is recorded. `words` is
+    how many tokens are recorded that what is ablated, and the change of what reacts to it, promote and demote most.
+    `also` names whatever else is to be recorded, as docs/store.md has it: also=("residual_norm",) says what
+    residual_norm=True does.
 
         Graph(ablate=sweep(heads))                        every head by itself, resample ablated
         Graph(ablate=sweep(heads), strongest=4)             only the four that write most of the targets
@@ -90,6 +93,7 @@ class Graph(metaclass=Declared):
     then: Callable[[tuple[Head, ...]], Iterable[tuple[Ablatable, ...]]] | None = None
     also: tuple[str, ...] = ()
     found_on: str = "all"
+    words: int = 0
 
     def __post_init__(self) -> None:
         for name, kept in (("ablate", _cases), ("freeze", frozenset), ("attention", tuple), ("also", _words)):
@@ -111,6 +115,7 @@ class Graph(metaclass=Declared):
             )
         _require_freezable(self.freeze)
         _require_recordable(self)
+        object.__setattr__(self, "words", whole("words", self.words, 0, MOST_WORDS))
         if self.neurons is not None:
             object.__setattr__(self, "neurons", whole("neurons", self.neurons, 0))
         if self.then is not None and not callable(self.then):
@@ -161,7 +166,9 @@ class Graph(metaclass=Declared):
             "cases": not self.heads_only,
             "total": self.record == "total",
             "components": self.record == "full",
+            "named": self.record == "full" or self.words > 0,
             "neurons": self.neurons is not None,
+            "words": self.words > 0,
             "attention": bool(self.attention),
             "reinforced": self.reinforces,
             "residual_norm": self.residual_norm,
@@ -201,6 +208,8 @@ class Graph(metaclass=Declared):
             return (
                 "neurons of this model cannot be recorded: its MLPs are mixtures of experts, or have a norm behind them"
             )
+        if self.words and self.words > structure.vocab_size:
+            return f"words={self.words}: the model's vocabulary has {structure.vocab_size} tokens"
         if reason := _unrouted(self, structure):
             return reason
         found = (self.replaced_by.misfit(case, structure) for case in self.ablate)
@@ -253,6 +262,8 @@ class Graph(metaclass=Declared):
             "record": self.record,
             "neurons": self.neurons,
             "ranks": RANKS,
+            "words": self.words,
+            "movers": MOVERS,
             "attention": list(self.attention),
             "gives": [each.name for each in given],
             "large": [each.name for each in given if each.large],
@@ -359,6 +370,10 @@ def _require_recordable(graph: Graph) -> None:
         raise UsageError('record "total" reads the final residual stream alone: record "sums" for neurons or Reinforce')
     if graph.reinforces and "logprob" in graph.also:
         raise UsageError("reinforced heads are measured in logits: leave log-probability out")
+    if graph.words and (graph.record == "total" or graph.reinforces):
+        raise UsageError(
+            'words are of an ablation whose parts are told apart: record "sums" or "full", and leave Reinforce out'
+        )
     if graph.attention and not graph.heads_only:
         raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
     if "falling_neuron" in graph.also and graph.neurons is None:

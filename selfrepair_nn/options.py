@@ -13,7 +13,7 @@ from selfrepair_nn import values
 from selfrepair_nn.corpora import COLUMN, SPLIT
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.given import Given
-from selfrepair_nn.graph import FREEZES, TARGETS, VALUE_BIASES
+from selfrepair_nn.graph import FREEZES, MOST_WORDS, TARGETS, VALUE_BIASES
 from selfrepair_nn.paths import local
 from selfrepair_nn.replacements import REPLACEMENTS
 from selfrepair_nn.shown import tell
@@ -78,6 +78,10 @@ def _seed(name: str, value: Any) -> int:
 
 def _processes(name: str, value: Any) -> int:
     return values.whole(name, value, most=1024)
+
+
+def _words(name: str, value: Any) -> int:
+    return values.whole(name, value, 0, MOST_WORDS)
 
 
 def _seconds(name: str, value: Any) -> int:
@@ -147,6 +151,7 @@ class Options:
     freeze: str = option("none", "What keeps its clean value.", choices=FREEZES)
     components: str = option("none", "Store every component's change too; alone: all.", choices=COMPONENTS, alone="all")
     logprob: str = option("none", "Measure log-probability too; alone: top.", choices=LOGPROBS, alone="top")
+    words: int = option(0, "Store the tokens that each head, and what reacts to its ablation, promote and demote most: so many of each, of each head's top share of tokens.", _words)
     split: str = option("sums", "Into which parts the self-repair is split (of a dataset: --dataset-split).", choices=SPLITS)
     share: float | None = option(None, "Share of tokens that 'top' and 'top-share' mean, by direct effect; default: 0.02, or 1 where the prompts say which tokens count.", _share)
     select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", choices=SELECTS)
@@ -156,6 +161,7 @@ class Options:
     dtype: str = option("float32", "What the model computes in.", values.named, ("float32", "float64", "bfloat16", "float16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …, or balanced: spread over all GPUs.", values.named, decides=False)
     revision: str | None = option(None, "Branch, tag or commit of a hub model.", values.text)
+    revisions: Any = option(None, "Checkpoints along an axis of one store, comma-separated: revisions of a hub model, or directories.", values.revisions)
     dataset_split: str = option(SPLIT, "Split of the dataset.", values.text)
     column: str = option(COLUMN, "Column of the dataset, or of the records, that holds the text.", values.text)
     prompts_revision: str | None = option(None, "Branch, tag or commit of the dataset.", values.text)
@@ -194,6 +200,8 @@ class Options:
             raise UsageError(
                 f"revision {self.revision!r} is for models of the hub: leave it out with a loaded one"
             )
+        if self.revisions is not None:
+            self._require_one_after_the_other()
         if self.split == "total" and self.components != "none":
             raise UsageError(f"split 'total' follows no component: leave components {self.components!r} out")
         if {self.components, self.logprob} == {"all", "top"}:
@@ -211,6 +219,17 @@ class Options:
             raise UsageError(
                 f"dtype {self.dtype!r} cannot be chosen here: the server decides what it computes in"
             )
+
+    def _require_one_after_the_other(self) -> None:
+        """What a run of several revisions cannot do."""
+        if not isinstance(self.model, str | os.PathLike):
+            raise UsageError("revisions are loaded one after the other: give model's name or directory, not a loaded one")
+        if self.revision is not None:
+            raise UsageError(f"revision {self.revision!r} is one, revisions are several: give only one of both options")
+        if self.until_ci is not None:
+            raise UsageError("until_ci stops each model elsewhere: leave it out with revisions")
+        if self.part:
+            raise UsageError("a run of several revisions has no parts: leave --shard out, or run each revision by itself")
 
     def _require_right_place(self) -> None:
         """What only a server, or only this machine, can take notice of."""

@@ -12,12 +12,14 @@ import numpy as np
 
 TOKEN = ("prompt", "position")
 SWEEP = ("layer", "head", "prompt", "position")
-WIDE = ("component", "neuron", "choice")
+WIDE = ("component", "neuron", "choice", "word", "changed")
 """Dimensions of which there are many entries for each token."""
 SHARE = 0.02
 """The paper's top share."""
 RANKS = 10
 """How many of a token's most repairing neurons are kept by name."""
+MOVERS = 3
+"""Of how many of a token's components, those whose direct effect changes most, the words are kept."""
 
 WHEN = {
     "always": "always",
@@ -30,7 +32,9 @@ WHEN = {
     "counterfactual": "prompts with a counterfactual",
     "total": '`record="total"`',
     "components": '`record="full"`',
+    "named": '`record="full"` or `words=`',
     "neurons": "`neurons=`",
+    "words": "`words=`",
     "attention": "`attention=`",
     "reinforced": "`Reinforce`",
     "ranked": "`--select` or `--until-ci`",
@@ -149,12 +153,16 @@ _ALL = (
     Quantity("distance", "label", ("distance",), "1", "distance", "How many tokens back the attention goes.", "int", when="attention"),
     Quantity("rank", "label", ("rank",), "1", "rank", "Place among the token's most repairing neurons, from 0.", "int", when="neurons"),
     Quantity("neuron", "label", ("neuron",), "1", "neuron", "Index of the neuron in the recorded MLP.", "int", when="neurons"),
-    Quantity("component", "label", ("component",), "1", "component", "Label of one term of the residual stream's sum.", "string", when="components"),
-    Quantity("component_kind", "label", ("component",), "1", "kind of component", "embedding, position_embedding, head, attention_bias, mixer or mlp.", "string", when="components"),
-    Quantity("component_layer", "label", ("component",), "1", "layer of the component", "Layer that writes the component; -1 for embeddings.", "int", when="components"),
-    Quantity("component_head", "label", ("component",), "1", "head of the component", "Head that writes the component; -1 where it is not a head.", "int", when="components"),
+    Quantity("component", "label", ("component",), "1", "component", "Label of one term of the residual stream's sum.", "string", when="named"),
+    Quantity("component_kind", "label", ("component",), "1", "kind of component", "embedding, position_embedding, head, attention_bias, mixer or mlp.", "string", when="named"),
+    Quantity("component_layer", "label", ("component",), "1", "layer of the component", "Layer that writes the component; -1 for embeddings.", "int", when="named"),
+    Quantity("component_head", "label", ("component",), "1", "head of the component", "Head that writes the component; -1 where it is not a head.", "int", when="named"),
     Quantity("choice", "label", ("choice",), "1", "choice", "Index among the experts that a token uses, in all mixtures together.", "int", when="routing"),
     Quantity("choice_layer", "label", ("choice",), "1", "layer of the choice", "Layer whose mixture the choice is of.", "int", when="routing"),
+    Quantity("word", "label", ("word",), "1", "word", "Place among the most promoted, or the most demoted, tokens of the vocabulary, from 0.", "int", when="words"),
+    Quantity("changed", "label", ("changed",), "1", "changed component", "Place among the components whose direct effect the ablation changes most, from 0.", "int", when="words"),
+    Quantity("vocabulary", "label", ("vocabulary",), "1", "token id", "Id of a token of the vocabulary.", "int", when="words"),
+    Quantity("vocabulary_text", "label", ("vocabulary",), "1", "token of the vocabulary", "That token, as text.", "string", when="words"),
     # bookkeeping
     Quantity("selected", "run", ("layer", "head"), "1", "selected", "Whether this head is part of the run.", "bool"),
     Quantity("done", "run", ("layer", "head", "prompt"), "1", "done", "Whether this head's values on this prompt are computed and stored.", "bool"),
@@ -224,6 +232,20 @@ _ALL = (
     Quantity("entropy_change", "ablated", SWEEP, "nat", "entropy change", "Ablated minus clean entropy of the next-token distribution.", when="logprob", costly=True),
     Quantity("kl", "ablated", SWEEP, "nat", "KL divergence", "KL(clean || ablated) of the next-token distributions: the expected loss of log-probability under the clean run's own predictions.", when="logprob", costly=True),
     Quantity("ablated_target_rank", "ablated", SWEEP, "1", "ablated rank of the target", "How many tokens of the vocabulary are likelier than the next token of the text in the ablated run; -1 where not kept.", "int", when="logprob", costly=True),
+    Quantity("promoted", "clean", (*SWEEP, "word"), "1", "promoted tokens", "Ids of the tokens whose logit what the head writes raises most in the clean run, the first most: each logit less the mean over the vocabulary, before a soft cap.", "int", when="words", costly=True),
+    Quantity("promoted_effect", "clean", (*SWEEP, "word"), "logit", "direct effect on the promoted tokens", "DE of the head on each of these tokens, less the mean over the vocabulary, under the clean norm scale: of the target it is direct_effect of the centred target.", when="words", costly=True),
+    Quantity("ablated_promoted_effect", "ablated", (*SWEEP, "word"), "logit", "ablated direct effect on the promoted tokens", "DE of the head on the same tokens after its own ablation, still under the clean norm scale.", when="words", costly=True),
+    Quantity("promoted_logit_change", "ablated", (*SWEEP, "word"), "logit", "logit change of the promoted tokens", "Ablated minus clean logit of the same tokens, less the mean over the vocabulary, whole model, before a soft cap.", when="words", costly=True),
+    Quantity("demoted", "clean", (*SWEEP, "word"), "1", "demoted tokens", "Ids of the tokens whose logit what the head writes lowers most in the clean run, the first most: each logit less the mean over the vocabulary, before a soft cap.", "int", when="words", costly=True),
+    Quantity("demoted_effect", "clean", (*SWEEP, "word"), "logit", "direct effect on the demoted tokens", "DE of the head on each of these tokens, less the mean over the vocabulary, under the clean norm scale: of the target it is direct_effect of the centred target.", when="words", costly=True),
+    Quantity("ablated_demoted_effect", "ablated", (*SWEEP, "word"), "logit", "ablated direct effect on the demoted tokens", "DE of the head on the same tokens after its own ablation, still under the clean norm scale.", when="words", costly=True),
+    Quantity("demoted_logit_change", "ablated", (*SWEEP, "word"), "logit", "logit change of the demoted tokens", "Ablated minus clean logit of the same tokens, less the mean over the vocabulary, whole model, before a soft cap.", when="words", costly=True),
+    Quantity("changed_component", "ablated", (*SWEEP, "changed"), "1", "most changed components", "Index along component of the component whose DE on the target changes most, by size, second most ...; what is ablated is left out.", "int", when="words", costly=True),
+    Quantity("changed_effect", "ablated", (*SWEEP, "changed"), "logit", "their changes of direct effect", "DE of that component on the target after the ablation minus before, under the clean norm scale.", when="words", costly=True),
+    Quantity("change_promoted", "ablated", (*SWEEP, "changed", "word"), "1", "tokens that a component's change promoted", "Ids of the tokens whose logit the change of what that component writes raises most, the first most.", "int", when="words", costly=True),
+    Quantity("change_promoted_effect", "ablated", (*SWEEP, "changed", "word"), "logit", "effect of a component's change on the tokens it promoted", "By how much it does, less the mean over the vocabulary, under the clean norm scale.", when="words", costly=True),
+    Quantity("change_demoted", "ablated", (*SWEEP, "changed", "word"), "1", "tokens that a component's change demoted", "Ids of the tokens whose logit the change of what that component writes lowers most, the first most.", "int", when="words", costly=True),
+    Quantity("change_demoted_effect", "ablated", (*SWEEP, "changed", "word"), "logit", "effect of a component's change on the tokens it demoted", "By how much it does, less the mean over the vocabulary, under the clean norm scale.", when="words", costly=True),
     Quantity("component_direct_effect", "clean", (*TOKEN, "component"), "logit", "direct effect of the component", "DE of every component in the clean run; with target_constant they add up to the logit.", when="components"),
     Quantity("component_change", "ablated", (*SWEEP, "component"), "logit", "change of direct effect of the component", "DE after the ablation of (layer, head) minus DE before, of every component, under the clean norm scale.", when="components"),
 )

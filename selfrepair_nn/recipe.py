@@ -27,7 +27,7 @@ RENAMED = {"noise": "token_scatter"}
 LARGEST_PARAMETER = 10**9
 SIGNATURE = "graph(structure, options)"
 OF_PROMPTS = ("prompts", "tokens", "length", "bos", "dataset_split", "column", "prompts_revision")
-OF_GRAPHS = ("layers", "heads", "ablation", "target", "value_bias", "freeze", "components", "logprob", "split")
+OF_GRAPHS = ("layers", "heads", "ablation", "target", "value_bias", "freeze", "components", "logprob", "words", "split")
 PROMPTS = "prompts(structure, tokenizer, options)"
 
 

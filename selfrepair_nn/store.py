@@ -284,7 +284,8 @@ def open_store(path: str | Path) -> xr.Dataset:
     require_whole(path, count(path))
     files = Files(path, read_only=True, check=Checks(contents_of(path)))
     found = xr.open_zarr(files, chunks=None)
-    ordered = found[[name for name in QUANTITIES if name in found.data_vars]].assign_coords(found.coords)
+    ordered = found[[name for name in QUANTITIES if name in found.data_vars]]
+    ordered = ordered.assign_coords({name: c for name, c in found.coords.items() if name not in ordered.coords})
     ordered.encoding = {"source": str(path), "checked": True}
     return ordered
 

@@ -116,6 +116,15 @@ def named(name: str, value: Any) -> str:
     return text(name, found or (value if isinstance(value, str) else str(value).removeprefix("torch.")))
 
 
+def revisions(name: str, value: Any) -> tuple[str, ...]:
+    """Names of checkpoints, in a list or with commas between them."""
+    given = value.split(",") if isinstance(value, str) else several(value)
+    found = tuple(os.fspath(each).strip() if isinstance(each, str | os.PathLike) else "" for each in given or ())
+    if not found or not all(found):
+        raise UsageError(f"{name} {brief(value)}: write names with commas between them, such as step1000,step4000")
+    return found
+
+
 def part(name: str, value: Any) -> str:
     """ "3/8" or (3, 8): one of so many."""
     pair = value.split("/") if isinstance(value, str) else value

@@ -786,3 +786,36 @@ def outcomes(model: nn.Module, ids, heads, *, partners, freeze: str | None = Non
     del found["logprobs"]
     found |= {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return {name: value.numpy() for name, value in found.items()}
+
+
+# ---------------------------------------------------------------- in words
+
+
+def lens(parts: Parts, x: Tensor, S: Tensor) -> Tensor:
+    """What a write x [prompt, T, d_model] does to every logit, less their mean: [prompt, position, vocab]."""
+    u = parts.logit_multiplier * parts.model.get_output_embeddings().weight.detach().double()
+    logits = gain(parts.final_norm) * centre(parts.final_norm, x) / S[..., None] @ u.T
+    return (logits - logits.mean(-1, keepdim=True))[:, :-1]
+
+
+def words(model: nn.Module, ids, head: tuple[int, int], *, partners, freeze: str | None = None) -> dict[str, object]:
+    """What a resampled head and what reacts to it does to every logit, less their mean over the vocabulary.
+
+    write, ablated (the head's), change (the whole model's) [prompt, position, vocab]; of every component the change of
+    what it writes, and its change of direct effect [prompt, position, component], the head's own 0.
+    """
+    setting = Setting(find_parts(model), torch.as_tensor(np.asarray(ids)), "centred", "output", freeze)
+    clean = _clean(setting)
+    seen = _ablated(setting, clean, *head, _new_z(setting, clean, "resample", partners, None, *head))
+    before, after = (setting.writes(each, clean.seen) for each in (clean.seen, seen))
+    own, parts = clean.labels.index(f"L{head[0]}H{head[1]}"), setting.parts
+    whole = (seen.logits - clean.seen.logits)[:, :-1]
+    effects = _direct_effects(after, clean.goal, clean.S) - clean.effects
+    effects[..., own] = 0
+    return {
+        "write": lens(parts, before[own].x, clean.S_all),
+        "ablated": lens(parts, after[own].x, clean.S_all),
+        "change": whole - whole.mean(-1, keepdim=True),
+        "changes": [lens(parts, b.x - a.x, clean.S_all) for a, b in zip(before, after, strict=True)],
+        "effects": effects,
+    }

@@ -151,6 +151,7 @@ EDITS = {
     "scaled": dict(ablate=MIXED, replacement=Scale(0.5)),
     "other-head": dict(ablate=HEADS, replacement=OtherHead(Head(2, 0)), attention=(0, 1, 5)),
     "mean": dict(ablate=MIXED, replacement="mean"),
+    "words": dict(ablate=MIXED, words=2),
 }
 
 

@@ -21,6 +21,7 @@ from selfrepair_nn.store import Store, open_store
 
 SIZES = {"layer": 2, "head": 3, "prompt": 7, "position": 4, "component": 5}
 SIZES |= {"case": 2, "distance": 2, "rank": 3, "neuron": 6, "choice": 4, "resample": 2}
+SIZES |= {"word": 2, "changed": 3, "vocabulary": 5}
 PER_CHUNK = 3
 DATA = tuple(name for name in QUANTITIES if name not in COORDINATES)
 BY_PROMPT = tuple(name for name in DATA if "prompt" in QUANTITIES[name].dims and name != "done")

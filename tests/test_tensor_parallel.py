@@ -37,7 +37,7 @@ def graphs(structure):
         Graph(heads, record="full", attention=(0, 1)),
         Graph(heads, "zero", freeze={site for site in frozen if site.lies_in(structure)}),
         Graph(heads[:2], Reinforce(2.0)),
-        Graph(heads[:2], OtherHead(Head(1, 1))),
+        Graph(heads[:2], OtherHead(Head(1, 1)), words=2),
         Graph(((Head(0, 1), Mlp(0)), (Mlp(1),)), residual_norm=True),
         Graph(sweep([Layers(0, 1), Layers(1, 3)]), "zero"),
     ]

@@ -99,12 +99,20 @@ def progress_of(options):
     return lambda step: step / options.steps
 
 
-def train(model, stream, bos, options, save):
-    """Optimise `model` in place until progress reaches 1; save now and then. Returns the number of steps."""
+def train(model, stream, bos, options, save, keep):
+    """Optimise `model` in place until progress reaches 1; save now and then. Returns the number of steps.
+
+    `keep(step)` is called after each of the steps that --checkpoints names.
+    """
+    kept = {int(step) for step in options.checkpoints.split(",") if step}
     generator = torch.Generator().manual_seed(options.seed)
     optimizer, progress = adamw(model, options.weight_decay), progress_of(options)
     step, mean, began, saved = 0, math.log(VOCABULARY), time.monotonic(), time.monotonic()
-    while (done := progress(step)) < 1:
+    while True:
+        if step in kept:
+            keep(step)
+        if (done := progress(step)) >= 1:
+            break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, step, options.learning_rate)
         loss = token_losses(model, random_rows(stream, bos, options.rows, generator)).mean()
@@ -147,6 +155,7 @@ def parse_options():
     parser.add_argument("--init", type=float, default=0.05, help="standard deviation of the initial weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checkpoints", default="", help="steps after which to keep a model of its own: 0,64,256")
     parser.add_argument("--save-every", type=float, default=5, help="minutes between two checkpoints")
     return parser.parse_args()
 
@@ -166,7 +175,17 @@ def main():
     config.initializer_range = options.init
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     print(f"{len(stream)} tokens, {sum(p.numel() for p in model.parameters())} parameters", flush=True)
-    steps = train(model, stream, bos, options, lambda: save_half(model, options.out))
+
+    def save(folder=options.out):
+        save_half(model, folder)
+
+    def keep(step):
+        folder = options.out / f"step{step}"
+        folder.mkdir(exist_ok=True)
+        save_tokenizer(options.name, tokenizer, folder, CONTEXT)
+        save(folder)
+
+    steps = train(model, stream, bos, options, save, keep)
     print(f"finished after {steps} steps, {steps * options.rows * (CONTEXT - 1)} target tokens")
 
 

@@ -39,6 +39,7 @@ from selfrepair_nn.analysis.taking_over import KNOWN_BACKUPS, backup_roc, condit
 from selfrepair_nn.analysis.task import does_task
 from selfrepair_nn.analysis.tokens import HALF_WIDTH
 from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
+from selfrepair_nn.analysis.words import changes_in_context, frequent_words, word_texts, words_in_context
 from selfrepair_nn.quantities import SHARE
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "by_layer",
     "by_stage",
     "by_variant",
+    "changes_in_context",
     "clamped",
     "compare_paper",
     "composition",
@@ -74,6 +76,7 @@ __all__ = [
     "done_share",
     "erasure_neurons",
     "every_token",
+    "frequent_words",
     "has_nulls",
     "held",
     "hydra",
@@ -105,4 +108,6 @@ __all__ = [
     "top_share",
     "variance_components",
     "who_repairs",
+    "word_texts",
+    "words_in_context",
 ]

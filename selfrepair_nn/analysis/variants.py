@@ -52,11 +52,13 @@ def by_variant(ds: xr.Dataset, share: float | None = None, summarise: Summary = 
 
 def _by_variant(ds: xr.Dataset, axis: str, share: float, summarise: Summary) -> xr.Dataset:
     each = [summarise(ds.isel({axis: i}).drop_vars(axis), share) for i in range(ds.sizes[axis])]
-    shared = [name for name in each[0].data_vars if _is_shared(str(name))]
+    same = axis not in ds.direct_effect.dims  # else each is another model, of which nothing is the others'
+    shared = [name for name in each[0].data_vars if same and _is_shared(str(name))]
     varied = [one.drop_vars(shared) for one in each]
     found = xr.concat(varied, ds[axis].variable.to_index_variable(), data_vars="all", coords="minimal")
     worst = [one.attrs["worst_closure"] for one in each if "worst_closure" in one.attrs]
     known = each[0].attrs | ({"worst_closure": max(worst)} if worst else {})
+    known |= {"done_share": float(np.mean([one.attrs["done_share"] for one in each]))} if "done_share" in known else {}
     return found.assign({name: each[0][name] for name in shared}).assign_attrs(known)
 
 
@@ -83,6 +85,8 @@ def differences(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     ds = restored(ds)
     share = share_of(ds, share)
     axis = axis_of(ds)
+    if axis in ds.direct_effect.dims:
+        raise UsageError(f"each {axis} is another model, with top tokens of its own: compare summaries, by_variant")
     tokens, _ = Tokens.of(ds, share)
     variants = [ds.isel({axis: i}) for i in range(ds.sizes[axis])]
     first = {name: read(variants[0], name, tokens.done, tokens.top) for name in PAIRED if name in ds}

@@ -5,10 +5,18 @@ from typing import Any, Unpack
 
 from selfrepair_nn.given import Given
 from selfrepair_nn.layout.experiment import Experiment, prepare
+from selfrepair_nn.layout.revisions import Revisions, prepare_each
 from selfrepair_nn.options import Options, require_known
 
 LARGE = {"flops": 1e17, "units": 1000, "store_bytes": 10 * 2**30}
 """Beyond any of these a remote run is large: about ten minutes of one accelerator, a thousand jobs, 10 GiB."""
+
+
+SUMMED = (
+    *("units", "passes", "tokens", "ablated_tokens", "flops", "store_bytes"),
+    *("request_bytes", "result_bytes", "crossing_bytes", "total_crossing_bytes"),
+)
+"""What several revisions take so many times."""
 
 
 def preview(
@@ -25,13 +33,26 @@ def preview(
     Takes what `run` takes and raises what it raises, and writes nothing.
     """
     require_known(choices, ("recipe", "calibrate"))
-    experiment = prepare(recipe, Options(**choices))
+    options = Options(**choices)
+    every = prepare_each(recipe, options) if options.revisions else None
+    experiment = every.first if every else prepare(recipe, options)
+    if every and not calibrate:
+        return of_each(every)
     if not calibrate:
         return preview_of(experiment)
     from selfrepair_nn.estimating.calibration import hours, trial
 
+    times = len(every.experiments) if every else 1
     with trial(experiment) as runner:
-        return preview_of(experiment) | {"hours": hours(experiment, runner)}
+        return (of_each(every) if every else preview_of(experiment)) | {"hours": times * hours(experiment, runner)}
+
+
+def of_each(every: Revisions) -> dict[str, Any]:
+    """The plan of a run of several revisions: what each takes, so many times."""
+    one, times = preview_of(every.first), len(every.experiments)
+    summed = {name: times * one[name] for name in SUMMED if name in one}
+    model = f"{every.request.model} ({one['model'].rpartition(' (')[2]}"
+    return one | summed | {"store": str(every.path), "model": model, "revisions": [*every.experiments]}
 
 
 def preview_of(experiment: Experiment) -> dict[str, Any]:
@@ -73,6 +94,7 @@ def preview_text(found: dict[str, Any]) -> str:
     lines = {
         "store": found["store"],
         "model": found["model"],
+        **({"revisions": ", ".join(found["revisions"])} if "revisions" in found else {}),
         "prompts": found["prompts"],
         "ablated": found["ablated"],
         "units": f"{found['units']} of {found['block']} prompts",

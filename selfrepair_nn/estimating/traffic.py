@@ -49,7 +49,7 @@ def traffic(experiment: Experiment) -> dict[str, int]:
 
 
 def _at_the_end_alone(work: Work) -> dict[str, int]:
-    if any(g.record != "sums" or g.neurons is not None or g.reinforces for g in work.graphs):
+    if any(g.record != "sums" or g.neurons is not None or g.words or g.reinforces for g in work.graphs):
         return {}
     graphs = {label: replace(graph, record="total") for label, graph in work.variants.items()}
     return {"total_crossing_bytes": crossing_bytes(replace(work, variants=graphs), SERVED_ITEMSIZE)}

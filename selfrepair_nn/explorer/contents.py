@@ -101,7 +101,9 @@ class Contents:
 
     @cached_property
     def entries(self) -> Entries:
-        return Entries(self.variants[0], self.summaries[0].attrs["share"], len(self.variants))
+        own = {*self.axes} & {*self.ds.direct_effect.dims}  # other models, with top tokens of their own
+        first, *others = self.variants
+        return Entries(first, self.summaries[0].attrs["share"], len(self.variants), others if own else ())
 
     def data(self) -> dict[str, Any]:
         """All of it as plain data, for JSON; the page's scripts say what they read."""
@@ -123,7 +125,7 @@ class Contents:
                 "whole": self.entries.whole,
                 "kept": every_token(self.ds),
                 "fields": self._fields(self.entries.fields, steps),
-                "variants": [self.entries.packed(values, steps) for values in every],
+                "variants": [self.entries.packed(values, steps, i) for i, values in enumerate(every)],
                 "clean": {"fields": self._fields(clean_fields_of(self.ds), {})}
                 | clean(self.ds, self.entries.texts),
             },

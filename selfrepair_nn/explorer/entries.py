@@ -44,16 +44,18 @@ class Entries:
     """Tokens of each case of `ds`, one variant of a store.
 
     All that count in its first prompts, and of the others those of the case's share, the highest direct effects where
-    these are too many. `variants` is how many there are in all.
+    these are too many. `variants` is how many there are in all; `others` are those that have top tokens of their own,
+    as revisions of a model do: then tokens that are any one's are here.
     """
 
     ds: xr.Dataset
     share: float
     variants: int = 1
+    others: Sequence[xr.Dataset] = ()
 
     @cached_property
     def done(self) -> np.ndarray:
-        return blocks.done_cases(self.ds)
+        return np.any([blocks.done_cases(ds) for ds in (self.ds, *self.others)], axis=0)
 
     @cached_property
     def texts(self) -> int:
@@ -76,11 +78,25 @@ class Entries:
         return max(1, int(self.done.any(1).sum()) * self.variants * len(self.fields))
 
     @cached_property
+    def tops(self) -> list[blocks.Top]:
+        """The tokens of each case's share that are shown, of each variant that has its own."""
+        return [self._top(ds) for ds in (self.ds, *self.others)]
+
+    def _top(self, ds: xr.Dataset) -> blocks.Top:
+        _, top = blocks.direct_effects(ds, blocks.done_cases(ds), self.share)
+        top = top.of(top.token < self.texts * ds.sizes["position"])
+        return _first_of_each(top, CHOSEN // self._each // (1 + len(self.others)), tail_of(ds))
+
+    @cached_property
     def top(self) -> blocks.Top:
-        """The tokens of each case's share that are shown."""
-        _, top = blocks.direct_effects(self.ds, self.done, self.share)
-        top = top.of(top.token < self.texts * self.ds.sizes["position"])
-        return _first_of_each(top, CHOSEN // self._each, tail_of(self.ds))
+        """Those of all variants together."""
+        if not self.others:
+            return self.tops[0]
+        parts = ([getattr(each, name) for each in self.tops] for name in ("case", "token", "effect", "sign"))
+        case, token, effect, sign = map(np.concatenate, parts)
+        _, first = np.unique(self._key(case, token), return_index=True)
+        order = first[np.argsort(token[first], kind="stable")]
+        return blocks.Top(case[order], token[order], effect[order], sign[order])
 
     @cached_property
     def dense(self) -> np.ndarray:
@@ -103,13 +119,14 @@ class Entries:
         held = self.done[case, token // ds.sizes["position"]]
         return {n: np.where(held, blocks.values_at(ds, n, case, token), np.nan) for n in self.fields}
 
-    def packed(self, values: dict[str, np.ndarray], steps: dict[str, float]) -> list[list]:
+    def packed(self, values: dict[str, np.ndarray], steps: dict[str, float], variant: int = 0) -> list[list]:
         """For each case how many entries it has beyond the whole prompts, and all its numbers as text."""
+        own = self.tops[variant if self.others else 0]
         case, token = self.places
         order = np.argsort(case, kind="stable")
         bounds = np.searchsorted(case[order], np.arange(len(self.done) + 1))
         columns = {name: rounded(values[name], steps[name]) for name in self.fields}
-        in_top = np.isin(self._key(case, token), self._key(self.top.case, self.top.token))
+        in_top = np.isin(self._key(case, token), self._key(own.case, own.token))
         found = []
         for at in map(order.__getitem__, map(slice, bounds[:-1], bounds[1:])):
             extra = token[at][self.dense.size :] if at.size else token[:0]

@@ -56,8 +56,10 @@ from selfrepair_nn.figures import (
     stages,
     suiting,
     token_noise,
+    training,
     variance_components,
     variants,
+    words,
 )
 from selfrepair_nn.figures.look import formats_of, looking, save, settings
 from selfrepair_nn.figures.style import Datasets, named, share_of, summaries
@@ -94,6 +96,7 @@ FIGURES: dict[str, Drawing] = {
         repair_map,
         repair_graph,
         outcomes,
+        words,
         erasure_neurons,
         neuron_sparsity,
         neuron_changes,
@@ -118,6 +121,7 @@ FIGURES: dict[str, Drawing] = {
         interactions,
         clamping,
         backups,
+        training,
         variants,
         cases,
     )

@@ -118,7 +118,8 @@ def formats_of(given: Any) -> tuple[str, ...]:
 @contextmanager
 def settings(**changes: str) -> Iterator[None]:
     """Our settings, with the caller's fonts, sizes and colours; all of the caller's are back afterwards."""
-    usual, mine = matplotlib.rcParamsDefault, matplotlib.rcParams
+    usual: Any = matplotlib.rcParamsDefault
+    mine: Any = matplotlib.rcParams
     names = (name for name in mine if name.startswith(KEPT) and name not in OURS)  # not "backend": that loads pyplot
     kept = {name: mine[name] for name in names if mine[name] != usual[name]}
     with matplotlib.rc_context():

@@ -63,7 +63,8 @@ def _draw_store(axes: Axes, sites: xr.Dataset) -> None:
     width = sites[f"overall_top_self_repair{HALF_WIDTH}"].values
     style.line(axes, np.arange(len(labels)), mean, width, color=style.MUTED, linewidth=1, label="mean")
     flat = sites.stack(site=dims)
-    effects = np.where(flat.tokens.values > 0, flat.direct_effect.values, -np.inf)
+    each = flat.direct_effect.where(flat.tokens > 0)  # of revisions in the mean over them
+    effects = each.mean([d for d in each.dims if d != "site"]).fillna(-np.inf).values
     for index, at in enumerate(np.argsort(-effects, kind="stable")[: min(COUNT, np.isfinite(effects).sum())]):
         one = flat.isel(site=at)
         where = np.arange(len(labels)) + 0.12 * (index - (COUNT - 1) / 2)

@@ -29,6 +29,7 @@ from selfrepair_nn.prompts import (
     token_texts,
 )
 from selfrepair_nn.quantities import (
+    MOVERS,
     QUANTITIES,
     RANKS,
     VARIANCE,
@@ -144,6 +145,7 @@ class Experiment:
             "value_bias": self.graph.value_bias,
             "freeze": o.freeze,
             "components": o.components,
+            **({"words": o.words} if o.words else {}),
             "logprob": None if o.logprob == "none" else o.logprob,
             "share": self.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if self.reads_means else None,
@@ -166,6 +168,7 @@ class Experiment:
             "share": o.share is not None and not (self.shared or self.ranked),
             "logprob": o.logprob != "none" and "logprob" not in self.graph.also,
             "resamples_as": o.resamples_as != type(o).resamples_as and self.work.resamples == 1,
+            "words": o.words > 0 and not self.graph.words,
         }
         return [name for name, without in chosen.items() if without]
 
@@ -196,15 +199,15 @@ class Experiment:
 
     @property
     def unembedded(self) -> int:
-        """How many tokens go through the unembedding, at most, where log-probability is measured; else none.
+        """How many tokens go through the unembedding, at most, where log-probability or words are measured; else none.
 
-        Each once in the clean run, and three times for each case that keeps it.
+        Of log-probability each once in the clean run, and three times for each case that keeps it; of words only
+        these: its clean logits, what the sites write, their change and all that changes, and each component's change.
         """
-        work = self.work
-        if "logprob" not in self.graph.also:
-            return 0
+        work, nats = self.work, "logprob" in self.graph.also
         kept = (self.share if self.shared else 1) * work.case_tokens
-        return len(work.graphs) * work.prompts * work.length + round(3 * kept)
+        times = 3 * nats + (4 + MOVERS) * (self.graph.words > 0)
+        return nats * len(work.graphs) * work.prompts * work.length + round(times * kept)
 
     @property
     def counted(self) -> np.ndarray:
@@ -328,7 +331,7 @@ class Experiment:
     def _requested(self) -> dict[str, Any]:
         """Labels of what the graph records beyond the sums."""
         found: dict[str, Any] = {}
-        if self.graph.record == "full":
+        if "named" in self.graph.records:
             terms = self.work.components
             found |= {
                 "component": [c.label for c in terms],
@@ -339,6 +342,10 @@ class Experiment:
         if self.graph.neurons is not None:
             neurons = self.description.structure.d_mlp
             found |= {"neuron": np.arange(neurons), "rank": np.arange(min(RANKS, neurons))}
+        if self.graph.words:
+            ids = np.arange(self.description.structure.vocab_size)
+            found |= {"word": np.arange(self.graph.words), "changed": np.arange(min(MOVERS, len(self.work.components)))}
+            found |= {"vocabulary": ids, "vocabulary_text": token_texts(self.tokenizer, ids)}
         if "routing" in self.graph.also:
             layers = np.repeat(self.description.structure.routed, self.description.structure.n_choices)
             found |= {"choice": np.arange(len(layers)), "choice_layer": layers}
@@ -395,7 +402,7 @@ class Experiment:
 
 def of_top_tokens(graph: Graph) -> bool:
     """Whether something is recorded that is only ever kept for top tokens."""
-    return graph.neurons is not None or "routing" in graph.also
+    return graph.neurons is not None or graph.words > 0 or "routing" in graph.also
 
 
 def _first_layer(case: tuple[Any, ...]) -> int:
@@ -424,7 +431,8 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
     axis, graphs = _variants(drawn, prompts)
     if of_top_tokens(graphs[next(iter(graphs))]) and "all" in (options.components, options.logprob):
         name = "components" if options.components == "all" else "logprob"
-        raise UsageError(f"neurons and routing are kept for the top share of tokens: choose {name} 'top' or 'none'")
+        said = "neurons, words and routing are kept for the top share of tokens"
+        raise UsageError(f"{said}: choose {name} 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     tokens = options.tokens_per_pass or (SERVED_TOKENS if options.served else TOKENS_PER_PASS)
     lent = _partners(options, prompts.n, list(graphs.values()))

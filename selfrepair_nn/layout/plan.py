@@ -11,7 +11,7 @@ import numpy as np
 from selfrepair_nn.components import Component, Head, components
 from selfrepair_nn.graph import Graph, writes_attention_bias
 from selfrepair_nn.models.architectures import Structure
-from selfrepair_nn.quantities import RANKS, Quantity
+from selfrepair_nn.quantities import MOVERS, RANKS, Quantity
 
 BLOCK_TOKENS = 512
 
@@ -84,6 +84,9 @@ class Work:
             "component": len(self.components),
             "neuron": self.structure.d_mlp,
             "rank": min(RANKS, self.structure.d_mlp),
+            "word": self.graph.words,
+            "changed": min(MOVERS, len(self.components)),
+            "vocabulary": self.structure.vocab_size,
             "choice": len(self.structure.routed) * self.structure.n_choices,
             "distance": len(self.graph.attention),
             "resample": self.resamples,

@@ -45,7 +45,7 @@ def find(name: str, revision: str | None = None) -> Source:
         UsageError: a path that does not exist, a directory without a configuration, or a revision of what has none.
         SelfRepairError: a hub name, and settings with which the hub cannot be asked.
     """
-    if found := _here(name):
+    if found := here(name):
         if revision is not None:
             raise UsageError(
                 f"revision {revision!r} is for models of the hub, and {name!r} is here: leave --revision out"
@@ -55,7 +55,7 @@ def find(name: str, revision: str | None = None) -> Source:
     return Source(name, name, revision=revision)
 
 
-def _here(name: str) -> Source | None:
+def here(name: str) -> Source | None:
     """A model that needs no hub; None where only that can know the name."""
     require_possible(name, "model")
     if name in EMBEDDED:

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Unpack
 
 import xarray as xr
@@ -17,11 +18,12 @@ from selfrepair_nn.backends.local import Backend, backend, loaded, with_enough_m
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
-from selfrepair_nn.estimating.preview import large, preview_of, preview_text
+from selfrepair_nn.estimating.preview import large, of_each, preview_of, preview_text
 from selfrepair_nn.given import Given
 from selfrepair_nn.integrity import verify
 from selfrepair_nn.layout.experiment import Experiment, prepare
 from selfrepair_nn.layout.packing import computing_with, fitting_block, fitting_tokens
+from selfrepair_nn.layout.revisions import prepare_each
 from selfrepair_nn.models.check import require
 from selfrepair_nn.models.identity import fingerprint, identity
 from selfrepair_nn.models.model import Model, evaluating
@@ -40,6 +42,7 @@ from selfrepair_nn.running.opening import (
     require_same_model,
 )
 from selfrepair_nn.running.preliminaries import strongest
+from selfrepair_nn.running.revisions import run_each
 from selfrepair_nn.running.rounds import rounds
 from selfrepair_nn.running.sharing import Sharing, sharing
 from selfrepair_nn.shown import LOG, line, tell
@@ -79,6 +82,8 @@ def run(
     require_known(choices, ("recipe", "progress", "command", "confirm", "executor"))
     options = Options(**choices)
     with sharing(options, executor) as shared, Bar(_name_of(options.model), progress) as bar:
+        if options.revisions:
+            return open_store(_run_revisions(recipe, options, shared, command, bar, confirm))
         bar.stage("reading prompts")
         experiment = prepare(recipe, options)
         _told(recipe, experiment)
@@ -91,6 +96,23 @@ def run(
 def _name_of(model: Any) -> str:
     """What a model is called before it is looked at."""
     return str(model) if isinstance(model, str | os.PathLike) else type(model).__name__
+
+
+def _run_revisions(
+    recipe: str | os.PathLike[str],
+    options: Options,
+    shared: Sharing,
+    command: str,
+    bar: Bar,
+    confirm: Callable[[str], bool] | None,
+) -> Path:
+    """Run each revision, and join them; gives the path of their store."""
+    every, command = prepare_each(recipe, options), command or _call(recipe, options)
+    _told(recipe, every.first)
+    if options.served:
+        _require_consent(every.first, confirm, of_each(every))
+    run_each(every, lambda experiment: _into_store(experiment, shared, command, bar), command)
+    return every.path
 
 
 def _told(recipe: str | os.PathLike[str], experiment: Experiment) -> None:
@@ -311,9 +333,11 @@ def _traffic(store: Store, experiment: Experiment) -> dict[str, Any]:
     return {"traffic": traffic(_ledger(store))}
 
 
-def _require_consent(experiment: Experiment, confirm: Callable[[str], bool] | None) -> None:
+def _require_consent(
+    experiment: Experiment, confirm: Callable[[str], bool] | None, plan: dict[str, Any] | None = None
+) -> None:
     """Nothing goes to a server before its extent was chosen, nor, if it is large, before it was agreed to."""
-    o, plan = experiment.options, preview_of(experiment)
+    o, plan = experiment.options, plan or preview_of(experiment)
     if o.layers is None and o.heads is None and o.tokens is None:
         raise NotAgreed(
             preview_text(plan), "choose how much of this to run remotely, with --layers, --heads or --tokens"

@@ -4,6 +4,7 @@ import torch
 
 from selfrepair_nn.tracing.attention import AttentionPaid
 from selfrepair_nn.tracing.clean import clean_pass
+from selfrepair_nn.tracing.lens import Words
 from selfrepair_nn.tracing.neurons import NeuronReadings
 from selfrepair_nn.tracing.objects import Bundle
 from selfrepair_nn.tracing.outcomes import Outcomes
@@ -68,6 +69,7 @@ def realised(plan):
         "terms": Terms() if plan["record"] == "full" else None,
         "outcomes": Outcomes() if "logprob" in plan["gives"] else None,
         "attention": AttentionPaid(plan["attention"]) if plan["attention"] else None,
+        "words": Words(plan["words"], plan["movers"]) if plan["words"] else None,
     }
     return plan | {"cases": cases, "replacement": replacement_of(plan["replacement"])} | asked
 

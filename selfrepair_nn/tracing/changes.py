@@ -3,6 +3,13 @@
 import torch
 
 
+def compare(x, what, layer, block, batch, changes):
+    """`effects_of_change`; where words are asked for the changes of tokens that are kept go to `changes`."""
+    if block.plan["words"]:
+        changes["watched"][what, layer] = block.plan["words"].watched(x, what, layer, block, batch)
+    return effects_of_change(x, what, layer, block, batch)
+
+
 def effects_of_change(x, what, layer, block, batch):
     """⟨x − clean, d_t⟩ of what a pass gives of an activation, x [row, position, d].
 

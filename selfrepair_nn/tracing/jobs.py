@@ -86,12 +86,16 @@ def _results(block, batch, state, ready):
     """The results of one pass: {name: [row, position, …]}."""
     new = [index for index, _ in batch.cases if index not in ready]
     ready |= zip(new, prepare(block, [block.plan["cases"][index] for index in new], batch.start), strict=True)
-    prepared = batch.prepared(ready)
+    prepared, words = batch.prepared(ready), block.plan["words"]
+    if words:
+        prepared.kept = words.kept(prepared, lambda effect: _top(effect, batch, block.arrays), state)
     changes = ablated_pass(block, prepared)
     results = _with_next(ablated_readout(changes, prepared, block, state), block.arrays["tokens"])
     if outcomes := block.plan["outcomes"]:
         top = _top(results["direct_effect"], batch, block.arrays)
         results |= outcomes.ablated(block, prepared, changes["final"], results["ablated_norm_scale"], top, state)
+    if words:
+        results |= words.of_pass(block, prepared, changes, results, state)
     return results
 
 
@@ -118,7 +122,7 @@ def _of_clean_run(state, probed, plan):
 
 def effects_job(model, arrays, plan, tick=None, known=None):
     """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
-    same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": None}
+    same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": None, "words": None}
     cases = plan["cases"]
     block = block_of(model, same, arrays, cases, known)
     scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)

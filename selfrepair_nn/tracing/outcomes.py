@@ -15,38 +15,8 @@ import torch
 from nnsight import save
 
 from selfrepair_nn.tracing.clean import no_logits
-from selfrepair_nn.tracing.objects import Bundle
-from selfrepair_nn.tracing.places import place
-from selfrepair_nn.tracing.probes import UNEMBEDDING_ELEMENTS
-from selfrepair_nn.tracing.readouts import capped, centre, widen
-
-ARRAYS = 4
-"""How many times fewer tokens come at once than one array of the vocabulary's size would allow."""
-
-
-class Unembedding(Bundle):
-    """The model's unembedding, as a function of what leaves the final norm; `nothing` is what it gives for zeros."""
-
-    module: object
-    plan: dict
-    dtype: torch.dtype
-    nothing: torch.Tensor
-
-    def logits(self, x):
-        """Logits before a soft cap, [token, d_model] to [token, vocabulary]."""
-        return self.plan["model"]["logit_scale"] * widen(self.module(x.to(self.dtype)))
-
-    def change(self, x):
-        """What a change of its input changes, every token's to the same relative precision."""
-        size = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(self.dtype).tiny)
-        out = self.logits(x / size) - self.plan["model"]["logit_scale"] * self.nothing
-        return size.to(out.device) * out
-
-    @property
-    def at_once(self):
-        """How many tokens."""
-        most = UNEMBEDDING_ELEMENTS.get(self.nothing.device.type, UNEMBEDDING_ELEMENTS["cpu"])
-        return max(1, most // (ARRAYS * self.nothing.shape[-1]))
+from selfrepair_nn.tracing.readouts import capped, widen
+from selfrepair_nn.tracing.vocabulary import final_stream, joined, normed_by, own_changes, unembedding
 
 
 def clean_outcomes(block, scale):
@@ -54,14 +24,14 @@ def clean_outcomes(block, scale):
 
     With them `normed` [prompt, position, d_model], g(x).
     """
-    normed, tokens = _normed(block, _final(block), scale), block.arrays["tokens"]
+    normed, tokens = normed_by(block, final_stream(block), scale), block.arrays["tokens"]
     goals, whole = _goals(block).flatten(), (normed + block.probed["norm_bias_final"]).flatten(0, 1)
     with torch.no_grad(), block.model.trace(tokens[:1, :1], use_cache=False, logits_to_keep=no_logits(block.plan)):
         parts = save([])
-        unembed = _unembedding(block)
+        unembed = unembedding(block)
         for rows, goal in zip(whole.split(unembed.at_once), goals.split(unembed.at_once), strict=True):
             parts.append(_of_clean_run(capped(unembed.logits(rows), block.plan), goal))
-    return {"normed": normed} | {name: x.view(tokens.shape) for name, x in _joined(parts, block).items()}
+    return {"normed": normed} | {name: x.view(tokens.shape) for name, x in joined(parts, block).items()}
 
 
 def ablated_outcomes(block, batch, final, ablated_scale, kept, state):
@@ -78,10 +48,10 @@ def ablated_outcomes(block, batch, final, ablated_scale, kept, state):
     row, position = kept.nonzero(as_tuple=True)
     token = batch.prompts.to(row.device)[row] * block.arrays["tokens"].shape[1] + position
     scale = state["norm_scale"].flatten()[token]
-    change = widen(block.home(final)[row, position]) - widen(_final(block)).flatten(0, 1)[token]
-    changes = (_normed(block, x, scale) for x in (change, _own_changes(block, batch, kept)))
+    change = widen(block.home(final)[row, position]) - widen(final_stream(block)).flatten(0, 1)[token]
+    changes = (normed_by(block, x, scale) for x in (change, own_changes(block, batch, kept)))
     taken, order = (token, scale / ablated_scale[kept], *changes), token.argsort(stable=True)
-    found = _joined(_compared(block, state, [x[order] for x in taken]), block)
+    found = joined(_compared(block, state, [x[order] for x in taken]), block)
     return {name: _placed(x[order.argsort()], kept) for name, x in found.items()}
 
 
@@ -94,7 +64,7 @@ def _compared(block, state, taken):
     first = block.arrays["tokens"][:1, :1]
     with torch.no_grad(), block.model.trace(first, use_cache=False, logits_to_keep=no_logits(block.plan)):
         parts = save([])
-        unembed = _unembedding(block)
+        unembed = unembedding(block)
         constant = unembed.logits(beta[None])
         for token, stretch, change, own in zip(*(x.split(unembed.at_once) for x in taken), strict=True):
             distinct, which = token.unique(return_inverse=True)
@@ -142,44 +112,15 @@ def _behind_cap(clean, before, change, plan):
     return change if plan["model"]["logit_cap"] is None else capped(clean + change, plan) - before
 
 
-def _unembedding(block):
-    """Only within a trace."""
-    module, final = place(block.model, block.plan, "unembedding"), _final(block)
-    return Unembedding(module, block.plan, final.dtype, widen(module(final.new_zeros(1, final.shape[-1]))))
-
-
-def _own_changes(block, batch, kept):
-    """What the ablated sites' own writes change, of the kept tokens: [token, d_model]."""
-    found = []
-    for rows, case, prompts in batch.each():
-        own = sum(block.home(site.own_change(edit, block)) for site, edit in case.edits.items())
-        found.append(widen(batch.of(own, prompts))[:, : kept.shape[1]][kept[rows]])
-    return torch.cat(found)
-
-
-def _final(block):
-    """The clean residual stream before the final norm: [prompt, position, d_model]."""
-    return block.home(block.clean["input"][block.plan["model"]["n_layers"]])
-
-
 def _goals(block):
     """The next token of each [prompt, position]; some token where none follows."""
     tokens = block.home(block.arrays["tokens"])
     return torch.cat([tokens[:, 1:], tokens[:, -1:]], 1)
 
 
-def _normed(block, x, scale):
-    """g(x): what the final norm makes of x [..., d_model] under this scale [...], less its bias."""
-    return block.probed["norm_gain_final"] * centre(widen(x), block.plan) / scale[..., None]
-
-
 def _at(x, goals):
     """The entries of x [token, vocabulary] at the targets: [token]."""
     return x.gather(-1, goals.to(x.device)[:, None])[:, 0]
-
-
-def _joined(parts, block):
-    return {name: block.home(torch.cat([part[name] for part in parts])) for name in parts[0]}
 
 
 def _placed(x, kept):

@@ -1,9 +1,27 @@
-"""The ablated pass: it begins at its place, and every row of it is one case on one prompt."""
+"""The ablated pass: it begins at its place, and every row of it is one case on one prompt.
+
+Of `ablated_pass` (told here, for the text of a function travels with each request, a module's does not):
+
+All cases begin at the same place: the layers below are skipped, and the pass takes up the clean residual stream with
+what the case changes there added; sites further up are replaced on the way. What comes after the longest row's last
+wanted token is left out: by causality it changes nothing before.
+
+Args:
+    block: a `cases.Block`.
+    batch: a `rows.Batch`, its cases prepared.
+
+Returns a dict of changes of ⟨x_c, d_t⟩ (not yet divided by S), over the rows of the pass:
+    heads {layer: [row, position, heads]}, mixers and mlps {layer: [row, position]},
+    neurons [row, position, neurons],
+    post_norms [[row, position]] what the scales of the norms behind the attention change, layer by layer,
+    experts {layer: [row, position, choice]}, where they are recorded or kept, final [row, position, d_model],
+    watched {(activation, layer): [token, width]} changes of activations themselves, at tokens whose words are kept.
+"""
 
 import torch
 from nnsight import save
 
-from selfrepair_nn.tracing.changes import effects_of_change
+from selfrepair_nn.tracing.changes import compare
 from selfrepair_nn.tracing.clean import neurons_of, no_logits, stub, take_up
 from selfrepair_nn.tracing.places import like_rows, part, place, skip, written
 from selfrepair_nn.tracing.readouts import norm_scale, per_head, widen
@@ -12,26 +30,11 @@ from selfrepair_nn.tracing.sites import Head
 
 
 def ablated_pass(block, batch):
-    """One forward pass in which every row is one case on one prompt.
-
-    All cases begin at the same place: the layers below are skipped, and the pass takes up the clean residual stream
-    with what the case changes there added; sites further up are replaced on the way. What comes after the longest
-    row's last wanted token is left out: by causality it changes nothing before.
-
-    Args:
-        block: a `cases.Block`.
-        batch: a `rows.Batch`, its cases prepared.
-
-    Returns a dict of changes of ⟨x_c, d_t⟩ (not yet divided by S), over the rows of the pass:
-        heads {layer: [row, position, heads]}, mixers and mlps {layer: [row, position]},
-        neurons [row, position, neurons],
-        post_norms [[row, position]] what the scales of the norms behind the attention change, layer by layer,
-        experts {layer: [row, position, choice]}, where they are recorded or kept, final [row, position, d_model].
-    """
+    """One forward pass in which every row is one case on one prompt. What it takes and returns is told at the top."""
     model, plan, (start, inside) = block.model, block.plan, batch.start
     stream = _taken_up(block, batch)
     with torch.no_grad(), model.trace(batch.tokens, use_cache=False, logits_to_keep=no_logits(plan)):
-        changes = save({"heads": {}, "mixers": {}, "mlps": {}, "post_norms": [], "experts": {}})
+        changes = save({"heads": {}, "mixers": {}, "mlps": {}, "post_norms": [], "experts": {}, "watched": {}})
         if start or not inside:
             take_up(model, plan, start, stream)
         for layer in range(start, plan["model"]["n_layers"]):
@@ -102,7 +105,7 @@ def _through_heads(block, layer, batch, changes):
             per_head(z, plan)[rows, :, heads] = clean[:, :, heads]
     _replace(z, "z", layer, batch, plan)
     if compared:
-        changes["heads"][layer] = effects_of_change(z, "z", layer, block, batch)
+        changes["heads"][layer] = compare(z, "z", layer, block, batch, changes)
 
 
 def _through_mixer(block, layer, batch, changes):
@@ -114,7 +117,7 @@ def _through_mixer(block, layer, batch, changes):
     if frozen:
         out[:] = batch.of(block.clean["mixer"][layer])
     if compared:
-        changes["mixers"][layer] = effects_of_change(out, "mixer", layer, block, batch)[..., 0]
+        changes["mixers"][layer] = compare(out, "mixer", layer, block, batch, changes)[..., 0]
 
 
 def _through_mlp(block, layer, batch, changes):
@@ -136,7 +139,7 @@ def _through_mlp(block, layer, batch, changes):
         out[:] = batch.of(clean["mlp"][layer])
     _replace(out, "mlp", layer, batch, plan)
     if compared:
-        changes["mlps"][layer] = effects_of_change(out, "mlp", layer, block, batch)[..., 0]
+        changes["mlps"][layer] = compare(out, "mlp", layer, block, batch, changes)[..., 0]
 
 
 def _replace(x, kept, layer, batch, plan):

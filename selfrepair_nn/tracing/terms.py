@@ -9,7 +9,7 @@ from selfrepair_nn.tracing.places import place
 from selfrepair_nn.tracing.readouts import along, behind_norm, per_head, widen
 
 
-def _component_index(plan):
+def component_index(plan):
     """Where each component stands, in the order of components.components."""
     names = [("embed", None), *([("pos_embed", None)] if plan["model"]["position_embedding"] else [])]
     for layer in range(plan["model"]["n_layers"]):
@@ -65,7 +65,7 @@ def _embeddings(model, plan, tokens):
 
 def component_changes(changes, batch, effects, scale, state, plan):
     """Every component's change of direct effect: [row, position, component]."""
-    index = _component_index(plan)
+    index = component_index(plan)
     out = scale.new_zeros(*scale.shape, len(index))
     for layer, x in changes["heads"].items():
         first = index["head", layer, 0]
