@@ -52,7 +52,9 @@ from selfrepair_nn.components import (
     select_heads,
     site,
 )
+from selfrepair_nn.constants import Constants
 from selfrepair_nn.drawing import figure
+from selfrepair_nn.edges import KnockOut, ZeroValues
 from selfrepair_nn.errors import SelfRepairError, UsageError
 from selfrepair_nn.estimating.preview import preview
 from selfrepair_nn.explorer import view
@@ -66,6 +68,7 @@ from selfrepair_nn.prompts import Prompts, text_prompts
 from selfrepair_nn.recipe import recipes as list_recipes
 from selfrepair_nn.replacements import (
     Constant,
+    Noise,
     OtherHead,
     Reinforce,
     ReinforcePartner,
@@ -88,13 +91,16 @@ __version__: str
 __all__ = [
     "Attention",
     "Constant",
+    "Constants",
     "FinalNorm",
     "Graph",
     "Head",
+    "KnockOut",
     "Layers",
     "Mixers",
     "Mlp",
     "Neuron",
+    "Noise",
     "Norm",
     "Options",
     "OtherHead",
@@ -109,6 +115,7 @@ __all__ = [
     "Swap",
     "UsageError",
     "Variants",
+    "ZeroValues",
     "backups",
     "by_case",
     "by_head",

@@ -130,7 +130,7 @@ class Experiment:
             "logprob": None if o.logprob == "none" else o.logprob,
             "share": self.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if self.reads_means else None,
-            "seed": o.seed if self.reinforces else None,
+            "seed": o.seed if self.draws else None,
             "select": "top-share" if self.selective else None,
             "until_ci": None if o.until_ci is None else [o.until_ci, o.ci_of],
         }
@@ -139,8 +139,8 @@ class Experiment:
     def idle(self) -> list[str]:
         """The options that were chosen and change nothing here."""
         o = self.options
-        draws = self.partners is not None and o.partners is None
-        random = draws or self.reinforces or o.until_ci is not None or self.recipe.make_prompts is not None
+        derangement = self.partners is not None and o.partners is None
+        random = derangement or self.draws or o.until_ci is not None or self.recipe.make_prompts is not None
         chosen = {
             "seed": o.seed != 0 and not random,
             "mean_prompts": o.mean_prompts != type(o).mean_prompts and not self.reads_means,
@@ -153,6 +153,11 @@ class Experiment:
     def reads_means(self) -> bool:
         """Whether mean values are found before the first block."""
         return any(graph.replaced_by.reads_means for graph in self.work.graphs)
+
+    @property
+    def draws(self) -> bool:
+        """Whether what is done follows from the seed, beside partners."""
+        return any(graph.replaced_by.draws for graph in self.work.graphs)
 
     @property
     def reinforces(self) -> bool:
@@ -227,6 +232,12 @@ class Experiment:
         width, places = self.description.structure.d_model, self.order[block]
         drawn = [np.random.default_rng((self.options.seed, int(place))).standard_normal(width) for place in places]
         return np.array([each / np.linalg.norm(each) for each in drawn], self.precision)
+
+    def noise_seeds(self, block: slice | np.ndarray) -> np.ndarray:
+        """A number for each prompt, from the seed and its place in the text: int64 [prompt]."""
+        places = self.order[block].tolist()
+        drawn = [np.random.SeedSequence((self.options.seed, place)).generate_state(1, np.uint64) for place in places]
+        return np.concatenate(drawn).view(np.int64)
 
     @property
     def records(self) -> frozenset[str]:
@@ -337,13 +348,13 @@ class Experiment:
         """What `arrays` gives for the prompts at these places in the text, in whatever order the rows are."""
         return self.arrays(np.argsort(self.order)[block])
 
-    def arrays(self, block: slice | np.ndarray) -> dict[str, Any]:
-        """The token ids, and what goes with them, that a job on these prompts takes."""
+    def arrays(self, block: slice | np.ndarray, graph: Graph | None = None) -> dict[str, Any]:
+        """The token ids, and what goes with them, that a job on these prompts takes; one that ablates, by a graph."""
         import torch
 
         p = self.prompts
         found = {"tokens": p.tokens[block]}
-        for graph in self.work.graphs:
+        if graph is not None:
             found |= graph.replaced_by.arrays(self, block)
         if p.other is not None:
             found["other"] = p.other[block]
@@ -423,10 +434,8 @@ def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, di
     if prompts.other is not None:
         graphs = {label: replace(graph, target="difference") for label, graph in graphs.items()}
     for graph in graphs.values():
-        if graph.replacement == "counterfactual" and prompts.counterfactual is None:
-            raise UsageError(
-                'ablation "counterfactual" needs prompts with a counterfactual: define prompts() in the recipe'
-            )
+        if reason := graph.replaced_by.amiss(prompts):
+            raise UsageError(f"ablation {graph.ablation!r}: {reason}")
         if graph.target == "difference" and prompts.other is None:
             raise UsageError('target "difference" needs prompts that name the other token: define prompts()')
     return (found.axis if isinstance(found, Variants) else None), dict(graphs)

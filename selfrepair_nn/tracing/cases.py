@@ -99,7 +99,8 @@ def needs(plan, cases):
     if plan["neurons"] is not None:
         keep["neurons"].add(plan["neurons"])
         keep["mlp"].add(plan["neurons"])
-    for needed in [site.needs() for case in cases for site in case] + [plan["replacement"].needs()]:
+    readers = [each for each in (plan["replacement"], plan["attention"]) if each]
+    for needed in [s.needs() for case in cases for s in case] + [each.needs(cases) for each in readers]:
         for what, layers in needed.items():
             keep[what] |= layers
     for norm in ("attention", "mlp", "post"):
