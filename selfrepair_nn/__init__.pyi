@@ -12,6 +12,7 @@ from selfrepair_nn.analysis import (
     contrast_by_head,
     differences,
     does_task,
+    edges_by_head,
     erasure_neurons,
     in_nats,
     induction_by_head,
@@ -22,6 +23,7 @@ from selfrepair_nn.analysis import (
     neuron_sparsity,
     norm_by_head,
     only,
+    optimal_by_head,
     outcomes_by_head,
     reinforcement_by_head,
     reinforcement_nulls,
@@ -52,7 +54,7 @@ from selfrepair_nn.components import (
     select_heads,
     site,
 )
-from selfrepair_nn.constants import Constants
+from selfrepair_nn.constants import Constants, Optimal
 from selfrepair_nn.drawing import figure
 from selfrepair_nn.edges import KnockOut, ZeroValues
 from selfrepair_nn.errors import SelfRepairError, UsageError
@@ -63,6 +65,7 @@ from selfrepair_nn.graph import Graph, Variants, sweep
 from selfrepair_nn.integrity import verify
 from selfrepair_nn.models.load import check, load
 from selfrepair_nn.models.model import wrap
+from selfrepair_nn.optimal import optimal_constants
 from selfrepair_nn.options import Options
 from selfrepair_nn.prompts import Prompts, text_prompts
 from selfrepair_nn.recipe import recipes as list_recipes
@@ -102,6 +105,7 @@ __all__ = [
     "Neuron",
     "Noise",
     "Norm",
+    "Optimal",
     "Options",
     "OtherHead",
     "PostNorms",
@@ -129,6 +133,7 @@ __all__ = [
     "contrast_by_head",
     "differences",
     "does_task",
+    "edges_by_head",
     "edited_prompts",
     "erasure_neurons",
     "figure",
@@ -146,6 +151,8 @@ __all__ = [
     "norm_by_head",
     "only",
     "open_store",
+    "optimal_by_head",
+    "optimal_constants",
     "outcomes_by_head",
     "plot",
     "preview",

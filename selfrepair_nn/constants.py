@@ -12,8 +12,8 @@ import numpy as np
 from selfrepair_nn.components import Attention, Head, Mlp, Neuron
 from selfrepair_nn.errors import UsageError, one_line
 from selfrepair_nn.fixed import Fixed
-from selfrepair_nn.replacements import Replacement, Run
-from selfrepair_nn.values import brief, place
+from selfrepair_nn.replacements import OfHeads, Replacement, Run
+from selfrepair_nn.values import brief, number, place, whole
 
 Site = Head | Mlp | Neuron
 KINDS: dict[str, Any] = {kind.kind: kind for kind in (Head, Mlp, Neuron)}
@@ -95,6 +95,17 @@ class Constants(Replacement):
                 wanted.append(each)
         return Constants({site: known[site].values for site in wanted}, self.about)
 
+    @property
+    def written(self) -> dict[str, Any]:
+        """All of them as plain data."""
+        return {"vectors": [[site.entry, v.values.tolist()] for site, v in self.vectors], "about": self.about}
+
+    @classmethod
+    def read(cls, written: Mapping[str, Any]) -> "Constants":
+        """Those that `written` gives."""
+        vectors = {KINDS[kind](*numbers): vector for (kind, *numbers), vector in written["vectors"]}
+        return cls(vectors, written["about"])
+
     def _require(self, site: Any) -> None:
         if site not in dict(self.vectors):
             raise UsageError(f"{getattr(site, 'label', brief(site))} has no constant; there are {self._told}")
@@ -132,6 +143,36 @@ class Constants(Replacement):
             raise UsageError(f"file {at!r} does not exist: Constants.save writes one") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{at!r} holds no constants as Constants.save writes them: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Optimal(OfHeads):
+    """Replacement: the constant with which the model loses least, learned by the run for each head that is ablated.
+
+    As `sr.optimal_constants` does it, with so many `steps` at this `rate`, on half of the run's documents (or prompts,
+    where these are few); the store keeps the constants and reports the other half. A run on a server cannot learn: it
+    takes `Constants` that were learned elsewhere.
+
+    Raises:
+        UsageError: what is no number of steps, or no rate.
+    """
+
+    steps: int = 12
+    rate: float = 0.3
+    learns = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", whole("steps", self.steps, 0))
+        object.__setattr__(self, "rate", number("rate", self.rate))
+
+    @property
+    def word(self) -> str:
+        return self.kind
+
+    def require(self, case: tuple[Any, ...]) -> None:
+        super().require(case)
+        if len(case) > 1 or isinstance(case[0], Attention):
+            raise UsageError("Optimal is learned for one head at a time: let each entry of ablate be a head")
 
 
 def _each(site: Any, given: Any) -> list[tuple[Site, Fixed]]:

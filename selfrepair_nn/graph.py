@@ -21,6 +21,7 @@ from selfrepair_nn.components import (
     Swap,
     headless_in,
 )
+from selfrepair_nn.edges import KnockOut, ZeroValues
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import ASKED, QUANTITIES, RANKS, measured
 from selfrepair_nn.replacements import Reinforce, Replacement, replacement_of
@@ -357,6 +358,9 @@ def _require_recordable(graph: Graph) -> None:
         raise UsageError('record "total" reads the final residual stream alone: record "sums" for neurons or Reinforce')
     if graph.reinforces and "logprob" in graph.also:
         raise UsageError("reinforced heads are measured in logits: leave log-probability out")
+    cuts = isinstance(graph.replacement, KnockOut | ZeroValues)
+    if "edge_attention" in graph.also and not (cuts and graph.heads_only):
+        raise UsageError("edge_attention is that of one head along the edges that a KnockOut or ZeroValues cuts")
     if graph.attention and not graph.heads_only:
         raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
     if "falling_neuron" in graph.also and graph.neurons is None:

@@ -187,6 +187,7 @@ _ALL = (
     Quantity("ablated_residual_norm", "ablated", SWEEP, "1", "ablated norm of the residual stream", "Length of the residual stream before the final norm, in the ablated run.", when="residual_norm"),
     Quantity("inserted_direct_effect", "ablated", SWEEP, "logit", "direct effect of the insertion", "DE, under the clean norm scale, of what a reinforced head's run adds to the residual stream; not part of its self-repair.", when="reinforced"),
     Quantity("attention", "clean", (*SWEEP, "distance"), "1", "attention", "Attention the head pays, in the clean run, to the token so far back; 0 where there is none.", when="attention"),
+    Quantity("edge_attention", "ablated", SWEEP, "1", "attention along the edges", "Attention that the head pays, in the clean run, along the edges that are cut.", when="edge_attention"),
     Quantity("mlp_direct_effect", "clean", TOKEN, "logit", "direct effect of the MLP", "DE of the recorded MLP in the clean run.", when="neurons"),
     Quantity("mlp_change", "ablated", SWEEP, "logit", "change of direct effect of the MLP", "DE of the recorded MLP after the ablation minus before, under the clean norm scale.", when="neurons"),
     Quantity("top_neuron", "ablated", (*SWEEP, "rank"), "1", "most repairing neurons", "Index of the neuron of the recorded MLP whose DE rises most, second most ...", "int", when="neurons"),

@@ -45,7 +45,7 @@ class Replacement(metaclass=Declared):
     `reads_partner` that this is the text of the prompt's partner.
     `reads_means` says that mean values are found before the first block.
     `takes_away` says that nothing is left of what was there: beside such a one, whole layers may be deleted or swapped.
-    `draws` says that it is drawn from the run's seed.
+    `draws` says that it is drawn from the run's seed, `learns` that what takes the site's place is learned first.
     """
 
     reads_text: ClassVar[bool] = False
@@ -53,6 +53,7 @@ class Replacement(metaclass=Declared):
     takes_away: ClassVar[bool] = False
     reads_means: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     @property
     def kind(self) -> str:
@@ -306,5 +307,5 @@ def replacement_of(given: Any) -> Replacement:
         return NAMED[given]
     raise UsageError(
         f"ablation {brief(given)} is not known; choose one of {', '.join(NAMED)}, or a Scale, Constant, Constants, "
-        "Noise, OtherHead, KnockOut, ZeroValues or Reinforce with what it says"
+        "Optimal, Noise, OtherHead, KnockOut, ZeroValues or Reinforce with what it says"
     )

@@ -5,6 +5,7 @@ Only what is marked `done` counts. All means are taken in float64. A store may b
 
 from selfrepair_nn.analysis.checks import HEADS, MEANS, among, percent, restored, throughout
 from selfrepair_nn.analysis.contrast import contrast_by_head
+from selfrepair_nn.analysis.edges import CONCENTRATED, SOFTMAXES, edges_by_head
 from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by_head
 from selfrepair_nn.analysis.ioi import backups, name_movers
 from selfrepair_nn.analysis.layers import by_layer, most_repaired
@@ -16,6 +17,7 @@ from selfrepair_nn.analysis.neurons import (
 )
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
+from selfrepair_nn.analysis.optimal import OPTIMAL, optimal_by_head
 from selfrepair_nn.analysis.outcomes import in_nats, outcomes_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
 from selfrepair_nn.analysis.reinforcement import (
@@ -36,6 +38,7 @@ from selfrepair_nn.analysis.variants import axis_of, by_variant, differences
 from selfrepair_nn.quantities import SHARE
 
 __all__ = [
+    "CONCENTRATED",
     "CONFIDENCE",
     "FATES",
     "HALF_WIDTH",
@@ -43,9 +46,11 @@ __all__ = [
     "KINDS",
     "LEAST",
     "MEANS",
+    "OPTIMAL",
     "OWN",
     "QUANTITIES",
     "SHARE",
+    "SOFTMAXES",
     "among",
     "axis_of",
     "backups",
@@ -59,6 +64,7 @@ __all__ = [
     "differences",
     "does_task",
     "done_share",
+    "edges_by_head",
     "erasure_neurons",
     "every_token",
     "has_nulls",
@@ -72,6 +78,7 @@ __all__ = [
     "neuron_sparsity",
     "norm_by_head",
     "only",
+    "optimal_by_head",
     "outcomes_by_head",
     "percent",
     "references",

@@ -11,6 +11,7 @@ import numpy as np
 
 from selfrepair_nn.case_sites import written
 from selfrepair_nn.components import Head
+from selfrepair_nn.constants import Constants
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, Variants, of_model
@@ -30,7 +31,8 @@ class Experiment:
     """A recipe, applied: what is run on which prompts. `partners` is None where nothing is resampled.
 
     `order` [prompt] is the place in the text of each prompt, whose rows may be shuffled; `partners` are rows.
-    `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads.
+    `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads, or
+    have what was learned.
     """
 
     request: Request
@@ -153,6 +155,19 @@ class Experiment:
     def reads_means(self) -> bool:
         """Whether mean values are found before the first block."""
         return any(graph.replaced_by.reads_means for graph in self.work.graphs)
+
+    @property
+    def learns(self) -> bool:
+        """Whether constants are learned before the first block, on half of the prompts."""
+        return any(graph.replaced_by.learns for graph in self.work.graphs)
+
+    def learned(self, constants: Constants) -> "Experiment":
+        """The same where these constants are what was to be learned."""
+        variants = {
+            label: replace(graph, replacement=constants) if graph.replaced_by.learns else graph
+            for label, graph in self.work.variants.items()
+        }
+        return replace(self, work=replace(self.work, variants=variants))
 
     @property
     def draws(self) -> bool:
@@ -389,7 +404,7 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
     require_same_graphs(request, drawn)
     tokenizer = given.tokenizer if given else load_tokenizer(description.source)
     prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)
-    axis, graphs = _variants(drawn, prompts)
+    axis, graphs = _variants(drawn, prompts, options.served)
     if of_top_tokens(graphs[next(iter(graphs))]) and "all" in (options.components, options.logprob):
         name = "components" if options.components == "all" else "logprob"
         raise UsageError(f"neurons and routing are kept for the top share of tokens: choose {name} 'top' or 'none'")
@@ -428,12 +443,17 @@ def _require_statistics(options: Options, work: Work) -> None:
         )
 
 
-def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, dict[Any, Graph]]:
+def _variants(found: Graph | Variants, prompts: Prompts, served: bool) -> tuple[str | None, dict[Any, Graph]]:
     """The axis and its graphs; the target is the difference where the prompts name what is subtracted."""
     graphs = found.graphs if isinstance(found, Variants) else {"": found}
     if prompts.other is not None:
         graphs = {label: replace(graph, target="difference") for label, graph in graphs.items()}
     for graph in graphs.values():
+        if graph.replaced_by.learns and served:
+            raise UsageError(
+                f"ablation {graph.ablation!r}: a server has no gradients: learn where the weights are, with "
+                "sr.optimal_constants, save that, and ablate by sr.Constants.load(FILE)"
+            )
         if reason := graph.replaced_by.amiss(prompts):
             raise UsageError(f"ablation {graph.ablation!r}: {reason}")
         if graph.target == "difference" and prompts.other is None:

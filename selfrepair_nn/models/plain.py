@@ -52,7 +52,7 @@ def whole_passes(model, tokens, heads) -> Iterator[Any]:
     own = {}
     with ExitStack() as hooks:
         for layer in {head.layer for head in heads}:
-            hooks.enter_context(_hooked(model, layer, lambda z, layer=layer: own.update({layer: z.clone()})))
+            hooks.enter_context(hooked(model, layer, lambda z, layer=layer: own.update({layer: z.clone()})))
         _returned(model, tokens)
     for start in range(0, len(heads), count):
         some = heads[start : start + count]
@@ -75,12 +75,12 @@ def _replaced(model, heads, own) -> Iterator[None]:
                 z[rows, :, part] = clean.roll(1, 0)[..., part]
                 return z
 
-            hooks.enter_context(_hooked(model, head.layer, edit))
+            hooks.enter_context(hooked(model, head.layer, edit))
         yield
 
 
 @contextmanager
-def _hooked(model, layer, edit) -> Iterator[None]:
+def hooked(model, layer, edit) -> Iterator[None]:
     """Within, `edit` sees the input of a layer's output projection and may give another in its place."""
     places = model.structure.places
     projection = at(at(model.module, places["layers"])[layer], places["output_projection"])
@@ -94,3 +94,45 @@ def _hooked(model, layer, edit) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def entering(model, layer, edit) -> Iterator[None]:
+    """Within, `edit` sees the residual stream that enters a layer and may give another in its place."""
+
+    def hook(_, args, kwargs):
+        found = edit(args[0] if args else kwargs["hidden_states"])
+        if found is None:
+            return None
+        return ((found, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": found})
+
+    module = at(model.module, model.structure.places["layers"])[layer]
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def beginning(model, layer, stream) -> Iterator[None]:
+    """Within, passes begin at a layer, with this residual stream: the layers below do nothing."""
+    below = list(at(model.module, model.structure.places["layers"]))[:layer]
+    others = model.structure.returns.get("layer")
+
+    def nothing(*args, **kwargs):
+        x = args[0] if args else kwargs["hidden_states"]
+        return x if others is None else (x, *[None] * (others - 1))
+
+    before = [vars(each).get("forward") for each in below]
+    for each in below:
+        each.forward = nothing
+    try:
+        with entering(model, layer, lambda _: stream):
+            yield
+    finally:
+        for each, forward in zip(below, before, strict=True):
+            if forward is None:
+                del each.forward
+            else:
+                each.forward = forward

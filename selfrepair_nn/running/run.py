@@ -215,7 +215,7 @@ def _fill(
     A part of a run calls `let_others` once all that the parts have in common is known, so that others can begin.
     """
     o = experiment.options
-    experiment = _packed(store, experiment, model, shared.on_one_device)
+    experiment = _packed(store, _learned(store, experiment, model), model, shared.on_one_device)
     runner = _runner(store, experiment, model)
     known = learn(store, experiment, model.layout, runner)
     if o.part:
@@ -230,6 +230,18 @@ def _fill(
                         experiment.work.case_tokens // experiment.prompts.n * (block.stop - block.start)
                     )
                 yield block
+
+
+def _learned(store: Store, experiment: Experiment, model: Model) -> Experiment:
+    """With the constants that are learned on half of the prompts, which the store keeps."""
+    if not experiment.learns:
+        return experiment
+    from selfrepair_nn.optimal import learned
+
+    with with_enough_memory("learning constants"):
+        found = learned(model, experiment)
+    store.annotate(constants=found.written)
+    return experiment.learned(found)
 
 
 def _sized(experiment: Experiment, model: Model, processes: int) -> Experiment:

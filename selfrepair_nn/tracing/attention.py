@@ -18,22 +18,35 @@ class AttentionPaid(Bundle):
     """What is recorded of attention, as an object of the plan: its code goes only with a request that asks for it."""
 
     distances: list
+    edges: bool
 
     def needs(self, cases):
         """What it reads of a clean pass."""
         return entering(cases)
 
-    def paid(self, block, cases):
-        """Attention of each case's head: [case, prompt, position, distance]. Where no token is so far back it is 0."""
-        found = {}
+    def found(self, block, cases):
+        """Attention of each case's head to tokens so far back: [case, prompt, position, distance], 0 where none is.
+
+        And along the edges that the plan's replacement cuts, [case, prompt, position].
+        """
+        paid = {}
         for layer in sorted({site.layer for case in cases for site in case}):
-            pattern = attention(block, layer)[0]
-            count = pattern.shape[-1]
-            key = torch.arange(count)[:, None] - torch.tensor(self.distances)
-            index = key.clamp(0, count - 1).to(pattern.device).expand(*pattern.shape[:2], *key.shape)
-            paid = widen(pattern).gather(-1, index) * (key >= 0).to(pattern.device)
-            found |= {(layer, head): block.home(paid[:, head, :-1]) for head in range(paid.shape[1])}
-        return torch.stack([found[site.layer, site.head] for case in cases for site in case])
+            for head, pattern in enumerate(widen(attention(block, layer)[0]).unbind(1)):
+                paid[layer, head] = self._of_head(pattern[:, :-1], block)
+        each = [paid[site.layer, site.head] for case in cases for site in case]
+        return {name: torch.stack([block.home(one[name]) for one in each]) for name in each[0]}
+
+    def _of_head(self, pattern, block):
+        """Of what a head pays, [prompt, query, key]."""
+        found = {}
+        if self.distances:
+            key = torch.arange(pattern.shape[1])[:, None] - torch.tensor(self.distances)
+            index, there = key.clamp_min(0).to(pattern.device), (key >= 0).to(pattern.device)
+            found["attention"] = pattern.gather(-1, index.expand(len(pattern), *key.shape)) * there
+        if self.edges:
+            cut = block.plan["replacement"].edges_cut(pattern, block.arrays)
+            found["edge_attention"] = (pattern * cut).sum(-1)
+        return found
 
 
 def entering(cases):

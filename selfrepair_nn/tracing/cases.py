@@ -59,12 +59,12 @@ def realised(plan):
     """The plan with its sites, its replacement and what else it asks for as objects: no other code travels with it."""
     if "cases" not in plan:
         return plan
-    cases = [[site_of(entry) for entry in case] for case in plan["cases"]]
+    cases, cut = [[site_of(entry) for entry in case] for case in plan["cases"]], "edge_attention" in plan["gives"]
     asked = {
         "readings": None if plan["neurons"] is None else NeuronReadings(),
         "terms": Terms() if plan["record"] == "full" else None,
         "outcomes": Outcomes() if "logprob" in plan["gives"] else None,
-        "attention": AttentionPaid(plan["attention"]) if plan["attention"] else None,
+        "attention": AttentionPaid(plan["attention"], cut) if plan["attention"] or cut else None,
     }
     return plan | {"cases": cases, "replacement": replacement_of(plan["replacement"])} | asked
 

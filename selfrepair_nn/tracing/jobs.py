@@ -59,7 +59,7 @@ def ablation_job(model, arrays, plan, tick=None, known=None):
     out = _with_next(_of_clean_run(state, block.probed, plan), tokens)
     out |= gathered(found, len(tokens), tokens.shape[1] - 1, len(cases))
     if plan["attention"]:
-        out["attention"] = plan["attention"].paid(block, cases)
+        out |= plan["attention"].found(block, cases)
     return out
 
 

@@ -128,11 +128,11 @@ class KnockOut(Bundle, Replacement):
         return constant + after + rounded
 
     def edges_cut(self, pattern, arrays):
-        """Of a head's pattern [prompt, query, key]: bool, of its shape."""
+        """Of a head's pattern [prompt, query, key], perhaps without its last queries: bool, of its shape."""
         found = torch.zeros_like(pattern, dtype=torch.bool)
         place = torch.arange(pattern.shape[-1], device=pattern.device)
         for distance in self.back:
-            found |= place[:, None] - place == distance
+            found |= place[: pattern.shape[1], None] - place == distance
         for key in self.keys:
             found |= place == key
         if self.most:
@@ -141,7 +141,8 @@ class KnockOut(Bundle, Replacement):
             found |= (place == arrays["keys"].to(place)[..., None]).any(1)[:, None]
         if "edges" in arrays:
             edges = arrays["edges"].to(place)
-            prompt, edge = (edges[..., 1] >= 0).nonzero(as_tuple=True)
+            asked = (edges[..., 1] >= 0) & (edges[..., 0] < pattern.shape[1])
+            prompt, edge = asked.nonzero(as_tuple=True)
             found[prompt, *edges[prompt, edge].unbind(-1)] = True
         return found
 
