@@ -18,6 +18,7 @@ from selfrepair_nn.analysis import (
     contrast_by_head,
     differences,
     does_task,
+    edges_by_head,
     erasure_neurons,
     frequent_words,
     hydra,
@@ -31,6 +32,7 @@ from selfrepair_nn.analysis import (
     neuron_sparsity,
     norm_by_head,
     only,
+    optimal_by_head,
     outcomes_by_head,
     reinforcement_by_head,
     reinforcement_nulls,
@@ -66,7 +68,9 @@ from selfrepair_nn.components import (
     select_heads,
     site,
 )
+from selfrepair_nn.constants import Constants, Optimal
 from selfrepair_nn.drawing import figure
+from selfrepair_nn.edges import KnockOut, ZeroValues
 from selfrepair_nn.errors import SelfRepairError, UsageError
 from selfrepair_nn.estimating.preview import preview
 from selfrepair_nn.explorer import view
@@ -75,12 +79,14 @@ from selfrepair_nn.graph import Graph, Variants, sweep
 from selfrepair_nn.integrity import verify
 from selfrepair_nn.models.load import check, load
 from selfrepair_nn.models.model import wrap
+from selfrepair_nn.optimal import optimal_constants
 from selfrepair_nn.options import Options
 from selfrepair_nn.patching import attribution, false_negatives
 from selfrepair_nn.prompts import Prompts, text_prompts
 from selfrepair_nn.recipe import recipes as list_recipes
 from selfrepair_nn.replacements import (
     Constant,
+    Noise,
     OtherHead,
     Reinforce,
     ReinforcePartner,
@@ -103,14 +109,18 @@ __version__: str
 __all__ = [
     "Attention",
     "Constant",
+    "Constants",
     "FinalNorm",
     "Graph",
     "Head",
+    "KnockOut",
     "Layers",
     "Mixers",
     "Mlp",
     "Neuron",
+    "Noise",
     "Norm",
+    "Optimal",
     "Options",
     "OtherHead",
     "Parallel",
@@ -126,6 +136,7 @@ __all__ = [
     "Swap",
     "UsageError",
     "Variants",
+    "ZeroValues",
     "attribution",
     "backup_roc",
     "backups",
@@ -146,6 +157,7 @@ __all__ = [
     "contrast_by_head",
     "differences",
     "does_task",
+    "edges_by_head",
     "edited_prompts",
     "erasure_neurons",
     "false_negatives",
@@ -168,6 +180,8 @@ __all__ = [
     "norm_by_head",
     "only",
     "open_store",
+    "optimal_by_head",
+    "optimal_constants",
     "outcomes_by_head",
     "plot",
     "preview",

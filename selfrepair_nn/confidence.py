@@ -109,6 +109,14 @@ class Estimate:
         shares = np.where(both, (self.shares + other.shares) / 2, 0)
         return Estimate(self.mean - other.mean, moved, shares)
 
+    def over(self, other: "Estimate") -> "Estimate":
+        """The ratios of these means and another's, linearised; no interval where the other's is 0."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = self.mean / other.mean
+            moved = (self.influence - ratio[:, None] * other.influence) / other.mean[:, None]
+        both = (self.known & other.known & np.isfinite(ratio))[:, None]
+        return Estimate(ratio, moved, np.where(both, (self.shares + other.shares) / 2, 0))
+
     @property
     def _spread(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Standard error, skewness and degrees of freedom of the mean: [case] each.

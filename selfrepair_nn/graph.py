@@ -21,6 +21,7 @@ from selfrepair_nn.components import (
     Whole,
     headless_in,
 )
+from selfrepair_nn.edges import KnockOut, ZeroValues
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import ASKED, MOVERS, QUANTITIES, RANKS, measured
 from selfrepair_nn.replacements import Reinforce, Replacement, replacement_of
@@ -374,6 +375,9 @@ def _require_recordable(graph: Graph) -> None:
         raise UsageError(
             'words are of an ablation whose parts are told apart: record "sums" or "full", and leave Reinforce out'
         )
+    cuts = isinstance(graph.replacement, KnockOut | ZeroValues)
+    if "edge_attention" in graph.also and not (cuts and graph.heads_only):
+        raise UsageError("edge_attention is that of one head along the edges that a KnockOut or ZeroValues cuts")
     if graph.attention and not graph.heads_only:
         raise UsageError("attention is that of one head: let each entry of ablate be a head, or leave it out")
     if "falling_neuron" in graph.also and graph.neurons is None:

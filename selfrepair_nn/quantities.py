@@ -207,6 +207,7 @@ _ALL = (
     Quantity("shuffled_neuron_change", "ablated", SWEEP, "logit", "most repairing neuron's change, shuffled target", "Change of DE on the shuffled target of the neuron of the recorded MLP whose DE on it rises most.", when="shuffled_neurons"),
     Quantity("shuffled_neuron_direct_effect", "ablated", SWEEP, "logit", "its direct effect on the shuffled target", "DE of that neuron on the shuffled target in the clean run.", when="shuffled_neurons"),
     Quantity("attention", "clean", (*SWEEP, "distance"), "1", "attention", "Attention the head pays, in the clean run, to the token so far back; 0 where there is none.", when="attention"),
+    Quantity("edge_attention", "ablated", SWEEP, "1", "attention along the edges", "Attention that the head pays, in the clean run, along the edges that are cut.", when="edge_attention"),
     Quantity("mlp_direct_effect", "clean", TOKEN, "logit", "direct effect of the MLP", "DE of the recorded MLP in the clean run.", when="neurons"),
     Quantity("mlp_change", "ablated", SWEEP, "logit", "change of direct effect of the MLP", "DE of the recorded MLP after the ablation minus before, under the clean norm scale.", when="neurons"),
     Quantity("top_neuron", "ablated", (*SWEEP, "rank"), "1", "most repairing neurons", "Index of the neuron of the recorded MLP whose DE rises most, second most ...", "int", when="neurons"),

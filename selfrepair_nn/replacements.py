@@ -19,8 +19,12 @@ class Run(Protocol):
     """A run, as a replacement sees it: its prompts, their partners ([prompt], or [resample, prompt] where each has
     several) and places in the text [prompt].
 
-    `random_directions` are vectors of length 1 as wide as the residual stream, [prompt, d_model], from the run's seed.
+    `random_directions` are vectors of length 1 as wide as the residual stream, [prompt, d_model], and `noise_seeds`
+    whole numbers, int64 [prompt], from the run's seed and each prompt's place. `precision` is the store's type.
     """
+
+    @property
+    def precision(self) -> str: ...
 
     @property
     def prompts(self) -> Any: ...
@@ -31,6 +35,7 @@ class Run(Protocol):
     @property
     def edited_position(self) -> Any: ...
     def random_directions(self, block: Any) -> np.ndarray: ...
+    def noise_seeds(self, block: Any) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,15 @@ class Replacement(metaclass=Declared):
     `reads_partner` that this is the text of the prompt's partner.
     `reads_means` says that mean values are found before the first block.
     `takes_away` says that nothing is left of what was there: beside such a one, whole layers may be deleted or moved.
+    `draws` says that it is drawn from the run's seed, `learns` that what takes the site's place is learned first.
     """
 
     reads_text: ClassVar[bool] = False
     reads_partner: ClassVar[bool] = False
     takes_away: ClassVar[bool] = False
     reads_means: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     @property
     def kind(self) -> str:
@@ -81,12 +89,16 @@ class Replacement(metaclass=Declared):
         """Why it does not fit these sites of a model of this structure, or None."""
         return None
 
+    def amiss(self, prompts: Any) -> str | None:
+        """Why it does not go with these prompts, or None."""
+        return None
+
     def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
         """What varies by prompt and travels with the block's tokens: {name: array [prompt, …]}."""
         return {}
 
 
-class _OfHeads(Replacement):
+class OfHeads(Replacement):
     """A replacement of heads only."""
 
     def require(self, case: tuple[Any, ...]) -> None:
@@ -131,6 +143,11 @@ class Counterfactual(Replacement):
 
     reads_text = takes_away = True
 
+    def amiss(self, prompts: Any) -> str | None:
+        if prompts.counterfactual is None:
+            return "it needs prompts with a counterfactual: define prompts() in the recipe"
+        return None
+
     def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
         return {"counterfactual_tokens": run.prompts.counterfactual[block]}
 
@@ -173,7 +190,26 @@ class Constant(Replacement):
 
 
 @dataclass(frozen=True)
-class OtherHead(_OfHeads):
+class Noise(Replacement):
+    """Replacement: the site's own value and Gaussian noise, independent for each entry, token, prompt and site.
+
+    Its standard deviation is `scale` times the root mean square of the value's entries at that token (of a head less
+    its constant part, where that belongs to the output bias): with a scale of 1 the noise is as long as the value. It
+    is drawn from the run's seed, the prompt's place in the text and the site: whatever else runs, and wherever.
+    """
+
+    scale: float
+    draws = True
+
+    def __post_init__(self) -> None:
+        _keep_number(self, "scale")
+
+    def arrays(self, run: Run, block: Any) -> dict[str, np.ndarray]:
+        return {"noise_seed": run.noise_seeds(block)}
+
+
+@dataclass(frozen=True)
+class OtherHead(OfHeads):
     """Replacement: what another head of the same prompt reads out at the same position."""
 
     head: Head
@@ -192,13 +228,14 @@ class OtherHead(_OfHeads):
 
 
 @dataclass(frozen=True)
-class Reinforce(_OfHeads):
+class Reinforce(OfHeads):
     """Not a replacement: `scale` times the head's own write is added to the stream that its layer reads.
 
     It is added at one position of each prompt, the store's `edited_position`.
     """
 
     scale: float
+    draws = True
 
     def __post_init__(self) -> None:
         _keep_number(self, "scale")
@@ -256,7 +293,7 @@ NAMED: dict[str, Replacement] = {
 REPLACEMENTS: Mapping[str, str] = {
     word: _sentence(each) for word, each in NAMED.items() if not isinstance(each, Counterfactual)
 }
-"""What a command line can ask for; a recipe may also use the prompts' counterfactuals, another head, or a number."""
+"""What a command line can ask for; a recipe may also use counterfactuals, another head, edges, numbers …"""
 
 
 def replacement_of(given: Any) -> Replacement:
@@ -270,6 +307,6 @@ def replacement_of(given: Any) -> Replacement:
     if isinstance(given, str) and given in NAMED:
         return NAMED[given]
     raise UsageError(
-        f"ablation {brief(given)} is not known; choose one of {', '.join(NAMED)}, or a Scale, Constant, OtherHead or "
-        "Reinforce with its number"
+        f"ablation {brief(given)} is not known; choose one of {', '.join(NAMED)}, or a Scale, Constant, Constants, "
+        "Optimal, Noise, OtherHead, KnockOut, ZeroValues or Reinforce with what it says"
     )

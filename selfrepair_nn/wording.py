@@ -110,8 +110,12 @@ BIASES = {"direct_effect": "to the direct effect", "self_repair": "to the self-r
 
 
 def _with_reach(heads: xr.Dataset, name: str) -> str:
-    """The mean over all heads of a mean, with its interval."""
-    width = float(heads[f"overall_{name}{HALF_WIDTH}"])
+    """The mean over all heads of a mean, with its interval; of several variants the least and the largest of them."""
+    width = heads[f"overall_{name}{HALF_WIDTH}"]
+    if width.ndim:
+        means = heads[name].mean([d for d in heads[name].dims if d not in width.dims]).values
+        return f"{number(float(means.min()))} to {number(float(means.max()))}"
+    width = float(width)
     return f"{number(float(heads[name].mean()))} {reach(width)}".strip()
 
 

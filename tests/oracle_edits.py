@@ -5,7 +5,7 @@ tuples: ("head", layer, head), ("attention", layer), ("mlp", layer), ("neuron", 
 ("permuted", order) and ("parallel", first, stop); what can only be frozen: ("norm", layer, "attention" or "mlp"),
 ("mixers",), ("postnorms",), ("finalnorm",). Replacements are
 words, or ("scale", factor), ("constant", value), ("otherhead", head), ("reinforce", scale) and its
-nulls, ("reinforcepartner", scale) and ("reinforcerandom", scale). Layers are deleted and
+nulls, ("reinforcepartner", scale) and ("reinforcerandom", scale), or ("given", {site: value}). Layers are deleted and
 permuted by doing so in the model's own list of layers; side by side they stand by hooks, each on what the first reads.
 """
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 HOLDERS = {"gpt2": "transformer", "gptj": "transformer", "gpt_neox": "gpt_neox", "opt": "model.decoder"}
-LISTS = {"gpt2": "h", "gptj": "h"}
+HOLDERS |= {"bloom": "transformer", "falcon": "transformer"}
+LISTS = dict.fromkeys(("gpt2", "gptj", "bloom", "falcon"), "h")
 MLP_NORMS = {"lfm2": "ffn_norm", "gpt2": "ln_2", "opt": "final_layer_norm"}
 WHOLE = ("layers", "permuted", "parallel")
-NO_OTHER_NORM = ("gptj", "olmo2")
+NO_OTHER_NORM = ("gptj", "olmo2", "falcon")
 """Where the MLP reads what the attention reads, or the stream as it is."""
 
 DOWN_PROJECTIONS = {
@@ -30,6 +31,8 @@ DOWN_PROJECTIONS = {
     "gpt_neox": "mlp.dense_4h_to_h",
     "opt": "fc2",
     "lfm2": "feed_forward.w2",
+    "bloom": "mlp.dense_4h_to_h",
+    "falcon": "mlp.dense_4h_to_h",
 }
 
 
@@ -77,7 +80,8 @@ class Edited:
         norms = {(i, "attention"): norm for i, norm, _ in own} | {(i, "post"): norm for i, _, norm in own}
         norms |= {(i, "mlp"): norm for i, norm in enumerate(self.mlp_norms)}
         self.norms = {name: norm for name, norm in norms.items() if norm is not None}
-        self.downs = [b.get_submodule(DOWN_PROJECTIONS.get(kind, "mlp.down_proj")) for b in self.blocks]
+        down = DOWN_PROJECTIONS.get(kind, "mlp.down_proj")  # mixtures of experts have none of their own
+        self.downs = [dict(b.named_modules()).get(down) for b in self.blocks]
         goal = (self.ids[:, 1:], arrays["other"]) if target == "difference" else target
         self.setting = oracle.Setting(self.parts, self.ids, goal, value_bias, None)
         self.goal = oracle._target(self.parts, self.ids, goal)
@@ -110,9 +114,10 @@ class Edited:
                 pairs.append((layer.mixer.register_forward_hook, mixer))
             pairs += [
                 (self.blocks[i].register_forward_pre_hook, _insert_hook(edits.inserted.get(i))),
-                (self.downs[i].register_forward_pre_hook, _hidden_hook(seen, i, shape, edits)),
                 (layer.mlp.register_forward_hook, oracle._mlp_hook(seen.mlp, i, shape, edits.mlps)),
             ]
+            if self.downs[i] is not None:
+                pairs.append((self.downs[i].register_forward_pre_hook, _hidden_hook(seen, i, shape, edits)))
         for name, norm in self.norms.items():
             pairs.append((norm.register_forward_hook, _norm_hook(seen, name, shape, edits)))
         pairs += [(b.register_forward_pre_hook, _enter_hook(seen, i)) for i, b in enumerate(self.blocks)]
@@ -321,6 +326,8 @@ class Edited:
         """What takes the place of a site's value."""
         value = self._value(site, self.clean)
         word, number = (replacement, None) if isinstance(replacement, str) else replacement
+        if word == "given":
+            return number[site]
         if word in self.sources:
             return self._value(site, self.sources[word])
         if word == "mean":

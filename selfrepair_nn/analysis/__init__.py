@@ -7,6 +7,7 @@ from selfrepair_nn.analysis.checks import HEADS, MEANS, among, percent, restored
 from selfrepair_nn.analysis.components import variance_components
 from selfrepair_nn.analysis.composition import composition
 from selfrepair_nn.analysis.contrast import contrast_by_head
+from selfrepair_nn.analysis.edges import CONCENTRATED, SOFTMAXES, edges_by_head
 from selfrepair_nn.analysis.hydra import hydra
 from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by_head
 from selfrepair_nn.analysis.interactions import clamped, interactions
@@ -20,6 +21,7 @@ from selfrepair_nn.analysis.neurons import (
 )
 from selfrepair_nn.analysis.noise import FATES, token_noise
 from selfrepair_nn.analysis.norm import norm_by_head
+from selfrepair_nn.analysis.optimal import OPTIMAL, optimal_by_head
 from selfrepair_nn.analysis.outcomes import in_nats, outcomes_by_head
 from selfrepair_nn.analysis.reference import QUANTITIES, compare_paper, references
 from selfrepair_nn.analysis.reinforcement import (
@@ -43,6 +45,7 @@ from selfrepair_nn.analysis.words import changes_in_context, frequent_words, wor
 from selfrepair_nn.quantities import SHARE
 
 __all__ = [
+    "CONCENTRATED",
     "CONFIDENCE",
     "FATES",
     "HALF_WIDTH",
@@ -51,9 +54,11 @@ __all__ = [
     "KNOWN_BACKUPS",
     "LEAST",
     "MEANS",
+    "OPTIMAL",
     "OWN",
     "QUANTITIES",
     "SHARE",
+    "SOFTMAXES",
     "STAGES",
     "among",
     "axis_of",
@@ -74,6 +79,7 @@ __all__ = [
     "differences",
     "does_task",
     "done_share",
+    "edges_by_head",
     "erasure_neurons",
     "every_token",
     "frequent_words",
@@ -90,6 +96,7 @@ __all__ = [
     "neuron_sparsity",
     "norm_by_head",
     "only",
+    "optimal_by_head",
     "outcomes_by_head",
     "percent",
     "references",

@@ -23,6 +23,7 @@ from selfrepair_nn.errors import SelfRepairError, UsageError, one_line
 from selfrepair_nn.face import public
 from selfrepair_nn.figures import (
     ablation_kinds,
+    attention_edges,
     backups,
     cases,
     clamping,
@@ -43,6 +44,7 @@ from selfrepair_nn.figures import (
     neuron_sparsity,
     norm_scale,
     norm_share,
+    optimal,
     outcomes,
     path_patching,
     reinforced_heads,
@@ -111,6 +113,8 @@ FIGURES: dict[str, Drawing] = {
         freeze_norms,
         path_patching,
         routing,
+        optimal,
+        attention_edges,
         self_reinforcement,
         reinforced_heads,
         reinforcement_nulls,

@@ -11,6 +11,7 @@ import numpy as np
 
 from selfrepair_nn.case_sites import written
 from selfrepair_nn.components import Head
+from selfrepair_nn.constants import Constants
 from selfrepair_nn.door import requested, require_same_graphs
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, Variants, of_model
@@ -47,7 +48,8 @@ class Experiment:
 
     `partners` are [prompt], or [resample, prompt] where each has several, None where nothing is resampled; they are
     rows. `order` [prompt] is the place in the text of each prompt, whose rows may be shuffled.
-    `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads.
+    `asked` are the graphs as the recipe gave them. Those of `work` are the same, but may be left with fewer heads, or
+    have what was learned.
     """
 
     request: Request
@@ -149,7 +151,7 @@ class Experiment:
             "logprob": None if o.logprob == "none" else o.logprob,
             "share": self.share if self.shared or self.ranked else None,
             "mean_prompts": min(o.mean_prompts, self.prompts.n) if self.reads_means else None,
-            "seed": o.seed if self.reinforces or self.shuffles else None,
+            "seed": o.seed if self.draws else None,
             "select": "top-share" if self.selective else None,
             "until_ci": None if o.until_ci is None else [o.until_ci, o.ci_of],
             "resamples_as": "moments" if self.work.moments else None,
@@ -159,9 +161,8 @@ class Experiment:
     def idle(self) -> list[str]:
         """The options that were chosen and change nothing here."""
         o = self.options
-        draws = self.partners is not None and o.partners is None
-        random = draws or self.reinforces or self.shuffles or o.until_ci is not None
-        random = random or self.recipe.make_prompts is not None
+        derangement = self.partners is not None and o.partners is None
+        random = derangement or self.draws or o.until_ci is not None or self.recipe.make_prompts is not None
         chosen = {
             "seed": o.seed != 0 and not random,
             "mean_prompts": o.mean_prompts != type(o).mean_prompts and not self.reads_means,
@@ -176,6 +177,24 @@ class Experiment:
     def reads_means(self) -> bool:
         """Whether mean values are found before the first block."""
         return any(graph.replaced_by.reads_means for graph in self.work.graphs)
+
+    @property
+    def learns(self) -> bool:
+        """Whether constants are learned before the first block, on half of the prompts."""
+        return any(graph.replaced_by.learns for graph in self.work.graphs)
+
+    def learned(self, constants: Constants) -> "Experiment":
+        """The same where these constants are what was to be learned."""
+        variants = {
+            label: replace(graph, replacement=constants) if graph.replaced_by.learns else graph
+            for label, graph in self.work.variants.items()
+        }
+        return replace(self, work=replace(self.work, variants=variants))
+
+    @property
+    def draws(self) -> bool:
+        """Whether what is done follows from the seed, beside partners."""
+        return self.shuffles or any(graph.replaced_by.draws for graph in self.work.graphs)
 
     @property
     def reinforces(self) -> bool:
@@ -261,6 +280,12 @@ class Experiment:
         width, places = self.description.structure.d_model, self.order[block]
         drawn = [np.random.default_rng((self.options.seed, int(place))).standard_normal(width) for place in places]
         return np.array([each / np.linalg.norm(each) for each in drawn], self.precision)
+
+    def noise_seeds(self, block: slice | np.ndarray) -> np.ndarray:
+        """A number for each prompt, from the seed and its place in the text: int64 [prompt]."""
+        places = self.order[block].tolist()
+        drawn = [np.random.SeedSequence((self.options.seed, place)).generate_state(1, np.uint64) for place in places]
+        return np.concatenate(drawn).view(np.int64)
 
     @property
     def records(self) -> frozenset[str]:
@@ -385,13 +410,13 @@ class Experiment:
         """What `arrays` gives for the prompts at these places in the text, in whatever order the rows are."""
         return self.arrays(np.argsort(self.order)[block])
 
-    def arrays(self, block: slice | np.ndarray) -> dict[str, Any]:
-        """The token ids, and what goes with them, that a job on these prompts takes."""
+    def arrays(self, block: slice | np.ndarray, graph: Graph | None = None) -> dict[str, Any]:
+        """The token ids, and what goes with them, that a job on these prompts takes; one that ablates, by a graph."""
         import torch
 
         p = self.prompts
         found = {"tokens": p.tokens[block]}
-        for graph in self.work.graphs:
+        if graph is not None:
             found |= graph.replaced_by.arrays(self, block)
         if p.other is not None:
             found["other"] = p.other[block]
@@ -428,7 +453,7 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
     require_same_graphs(request, drawn)
     tokenizer = given.tokenizer if given else load_tokenizer(description.source)
     prompts = found.prompts(structure, tokenizer, options) or text_prompts(structure, tokenizer, options)
-    axis, graphs = _variants(drawn, prompts)
+    axis, graphs = _variants(drawn, prompts, options.served)
     if of_top_tokens(graphs[next(iter(graphs))]) and "all" in (options.components, options.logprob):
         name = "components" if options.components == "all" else "logprob"
         said = "neurons, words and routing are kept for the top share of tokens"
@@ -470,16 +495,19 @@ def _require_statistics(options: Options, work: Work) -> None:
         )
 
 
-def _variants(found: Graph | Variants, prompts: Prompts) -> tuple[str | None, dict[Any, Graph]]:
+def _variants(found: Graph | Variants, prompts: Prompts, served: bool) -> tuple[str | None, dict[Any, Graph]]:
     """The axis and its graphs; the target is the difference where the prompts name what is subtracted."""
     graphs = found.graphs if isinstance(found, Variants) else {"": found}
     if prompts.other is not None:
         graphs = {label: replace(graph, target="difference") for label, graph in graphs.items()}
     for graph in graphs.values():
-        if graph.replacement == "counterfactual" and prompts.counterfactual is None:
+        if graph.replaced_by.learns and served:
             raise UsageError(
-                'ablation "counterfactual" needs prompts with a counterfactual: define prompts() in the recipe'
+                f"ablation {graph.ablation!r}: a server has no gradients: learn where the weights are, with "
+                "sr.optimal_constants, save that, and ablate by sr.Constants.load(FILE)"
             )
+        if reason := graph.replaced_by.amiss(prompts):
+            raise UsageError(f"ablation {graph.ablation!r}: {reason}")
         if graph.target == "difference" and prompts.other is None:
             raise UsageError('target "difference" needs prompts that name the other token: define prompts()')
     return (found.axis if isinstance(found, Variants) else None), dict(graphs)

@@ -41,7 +41,7 @@ class Sweep:
             job=_job_of(plan),
             prompts=block,
             plan=plan,
-            inputs=lambda prompts: self.experiment.arrays(prompts) | self.constants,
+            inputs=lambda prompts: self.experiment.arrays(prompts, work.graphs[variant]) | self.constants,
             shapes=ablation_shapes(plan, work.sizes, packed),
             thresholds=self.thresholds,
             counted=None if prompts.all_count or not packed else self.experiment.counted,

@@ -27,9 +27,9 @@ class Architecture:
     modules ("layer", "attention", "mlp") that return a tuple how many it holds; what they write is the first.
     `centred_norm` tells LayerNorm from RMSNorm. `parallel(config)` is true where the MLP does not see the heads of
     its own layer.
-    `sinks` says that attention weights add up to less than 1, so that no part of z is constant; `residual_inside` that
-    what the attention returns has the stream that enters the layer in it; `mlp_in_place` that the layer changes what
-    its MLP gave.
+    `sinks` is where a softmax has what it pays to no token, if it does: weights add up to less than 1, and no part of z
+    is constant. `residual_inside` says that what the attention returns has the stream that enters the layer in it;
+    `mlp_in_place` that the layer changes what its MLP gave.
     `write_scale(config)` multiplies what attention and MLP give before it is written, `logit_scale(config)` the
     logits; `logit_cap(config)` is the c of logits that are returned as c tanh(logit / c), or None. `fits(config)`
     chooses among entries of one model type. `refuse(config)` gives the reason why this configuration cannot be
@@ -55,7 +55,7 @@ class Architecture:
     centred_norm: bool = True
     returns: Mapping[str, int] = field(default_factory=lambda: {"attention": 2})
     parallel: Callable[[Config], bool] = lambda config: False
-    sinks: bool = False
+    sinks: str | None = None
     residual_inside: bool = False
     mlp_in_place: bool = False
     kv_heads: Callable[[Config], int] | None = None
@@ -364,7 +364,7 @@ ARCHITECTURES = (
         down_projection=None,
         router="mlp.router",
         returns={"attention": 2, "mlp": 2},
-        sinks=True,
+        sinks="self_attn.sinks",
     ),
     replace(
         BLOOM,

@@ -94,3 +94,45 @@ def hooked(model, layer, edit) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def entering(model, layer, edit) -> Iterator[None]:
+    """Within, `edit` sees the residual stream that enters a layer and may give another in its place."""
+
+    def hook(_, args, kwargs):
+        found = edit(args[0] if args else kwargs["hidden_states"])
+        if found is None:
+            return None
+        return ((found, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": found})
+
+    module = at(model.module, model.structure.places["layers"])[layer]
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def beginning(model, layer, stream) -> Iterator[None]:
+    """Within, passes begin at a layer, with this residual stream: the layers below do nothing."""
+    below = list(at(model.module, model.structure.places["layers"]))[:layer]
+    others = model.structure.returns.get("layer")
+
+    def nothing(*args, **kwargs):
+        x = args[0] if args else kwargs["hidden_states"]
+        return x if others is None else (x, *[None] * (others - 1))
+
+    before = [vars(each).get("forward") for each in below]
+    for each in below:
+        each.forward = nothing
+    try:
+        with entering(model, layer, lambda _: stream):
+            yield
+    finally:
+        for each, forward in zip(below, before, strict=True):
+            if forward is None:
+                del each.forward
+            else:
+                each.forward = forward

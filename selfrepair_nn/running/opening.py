@@ -9,6 +9,7 @@ from selfrepair_nn import provenance
 from selfrepair_nn.case_sites import read as case_sites
 from selfrepair_nn.choosing import selecting_half
 from selfrepair_nn.components import Head, Mlp
+from selfrepair_nn.constants import Constants
 from selfrepair_nn.door import require_same
 from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.errors import StoreError
@@ -88,7 +89,7 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         {} if experiment.graph.neurons is None else {"recorded_mlp": Mlp(experiment.graph.neurons).label}
     )
     recorded |= {"kept_share": experiment.share} if experiment.selective else {}
-    if experiment.asked[0].found_on == "half":
+    if experiment.asked[0].found_on == "half" or experiment.learns:
         selecting = experiment.order[selecting_half(experiment.prompts.document)]
         recorded |= {"found_on": "half", "selecting_prompts": selecting.tolist()}
     if (resamples := experiment.work.resamples) > 1:
@@ -124,8 +125,10 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
 
 
 def as_stored(experiment: Experiment, store: Store) -> Experiment:
-    """The experiment in the units of its store, with the heads that were found when that was begun."""
+    """The experiment in the units of its store, with what was found and learned when that was begun."""
     experiment = experiment.in_units_of(store.prompts_per_chunk)
+    if experiment.learns and "constants" in store.attributes:
+        experiment = experiment.learned(Constants.read(json.loads(store.attributes["constants"])))
     if not experiment.undecided:
         return experiment
     return experiment.of(_found_heads(store, experiment))

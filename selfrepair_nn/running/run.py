@@ -247,7 +247,7 @@ def _fill(
     A part of a run calls `let_others` once all that the parts have in common is known, so that others can begin.
     """
     o = experiment.options
-    experiment = _packed(store, experiment, model, shared.on_one_device)
+    experiment = _packed(store, _learned(store, experiment, model), model, shared.on_one_device)
     runner = _runner(store, experiment, model, bar)
     bar.stage("measuring the noise floor, and what all units share")
     known = learn(store, experiment, model.layout, runner)
@@ -265,6 +265,18 @@ def _fill(
                     )
                 LOG.info("prompts %d to %d are stored", block.start, block.stop - 1)
                 yield block
+
+
+def _learned(store: Store, experiment: Experiment, model: Model) -> Experiment:
+    """With the constants that are learned on half of the prompts, which the store keeps."""
+    if not experiment.learns:
+        return experiment
+    from selfrepair_nn.optimal import learned
+
+    with with_enough_memory("learning constants"):
+        found = learned(model, experiment)
+    store.annotate(constants=found.written)
+    return experiment.learned(found)
 
 
 def _sized(experiment: Experiment, model: Model, processes: int) -> Experiment:

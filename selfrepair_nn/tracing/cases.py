@@ -62,13 +62,13 @@ def realised(plan):
     """The plan with its sites, its replacement and what else it asks for as objects: no other code travels with it."""
     if "cases" not in plan:
         return plan
-    cases = [[site_of(entry) for entry in case] for case in plan["cases"]]
+    cases, cut = [[site_of(entry) for entry in case] for case in plan["cases"]], "edge_attention" in plan["gives"]
     readings = {"mlp_change": NeuronReadings, "stream_distance": StreamReadings, "shuffled_from_norm": Shuffled}
     asked = {
         "readings": [each() for name, each in readings.items() if name in plan["gives"]],
         "terms": Terms() if plan["record"] == "full" else None,
         "outcomes": Outcomes() if "logprob" in plan["gives"] else None,
-        "attention": AttentionPaid(plan["attention"]) if plan["attention"] else None,
+        "attention": AttentionPaid(plan["attention"], cut) if plan["attention"] or cut else None,
         "words": Words(plan["words"], plan["movers"]) if plan["words"] else None,
     }
     return plan | {"cases": cases, "replacement": replacement_of(plan["replacement"])} | asked
@@ -104,7 +104,8 @@ def needs(plan, cases):
     if plan["neurons"] is not None:
         keep["neurons"].add(plan["neurons"])
         keep["mlp"].add(plan["neurons"])
-    for needed in [site.needs() for case in cases for site in case] + [plan["replacement"].needs()]:
+    readers = [each for each in (plan["replacement"], plan["attention"]) if each]
+    for needed in [s.needs() for case in cases for s in case] + [each.needs(cases) for each in readers]:
         for what, layers in needed.items():
             keep[what] |= layers
     for norm in ("attention", "mlp", "post"):

@@ -60,7 +60,7 @@ def ablated(block, tick):
     out = _with_next(_of_clean_run(state, block.probed, plan), tokens)
     out |= gathered(found, len(tokens), tokens.shape[1] - 1, len(cases))
     if plan["attention"]:
-        out["attention"] = plan["attention"].paid(block, cases)
+        out |= plan["attention"].found(block, cases)
     return out
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from selfrepair_nn.tracing.attention import attention, entering, read_out, share_of
+from selfrepair_nn.tracing.gaussian import gaussian
 from selfrepair_nn.tracing.objects import Bundle
 from selfrepair_nn.tracing.readouts import along, widen
 from selfrepair_nn.tracing.sites import Edit, site_of
@@ -12,7 +14,7 @@ class Replacement:
 
     text = None
 
-    def needs(self):
+    def needs(self, cases):
         """What it reads of a clean pass beside the sites themselves: {what: layers}."""
         return {}
 
@@ -78,12 +80,79 @@ class Constant(Bundle, Replacement):
         return torch.as_tensor(self.value, dtype=before.dtype, device=before.device).expand_as(before)
 
 
+class Constants(Bundle, Replacement):
+    """A vector for each site: arrays[KIND + "_constants"] [site, width], in the order of `sites` {kind: [numbers]}."""
+
+    sites: dict
+
+    def new(self, site, before, block):
+        kind = type(site).__name__.lower()
+        row = self.sites[kind].index([*vars(site).values()])
+        return block.arrays[f"{kind}_constants"][row].to(before).expand_as(before)
+
+
+class Noise(Bundle, Replacement):
+    """The site's own value, and Gaussian noise of `scale` times its root mean square there: arrays["noise_seed"]."""
+
+    scale: float
+
+    def new(self, site, before, block):
+        varied = widen(before) - site.constant(block)
+        flat = varied.reshape(*before.shape[:2], -1)
+        drawn = gaussian(block.arrays["noise_seed"], [*site.kept.encode(), *vars(site).values()], flat.shape)
+        noise = self.scale * flat.square().mean(-1, keepdim=True).sqrt() * drawn.to(flat)
+        return widen(before) + noise.view(before.shape)
+
+
+class KnockOut(Bundle, Replacement):
+    """What a head reads out without some of its edges from a query to a key.
+
+    Cut are edges so far `back`, to these `keys`, and to the `most` attended keys of each query; arrays["keys"]
+    [prompt, key] and arrays["edges"] [prompt, edge, (query, key)] have more of each prompt, -1 for none.
+    """
+
+    softmax: str
+    back: list
+    keys: list
+    most: int
+
+    def needs(self, cases):
+        return entering(cases)
+
+    def new(self, site, before, block):
+        pattern, values = (widen(x[:, site.head]) for x in attention(block, site.layer))
+        sinks, constant = "sinks" in block.plan["model"]["places"], site.constant(block)
+        left = pattern.masked_fill(self.edges_cut(pattern, block.arrays), 0)
+        now, after = (read_out(x, pattern, values - constant, self.softmax == "live", sinks) for x in (pattern, left))
+        rounded = (widen(before) - constant - now) * share_of(left, pattern)
+        return constant + after + rounded
+
+    def edges_cut(self, pattern, arrays):
+        """Of a head's pattern [prompt, query, key], perhaps without its last queries: bool, of its shape."""
+        found = torch.zeros_like(pattern, dtype=torch.bool)
+        place = torch.arange(pattern.shape[-1], device=pattern.device)
+        for distance in self.back:
+            found |= place[: pattern.shape[1], None] - place == distance
+        for key in self.keys:
+            found |= place == key
+        if self.most:
+            found.scatter_(-1, pattern.sort(dim=-1, descending=True, stable=True)[1][..., : self.most], True)
+        if "keys" in arrays:
+            found |= (place == arrays["keys"].to(place)[..., None]).any(1)[:, None]
+        if "edges" in arrays:
+            edges = arrays["edges"].to(place)
+            asked = (edges[..., 1] >= 0) & (edges[..., 0] < pattern.shape[1])
+            prompt, edge = asked.nonzero(as_tuple=True)
+            found[prompt, *edges[prompt, edge].unbind(-1)] = True
+        return found
+
+
 class OtherHead(Bundle, Replacement):
     """What another head of the same prompt reads out."""
 
     head: list
 
-    def needs(self):
+    def needs(self, cases):
         return site_of(self.head).needs()
 
     def new(self, site, before, block):
@@ -146,6 +215,9 @@ KINDS = {
     "zero": Zero,
     "scale": Scale,
     "constant": Constant,
+    "constants": Constants,
+    "noise": Noise,
+    "knockout": KnockOut,
     "otherhead": OtherHead,
     "reinforce": Reinforce,
     "reinforcepartner": ReinforcePartner,
