@@ -298,10 +298,10 @@ def test_components_of_one_partner_are_refused(ran):
 
 def test_components_are_told_and_drawn(ran, tmp_path):
     three = ran("three", resamples=K)
-    assert "mean over 3 partners" in sr.summary(three)
-    assert "is its partner's" in sr.summary(three).replace("\n", " ")
+    assert "mean over 3 partners" in str(sr.summary(three))
+    assert "is its partner's" in str(sr.summary(three)).replace("\n", " ")
     kept = ran("moments", resamples=K, resamples_as="moments")
-    assert "is its partner's" in sr.summary(kept).replace("\n", " ")
+    assert "is its partner's" in str(sr.summary(kept)).replace("\n", " ")
     assert len(sr.plot(kept, tmp_path, ["variance_components"])) == 2
     text = sr.write_report(three, tmp_path / "x.html").read_text()
     assert "mean over 3 partners" in text
