@@ -63,13 +63,13 @@ def _draw_head(axes: Axes, head: xr.Dataset, title: str, colours: dict[str, Any]
     above.tick_params(labelbottom=False, labelleft=False, left=False, bottom=False)
     above.grid(False)
     above.spines["left"].set_visible(False)
-    above.set_title(title, pad=38)
     said = f"anti-erasure on {style.shown_share(head, 'anti_erasing')} of {entries:,} tokens"
     if np.isfinite(float(head.mirror)):
         said += f"\nmirrored {style.shown_share(head, 'mirror')}, excess {_excess(head, 'excess')}"
     if np.isfinite(float(head.shuffled)):
         said += f"\nshuffled target {style.shown_share(head, 'shuffled')}, excess {_excess(head, 'over_shuffled')}"
     said += f"\ndirect effect of the MLP above 0 on {style.shown_share(head, 'mlp_positive')}"
+    above.set_title(title, pad=max(38, 5 + 11 * len(said.splitlines())))
     place = {"transform": above.transAxes, "va": "bottom", "fontsize": 7.5, "color": style.MUTED}
     above.text(0, 1.06, said, linespacing=1.3, **place)
     return dots
