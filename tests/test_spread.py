@@ -91,6 +91,7 @@ def test_a_spread_model_gives_the_numbers_of_one_device(family, choices, tmp_pat
         ("freeze_norms", {}),
         ("induction", {"prompts": None, "param": {"count": 6, "period": 3}}),
         ("layer_position", {}),
+        ("layer_order", {}),
         ("neurons", {}),
         ("path_patching", {}),
         ("self_reinforcement", {}),
