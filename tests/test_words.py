@@ -1,5 +1,8 @@
 """Which tokens a write promotes: every number against whole passes with plain hooks, and by what must hold by hand."""
 
+import base64
+import zlib
+
 import families
 import numpy as np
 import oracle
@@ -13,6 +16,7 @@ import selfrepair_nn as sr
 from selfrepair_nn import figures
 from selfrepair_nn.components import Head, Layers, Mlp, Swap
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.explorer.contents import Contents
 from selfrepair_nn.figures import words as words_figure
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.quantities import QUANTITIES
@@ -350,3 +354,54 @@ def test_the_figure_shows_them_and_hostile_tokens_are_text(runs, tmp_path):
     assert words_figure.shown(7, "\ufffd") == "⟨7⟩"
     assert words_figure.shown(7, " a\x07") == "␣a\\x07"
     assert [path.suffix for path in sr.plot(ds, tmp_path, "words", share=0.2)] == [".png", ".svg"]
+
+
+# ---------------------------------------------------------------- the explorer
+
+
+def unpacked(text, size, count, changed):
+    """What the page's script reads of one head's words."""
+    raw, at = zlib.decompress(base64.b64decode(text)), 0
+
+    def whole(n, width):
+        nonlocal at
+        bytes_ = np.frombuffer(raw[at : at + n * width], np.uint8).reshape(width, n).astype(int)
+        at += n * width
+        return (bytes_ * 256 ** np.arange(width)[:, None]).sum(0)
+
+    token = np.cumsum(whole(size, 4))
+    words = [whole(size * n, 4).reshape(size, -1) for n in (count, count, changed * count, changed * count)]
+    folded = [whole(size * n, 2).reshape(size, -1) for n in (count, count, changed)]
+    effects = [np.where(n % 2, -(n + 1) // 2, n // 2) for n in folded]
+    return token, words, effects, whole(size * changed, 2).reshape(size, -1)
+
+
+def test_the_explorer_holds_the_words_of_every_top_token(runs):
+    ds = runs()
+    data = Contents.of(ds, 0.2).data()["promoted"]
+    assert data["count"] == 3
+    site = 1
+    size, text = data["tokens"][0][site]
+    token, words, effects, component = unpacked(text, size, data["count"], data["changed"])
+    where = [(p, i) for layer, head, p, i in entries(ds, 0.2) if (layer, head) == (0, 1)]
+    assert_array_equal(token, sorted(p * 7 + i for p, i in where))
+    for n, flat in enumerate(token):
+        at = (0, site, *divmod(int(flat), 7))
+        for j, name in enumerate(("promoted", "demoted", "change_promoted", "change_demoted")):
+            assert [data["vocabulary"][i] for i in words[j][n]] == [str(i) for i in ds[name].values[at].ravel()]
+        for j, name in enumerate(("promoted_effect", "demoted_effect", "changed_effect")):
+            assert_allclose(effects[j][n] * data["step"], ds[name].values[at], atol=data["step"])
+        assert_array_equal(component[n], ds.changed_component.values[at])
+    often = sr.frequent_words(ds, 5, 0.2).sel(end="demoted").isel(layer=0, head=1)
+    assert [data["vocabulary"][i] for i, _ in data["often"][0][site][1]] == [*often.word_text.values]
+
+
+def test_hostile_words_are_data_of_the_page(runs, tmp_path):
+    ds = runs()
+    bad = "</script><img src=x onerror=alert(1)>"
+    texts = np.full(ds.sizes["vocabulary"], bad, object)
+    page = sr.view(ds.assign_coords(vocabulary_text=("vocabulary", texts)), tmp_path / "x.html", share=0.2)
+    assert bad not in page.read_text()
+    assert "onerror" in page.read_text()
+    plain_page = sr.view(runs(words=0), tmp_path / "y.html", share=0.2)
+    assert '"promoted": null' in plain_page.read_text() or '"promoted":null' in plain_page.read_text()
