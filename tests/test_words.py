@@ -14,7 +14,7 @@ from test_tracing_law import counting
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
-from selfrepair_nn.components import Head, Layers, Mlp, Swap
+from selfrepair_nn.components import Head, Layers, Mlp, Neuron, Swap
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.explorer.contents import Contents
 from selfrepair_nn.figures import words as words_figure
@@ -405,3 +405,50 @@ def test_hostile_words_are_data_of_the_page(runs, tmp_path):
     assert "onerror" in page.read_text()
     plain_page = sr.view(runs(words=0), tmp_path / "y.html", share=0.2)
     assert '"promoted": null' in plain_page.read_text() or '"promoted":null' in plain_page.read_text()
+
+
+# ---------------------------------------------------------------- mean writes, and neurons
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "cohere"])
+def test_words_of_mean_writes_by_hand(wrapped, seeded, name):
+    """A head's and an MLP's mean write, and a neuron's own, against the weights."""
+    model, ids = wrapped(name, exact=True), seeded(name)
+    module = families.build(name, exact=True)
+    parts = oracle.find_parts(module)
+    clean = oracle.run(parts, torch.as_tensor(ids))
+    scale = oracle.scale(parts.final_norm, clean.final)
+    found = sr.write_words(model, [Head(1, 1), Mlp(2)], ids, words=5)
+    writes = {w.label: w.x for w in oracle.component_writes(parts, clean, "output", clean)}
+    for label, site in (("L1H1", "L1H1"), ("L2.mlp", Mlp(2).label)):
+        u = parts.logit_multiplier * module.get_output_embeddings().weight.detach().double()
+        x = oracle.gain(parts.final_norm) * oracle.centre(parts.final_norm, writes[label]) / scale[..., None]
+        logits = (x.mean((0, 1)) @ u.T).numpy()
+        logits -= logits.mean()
+        one = found.sel(site=site)
+        assert_allclose(one.promoted_effect, np.sort(logits)[::-1][:5], atol=TIGHT)
+        assert_allclose(one.demoted_effect, logits[one.demoted.values], atol=TIGHT)
+
+
+def test_words_of_neurons_by_hand(wrapped):
+    module = families.build("gpt2", exact=True)
+    parts, rows = oracle.find_parts(module), oracle._matrix(module.transformer.h[1].mlp.c_proj)
+    x = oracle.gain(parts.final_norm) * oracle.centre(parts.final_norm, rows[7])
+    logits = (x @ module.get_output_embeddings().weight.detach().double().T).numpy()
+    found = sr.write_words(wrapped("gpt2", exact=True), [Neuron(1, 7)], words=4)
+    assert_allclose(found.promoted_effect[0], np.sort(logits - logits.mean())[::-1][:4], atol=TIGHT)
+    assert [*found.promoted_text.values[0]] == [str(i) for i in found.promoted.values[0]]
+
+
+def test_words_of_what_there_is_not(wrapped):
+    model = wrapped("gpt2", exact=True)
+    for sites, more, said in (
+        ([Head(0, 1)], {}, "only neurons write the same"),
+        ([Head(9, 1)], {"tokens": [[1, 2]]}, "L9H1"),
+        ([], {}, "name at least one site"),
+        ([Neuron(0, 1)], {"words": 99}, "vocabulary has 61"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            sr.write_words(model, sites, **more)
+    with pytest.raises(UsageError, match="model must be a Model"):
+        sr.write_words("tiny-neox", [Neuron(0, 1)])

@@ -41,7 +41,7 @@ from selfrepair_nn.tracing.rows import batches, gathered
 def ablation_job(model, arrays, plan, tick=None, known=None):
     """Ablate every case of the plan on one block of prompts. What it takes and returns is told at the top."""
     tokens, cases = arrays["tokens"], plan["cases"]
-    block, room = _block(model, plan, arrays, cases, known), plan.get("room") or Room(plan["tokens_per_pass"])
+    block, room = block_of(model, plan, arrays, cases, known), plan.get("room") or Room(plan["tokens_per_pass"])
     state = clean_readout(block)
     if plan["terms"]:
         state["component_effects"] = plan["terms"].effects(block, state["norm_scale"])
@@ -98,7 +98,7 @@ def _results(block, batch, state, ready):
     return results
 
 
-def _block(model, plan, arrays, cases, known):
+def block_of(model, plan, arrays, cases, known):
     """A block of prompts, with what its cases need of the clean run and of the weights."""
     clean = clean_pass(model, plan, arrays["tokens"], needs(plan, cases))
     probed = _probed(model, plan, arrays, cases, clean, known)
@@ -123,7 +123,7 @@ def effects_job(model, arrays, plan, tick=None, known=None):
     """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
     same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": None, "words": None}
     cases = plan["cases"]
-    block = _block(model, same, arrays, cases, known)
+    block = block_of(model, same, arrays, cases, known)
     scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)
     return {"direct_effect": (clean_effects(block, cases) / scale)[:, :, :-1].contiguous()}
 
