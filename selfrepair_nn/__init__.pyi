@@ -79,6 +79,7 @@ from selfrepair_nn.graph import Graph, Variants, sweep
 from selfrepair_nn.integrity import verify
 from selfrepair_nn.models.load import check, load
 from selfrepair_nn.models.model import wrap
+from selfrepair_nn.models.words import write_words
 from selfrepair_nn.optimal import optimal_constants
 from selfrepair_nn.options import Options
 from selfrepair_nn.patching import attribution, false_negatives
@@ -209,4 +210,5 @@ __all__ = [
     "words_in_context",
     "wrap",
     "write_report",
+    "write_words",
 ]

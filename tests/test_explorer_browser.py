@@ -86,6 +86,27 @@ def label(heads, layer, head):
     return f"L{layer}H{head} {'−' if value < 0 else '+'}{abs(value):.3f}"
 
 
+def test_words_of_a_head_and_of_a_token(opened, ds):
+    """Somebody's words among them, which stay text."""
+    shape = [ds.sizes[d] for d in ("layer", "head", "prompt", "position")]
+    dims, rng = ("layer", "head", "prompt", "position", "changed", "word"), np.random.default_rng(0)
+    own = {n: (dims[:4] + dims[5:], rng.integers(0, 3, (*shape, 2))) for n in ("promoted", "demoted")}
+    own |= {f"{n}_effect": (v[0], rng.normal(size=v[1].shape)) for n, v in own.items()}
+    own |= {f"change_{n}": (dims, rng.integers(0, 3, (*shape, 1, 2))) for n in ("promoted", "demoted")}
+    own["changed_component"] = (dims[:5], np.full((*shape, 1), [*ds.component.values].index("L2H1")))
+    own["changed_effect"] = (dims[:5], np.full((*shape, 1), 0.25))
+    texts = ("vocabulary", np.array(["first", EVIL, "third"], object))
+    tab = opened(ds.assign(own).assign_coords(vocabulary_text=texts, component=ds.component), at="#L1H0")
+    assert "promotes" in tab.inner_text(".head")
+    tab.locator(".head .words bdi").first.wait_for()
+    tab.click(".tops .context >> nth=0")
+    tab.wait_for_selector(".details .words")
+    told = tab.inner_text(".details")
+    assert "What the changes of components promote" in told
+    assert tab.locator(".details button.link", has_text="L2H1").count() >= 1
+    assert tab.evaluate("typeof hacked") == "undefined"
+
+
 def test_heads_by_click_key_and_hover(opened, ds):
     tab, heads = opened(ds), sr.by_head(ds, 0.1)
     layer, head = np.unravel_index(heads.top_self_repair.values.argmax(), (3, 2))

@@ -1,5 +1,8 @@
 """Which tokens a write promotes: every number against whole passes with plain hooks, and by what must hold by hand."""
 
+import base64
+import zlib
+
 import families
 import numpy as np
 import oracle
@@ -11,8 +14,9 @@ from test_tracing_law import counting
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
-from selfrepair_nn.components import Head, Layers, Mlp, Swap
+from selfrepair_nn.components import Head, Layers, Mlp, Neuron, Swap
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.explorer.contents import Contents
 from selfrepair_nn.figures import words as words_figure
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.quantities import QUANTITIES
@@ -350,3 +354,101 @@ def test_the_figure_shows_them_and_hostile_tokens_are_text(runs, tmp_path):
     assert words_figure.shown(7, "\ufffd") == "⟨7⟩"
     assert words_figure.shown(7, " a\x07") == "␣a\\x07"
     assert [path.suffix for path in sr.plot(ds, tmp_path, "words", share=0.2)] == [".png", ".svg"]
+
+
+# ---------------------------------------------------------------- the explorer
+
+
+def unpacked(text, size, count, changed):
+    """What the page's script reads of one head's words."""
+    raw, at = zlib.decompress(base64.b64decode(text)), 0
+
+    def whole(n, width):
+        nonlocal at
+        bytes_ = np.frombuffer(raw[at : at + n * width], np.uint8).reshape(width, n).astype(int)
+        at += n * width
+        return (bytes_ * 256 ** np.arange(width)[:, None]).sum(0)
+
+    token = np.cumsum(whole(size, 4))
+    words = [whole(size * n, 4).reshape(size, -1) for n in (count, count, changed * count, changed * count)]
+    folded = [whole(size * n, 2).reshape(size, -1) for n in (count, count, changed)]
+    effects = [np.where(n % 2, -(n + 1) // 2, n // 2) for n in folded]
+    return token, words, effects, whole(size * changed, 2).reshape(size, -1)
+
+
+def test_the_explorer_holds_the_words_of_every_top_token(runs):
+    ds = runs()
+    data = Contents.of(ds, 0.2).data()["promoted"]
+    assert data["count"] == 3
+    site = 1
+    size, text = data["tokens"][0][site]
+    token, words, effects, component = unpacked(text, size, data["count"], data["changed"])
+    where = [(p, i) for layer, head, p, i in entries(ds, 0.2) if (layer, head) == (0, 1)]
+    assert_array_equal(token, sorted(p * 7 + i for p, i in where))
+    for n, flat in enumerate(token):
+        at = (0, site, *divmod(int(flat), 7))
+        for j, name in enumerate(("promoted", "demoted", "change_promoted", "change_demoted")):
+            assert [data["vocabulary"][i] for i in words[j][n]] == [str(i) for i in ds[name].values[at].ravel()]
+        for j, name in enumerate(("promoted_effect", "demoted_effect", "changed_effect")):
+            assert_allclose(effects[j][n] * data["step"], ds[name].values[at], atol=data["step"])
+        assert_array_equal(component[n], ds.changed_component.values[at])
+    often = sr.frequent_words(ds, 5, 0.2).sel(end="demoted").isel(layer=0, head=1)
+    assert [data["vocabulary"][i] for i, _ in data["often"][0][site][1]] == [*often.word_text.values]
+
+
+def test_hostile_words_are_data_of_the_page(runs, tmp_path):
+    ds = runs()
+    bad = "</script><img src=x onerror=alert(1)>"
+    texts = np.full(ds.sizes["vocabulary"], bad, object)
+    page = sr.view(ds.assign_coords(vocabulary_text=("vocabulary", texts)), tmp_path / "x.html", share=0.2)
+    assert bad not in page.read_text()
+    assert "onerror" in page.read_text()
+    plain_page = sr.view(runs(words=0), tmp_path / "y.html", share=0.2)
+    assert '"promoted": null' in plain_page.read_text() or '"promoted":null' in plain_page.read_text()
+
+
+# ---------------------------------------------------------------- mean writes, and neurons
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "cohere"])
+def test_words_of_mean_writes_by_hand(wrapped, seeded, name):
+    """A head's and an MLP's mean write, and a neuron's own, against the weights."""
+    model, ids = wrapped(name, exact=True), seeded(name)
+    module = families.build(name, exact=True)
+    parts = oracle.find_parts(module)
+    clean = oracle.run(parts, torch.as_tensor(ids))
+    scale = oracle.scale(parts.final_norm, clean.final)
+    found = sr.write_words(model, [Head(1, 1), Mlp(2)], ids, words=5)
+    writes = {w.label: w.x for w in oracle.component_writes(parts, clean, "output", clean)}
+    for label, site in (("L1H1", "L1H1"), ("L2.mlp", Mlp(2).label)):
+        u = parts.logit_multiplier * module.get_output_embeddings().weight.detach().double()
+        x = oracle.gain(parts.final_norm) * oracle.centre(parts.final_norm, writes[label]) / scale[..., None]
+        logits = (x.mean((0, 1)) @ u.T).numpy()
+        logits -= logits.mean()
+        one = found.sel(site=site)
+        assert_allclose(one.promoted_effect, np.sort(logits)[::-1][:5], atol=TIGHT)
+        assert_allclose(one.demoted_effect, logits[one.demoted.values], atol=TIGHT)
+
+
+def test_words_of_neurons_by_hand(wrapped):
+    module = families.build("gpt2", exact=True)
+    parts, rows = oracle.find_parts(module), oracle._matrix(module.transformer.h[1].mlp.c_proj)
+    x = oracle.gain(parts.final_norm) * oracle.centre(parts.final_norm, rows[7])
+    logits = (x @ module.get_output_embeddings().weight.detach().double().T).numpy()
+    found = sr.write_words(wrapped("gpt2", exact=True), [Neuron(1, 7)], words=4)
+    assert_allclose(found.promoted_effect[0], np.sort(logits - logits.mean())[::-1][:4], atol=TIGHT)
+    assert [*found.promoted_text.values[0]] == [str(i) for i in found.promoted.values[0]]
+
+
+def test_words_of_what_there_is_not(wrapped):
+    model = wrapped("gpt2", exact=True)
+    for sites, more, said in (
+        ([Head(0, 1)], {}, "only neurons write the same"),
+        ([Head(9, 1)], {"tokens": [[1, 2]]}, "L9H1"),
+        ([], {}, "name at least one site"),
+        ([Neuron(0, 1)], {"words": 99}, "vocabulary has 61"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            sr.write_words(model, sites, **more)
+    with pytest.raises(UsageError, match="model must be a Model"):
+        sr.write_words("tiny-neox", [Neuron(0, 1)])

@@ -26,7 +26,7 @@ from selfrepair_nn.choosing import splits, tail_of
 from selfrepair_nn.confidence import LEVEL
 from selfrepair_nn.equations import PARTS
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.explorer import repairs, words
+from selfrepair_nn.explorer import promoted, repairs, words
 from selfrepair_nn.explorer.entries import Entries, clean, clean_fields_of, steps_of
 from selfrepair_nn.explorer.packing import significant
 from selfrepair_nn.quantities import QUANTITIES, TOKEN, WIDE
@@ -130,6 +130,7 @@ class Contents:
                 | clean(self.ds, self.entries.texts),
             },
             "repairs": repairs.repairs(self.variants, self.summaries, self.entries.top),
+            "promoted": promoted.promoted(self.variants, first.attrs["share"], self.entries.top),
         }
 
     def _notes(self) -> list[dict[str, Any]]:

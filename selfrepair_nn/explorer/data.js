@@ -136,6 +136,29 @@ class Store {
     });
   }
 
+  /** What is promoted and demoted on each token of a head: token → words of its write, and of the changes. */
+  promoted(variant, site) {
+    return this.once(`promoted ${variant} ${site}`, async () => {
+      const found = new Map();
+      const { vocabulary, count, changed, step, tokens } = this.data.promoted;
+      const [size, text] = tokens[variant][site];
+      const reader = new Reader(await unpacked(text));
+      const token = reader.growing(size);
+      const words = [count, count, changed * count, changed * count].map((n) => reader.whole(size * n, 4));
+      const effects = [count, count, changed].map((n) => reader.rounded(size * n, step));
+      const component = reader.whole(size * changed, 2);
+      const row = (i, j, n) => Array.from(words[j].subarray(i * n, (i + 1) * n), (w) => vocabulary[w]);
+      const parts = (list) => Array.from({ length: changed }, (_, k) => list.slice(k * count, (k + 1) * count));
+      token.forEach((t, i) => {
+        const own = [0, 1].map((j) => row(i, j, count).map((w, k) => [w, effects[j][i * count + k]]));
+        const [up, down] = [2, 3].map((j) => parts(row(i, j, changed * count)));
+        const changes = up.map((promoted, k) => ({ component: component[i * changed + k], effect: effects[2][i * changed + k], promoted, demoted: down[k] }));
+        found.set(t, { own, changes: changes.filter(({ effect }) => effect !== 0), step });
+      });
+      return found;
+    });
+  }
+
   /** Which components changed most on each token of a head: token → rows of [component, change], and the others' sum. */
   components(variant, site) {
     return this.once(`components ${variant} ${site}`, async () => {

@@ -141,7 +141,18 @@ class Head {
       make("div", { class: "facts" }, facts),
       make("p", { class: "note" }, note),
       ...this.repairs(),
+      ...this.words(),
     );
+  }
+
+  /** What it promotes and demotes most often on its top tokens. */
+  words() {
+    const { store, state } = this.pane;
+    const often = store.data.promoted?.often[state.variant]?.[state.site];
+    if (!often?.[0].length) return [];
+    const { vocabulary } = store.data.promoted;
+    const rows = often.map((end, i) => wordsOf(["promotes", "demotes"][i], end.map(([w, share]) => [vocabulary[w], `${Math.round(100 * share)}%`])));
+    return [make("h4", {}, "What it promotes, most often"), ...rows];
   }
 
   repairs() {

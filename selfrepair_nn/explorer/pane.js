@@ -112,7 +112,10 @@ class Pane {
 
   /** A component by its name: a way to that head, where it is one of this store's. */
   link(component) {
-    const label = this.store.data.repairs.labels[component];
+    return this.linkTo(this.store.data.repairs.labels[component]);
+  }
+
+  linkTo(label) {
     const site = this.store.places.get(label);
     return site == null || !this.known(site) ? label : this.siteLink(site);
   }

@@ -30,6 +30,12 @@ function stepped(value, step, plain = false) {
   return plain ? text.replace("+", "") : text;
 }
 
+/** A line of tokens, each with what is told of it. */
+function wordsOf(title, words) {
+  const found = words.flatMap(([text, told]) => [make("bdi", { class: "target" }, word(text)), told ? ` ${told}  ` : "  "]);
+  return make("p", { class: "links words" }, make("b", {}, `${title}  `), found);
+}
+
 function withReach(value, reach) {
   return reach == null || value == null ? signed(value) : `${signed(value)} ± ${signed(reach).replace("+", "")}`;
 }

@@ -29,7 +29,7 @@ def repairs(
     if "component_change" not in first:
         return None
     share, count = summaries[0].attrs["share"], TOKENS // (len(variants) * 2 * SHOWN)
-    chosen = _shared_out(top, count, tail_of(first))
+    chosen = shared_out(top, count, tail_of(first))
     return {
         "labels": [line(c) for c in first.component.values],
         "layers": first.component_layer.values.tolist(),
@@ -108,7 +108,7 @@ def _is(site: Any, labels: np.ndarray, layer: np.ndarray, head: np.ndarray) -> n
     return labels == getattr(site, "label", "")
 
 
-def _shared_out(top: blocks.Top, count: int, tail: str) -> blocks.Top:
+def shared_out(top: blocks.Top, count: int, tail: str) -> blocks.Top:
     """At most `count` of the entries, as many of each case: the first at the tail."""
     cases = max(1, np.unique(top.case).size)
     order = np.lexsort((-ranked_by(top.effect, tail), top.case))

@@ -197,7 +197,11 @@ class Details {
       this.element.replaceChildren(make("h3", {}, "Token"), make("p", { class: "note" }, "Choose a token."));
       return;
     }
-    const [clean, components] = await Promise.all([store.clean(), store.data.repairs && store.components(variant, site)]);
+    const [clean, components, words] = await Promise.all([
+      store.clean(),
+      store.data.repairs && store.components(variant, site),
+      store.data.promoted && store.promoted(variant, site),
+    ]);
     if (state !== this.pane.state || token !== this.pane.state.token) return;
     const [prompt, position] = store.split(token);
     const entry = tokens.place.get(token);
@@ -210,8 +214,27 @@ class Details {
       make("h3", {}, title, other != null && [" less ", make("bdi", { class: "target" }, word(other))]),
       make("p", { class: "note" }, where),
       ...(entry == null ? [make("p", { class: "note" }, "This page has no numbers of the ablation here.")] : this.numbers(entry, components?.get(token))),
+      ...this.promoted(words?.get(token)),
       this.table(entry, token, clean),
     );
+  }
+
+  /** Which words the head's write promotes, and the changes of the components that the ablation changes most. */
+  promoted(words) {
+    if (!words) return [];
+    const told = (rows) => rows.map(([text, effect]) => [text, stepped(effect, words.step)]);
+    const bare = (list) => list.map((text) => [text, ""]);
+    return [
+      make("h4", {}, "What the head writes, in words"),
+      wordsOf("promotes", told(words.own[0])),
+      wordsOf("demotes", told(words.own[1])),
+      words.changes.length > 0 && make("h4", {}, "What the changes of components promote"),
+      ...words.changes.flatMap(({ component, effect, promoted, demoted }) => [
+        make("p", { class: "links" }, this.pane.linkTo(this.pane.store.data.promoted.labels[component]), ` ${stepped(effect, words.step)}`),
+        wordsOf("promotes", bare(promoted)),
+        wordsOf("demotes", bare(demoted)),
+      ]),
+    ].filter(Boolean);
   }
 
   numbers(entry, components) {

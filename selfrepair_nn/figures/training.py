@@ -100,6 +100,7 @@ def _name_axis(axes: Axes, heads: xr.Dataset, at: np.ndarray, numbered: bool) ->
         axes.set_xticks(at, [str(label) for label in heads[AXIS].values], rotation=30, ha="right")
         return
     if at[-1] > 20 * max(at[1] - at[0], 1):
-        axes.set_xscale("symlog", linthresh=max(at[1], 1))
-    axes.set_xticks(at, [f"{step:.0f}" for step in at])
+        axes.set_xscale("symlog", linthresh=max(at[1], 1), linscale=0.4)
+        axes.set_xlim(at[0] - max(at[1], 1) / 4, at[-1] * 1.25)
+    axes.set_xticks(at, [f"{step:.0f}" for step in at], fontsize=8)
     axes.minorticks_off()

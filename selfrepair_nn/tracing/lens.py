@@ -46,7 +46,7 @@ class Words(Bundle):
         scale = state["norm_scale"].flatten()[token]
         movers, effects = self._movers(block, batch, changes, scale)
         vectors = [
-            of_sites(lambda site, edit: _write(site, block), block, batch, which),
+            of_sites(lambda site, edit: write_of(site, block), block, batch, which),
             of_sites(lambda site, edit: site.own_change(edit, block), block, batch, which),
             widen(block.home(changes["final"])[row, position]) - widen(final_stream(block)).flatten(0, 1)[token],
             *(_change_of(each, block, changes["watched"], token) for each in movers.unbind(-1)),
@@ -86,29 +86,29 @@ class Words(Bundle):
             unembed = unembedding(block)
             constant, at_once = unembed.logits(beta[None]), unembed.at_once
             for clean, ratio, *given in zip(*(x.split(at_once) for x in (whole, stretch, *vectors)), strict=True):
-                found = self._ends(_centred(unembed.change(given[0])), "promoted", "demoted")
+                found = self.ends(centred(unembed.change(given[0])), "promoted", "demoted")
                 own, frozen = unembed.change(given[1]), unembed.change(given[2])
                 ratio = ratio.to(constant.device)[:, None]
                 live = (ratio - 1) * (unembed.logits(clean + beta) - constant) + ratio * frozen
                 for name in ("promoted", "demoted"):
-                    moved = (_centred(x).gather(-1, found[name]) for x in (own, live))
+                    moved = (centred(x).gather(-1, found[name]) for x in (own, live))
                     after, found[f"{name}_logit_change"] = moved
                     found[f"ablated_{name}_effect"] = found[f"{name}_effect"] + after
-                each = [self._ends(_centred(unembed.change(x)), "change_promoted", "change_demoted") for x in given[3:]]
+                each = [self.ends(centred(unembed.change(x)), "change_promoted", "change_demoted") for x in given[3:]]
                 parts.append(found | {name: torch.stack([one[name] for one in each], 1) for name in each[0]})
         return parts
 
-    def _ends(self, logits, high, low):
+    def ends(self, logits, high, low):
         """The tokens of highest and of lowest logit and these logits: [token, word] each."""
         (most, top), (least, bottom) = (logits.topk(self.count, largest=largest) for largest in (True, False))
         return {high: top, f"{high}_effect": most, low: bottom, f"{low}_effect": least}
 
 
-def _centred(logits):
+def centred(logits):
     return logits - logits.mean(-1, keepdim=True)
 
 
-def _write(site, block):
+def write_of(site, block):
     """What a site writes in the clean run: [prompt, position, d_model]."""
     if not site.kept:  # whole layers
         entering, leaving = (block.home(widen(block.clean["input"][at])) for at in (site.layer, site.stop))
