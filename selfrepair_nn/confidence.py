@@ -192,6 +192,6 @@ class Tally:
 def _mean_of(values: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Mean of the cases in each group: [case, …] to [group, …], NaN where there are none."""
     found = np.zeros((len(sizes), *values.shape[1:]))
-    with np.errstate(invalid="ignore"):  # infinite influences of both signs: nothing is known
+    with np.errstate(invalid="ignore"):  # influences of both signs may be infinite
         np.add.at(found, groups, values)
         return (found.T / sizes).T

@@ -1,4 +1,4 @@
-"""Optimal ablation: learned apart from the run, never worse than the mean where it was learned, reported on other text."""
+"""Optimal ablation: learned apart, never worse than the mean where it was learned, reported on other text."""
 
 import json
 
@@ -215,7 +215,8 @@ def test_other_stores_have_no_optimum(store):
 
 def test_the_figure(store):
     alone = figures.draw("optimal", store)
-    assert [axes.get_title(loc="left") for axes in alone.axes[:3]] == ["heads", "what the ablation costs", "self-repair"]
+    titles = [axes.get_title(loc="left") for axes in alone.axes[:3]]
+    assert titles == ["heads", "what the ablation costs", "self-repair"]
     found = sr.optimal_by_head(store)
     dots = alone.axes[0].collections[-1].get_offsets()
     known = found.tokens.isel(text=-1).values > 0

@@ -57,7 +57,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 def _reading(heads: xr.Dataset) -> list[str]:
     words = str(heads.attrs["ablation"]).partition(",")[0].split("_")[2:]
-    edges = EDGES[words[0]].format(" and ".join(words[1:])) if words[0] in EDGES else " ".join(words)
+    edges = EDGES[words[0]].format(" and ".join(words[1:])) if words and words[0] in EDGES else "that were named"
     told = {"edges": edges, "reach": REACH, "shown": int(_known(heads).sum()), "least": heads.attrs["least"]}
     return [line.format(heads=int((heads.tokens > 0).sum()), **told) for line in READING]
 

@@ -16,6 +16,7 @@ READING = (
     "The constants were learned on half of the run's text, from the mean of z, to lose least there; what they lose on "
     "the other half (held out) is what they are worth.",
 )
+TEXTS = {"held out": "the half held out", "run": "all of the run"}
 NEED = Need(
     "heads under the optimal constant and other ablations, the log-probability of every token, as in `optimal`",
     lambda ds: ("excess" in ds and "text" in ds.dims)
@@ -38,17 +39,18 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         for axes, of, label in ((loss, "loss", "loss lost (nats)"), (repair, "self_repair", "self-repair (nats)")):
             _draw_means(axes, heads, f"overall_{of}")
             axes.set_ylabel(label)
+        loss.legend(loc="lower left")
         plane.set_title("heads" if len(found) == 1 else f"{name}: heads")
         loss.set_title("what the ablation costs")
         repair.set_title("self-repair")
     models = " and ".join(dict.fromkeys(str(heads.attrs["model"]) for heads in found.values()))
     style.heading(figure, found, f"{models}: optimal ablation beside others")
-    style.caption(figure, found, [line for heads in found.values() for line in _reading(heads)])
+    style.caption(figure, found, [*dict.fromkeys(line for heads in found.values() for line in _reading(heads))])
     return figure
 
 
 def _reading(heads: xr.Dataset) -> list[str]:
-    one, text = heads.isel(text=-1), str(heads["text"].values[-1])
+    one, text = heads.isel(text=-1), TEXTS[str(heads["text"].values[-1])]
     kind, count = heads.attrs["clustered_by"], heads.attrs["clusters"]
     known = f"{int((one.tokens > 0).sum())} heads, {int(one.tokens.max()):,} tokens each on {text}; "
     told = known + f"intervals are clustered by {kind} ({count} on {text})."
@@ -80,4 +82,3 @@ def _draw_means(axes: Axes, heads: xr.Dataset, name: str) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.6, len(labels) - 0.4)
-    axes.legend(loc="best")
