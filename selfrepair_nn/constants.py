@@ -171,7 +171,7 @@ class Optimal(OfHeads):
 
     def require(self, case: tuple[Any, ...]) -> None:
         super().require(case)
-        if len(case) > 1 or isinstance(case[0], Attention):
+        if len(case) > 1 or any(isinstance(site, Attention) for site in case):
             raise UsageError("Optimal is learned for one head at a time: let each entry of ablate be a head")
 
 

@@ -17,7 +17,6 @@ from selfrepair_nn.choosing import selecting_half
 from selfrepair_nn.components import Head
 from selfrepair_nn.constants import Constants
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.face import public
 from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.models.model import wrap as wrapped
 from selfrepair_nn.models.plain import beginning, entering, hooked
@@ -29,7 +28,6 @@ STEPS, RATE, TOKENS = 30, 0.3, 2048
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 
-@public
 def optimal_constants(
     model: Any,
     heads: Iterable[Head],
@@ -197,7 +195,7 @@ class _Learning:
         """The model's own loss; mean and standard deviation of each head's z, [head, d_head] each."""
         import torch
 
-        total, sums, squares = 0.0, 0, 0
+        total, sums, squares = 0.0, torch.zeros(()), torch.zeros(())
         seen: dict[int, Any] = {}
         layers = {head.layer for head in self.heads}
         entered: dict[int, list[Any]] = {layer: [] for layer in layers}
@@ -213,7 +211,8 @@ class _Learning:
         mean = sums / self.tokens.size
         spread = (squares / self.tokens.size - mean.square()).clamp_min(0).sqrt()
         kind = next(self.model.module.parameters()).dtype
-        return total / self.counts.sum(), *(x.to(torch.promote_types(kind, torch.float32)) for x in (mean, spread))
+        mean, spread = (x.to(torch.promote_types(kind, torch.float32)) for x in (mean, spread))
+        return total / self.counts.sum(), mean, spread
 
     def _losses(self, mean: Any, spread: Any, shift: Any, learns: bool) -> Any:
         """The mean loss of each head's ablation, [head]; where it `learns` its gradients are added to `shift`."""

@@ -50,7 +50,7 @@ def optimal_by_head(ds: xr.Dataset) -> xr.Dataset:
     parts = halves(ds)
     texts = {text: parts[half] for text, half in TEXTS.items()} if ds.attrs.get("found_on") == "half" else {"run": ds}
     found = xr.concat([_of_text(one, labels) for one in texts.values()], "text")
-    found = found.assign_coords(text=[*texts], ablation=labels, **{d: ds[d].variable for d in HEADS})
+    found = found.assign_coords({"text": [*texts], "ablation": labels} | {d: ds[d].variable for d in HEADS})
     return _described(found.assign_attrs(ds.attrs | clustering(texts[[*texts][-1]])))
 
 

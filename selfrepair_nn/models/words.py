@@ -8,7 +8,6 @@ import xarray as xr
 
 from selfrepair_nn.components import Ablatable, Neuron
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.face import public
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.models.plain import drawn_tokens
@@ -16,7 +15,6 @@ from selfrepair_nn.prompts import token_texts
 from selfrepair_nn.values import ids
 
 
-@public
 def write_words(model: Model, sites: Iterable[Ablatable], tokens: Any = None, words: int = 10) -> xr.Dataset:
     """Which tokens each of some sites promotes and demotes most, over (site, word); no weights are read.
 
@@ -50,7 +48,7 @@ def write_words(model: Model, sites: Iterable[Ablatable], tokens: Any = None, wo
     read = drawn_tokens(model) if tokens is None else torch.as_tensor(ids("tokens", tokens, "[prompt, position]"))
     plan = graph.plan(model.layout) | {"tokens_per_pass": 1, "unit": tokens is None}
     with evaluating(model):
-        found = run_session(words_job, model.nn, {"tokens": read, "partner_tokens": read}, plan)
+        found: Any = run_session(words_job, model.nn, {"tokens": read, "partner_tokens": read}, plan)
     values = {name: (("site", "word"), value.numpy()) for name, value in found.items()}
     for end in ("promoted", "demoted"):
         values[f"{end}_text"] = ("site", "word"), token_texts(model.tokenizer, values[end][1])
