@@ -206,13 +206,13 @@ class _Learning:
             for rows in self._blocks(len(self.tokens)):
                 total += float(self._loss(rows).sum())
                 z = torch.stack([self._part(seen[head.layer], head) for head in self.heads]).flatten(1, 2)
-                sums, squares = sums + z.sum(1), squares + z.square().sum(1)
+                sums, squares = z.sum(1) + sums.to(z), z.square().sum(1) + squares.to(z)
         self.streams = {layer: torch.cat(found) for layer, found in entered.items()}
         mean = sums / self.tokens.size
         spread = (squares / self.tokens.size - mean.square()).clamp_min(0).sqrt()
         kind = next(self.model.module.parameters()).dtype
-        mean, spread = (x.to(torch.promote_types(kind, torch.float32)) for x in (mean, spread))
-        return total / self.counts.sum(), mean, spread
+        kind = torch.promote_types(kind, torch.float32)
+        return total / int(self.counts.sum()), mean.to(kind), spread.to(kind)
 
     def _losses(self, mean: Any, spread: Any, shift: Any, learns: bool) -> Any:
         """The mean loss of each head's ablation, [head]; where it `learns` its gradients are added to `shift`."""
