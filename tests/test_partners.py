@@ -189,6 +189,15 @@ def test_other_variants_stand_beside_partners(ran):
     np.testing.assert_allclose(summary.self_repair, expected.transpose(*summary.self_repair.dims), atol=1e-6)
 
 
+def test_each_partner_can_be_summarised_by_itself(ran):
+    three = ran("three", resamples=K)
+    each = sr.by_variant(three)
+    assert each.self_repair.dims == ("resample", "layer", "head")
+    for k in range(K):
+        np.testing.assert_allclose(each.self_repair[k], sr.by_head(three.isel(resample=k)).self_repair)
+    np.testing.assert_allclose(each.self_repair.mean("resample"), sr.by_head(three).self_repair, atol=1e-9)
+
+
 def test_what_cannot_have_several_partners_says_why(tmp_path):
     refused = {
         "resamples are for resample ablation": {"ablation": "zero", "resamples": 2},

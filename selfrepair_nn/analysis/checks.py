@@ -39,16 +39,17 @@ def required(ds: xr.Dataset) -> tuple[str, ...]:
     return tuple(name for name in REQUIRED if split or QUANTITIES[name].unless != "total")
 
 
-def restored(ds: xr.Dataset) -> xr.Dataset:
+def restored(ds: xr.Dataset, average: bool = True) -> xr.Dataset:
     """A store, or a part of one, with every dimension that a selection such as ds.sel(layer=6) took, of length 1.
 
     What is large is left as it is, to be read block by block, and what ds.where did to flags and labels is undone.
-    Where every prompt has several partners each token has its mean over them, as `partners.averaged` has it.
+    Where every prompt has several partners each token has its mean over them, as `partners.averaged` has it, unless
+    these are not to be averaged.
     A dataset that lacks nothing, or is no store, is returned as it is.
     """
     if "done" not in ds.variables:
         return ds
-    ds = averaged(ds)
+    ds = averaged(ds) if average else ds
     lost = [d for d in DIMS if d in ds.coords and not ds[d].ndim]
     grid = "case" not in ds.coords
     found = {}

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.checks import restored, same_share, share_of
+from selfrepair_nn.analysis.checks import HEADS, restored, same_share, share_of
+from selfrepair_nn.analysis.partners import AXIS, several
 from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Tokens
@@ -41,13 +42,19 @@ def by_variant(ds: xr.Dataset, share: float | None = None, summarise: Summary = 
     """`summarise(variant, share)` of every variant along the store's axis; what all have in common is there once.
 
     The false discovery rate is that of each variant by itself; worst_closure (attribute) is the largest of all.
+    Where partners are all that varies, along `resample`, each of them is a variant; beside other variants they are
+    averaged, as everywhere.
     Memory: one block of prompts of all variants, and the summaries. Errors as in `axis_of` and `summarise`.
     """
-    ds = restored(ds)
+    ds = restored(ds, average=not _of_partners_alone(ds))
     axis, share = axis_of(ds), share_of(ds, share)
     if "position" not in ds.dims:
         return same_share(ds, share)
     return once((axis, share, summarise), ds, lambda: _by_variant(ds, axis, share, summarise))
+
+
+def _of_partners_alone(ds: xr.Dataset) -> bool:
+    return several(ds) and {*ds.self_repair.dims} <= {AXIS, *TOKEN, *sites(ds), *HEADS}
 
 
 def _by_variant(ds: xr.Dataset, axis: str, share: float, summarise: Summary) -> xr.Dataset:
