@@ -228,6 +228,8 @@ class Options:
             raise UsageError(f"revision {self.revision!r} is one, revisions are several: give only one of both options")
         if self.until_ci is not None:
             raise UsageError("until_ci stops each model elsewhere: leave it out with revisions")
+        if self.resamples != type(self).resamples:
+            raise UsageError("several partners have an axis of their own: leave resamples out with revisions")
         if self.part:
             raise UsageError("a run of several revisions has no parts: leave --shard out, or run each revision by itself")
 

@@ -227,6 +227,7 @@ def nothing_is_loaded(monkeypatch):
         ({"revisions": "step0,step9"}, "'step9' is no directory"),
         ({"revisions": "step0", "until_ci": 0.1}, "stops each model elsewhere"),
         ({"revisions": "step0", "shard": "1/2"}, "has no parts"),
+        ({"revisions": "step0", "resamples": 3}, "an axis of their own"),
         ({"revisions": "step0", "revision": "main"}, "give only one of both"),
         ({"revisions": "step0", "recipe": "ablation_kinds"}, "an axis of its own, ablation"),
         ({"revisions": "step0", "recipe": "neurons", "param": "count=1"}, "finds its heads by a clean pass"),
