@@ -25,12 +25,15 @@ TOPICS = {
     "Run": ("run", "preview", "Options", "load", "wrap", "check", "list_recipes"),
     "Look": ("summary", "plot", "view", "write_report", "figure", "compare_paper"),
     "Read stores": ("open_store", "verify", "only", "choose_tokens", "in_nats", "simulate_heads", "sites_of"),
-    "Experiments": ("Graph", "Variants", "sweep", "chosen_heads", "late_heads", "select_heads", "site"),
+    "Experiments": ("Graph", "Variants", "sweep"),
+    "Choose sites": ("site", "chosen_heads", "late_heads", "select_heads", "layer_numbers"),
     "Prompts": ("Prompts", "text_prompts", "ioi_prompts", "repeated_prompts", "edited_prompts", "does_task"),
+    "Beside runs": ("attribution", "false_negatives", "write_words", "optimal_constants"),
     "Errors": ("SelfRepairError", "UsageError"),
 }
 """Where on the page of names each is; sites, replacements and statistics are told by the room they are in."""
-REST = {"components": "Sites", "replacements": "Replacements", "analysis": "Statistics"}
+REST = dict.fromkeys(("replacements", "edges", "constants"), "Replacements")
+REST |= {"components": "Sites", "analysis": "Statistics"}
 
 
 def on_config(config):
@@ -99,7 +102,7 @@ def topics() -> dict[str, list[str]]:
                     f"{name} is public and has no place in the reference: give it one in docs/site.py"
                 )
             found.setdefault(REST[room], []).append(name)
-    return {topic: found[topic] for topic in (*TOPICS, *REST.values()) if topic in found}
+    return {topic: found[topic] for topic in dict.fromkeys((*TOPICS, *REST.values())) if topic in found}
 
 
 def options() -> list[str]:

@@ -307,7 +307,7 @@ def analysed(ds, share):
     )
     found |= {f"{name} {share}": outcome(getattr(sr, name), ds, share) for name in with_share}
     found["in nats"] = outcome(lambda ds: sr.by_head(sr.in_nats(ds)), ds)
-    return found | {"summary": outcome(text.summary, ds), "page": outcome(page, ds)}
+    return found | {"summary": outcome(lambda ds: str(text.summary(ds)), ds), "page": outcome(page, ds)}
 
 
 def page(ds):

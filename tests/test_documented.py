@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from terminal import selfrepair
 
+import selfrepair_nn as sr
 from selfrepair_nn.models.load import find
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,7 @@ NOT_RUN = {
     "from dask.distributed import Client": "needs a cluster; tests/test_executors.py has one of its own",
     "from transformers import AutoModelForCausalLM": "tests/test_multimodal.py does it to six models",
     "from tests.ndif_server import Ndif": "tests/test_ndif_server.py does it",
+    "import selfrepair_nn as sr\n\nheads = [sr.Head(28": "a large model; tests/test_optimal.py has a small one",
 }
 """Python that is only compiled here, by how it begins."""
 
@@ -111,6 +113,11 @@ def place(tmp_path_factory):
     (folder / "text.txt").write_text(
         "\f\n".join(f"The {word} of the sea was cold. " * 12 + "\n" for word in WORDS)
     )
+    (folder / "train-neox").mkdir()
+    for step in (0, 16, 32, 64, 128, 256, 512):
+        (folder / "train-neox" / f"step{step}").symlink_to(folder / MODEL)
+    heads = [sr.Head(layer, head) for layer in range(3) for head in range(2)]
+    sr.Constants({head: np.full(8, 0.1) for head in heads}).save(folder / "constants.npz")
     (folder / "path" / "to").mkdir(parents=True)
     shutil.copy(ROOT / "recipes" / "heads.py", folder / "path" / "to" / "mine.py")
     lines = (ROOT / "docs" / "recipes.md").read_text().split("as a map:\n\n")[1].split("\nRun it")[0]
@@ -143,8 +150,8 @@ def small(place, tmp_path, monkeypatch):
 def test_commands_are_found():
     assert sum(len(commands(page)) for page in PAGES) > 100
     assert sum(len(blocks(page)) for page in PAGES) > 8
-    left = {block.split("\n")[0] for page in PAGES for block in blocks(page)}
-    assert all(any(line.startswith(start) for line in left) for start in NOT_RUN)
+    every = [block for page in PAGES for block in blocks(page)]
+    assert all(any(block.startswith(start) for block in every) for start in NOT_RUN)
 
 
 @pytest.mark.parametrize(
