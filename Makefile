@@ -8,7 +8,7 @@ ONE_FAMILY = not test_engine or gpt2
 
 BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls)
 
-.PHONY: demo docs check test lint test-alone test-beside env server bench clean
+.PHONY: demo docs check test lint test-served test-alone test-beside env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
 	$(BIN)/selfrepair run heads --model tiny-neox
@@ -24,14 +24,17 @@ lint: env            ## style, and types of the package
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: env server lint ## set up, then pass all tests, in two processes side by side
-	$(MAKE) -j2 -k -O test-alone test-beside
+test: env server lint ## set up, then pass all tests, in three processes side by side
+	$(MAKE) -j3 -k -O test-served test-alone test-beside
 
-test-alone:
+test-served:         ## those that need a server: they wait more than they compute
+	$(BIN)/python -m pytest -m served
+
+test-alone:          ## the others, in two parts that take about as long
 	$(BIN)/python -m pytest -m "not served" $(BESIDE:%=--ignore=%)
 
-test-beside:         ## those that need a server, and then so many others that both take about as long
-	$(BIN)/python -m pytest -m served; served=$$?; $(BIN)/python -m pytest -m "not served" $(BESIDE) && exit $$served
+test-beside:
+	$(BIN)/python -m pytest -m "not served" $(BESIDE)
 
 server: env          ## what a real NDIF server in the tests needs; without it they are skipped, and say so
 	-$(BIN)/python -m tests.ndif_server install
