@@ -57,7 +57,7 @@ def run(recipe, model, out, **choices):
         ids[:, 3] = 5
         choices["prompts"] = sr.Prompts(ids, np.arange(PROMPTS), {"name": "mine"}, counted=mask())
     elif recipe not in OWN:
-        halves = 2 if recipe == "optimal" else 1  # of which one is reported
+        halves = 2 if recipe in ("optimal", "interactions", "backups") else 1  # of which one is reported
         choices.setdefault("prompts", chosen(model, halves * PROMPTS))
     tokenizer = {"ioi": Words(), "contrastive": Numbers()}.get(recipe)
     model = replace(model, tokenizer=tokenizer) if tokenizer else model
@@ -269,13 +269,14 @@ def test_a_store_that_does_not_say_counts_every_token(stores):
 
 ANALYSES = [name for name, place in sr._PLACES.items() if place[0] == "selfrepair_nn.analysis"]
 ANALYSES = [name for name in ANALYSES if name not in ("only", "in_nats")]  # which give a store
-SOLE = {"attention": ("token", "logit", "mean_logit")}
-"""Whether tokens are repeated, and known, is seen against the first time: of that the clean logit is read."""
+SOLE = {"attention": ("token", "logit", "mean_logit"), "promoted": ("token", "token_text")}
+"""Whether tokens are repeated, and known, is seen against the first time: of that the clean logit is read. Whether a
+promoted token was read before is seen in the text, all of it."""
 
 
 def spoilt(ds):
     """The store with rubbish at every token that does not count, labels too: NaN at every other one, else a billion."""
-    kept = {"counted", *(SOLE["attention"] if "attention" in ds else ())}
+    kept = {"counted"}.union(*(names for read, names in SOLE.items() if read in ds))
     found, odd = ds.copy(), np.add.outer(np.arange(ds.sizes["prompt"]), np.arange(ds.sizes["position"])) % 2
     fill = xr.Variable(("prompt", "position"), np.where(odd, np.nan, 1e9))
     for name, array in ds.variables.items():
@@ -371,10 +372,11 @@ def test_no_figure_shows_what_does_not_count(any_store):
 
 def test_every_function_and_every_figure_is_tried(stores, simulated):
     drawn = {*figures.suited(simulated)}.union(*(recipe.figures for recipe in sr.list_recipes()))
+    drawn |= {"training"}  # of checkpoints; tests/test_revisions.py has some
     assert drawn | {*OVERVIEW} == {*figures.known()}
     every = [simulated, *map(stores, recipe_paths())]
     missing = [n for n in ANALYSES if all(isinstance(outcome(getattr(sr, n), ds), str) for ds in every)]
-    assert missing == ["compare_paper"]
+    assert missing == ["backup_roc", "compare_paper"]  # of GPT-2, and of models of the paper
 
 
 def test_the_comparison_with_the_paper_neither():

@@ -54,7 +54,8 @@ def test_links_lead_somewhere(page):
     import re
 
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+        made = target in ("api.md", "demo-explorer.html")  # by docs/site.py
+        assert made or target.startswith("http") or (page.parent / target).exists(), target
 
 
 def test_the_recipe_with_a_figure_of_its_own_is_one_that_works(tmp_path):

@@ -47,8 +47,11 @@ class Drawn(NamedTuple):
 
 @st.composite
 def configurations(draw, wrapped, ablations=tuple(REPLACEMENTS), fewest=1):
-    """Any family, 1 to 6 prompts of 2 to 8 tokens, any subset of heads, any convention, any freezing."""
-    model = wrapped(draw(st.sampled_from(list(families.FAMILIES))), exact=True)
+    """Any family, 1 to 6 prompts of 2 to 8 tokens, any subset of heads, any convention, any freezing.
+
+    But GPT-J, whose attention is computed in float32 whatever is asked, and so rounds by the batch.
+    """
+    model = wrapped(draw(st.sampled_from([name for name in families.FAMILIES if name != "gptj"])), exact=True)
     layers, heads = model.structure.n_layers, model.structure.n_heads
     n, length = draw(st.integers(fewest, 6)), draw(st.integers(2, 8))
     ids = families.random_ids(model.nn._module, n, length, seed=draw(st.integers(0, 99)))

@@ -253,9 +253,8 @@ def test_a_figure_that_there_is_not_is_told_before_any_store_is_opened(tmp_path)
 def test_figures_and_pages_go_beside_the_store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ds = sr.simulate_heads(2, 2, 4, 3)
-    assert {path.parent for path in sr.plot(ds, names=["self_repair_by_layer"])} == {Path("figures")}
+    assert figures.beside(ds) == Path("figures")
     for source, folder in (("a/x.zarr", "a/x"), ("a/x.v2", "a/x.v2-figures")):
         ds.encoding["source"] = str(tmp_path / source)
-        drawn = sr.plot(ds, names=["self_repair_by_layer"])
-        assert {path.parent for path in drawn} == {tmp_path / folder}
+        assert figures.beside(ds) == tmp_path / folder
         assert sr.write_report(ds) == tmp_path / f"{folder}.html"

@@ -197,9 +197,9 @@ def test_labels_of_a_row_stand_apart_and_in_the_order_of_layers(ds):
 
 
 def test_a_store_is_suited_to_what_it_holds(ds, part):
-    every = list(figures.FIGURES)[:7]
-    assert figures.suited(ds) == every
-    assert figures.suited([ds, part]) == every[:-2]
+    every = ["self_repair_by_layer", "direct_effect_vs_logit_change", "distance_by_layer", "token_noise", "norm_share"]
+    assert figures.suited(ds) == [*every, "repair_map", "repair_graph", "stages"]
+    assert figures.suited([ds, part]) == every
     assert figures.suited(by_head(ds)) == every[:3]
     with pytest.raises(UsageError, match="no dataset was given"):
         figures.suited([])

@@ -172,7 +172,7 @@ def test_the_optimum_loses_no_more_than_the_mean_where_it_was_learned(store):
     excess = found.excess.sel(text="held out", ablation="zero")
     assert_allclose(excess, held_out.sel(ablation="zero") - held_out.sel(ablation="optimal"))
     assert np.isfinite(found.overall_excess_half_width).all()
-    assert "reported on 22 others" in sr.summary(store)
+    assert "reported on 22 others" in str(sr.summary(store))
     assert sr.optimal_by_head(found).identical(found)
 
 

@@ -24,7 +24,7 @@ from selfrepair_nn.models.architectures import structure_of
 from selfrepair_nn.models.load import load
 from selfrepair_nn.quantities import QUANTITIES
 from selfrepair_nn.replacements import OtherHead, Reinforce, Scale
-from selfrepair_nn.tracing import outcomes
+from selfrepair_nn.tracing import vocabulary
 from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 
@@ -206,7 +206,7 @@ def test_what_is_rounded_is_the_change():
 def test_pieces_change_nothing(nats, monkeypatch, rows, at_once):
     cases = sweep([Head(0, 1), Head(0, 2), Head(2, 1)])
     whole = nats("gpt2", cases)
-    monkeypatch.setattr(outcomes.Unembedding, "at_once", at_once)
+    monkeypatch.setattr(vocabulary.Unembedding, "at_once", at_once)
     found = nats("gpt2", cases, rows=rows)
     for name in (*CLEAN, *CHANGED):
         assert_allclose(found[name], whole[name], atol=1e-12)

@@ -92,7 +92,7 @@ def test_what_belongs_to_the_clean_run_is_kept_of_every_token(whole, selected):
 
 def test_every_statistic_of_the_top_share_is_the_same(whole, selected):
     for summary in (by_head, by_layer):
-        one, other = str(summary(selected, SHARE)), str(summary(whole, SHARE))
+        one, other = summary(selected, SHARE), summary(whole, SHARE)
         names = [n for n in other.data_vars if n.startswith("top_") or n == "norm_share"]
         assert len(names) > 9
         for name in names:
