@@ -1,4 +1,4 @@
-"""Optimal ablation: what the model loses by the constant that loses least, beside zero, mean and resample ablation."""
+"""Optimal ablation: what is lost by the constant that loses least, beside zero, mean and resample ablation."""
 
 import selfrepair_nn as sr
 

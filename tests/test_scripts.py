@@ -156,7 +156,8 @@ def test_report_takes_what_plot_takes(ran, tmp_path):
     def flags(command):
         return {o.name for o in cli.commands[command].params if o.name != "stores"}
 
-    assert flags("plot") == flags("report") - {"store"}
+    of_files = {"formats", "size", "caption"}
+    assert flags("plot") - of_files == flags("report") - {"store"}
     page = tmp_path / "page.html"
     chosen = ("--figure", "norm_share", "--layers", "7", "--share", "0.1")
     ended = selfrepair("report", ran[0], *chosen, "--out", page)
