@@ -6,7 +6,7 @@ QUICK = equations components units engine recipe norm public types versions cli 
 QUICK_ONLY = not slow and not served
 ONE_FAMILY = not test_engine or gpt2
 
-BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls sharing secrets resume executors)
+BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls secrets resume executors families edits every_store)
 
 .PHONY: demo docs check test lint test-served test-alone test-beside env server bench clean
 
