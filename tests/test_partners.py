@@ -339,3 +339,16 @@ def test_simulated_stores_have_partners_too():
     one, two = sr.simulate_heads(2, 2, 6, 5), sr.simulate_heads(2, 2, 6, 5, resamples=2)
     xr.testing.assert_equal(two.isel(resample=0).drop_vars("resample"), one)
     assert sr.by_head(two).self_repair.shape == (2, 2)
+
+
+def test_words_that_each_partner_changes_are_not_shown_as_one(tmp_path):
+    """The page, the figures and the report of such a store are of all else."""
+    given = {"model": "tiny-llama", "layers": "7", "tokens": 256, "length": 16, "check": False, "progress": False}
+    ds = sr.run("heads", words=2, resamples=2, out=tmp_path / "w.zarr", **given)
+    page = sr.view(ds, tmp_path / "w.html")
+    assert page.stat().st_size > 1000
+    assert sr.write_report(ds, tmp_path / "r.html", names=["self_repair_by_layer"]).exists()
+    assert "layer" in sr.frequent_words(ds).dims
+    with pytest.raises(UsageError, match=r"changes of its own: choose one, ds.isel\(resample=0\)"):
+        sr.changes_in_context(ds)
+    assert sr.changes_in_context(ds.isel(resample=0)).sizes["end"] == 2

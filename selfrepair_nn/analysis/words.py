@@ -102,9 +102,11 @@ def changes_in_context(ds: xr.Dataset, share: float | None = None) -> xr.Dataset
     head of whose top share it is. The coordinates component_kind, component_layer, component_head name the component.
 
     Raises:
-        UsageError: as `frequent_words`.
+        UsageError: as `frequent_words`; several partners of each prompt.
     """
     ds, share = _with_words(ds, share)
+    if "changed_component" not in ds:
+        raise UsageError("each partner has changes of its own: choose one, ds.isel(resample=0)")
     tokens, _ = Tokens.of(ds, share)
     read, size = _Contexts(ds, tokens.clusters), ds.sizes["component"]
     which, effect = (entries_of(ds[each], tokens.top)[:, 0] for each in ("changed_component", "changed_effect"))

@@ -24,9 +24,10 @@ EFFECTS = ("promoted_effect", "demoted_effect", "changed_effect")
 
 
 def promoted(variants: Sequence[xr.Dataset], share: float, top: blocks.Top) -> dict[str, Any] | None:
-    """Words of each variant; None where none are stored."""
+    """Words of each variant; None where none are stored, or several partners have each their own."""
     first = variants[0]
-    if "promoted" not in first or "vocabulary_text" not in first.coords:
+    named = {*WORDS, *EFFECTS, "changed_component"} <= {*map(str, first.data_vars)}
+    if not named or "vocabulary_text" not in first.coords:  # of several partners each changes other words
         return None
     count, changed = min(SHOWN, first.sizes["word"]), first.sizes["changed"]
     each = 4 * count + 2 * changed + 2 * changed * count

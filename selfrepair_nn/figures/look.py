@@ -21,6 +21,7 @@ from selfrepair_nn.values import brief, one_of, several
 FORMATS = ("png", "svg", "pdf")
 LARGEST = 100
 """Inches that a figure may have."""
+NARROWER = 0.85
 
 SETTINGS = {
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -167,8 +168,8 @@ def heighten(figure: Figure, inches: float) -> None:
 
 
 def width_of(figure: Figure) -> float:
-    """In inches; of a part of another figure as it is before that is laid out."""
-    return figure.bbox.width / figure.dpi
+    """In inches; a part of another figure is laid out later, and becomes narrower by its neighbours' labels."""
+    return figure.bbox.width / figure.dpi * (1 if isinstance(figure, Figure) else NARROWER)
 
 
 def lay_out(figure: Figure) -> None:
