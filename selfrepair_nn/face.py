@@ -145,6 +145,8 @@ _CHECKS: dict[Any, Callable[[str, Any], Any]] = {
 
 
 def _is_dataset(given: Any) -> bool:
+    if type(given).__name__ == "Dataset":  # which is a mapping too, of its variables
+        return True
     held = (
         given.values()
         if isinstance(given, Mapping)

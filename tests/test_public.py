@@ -110,3 +110,16 @@ def test_results_need_no_torch():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
+
+
+def test_what_a_dataset_lacks_is_a_mistake_in_words():
+    """A dataset is a mapping too, of its variables."""
+    import xarray as xr
+
+    from selfrepair_nn.face import guarded
+
+    def missing(ds: xr.Dataset) -> xr.DataArray:
+        return ds["nowhere"]
+
+    with pytest.raises(sr.UsageError, match="missing cannot read this dataset"):
+        guarded(missing)(sr.simulate_heads(1, 1, 2, 1))
