@@ -24,6 +24,7 @@ from tqdm import tqdm
 import selfrepair_nn
 from selfrepair_nn.cli import main
 from selfrepair_nn.ending import ENDING
+from selfrepair_nn.running.workers import UNTIL_ENDED
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 ENVIRONMENT = {"PYTHONPATH": str(Path(selfrepair_nn.__file__).parents[1]), "OMP_NUM_THREADS": "1"} | OFFLINE
@@ -74,7 +75,7 @@ class Process:
         self._out.unlink(missing_ok=True)
         streams = (str(self._out), terminal or str(self._err))
         self._child = FORKS.Process(target=_command, args=(list(map(str, arguments)), *streams))
-        self._child.start()
+        UNTIL_ENDED.copy()(self._child.start)
 
     @property
     def pid(self) -> int:

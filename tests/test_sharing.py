@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from itertools import chain
+from multiprocessing import forkserver
 
 import families
 import numpy as np
@@ -131,6 +132,21 @@ def test_workers_that_cannot_even_begin(choices, tmp_path, monkeypatch):
     monkeypatch.setattr("selfrepair_nn.running.workers._begin", os.abort)
     with pytest.raises(Incomplete, match=r"died 4 times before they had done anything: .* choose fewer"):
         sr.run(out=tmp_path / "s.zarr", workers=2, **choices)
+
+
+def test_a_helper_that_is_just_ending_is_waited_for(choices, alone, tmp_path, monkeypatch):
+    """Python starts another as soon as it is gone."""
+    connect, refused = forkserver.connect_to_new_process, iter(range(3))
+
+    def ending(fds):
+        if next(refused, None) is not None:
+            raise ConnectionRefusedError(111, "Connection refused")
+        return connect(fds)
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", ending)
+    sr.run(out=tmp_path / "s.zarr", workers=2, **choices)
+    assert next(refused, None) is None
+    assert_same_numbers(tmp_path / "s.zarr", alone)
 
 
 def test_workers_killed_before_the_first_block(choices, alone, tmp_path):

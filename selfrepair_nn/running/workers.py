@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from selfrepair_nn.ending import SENT_TO_ALL
 from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
@@ -31,6 +32,14 @@ DEATHS = 3
 """How often workers may die, with nothing done in between, before that is not put down to chance."""
 UNDER_WAY = 2**30
 """Bytes of setups that may be on their way to workers at a time."""
+UNTIL_ENDED = Retrying(
+    retry=retry_if_exception_type(ConnectionRefusedError),
+    wait=wait_fixed(0.2),
+    stop=stop_after_delay(20),
+    reraise=True,
+)
+"""Python's helper that starts processes takes no calls while it ends, which takes seconds on a busy machine; after that
+Python starts another."""
 
 
 class Workers:
@@ -163,9 +172,17 @@ class Own:
 
     def submit(self, function: Callable[..., Any], *given: Any) -> "Future[Any]":
         with _clean_start():
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(self._count, self._helper.context, _begin)
+            return UNTIL_ENDED.copy()(self._submit, function, *given)
+
+    def _submit(self, function: Callable[..., Any], *given: Any) -> "Future[Any]":
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self._count, self._helper.context, _begin)
+        try:
             return self._pool.submit(function, *given)
+        except ConnectionRefusedError:  # not all of its processes could be started: it is no good
+            self._kill()
+            self._pool = None
+            raise
 
     def renew(self, _: Exception | None) -> None:
         """Let others begin in the place of those that died."""
@@ -177,10 +194,13 @@ class Own:
             try:
                 self._pool.shutdown(cancel_futures=True)
             except KeyboardInterrupt:
-                for process in (self._pool._processes or {}).values():
-                    process.kill()
+                self._kill()
                 raise
         self._helper.end()
+
+    def _kill(self) -> None:
+        for process in ((self._pool and self._pool._processes) or {}).values():
+            process.kill()
 
 
 class _Helper:
