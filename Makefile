@@ -8,7 +8,7 @@ ONE_FAMILY = not test_engine or gpt2
 
 BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls secrets resume executors families edits every_store)
 
-.PHONY: demo docs check test lint test-served test-alone test-beside env server bench clean
+.PHONY: demo docs notebooks check test lint test-served test-alone test-beside env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
 	$(BIN)/selfrepair run heads --model tiny-neox
@@ -16,6 +16,9 @@ demo: env            ## set up, then run the main job offline on an embedded mod
 
 docs: env            ## the site, in build/site: nothing in it needs a network; a warning is an error
 	$(BIN)/python -m mkdocs build
+
+notebooks: env server ## run the notebooks of examples/ and keep what they show
+	$(BIN)/python examples/execute.py
 
 check: env lint      ## in under two minutes: style, types, and the tests that are quick and telling
 	$(BIN)/python -m pytest -x -m "$(QUICK_ONLY)" -k "$(ONE_FAMILY)" $(QUICK:%=tests/test_%.py)

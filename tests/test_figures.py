@@ -290,10 +290,14 @@ def test_without_a_directory_figures_are_returned_and_nothing_is_written(ds, tmp
 
 def test_a_notebook_shows_what_is_returned(ds, monkeypatch):
     shown = []
-    module = SimpleNamespace(display=shown.append, get_ipython=lambda: SimpleNamespace(config={"IPKernelApp": {}}))
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    module = SimpleNamespace(display=shown.append, get_ipython=lambda: shell, version_info=(9, 0))
+    module.Image = lambda data, width: data
     monkeypatch.setitem(sys.modules, "IPython", module)
     monkeypatch.setitem(sys.modules, "IPython.display", module)
-    assert figures.plot(ds, names=LAYER) == shown
+    [figure], [image] = figures.plot(ds, names=LAYER), shown
+    assert image.startswith(b"\x89PNG")
+    assert type(figure).__name__ == "Figure"
 
 
 def test_size_small_print_and_formats_are_chosen(ds, tmp_path):

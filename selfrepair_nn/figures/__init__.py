@@ -63,7 +63,7 @@ from selfrepair_nn.figures import (
     variants,
     words,
 )
-from selfrepair_nn.figures.look import formats_of, looking, save, settings
+from selfrepair_nn.figures.look import formats_of, looking, on_screen, save, settings
 from selfrepair_nn.figures.style import Datasets, named, share_of, summaries
 from selfrepair_nn.hub import is_address
 from selfrepair_nn.paths import local
@@ -338,9 +338,10 @@ def _shown(figures: list[Figure], axes: Any) -> list[Figure]:
             raise UsageError("this figure makes one of its own: it cannot be drawn in the place of axes")
         return [axes.figure]
     if in_notebook():
-        display = import_module("IPython.display").display
+        shell = import_module("IPython.display")
         for figure in figures:
-            display(figure)
+            image, width = on_screen(figure)
+            shell.display(shell.Image(image, width=width))
     return figures
 
 

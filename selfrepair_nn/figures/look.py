@@ -21,6 +21,8 @@ from selfrepair_nn.values import brief, one_of, several
 FORMATS = ("png", "svg", "pdf")
 LARGEST = 100
 """Inches that a figure may have."""
+SCREEN = 96
+"""Points of a notebook's page in an inch of a figure."""
 NARROWER = 0.85
 
 SETTINGS = {
@@ -203,8 +205,8 @@ def save(
     return paths
 
 
-def _png(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=200, metadata={"Software": None})
+def _png(figure: Figure, path: Path | BytesIO) -> None:
+    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
 
 
 def _svg(figure: Figure, path: Path) -> None:
@@ -216,6 +218,14 @@ def _pdf(figure: Figure, path: Path) -> None:
 
 
 _WRITERS: dict[str, Callable[[Figure, Path], None]] = {".png": _png, ".svg": _svg, ".pdf": _pdf}
+
+
+def on_screen(figure: Figure) -> tuple[bytes, int]:
+    """The figure as PNG, and how wide a notebook shows it. A kernel draws none before pyplot is set up in it."""
+    buffer = BytesIO()
+    with settings():
+        _png(figure, buffer)
+    return buffer.getvalue(), round(figure.get_figwidth() * SCREEN)
 
 
 def outlined_svg(figure: Figure) -> bytes:
