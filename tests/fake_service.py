@@ -71,6 +71,8 @@ class FakeService:
     steps: int = 0
     names: itertools.count = field(default_factory=itertools.count)
 
+    doubt = ""
+
     def step(self) -> None:
         if self.steps == self.kill_at:
             self.kill_at = None
@@ -110,11 +112,11 @@ class FakeService:
             return Answer("COMPLETED", "Your job has been completed.", job)
         return Answer("ERROR", known.outcome, None)
 
-    def fetch(self, address: str) -> tuple[dict, int] | None:
+    def fetch(self, address: str) -> tuple[dict, int]:
         self.step()
         job = self.jobs[address]
         if job.outcome == "expired":
-            return None
+            raise Fault("expired", "HTTP 404: NoSuchKey")
         found = computed(*job.unit)
         if job.outcome == "crooked":
             found["changes"] = found["changes"][..., :1]

@@ -15,7 +15,7 @@ import xarray as xr
 
 from selfrepair_nn import provenance
 from selfrepair_nn.backends.local import Backend, backend, loaded, with_enough_memory
-from selfrepair_nn.backends.ndif.faults import Fault
+from selfrepair_nn.backends.ndif.faults import KINDS, Fault
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
 from selfrepair_nn.estimating.preview import large, of_each, preview_of, preview_text
@@ -234,7 +234,7 @@ def _run(
     except KeyboardInterrupt:
         raise Incomplete(f"interrupted: {_kept(store, experiment)}; the same command resumes") from None
     except (Incomplete, Fault) as error:
-        if isinstance(error, Fault) and error.kind != "unreachable":
+        if isinstance(error, Fault) and not KINDS[error.kind].passes:
             raise
         raise Incomplete(f"{error}\n{_kept(store, experiment)}; the same command resumes") from None
     if whole:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from selfrepair_nn import provenance
+from selfrepair_nn.backends.ndif.agreement import COMPARED, clocks_apart, versions_apart
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.errors import Incomplete, SelfRepairError
 from selfrepair_nn.secrets import PROXIES, hub_token, ndif_key
@@ -20,9 +21,6 @@ SETTINGS = (
     "HF_HUB_OFFLINE",
     *PROXIES,
 )
-COMPARED = ("python", "nnsight", "transformers", "torch")
-"""What a server and its clients should agree on."""
-
 PATIENCE = 60.0
 
 
@@ -77,6 +75,7 @@ def _there(host: str | None, model: str | None, trip: bool) -> Iterator[Finding]
     server = Server(Options(remote=True, host=host).host, patience=PATIENCE)
     server.greet()
     yield Finding("server", f"{server.host} answers", True)
+    yield _clock(server.ahead)
     try:
         yield from _compared(server.environment())
         yield Finding("models", _models(server.status()))
@@ -89,12 +88,22 @@ def _there(host: str | None, model: str | None, trip: bool) -> Iterator[Finding]
 
 
 def _compared(there: dict[str, str]) -> Iterator[Finding]:
-    here = provenance.versions()
+    """Each version that should be the same. What differs in the third place is allowed, and said."""
+    differing = {name: (said, place) for name, said, place in versions_apart(there)}
     for name in COMPARED:
-        ours, theirs = here[name], there.get(name, "unknown")
-        same = ours.split("+")[0] == theirs.split("+")[0]
-        seen = f"{theirs} there" if same else f"{theirs} there, {ours} here"
-        yield Finding(name, seen, True if same else None)
+        said, place = differing.get(name, (f"{there.get(name, 'unknown')} there", 0))
+        if place > 2:
+            yield Finding(name, f"{said}: they differ in the third place, which is allowed", True)
+        elif place:
+            yield Finding(name, f"{said}: modules and rounding may differ; best have the same here", None)
+        else:
+            yield Finding(name, said, True if name in there else None)
+
+
+def _clock(ahead: float | None) -> Finding:
+    if found := clocks_apart(ahead):
+        return Finding("clock", f"the server's is {found}: set the one that is wrong", None)
+    return Finding("clock", "not said" if ahead is None else "the same there, to a minute", ahead is not None or None)
 
 
 def _models(replicas: list[dict]) -> str:

@@ -13,18 +13,23 @@ LONGEST = 2000
 class Kind:
     """`attempts` is how often a job may fail like this; then it is split if that can help, else given up.
 
-    No attempts means that another one cannot help: the run stops at once.
+    No attempts means that another one cannot help: the run stops at once. What `passes` is no fault of a job: it is
+    waited for, and where that is in vain the same command goes on later.
     """
 
     meaning: str
     advice: str
     attempts: int = 0
     split: bool = False
+    passes: bool = False
 
 
 # fmt: off
 KINDS = {
-    "unreachable": Kind("the server does not answer", "check --host and that it is up (`selfrepair doctor --host URL`)"),
+    "unreachable": Kind("the server does not answer", "check --host and that it is up (`selfrepair doctor --host URL`)", passes=True),
+    "moved": Kind("the server's address leads to another one", "give that as --host if it is the server's: the key goes nowhere else by itself", passes=True),
+    "between": Kind("something else answered in the server's place", "look at what stands between: a proxy (HTTPS_PROXY, NO_PROXY), a page to log in at; and check --host", passes=True),
+    "clocks": Kind("the server's clock and that of its store of results differ", "have them set; the result waits there, and the same command fetches it", passes=True),
     "not ndif": Kind("what answers is not an NDIF server", "check --host: the address of the API, without a path"),
     "key": Kind("the server does not accept the API key", "set NDIF_API_KEY to a valid one (https://login.ndif.us)"),
     "version": Kind("the server does not accept this version", "install the versions it asks for (`selfrepair doctor --host URL` compares them)"),
@@ -35,9 +40,11 @@ KINDS = {
     "memory": Kind("the server ran out of memory", "fewer prompts a job (--batch-size) or fewer tokens a pass (--tokens-per-pass)", 2, True),
     "size": Kind("the request or its result is too large", "fewer prompts a job (--batch-size)", 2, True),
     "busy": Kind("the server failed while it had the job", "try again later", 5, True),
-    "unheard": Kind("the server took the request and never told of the job", "look at the server (`selfrepair doctor --host URL`)", 3),
+    "unheard": Kind("the server was sent the request and never told of the job", "look at the server (`selfrepair doctor --host URL`)", 3),
     "lost": Kind("nothing more was heard of the job", "look at the server (`selfrepair doctor --host URL`); --patience says how long to wait", 2),
-    "expired": Kind("the server no longer keeps the job's result", "fetch results within the hour", 5),
+    "forgotten": Kind("the server no longer knows the job", "servers keep jobs for a day at most: run the same command sooner", 5),
+    "expired": Kind("the server no longer keeps the job's result", "servers keep results for a day at most, or an hour: run the same command sooner", 5),
+    "store": Kind("the server's store of results does not hand the result out", "tell whoever runs the server", 2),
     "result": Kind("what came back is not what was asked for", "compare the versions (`selfrepair doctor --host URL`)", 2),
     "code": Kind("the job raised an error there", "compare the versions (`selfrepair doctor --host URL`), and run it with --backend simulated", 2),
 }

@@ -32,18 +32,24 @@ class Service(Protocol):
     def send(self, request: bytes, job: str) -> str | None:
         """The id under which the server took the request, or None if that is not known."""
 
+    @property
+    def doubt(self) -> str:
+        """What came in place of an answer to the last request, if something did."""
+        ...
+
     def ask(self, job: str) -> Answer | None:
         """The latest status, or None if the server knows no such job."""
 
-    def fetch(self, address: str) -> tuple[dict[Any, Any], int] | None:
-        """A result and its size in bytes, or None if it is not kept any more."""
+    def fetch(self, address: str) -> tuple[dict[Any, Any], int]:
+        """A result and its size in bytes. Raises Fault "expired" if it is not kept any more."""
+        ...
 
 
 @dataclass(eq=False)
 class _Piece:
     """A unit on the way to its result. Once it is split its parts are asked for instead.
 
-    `job` is what the server has of it; `heard` is when the job's status last changed, or when it was sent.
+    `job` is what the server has of it; `heard` is when the job's status last changed, or when it was sent or taken up.
     """
 
     unit: Unit
@@ -54,6 +60,8 @@ class _Piece:
     job: str = ""
     heard: float = 0.0
     status: str = ""
+    known: bool = False
+    doubt: str = ""
 
     def split(self) -> list["_Piece"]:
         """Its two halves; none at all if it cannot be halved."""
@@ -84,6 +92,7 @@ class JobsInFlight:
     Args:
         patience: seconds without any change of a job's status after which it counts as lost.
         notify: takes a line for the user whenever something did not go as it should.
+        clock: seconds that only ever pass: how late it is here, or was when something was sent, decides nothing.
 
     Raises (while iterating):
         Incomplete: something is missing; the same run goes on from there.
@@ -97,7 +106,7 @@ class JobsInFlight:
         in_flight: int,
         patience: float,
         notify: Callable[[str], None] = lambda text: None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.service, self.ledger, self.notify = service, ledger, notify
@@ -130,7 +139,7 @@ class _Round:
                     self._look(p) for p in [*self._flying]
                 ]
             except Fault as fault:
-                if fault.kind == "unreachable":
+                if KINDS[fault.kind].passes:
                     raise Incomplete(f"{fault}\n{self._standing()}") from None
                 raise
             self._flight.watch(self._states())
@@ -160,7 +169,8 @@ class _Round:
         self._flying.append(piece)
         record = self._ledger[piece.unit.label]
         if record.open:
-            piece.job, piece.heard, piece.status = record.job, record.sent, ""
+            piece.job, piece.heard, piece.status = record.job, self._flight.clock(), ""
+            piece.known = record.event in (FETCHED, TAKEN)
             return True
         try:
             self._send(piece)
@@ -172,8 +182,10 @@ class _Round:
         """The id goes to the ledger before the request goes out, so that its fate can be asked for."""
         label, service = piece.unit.label, self._flight.service
         request, piece.job, piece.status = service.pack(piece.unit), uuid.uuid4().hex, ""
+        piece.known = False
         self._ledger.write(SENDING, label, job=piece.job, bytes=len(request))
         known = service.send(request, piece.job)
+        piece.doubt = service.doubt
         if known:
             piece.job = known
             self._ledger.write(SENT, label, job=known)
@@ -182,43 +194,50 @@ class _Round:
     def _look(self, piece: _Piece) -> bool:
         """Ask about a job; whether there is anything new."""
         answer = self._flight.service.ask(piece.job)
-        silent, known = self._flight.clock() - piece.heard, bool(piece.status)
+        silent = self._flight.clock() - piece.heard
         status = f"{answer.status}: {answer.description}" if answer else ""
         if answer and answer.status == "COMPLETED":
             self._land(piece, answer)
         elif answer and answer.status == "ERROR":
             self._fail(piece, job_fault(answer.description))
         elif status != piece.status and answer:
-            piece.status, piece.heard = status, self._flight.clock()
-        elif known and not answer:
-            self._fail(piece, Fault("lost", "the server has forgotten it"))
+            piece.status, piece.heard, piece.known = status, self._flight.clock(), True
+        elif piece.known and not answer:
+            self._fail(piece, Fault("forgotten", f"its last word of it was {piece.status or 'a result'!r}"))
         elif answer and silent > self._flight.patience:
             self._fail(piece, Fault("lost", f"{status!r} for {silent:.0f} s"))
         elif not answer and silent > min(UNKNOWN_SECONDS, self._flight.patience):
-            self._fail(piece, Fault("unheard"))
+            self._fail(piece, Fault("unheard", piece.doubt))
         else:
             return False
         return True
 
     def _land(self, piece: _Piece, answer: Answer) -> None:
         """Fetch a result, and take it if it is what was asked for."""
-        fetched, found, size = None, None, 0
+        piece.known = True
         try:
-            fetched = self._flight.service.fetch(answer.result)
-            found, size = fetched or (None, 0)
-            flaw = piece.unit.flaw(found) if fetched else None
+            found, size = self._fetched(piece, answer.result)
+            if flaw := piece.unit.flaw(found):
+                raise Fault("result", flaw)
         except Fault as fault:
-            if fault.kind == "unreachable":
+            if KINDS[fault.kind].passes:
                 raise
-            flaw = fault.text
-        if flaw:
-            self._fail(piece, Fault("result", flaw))
-        elif not fetched:
-            self._fail(piece, Fault("expired"))
-        else:
-            self._ledger.write(FETCHED, piece.unit.label, job=piece.job, bytes=size)
-            self._flying.remove(piece)
-            piece.result, self._hopeless = found, 0
+            self._fail(piece, fault)
+            return
+        self._ledger.write(FETCHED, piece.unit.label, job=piece.job, bytes=size)
+        self._flying.remove(piece)
+        piece.result, self._hopeless = found, 0
+
+    def _fetched(self, piece: _Piece, address: str) -> tuple[dict[Any, Any], int]:
+        """A result; where its address has expired, from the one that the server gives when asked again, if it does."""
+        service = self._flight.service
+        try:
+            return service.fetch(address)
+        except Fault as fault:
+            answer = service.ask(piece.job) if fault.kind == "expired" else None
+            if not answer or answer.result in ("", address):
+                raise
+            return service.fetch(answer.result)
 
     def _fail(self, piece: _Piece, fault: Fault) -> None:
         """Send again, split, give up, or end the run: as the kind of fault says."""

@@ -8,6 +8,7 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend as Tracing
 
 from selfrepair_nn.backends.local import only, tell
+from selfrepair_nn.backends.ndif.agreement import clocks_apart, versions_apart
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger
 from selfrepair_nn.backends.ndif.server import Answer, Server
@@ -35,12 +36,16 @@ class ServedModel:
     def send(self, request: bytes, job: str) -> str | None:
         return self.server.send(request, self.key, self._environment, job)
 
+    @property
+    def doubt(self) -> str:
+        return self.server.doubt
+
     def ask(self, job: str) -> Answer | None:
         return self.server.ask(job)
 
-    def fetch(self, address: str) -> tuple[Any, int] | None:
-        found = self.server.fetch(address)
-        return (found[0].get(RESULT), found[1]) if found else None
+    def fetch(self, address: str) -> tuple[Any, int]:
+        found, size = self.server.fetch(address)
+        return found.get(RESULT), size
 
 
 def packed(model: Model, unit: Unit) -> bytes:
@@ -138,8 +143,19 @@ def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFli
     dtype = str(only(jobs, first_unit(model.layout))["residual"].dtype).removeprefix("torch.")
     server = cast(ServedModel, jobs.service).server
     versions = server.environment()
-    kept = {"host": server.host} | {name: versions[name] for name in SHARED if name in versions}
+    kept: dict[str, Any] = {"host": server.host} | {name: versions[name] for name in SHARED if name in versions}
+    if apart := [*versions_apart(versions)]:
+        kept["apart"] = {name: said for name, said, _ in apart}
+    _tell_apart(server, apart)
     return jobs, {"dtype": dtype, "server": kept}
+
+
+def _tell_apart(server: Server, apart: list[tuple[str, str, int]]) -> None:
+    """Tell what should agree and does not; what is another version in its third place only, the store alone keeps."""
+    if differing := [f"{name} {said}" for name, said, place in apart if place < 3]:
+        tell(f"{server.host} has other versions ({', '.join(differing)}): modules and rounding may differ")
+    if clocks := clocks_apart(server.ahead):
+        tell(f"the clock of {server.host} is {clocks}: set the one that is wrong; nothing here goes by it")
 
 
 def traffic(ledger: Ledger) -> dict[str, int]:
