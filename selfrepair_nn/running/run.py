@@ -40,6 +40,7 @@ from selfrepair_nn.running.opening import (
     create,
     existing,
     note_resumed,
+    require_same_answers,
     require_same_model,
 )
 from selfrepair_nn.running.preliminaries import strongest
@@ -147,7 +148,7 @@ def _into_store(experiment: Experiment, shared: Sharing, command: str, bar: Bar)
                 new = store is None
                 if new:
                     experiment = _sized(experiment, model, shared.on_one_device)
-                store = store or create(experiment, command, record)
+                store = store or create(experiment, command, model, record)
                 if not new:
                     note_resumed(store, command)
                 experiment = as_stored(experiment, store)
@@ -319,7 +320,7 @@ def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Bac
             f"{str(store.path)!r} was begun on a server that computes in {known}, this one computes in "
             f"{facts['dtype']}: choose another --out"
         )
-    store.annotate(**facts)
+    store.annotate(**facts | {"greeting": require_same_answers(store, model, facts["greeting"])})
     jobs.watch = bar.note
     return jobs
 
