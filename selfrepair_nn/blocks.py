@@ -19,6 +19,7 @@ from selfrepair_nn.choosing import along, halves, in_half, ranked_by, splits, ta
 from selfrepair_nn.description import ranked
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.integrity import require_source
+from selfrepair_nn.padding import within
 from selfrepair_nn.quantities import IN_NATS, QUANTITIES, SWEEP, TOKEN, VARIANCE, asked_in
 
 BLOCK = 2**22  # values held at once
@@ -62,6 +63,18 @@ def counted_tokens(ds: xr.Dataset) -> np.ndarray:
     if "counted" in ds:
         return ds.counted.transpose(*TOKEN).values
     return np.ones([ds.sizes[d] for d in TOKEN], bool)
+
+
+def text_tokens(ds: xr.Dataset) -> np.ndarray:
+    """Which tokens can count: bool [prompt, position]; of texts of unequal length not what stands behind them."""
+    if "text_positions" in ds:
+        return within(ds.text_positions.values, ds.sizes["position"])
+    return np.ones([ds.sizes[d] for d in TOKEN], bool)
+
+
+def counted_share(ds: xr.Dataset) -> float:
+    """The share of the tokens that can count which does."""
+    return float(counted_tokens(ds).sum() / text_tokens(ds).sum())
 
 
 def done_cases(ds: xr.Dataset) -> np.ndarray:

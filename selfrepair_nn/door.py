@@ -131,6 +131,8 @@ def _certain(request: Request, there: Mapping[str, Any], attributes: Mapping[str
 
 def _rows(chosen: Mapping[str, Any]) -> tuple[int, int] | None:
     """How many prompts of how many tokens these are, of a text that is long enough; None where that is open."""
+    if chosen.get("rows_are") == "texts":
+        return None
     tokens, length = chosen.get("tokens"), chosen.get("length")
     if type(tokens) is int and type(length) is int and length > 0:
         return tokens // length, length

@@ -21,6 +21,7 @@ class Given(TypedDict, total=False):
     out: Place
     tokens: Whole
     length: Whole
+    rows_are: Literal["packed", "texts"] | None
     bos: Literal["auto", "always", "never"] | None
     partners: Any
     resamples: Whole

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.components import Head, select_heads
-from selfrepair_nn.corpora import SAMPLE
+from selfrepair_nn.corpora import SAMPLE, is_texts
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.options import Options, current
 from selfrepair_nn.paths import local
@@ -57,7 +57,8 @@ def choices(options: Options, sizes: Sizes) -> Choices:
         "partners": _told(options.partners),
         "share": usual_share(_all_count(options.prompts)) if options.share is None else options.share,
         "tokens": _tokens(options),
-        "length": options.length if _ready(options.prompts) else _length(options, sizes),
+        "length": _length(options, sizes),
+        "rows_are": None if _ready(options.prompts) else options.rows,
         "layers": _layers(options.layers, sizes),
         "heads": _heads(options.heads, sizes),
         "select": None if options.select == usual else options.select,
@@ -87,7 +88,9 @@ class Request:
     @cached_property
     def usual(self) -> Choices:
         """The choices where nothing is asked for, but of the same prompts: how many tokens are usual is theirs."""
-        same = Options(prompts=self.options.prompts)
+        prompts = self.options.prompts
+        rows: Any = self.options.rows_are if _ready(prompts) else None
+        same = Options(prompts=prompts, rows_are=rows)
         return self._choices(self.recipe.resolved(same)) | {"prompts": SAMPLE}
 
     def _choices(self, options: Options) -> Choices:
@@ -177,7 +180,7 @@ def _safe(text: str) -> str:
 
 def _ready(prompts: Any) -> bool:
     """Whether prompts are token ids already, whose number and length are their own."""
-    return not isinstance(prompts, str | tuple) or str(prompts).lower().endswith(".npy")
+    return str(prompts).lower().endswith(".npy") if isinstance(prompts, str) else not is_texts(prompts)
 
 
 def _all_count(prompts: Any) -> bool:
@@ -197,7 +200,10 @@ def _tokens(options: Options) -> int | None:
     return SAMPLE_TOKENS if source == SAMPLE else DEFAULT_TOKENS
 
 
-def _length(options: Options, sizes: Sizes) -> int:
+def _length(options: Options, sizes: Sizes) -> int | None:
+    """Of ready rows, and of texts, the longest decides where nobody does."""
+    if _ready(options.prompts) or options.rows == "texts":
+        return options.length
     return options.length or min(DEFAULT_LENGTH, sizes.max_length or DEFAULT_LENGTH)
 
 
@@ -224,6 +230,8 @@ def _told(source: Any) -> str | None:
     """Prompts or partners as text: a path or name as it is, anything else by a hash of what it holds."""
     if source is None or isinstance(source, str):
         return source
+    if isinstance(source, tuple) and not is_texts(source):
+        return f"ids_{_digest(json.dumps(source).encode())}"
     if isinstance(source, tuple):
         return f"texts_{_digest(json.dumps(source).encode())}"
     if hasattr(source, "sha256"):

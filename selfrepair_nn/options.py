@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Never, Unpack, get_type_hints
 from urllib.parse import urlsplit
 
 from selfrepair_nn import values
-from selfrepair_nn.corpora import COLUMN, SPLIT
+from selfrepair_nn.corpora import COLUMN, SPLIT, is_texts
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.given import Given
 from selfrepair_nn.graph import FREEZES, MOST_WORDS, TARGETS, VALUE_BIASES
 from selfrepair_nn.paths import local
+from selfrepair_nn.prompts import ROWS_ARE
 from selfrepair_nn.replacements import REPLACEMENTS
 from selfrepair_nn.shown import tell
 
@@ -138,7 +139,8 @@ class Options:
     prompts: Any = option("sample", "Dataset name, file of text or of records (.jsonl, .json, .csv, .tsv, .parquet), .npy of token ids, or 'sample' (ships with the package).", values.prompts)
     out: Any = option("outputs", "Store to write (NAME.zarr), or the directory to put it in.", _out, decides=False)
     tokens: int | None = option(None, "Total number of tokens to use; default: 16384 of the sample, 100000 of a dataset, all of a file.", values.whole)
-    length: int | None = option(None, "Tokens in a prompt; default: 128, or the model's context if that is shorter.", values.whole)
+    length: int | None = option(None, "Tokens in a prompt; default: 128, where rows are texts at most 1024, or the model's context if that is shorter.", values.whole)
+    rows_are: str | None = option(None, "What a row of text is: packed, documents joined and cut into rows of one length; or texts, each document a row of its own. Default: packed, but texts for a list of texts in Python with neither tokens nor length.", choices=ROWS_ARE)
     bos: str = option("auto", "Begin each prompt with the BOS token: auto (if there is one), always or never.", choices=("auto", "always", "never"))
     partners: Any = option(None, ".npy of partners: entry i is the prompt whose z replaces prompt i's; or several rows, [resample, prompt].", values.partners)
     resamples: int = option(1, "How many partners each prompt has under resample ablation, one after the other.", _processes)
@@ -191,9 +193,15 @@ class Options:
         named = renamed(given)
         for each in fields(self):
             object.__setattr__(self, each.name, _kept(each, named.get(each.name)))
+        if self.alone and named.get("ablation") is None:
+            object.__setattr__(self, "ablation", "mean")
         self._require_fitting()
 
     def _require_fitting(self) -> None:
+        if values.ragged(self.prompts) and self.rows_are != "texts":
+            values.require_one_length("prompts", self.prompts)
+        if self.rows_are == "packed" and not isinstance(self.prompts, str) and not is_texts(self.prompts):
+            raise UsageError("rows_are 'packed' is for text: token ids and Prompts are rows as they are; leave it out")
         if self.until_ci is None and self.ci_of != type(self).ci_of:
             raise UsageError(f"ci_of {self.ci_of} says what until_ci must know: give --until-ci too")
         if self.revision is not None and not isinstance(self.model, str | os.PathLike):
@@ -284,6 +292,17 @@ class Options:
         return self.select or ("all" if self.until_ci is None else "top-share")
 
     @property
+    def rows(self) -> str:
+        """What a row is: prompts.ROWS_ARE."""
+        whole = self.length is None and self.tokens is None
+        return self.rows_are or ("texts" if is_texts(self.prompts) and whole else "packed")
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one text alone, with no other to lend it anything: it is then ablated by its mean."""
+        return self.rows == "texts" and isinstance(self.prompts, tuple) and len(self.prompts) == 1
+
+    @property
     def served(self) -> bool:
         """Whether the model runs on an NDIF server."""
         return self.remote or self.host is not None
@@ -293,6 +312,8 @@ def require_known(names: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise UsageError, with what is nearest and all there are, for a name that is neither an option nor one of others."""
     valid = [*(each.name for each in fields(Options)), *others]
     for name in names:
+        if name == "tokenizer":
+            raise UsageError("a tokenizer goes with its model: write model=sr.wrap(module, tokenizer)")
         if name not in valid and name not in RENAMED:
             raise UsageError(
                 f"there is no option {name!r}{values.nearest(name, valid)}; there are {', '.join(valid)}"

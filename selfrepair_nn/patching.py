@@ -138,7 +138,7 @@ def _attributed(ds: xr.Dataset, model: Any) -> np.ndarray:
     """<dm/dz, z' - z>: [case, prompt, position]."""
     from selfrepair_nn.models.model import evaluating
 
-    tokens = np.concatenate([ds.token.values, ds.target.values[:, -1:]], 1)
+    tokens = np.concatenate([ds.token.values, ds.target.values[:, -1:]], 1).clip(0)  # -1 is filler, which nothing reads
     found = np.zeros((ds.sizes["layer"], ds.sizes["head"], *ds.token.shape))
     step = max(1, AT_ONCE // tokens.shape[1])
     with evaluating(model):
@@ -176,8 +176,8 @@ def _metric(ds: xr.Dataset, model: Any, here: slice) -> Any:
 
     from selfrepair_nn.tracing.readouts import widen
 
-    counted, target = torch.from_numpy(counted_tokens(ds)[here]), torch.from_numpy(ds.target.values[here])
-    other = torch.from_numpy(ds.other.values[here]) if ds.attrs.get("target") == "difference" else None
+    counted, target = torch.from_numpy(counted_tokens(ds)[here]), torch.from_numpy(ds.target.values[here].clip(0))
+    other = torch.from_numpy(ds.other.values[here].clip(0)) if ds.attrs.get("target") == "difference" else None
 
     def told(logits: Any) -> Any:
         logits, cap = widen(logits[:, :-1]), model.structure.logit_cap

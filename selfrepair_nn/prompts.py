@@ -12,21 +12,26 @@ import numpy as np
 
 from selfrepair_nn.corpora import COLUMN, SAMPLE, SPLIT, is_texts, open_corpus, require_plain, require_text
 from selfrepair_nn.errors import UsageError, one_line
+from selfrepair_nn.padding import ALIKE, alike, filled, padded, within
 from selfrepair_nn.values import Declared, brief
 from selfrepair_nn.values import ids as as_ids
 
 DEFAULT_LENGTH = 128
 DEFAULT_TOKENS = 100_000
 SAMPLE_TOKENS = 16_384
+TEXT_LENGTH = 1024
 BOS = ("auto", "always", "never")
 
-PARTS = ("tokens", "document", "counterfactual", "other", "counted")
+ROWS_ARE = {
+    "packed": "documents joined, and cut into rows of one length",
+    "texts": "each document by itself: no other's tokens in its row, filled up on the right",
+}
+"""What a row of text is."""
+
+PARTS = ("tokens", "document", "counterfactual", "other", "counted", "lengths")
 """What there is for each prompt."""
 
 _AT_ONCE = 32
-
-SMALL = 10
-"""Of so many prompts there are more derangements (over a million) than a run could ask for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +39,7 @@ class Prompts(metaclass=Declared):
     """Rows of token ids and where they came from.
 
     Attributes:
-        tokens: int64 [prompt, position], at least one row of at least two tokens, without padding.
+        tokens: int64 [prompt, position], at least one row of at least two tokens.
         document: int64 [prompt], index in the source of the document in which the row starts.
         source: provenance that `json.dumps` accepts.
         counterfactual: int64 [prompt, position], a minimally different text for each row: what
@@ -43,6 +48,8 @@ class Prompts(metaclass=Declared):
             the last position. With it the target is the difference of the two.
         counted: bool [prompt, position], which tokens are asked about, and so all that a statistic, a summary or a
             figure is over; without the last position. None is all of them.
+        lengths: int64 [prompt], how many tokens of each row are its own; what stands behind them is filler, which never
+            counts and for which the row's last token is put. None is all of them.
 
     Raises:
         UsageError: a shape or a type that does not fit, or no token that counts.
@@ -54,9 +61,10 @@ class Prompts(metaclass=Declared):
     counterfactual: np.ndarray | None = None
     other: np.ndarray | None = None
     counted: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "document", "counterfactual", "other"):
+        for name in ("tokens", "document", "counterfactual", "other", "lengths"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
         if not isinstance(self.source, Mapping):
@@ -72,6 +80,19 @@ class Prompts(metaclass=Declared):
                 raise UsageError(f"{name} has shape {ids.shape}: give a token for each of {shape}")
         if self.counted is not None:
             _check_counted(self.counted, (self.n, self.length - 1))
+        if self.lengths is not None:
+            self._fill(self.lengths)
+
+    def _fill(self, lengths: np.ndarray) -> None:
+        """Put ids that a model reads where filler is; forget lengths that are those of the rows."""
+        _check_lengths(lengths, self.n, self.length)
+        for name, less in (("tokens", 0), ("counterfactual", 0), ("other", 1)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, filled(getattr(self, name), lengths - less))
+        if (lengths == self.length).all():
+            object.__setattr__(self, "lengths", None)
+        elif not self.counts.any():
+            raise UsageError("counted is True in the filler alone, behind each row's own tokens: name some of these")
 
     def taken(self, rows: np.ndarray | slice) -> "Prompts":
         """Some of the rows, in this order."""
@@ -88,27 +109,47 @@ class Prompts(metaclass=Declared):
         return self.tokens.shape[1]
 
     @property
+    def described(self) -> str:
+        """How many rows of how many tokens these are, and how much of them is filler."""
+        if self.lengths is None:
+            return f"{self.n} of {self.length} tokens"
+        filler = 1 - self.lengths.sum() / self.tokens.size
+        return f"{self.n} of {self.lengths.min()} to {self.length} tokens ({filler:.0%} of the rows is filler)"
+
+    @property
     def all_count(self) -> bool:
         """Whether every token that has a next one counts."""
-        return self.counted is None or bool(self.counted.all())
+        return self.counted is None or bool((self.counts == self.asked_of).all())
+
+    @property
+    def asked_of(self) -> np.ndarray:
+        """Which tokens have a next one: bool [prompt, position], all but filler and what stands before that."""
+        return within(self.ends - 1, self.length - 1)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """How many tokens of each row are its own: [prompt]."""
+        return np.full(self.n, self.length) if self.lengths is None else self.lengths
 
     @property
     def counts(self) -> np.ndarray:
         """Which tokens count: bool [prompt, position], those with a next token."""
-        return np.ones((self.n, self.length - 1), bool) if self.counted is None else self.counted
+        return self.asked_of if self.counted is None else self.counted & self.asked_of
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the shape and the token ids, as little-endian int64; then of counterfactual and other if given.
 
-        Then of what counts, as bytes 0 and 1, where that is not every token.
+        Then of what counts, as bytes 0 and 1, where that is not every token; then of lengths that are not the row's.
         """
         digest = sha256(np.array(self.tokens.shape, dtype="<i8").tobytes())
         for ids in (self.tokens, self.counterfactual, self.other):
             if ids is not None:
                 digest.update(ids.astype("<i8").tobytes())
         if self.counted is not None and not self.all_count:
-            digest.update(self.counted.tobytes())
+            digest.update(self.counts.tobytes())
+        if self.lengths is not None:
+            digest.update(self.lengths.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def take(self, n: int) -> "Prompts":
@@ -129,25 +170,29 @@ def load_prompts(
     revision: str | None = None,
     vocab_size: int | None = None,
     max_length: int | None = None,
+    rows_are: str = "packed",
 ) -> Prompts:
     r"""Rows of `length` tokens from ready ids, a text, or a dataset.
 
     Token ids (an array or a `.npy` file) are used exactly as they are. Text is tokenised document by
     document, without the tokenizer's own special tokens, and joined with its EOS; the stream is cut into
-    rows, each beginning with BOS where `bos` says so, and the unfinished last row is dropped.
+    rows, each beginning with BOS where `bos` says so, and the unfinished last row is dropped. With `rows_are` "texts"
+    each document is a row of its own instead, beginning with BOS likewise: cut where it is longer than `length`, left
+    out where it has fewer than 2 tokens, and filled up on the right where it is shorter (`Prompts.lengths`).
 
     Args:
         source: None or "sample" for the shipped held-out text; an integer array or a `.npy` file [prompt, position]; a
-            list of texts, each a document; `Prompts`, of which `tokens` and `length` take a part; a UTF-8 text file (a
-            line holding only "\f" ends a document); a file of records (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`);
-            a directory of data files that `datasets` can load; a dataset on the Hugging Face Hub, streamed:
-            "owner/name" or "owner/name:configuration". A file may be gzipped (`.gz`). What exists on disk comes before
-            the Hub.
+            list of texts, each a document; rows of token ids of unequal length, as a tuple of tuples; `Prompts`, of
+            which `tokens` and `length` take a part; a UTF-8 text file (a line holding only "\f" ends a document); a
+            file of records (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`); a directory of data files that `datasets`
+            can load; a dataset on the Hugging Face Hub, streamed: "owner/name" or "owner/name:configuration". A file
+            may be gzipped (`.gz`). What exists on disk comes before the Hub.
         tokenizer: a `transformers` tokenizer; not needed for token ids.
         tokens: number of tokens wanted, BOS included: at most `tokens // length` rows, fewer where the
-            source ends. None is everything there is, but 100,000 of a dataset.
-        length: tokens in a row; None is 128, or `max_length` where that is less. For token ids, None is
-            their own length, and a smaller number truncates.
+            source ends. None is everything there is, but 100,000 of a dataset. Where rows are texts, so many together,
+            at most, filler left out; of one text at least.
+        length: tokens in a row; None is 128, where rows are texts at most 1024, or `max_length` where that is less. For
+            token ids, None is their own length, and a smaller number truncates.
         bos: "auto" begins rows with BOS if the tokenizer has one, "always" insists, "never" does not. Where
             the text of a row already begins with BOS, none is added.
         split: split of a dataset.
@@ -155,14 +200,16 @@ def load_prompts(
         revision: branch, tag or commit of a dataset; the commit it resolves to is recorded.
         vocab_size: every id must be below it.
         max_length: longest row that the model can read.
+        rows_are: "packed" or "texts"; token ids are rows as they are.
 
     Raises:
         UsageError: the source, or what is asked of it, does not exist or does not fit; a row that no tokenizer
             reads, such as half a surrogate pair, is named, and nothing is run without it.
         SelfRepairError: a dataset cannot be reached or read.
     """
-    if bos not in BOS:
-        raise UsageError(f"bos {bos!r} is not one of {', '.join(BOS)}")
+    for name, choice, valid in (("bos", bos, BOS), ("rows_are", rows_are, ROWS_ARE)):
+        if choice not in valid:
+            raise UsageError(f"{name} {choice!r} is not one of {', '.join(valid)}")
     for name, value, least in (("tokens", tokens, 1), ("length", length, 2)):
         if value is not None:
             _check_whole(value, name, least)
@@ -172,12 +219,15 @@ def load_prompts(
         require_plain(_named(source), split, column, revision)
         prompts = _from_ids(source, tokens, length, bos, vocab_size, max_length)
     else:
-        length = min(DEFAULT_LENGTH, max_length or DEFAULT_LENGTH) if length is None else length
-        _check_length(length, tokens, max_length)
+        usual = TEXT_LENGTH if rows_are == "texts" else DEFAULT_LENGTH
+        length = min(usual, max_length or usual) if length is None else length
+        _check_length(length, None if rows_are == "texts" else tokens, max_length)
         first, joint = special_ids(tokenizer, bos, source)
-        prompts = _from_text(
-            open_corpus(source, split, column, revision), tokenizer, tokens, length, first, joint
-        )
+        corpus = open_corpus(source, split, column, revision)
+        if rows_are == "texts":
+            prompts = _from_texts(corpus, tokenizer, tokens, length, first)
+        else:
+            prompts = _from_text(corpus, tokenizer, tokens, length, first, joint)
         _check_ids(prompts.tokens, vocab_size, prompts.source["name"])
     return prompts
 
@@ -199,6 +249,7 @@ def text_prompts(structure, tokenizer, options) -> Prompts:
         revision=options.prompts_revision,
         vocab_size=structure.vocab_size,
         max_length=structure.max_length,
+        rows_are=options.rows,
     )
 
 
@@ -217,10 +268,11 @@ def partners(n: int, seed: int) -> np.ndarray:
     return several_partners(n, seed, 1)[0]
 
 
-def several_partners(n: int, seed: int, count: int) -> np.ndarray:
+def several_partners(n: int, seed: int, count: int, lengths: np.ndarray | None = None) -> np.ndarray:
     """`count` different derangements of the same prompts, each uniform over those that are left: [resample, prompt].
 
-    The first is that of `partners`, and fewer of the same seed are the first ones of more.
+    The first is that of `partners`, and fewer of the same seed are the first ones of more. Where `lengths` [prompt]
+    differ, prompts lend to others of like length: a derangement is then one within each of `padding.alike`.
 
     Raises:
         UsageError: as in `partners`, or there are not so many.
@@ -228,14 +280,24 @@ def several_partners(n: int, seed: int, count: int) -> np.ndarray:
     _check_whole(seed, "seed", 0)
     if n < 2:
         raise UsageError(
-            f"resample needs two prompts and there is {n}: use more tokens, or ablate with mean or zero"
+            f"resample needs two prompts and there is {n}: use more tokens or texts, or ablate with mean or zero"
         )
-    if n < SMALL and count > (there := derangements(n)):
+    groups = [np.arange(n)] if lengths is None else alike(lengths)
+    found = np.empty((count, n), np.int64)
+    for number, group in enumerate(groups):
+        own = seed if len(groups) == 1 else [seed, number]
+        found[:, group] = group[_derangements(len(group), np.random.PCG64(own), count)]
+    return found
+
+
+def _derangements(n: int, bits: np.random.PCG64, count: int) -> np.ndarray:
+    """Different ones, drawn one after the other: [number, prompt]."""
+    if n < ALIKE and count > (there := derangements(n)):
         raise UsageError(
             f"resamples {count}: {n} prompts lend to one another in {there} way{'s' * (there > 1)} alone: use more "
             f"tokens, or at most {there}"
         )
-    bits, own = np.random.PCG64(seed), np.arange(n)
+    own = np.arange(n)
     found: dict[bytes, np.ndarray] = {}
     while len(found) < count:
         drawn = shuffled(bits, n)
@@ -342,6 +404,8 @@ def _named(source) -> str:
 
 
 def _from_ids(source, tokens, length, bos, vocab_size, max_length, what: str = "tokens") -> Prompts:
+    if isinstance(source, tuple):
+        return _from_prompts(_from_ragged(source), tokens, length, bos, vocab_size, max_length)
     name, ids = _read_ids(source, what)
     if bos == "always":
         raise UsageError(f"bos 'always': the token ids of {name} are used as they are; put BOS in them")
@@ -361,6 +425,17 @@ def _from_ids(source, tokens, length, bos, vocab_size, max_length, what: str = "
     return Prompts(ids.astype(np.int64, order="C"), np.arange(len(ids), dtype=np.int64), origin)
 
 
+def _from_ragged(rows) -> Prompts:
+    """Rows of token ids of unequal length, filled up."""
+    found = [_whole_numbers(f"row {number} of prompts", row) for number, row in enumerate(rows)]
+    for number, row in enumerate(found):
+        if row.ndim != 1 or row.size < 2:
+            raise UsageError(f"row {number} of prompts has shape {row.shape}: give at least 2 token ids")
+    tokens, lengths = padded(found)
+    origin = {"kind": "array", "name": "tokens", "bos_id": None, "bos_added": False, "rows_are": "texts"}
+    return Prompts(tokens, np.arange(len(tokens)), origin, lengths=lengths)
+
+
 def _from_prompts(prompts: Prompts, tokens, length, bos, vocab_size, max_length) -> Prompts:
     """Prompts that are made already: so many of them, cut to a length, and what they say of these tokens."""
     name = prompts.source.get("name", "prompts")
@@ -371,6 +446,8 @@ def _from_prompts(prompts: Prompts, tokens, length, bos, vocab_size, max_length)
         part: of[: kept.n, : of.shape[1] - less] if of.ndim == 2 else of[: kept.n]
         for part, of in whole.items()
     }
+    if "lengths" in cut:
+        cut["lengths"] = np.minimum(cut["lengths"], kept.length)
     if "counted" in cut and not cut["counted"].any():
         raise UsageError(
             f"of {name} {kept.n} rows of {kept.length} tokens hold none that counts: take more, or longer ones"
@@ -417,7 +494,10 @@ def special_ids(tokenizer, bos: str, source) -> tuple[int | None, int | None]:
     """Ids that begin a row and that join two documents; None where there is none. Id 0 is a real token."""
     if tokenizer is None:
         name = "prompts" if is_texts(source) else source or SAMPLE
-        raise UsageError(f"{name} is text: give a tokenizer with it, or a .npy file of token ids")
+        raise UsageError(
+            f"{name} is text: give a tokenizer with it, or a .npy file of token ids; where the model is a module, "
+            "write model=sr.wrap(module, tokenizer)"
+        )
     first = None if bos == "never" else getattr(tokenizer, "bos_token_id", None)
     if first is None and bos == "always":
         raise UsageError("bos 'always': the tokenizer has no BOS token; choose auto or never")
@@ -426,7 +506,7 @@ def special_ids(tokenizer, bos: str, source) -> tuple[int | None, int | None]:
 
 def _from_text(corpus, tokenizer, tokens, length: int, first: int | None, joint: int | None) -> Prompts:
     documents, origin = corpus
-    tokens = DEFAULT_TOKENS if tokens is None and origin["kind"] == "dataset" else tokens
+    tokens = _wanted(tokens, origin)
     limit = None if tokens is None else max(1, tokens // length)
     with closing(documents):
         texts = _readable(documents, origin["name"])
@@ -434,11 +514,45 @@ def _from_text(corpus, tokenizer, tokens, length: int, first: int | None, joint:
     rows, begins, end = _pack(stream, length, first, limit)
     if not begins:
         raise _too_short(origin["name"], stream, length, first)
-    origin |= {"tokenizer": str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)}
-    origin |= {"bos_id": first, "bos_added": first is not None, "separator_id": joint}
-    origin |= {"length": int(length), "tokens_asked": None if tokens is None else int(tokens)}
+    origin |= _read_with(tokenizer, first, tokens) | {"separator_id": joint, "length": int(length)}
     origin |= {"documents": int(numbers[_holder(starts, end - 1)]) + 1}
     return Prompts(rows, numbers[_holder(starts, begins)], origin)
+
+
+def _wanted(tokens: int | None, origin: dict) -> int | None:
+    return DEFAULT_TOKENS if tokens is None and origin["kind"] == "dataset" else tokens
+
+
+def _read_with(tokenizer, first: int | None, tokens: int | None) -> dict:
+    """For the provenance of text: how it was read."""
+    name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+    found = {"tokenizer": name, "bos_id": first, "bos_added": first is not None}
+    return found | {"tokens_asked": None if tokens is None else int(tokens)}
+
+
+def _from_texts(corpus, tokenizer, tokens, length: int, first: int | None) -> Prompts:
+    """Each document as a row; how many were cut, and how many too short ones left out, stands in the source."""
+    documents, origin = corpus
+    tokens = _wanted(tokens, origin)
+    rows, numbers, total, cut, seen = [], [], 0, 0, 0
+    with closing(documents):
+        for number, ids in enumerate(_encoded(_readable(documents, origin["name"]), tokenizer)):
+            row = ids if first is None or first in ids[:1] else np.concatenate([[first], ids])
+            total += min(row.size, length)
+            if tokens is not None and rows and total > tokens:
+                break
+            seen, cut = number + 1, cut + (row.size > length)
+            if row.size >= 2:
+                rows.append(row[:length])
+                numbers.append(number)
+    if not rows:
+        raise UsageError(
+            f"{origin['name']} has no text of 2 tokens, of which the last is only a target: give longer texts"
+        )
+    ids, lengths = padded(rows)
+    origin |= _read_with(tokenizer, first, tokens) | {"rows_are": "texts", "length": int(length)}
+    origin |= {"documents": seen, "cut": int(cut), "left_out": seen - len(rows)}
+    return Prompts(ids, np.array(numbers), origin, lengths=lengths)
 
 
 def _readable(documents: Iterator[str], name: str) -> Iterator[str]:
@@ -502,6 +616,7 @@ def _holder(starts: np.ndarray, at):
 def _too_short(name: str, stream: np.ndarray, length: int, bos: int | None) -> UsageError:
     fits = stream.size + int(bos is not None and stream.size > 0 and stream[0] != bos)
     remedy = f"set length to {fits} or less, or give more text" if fits >= 2 else "give more text"
+    remedy += ", or make each text a row, --rows-are texts" if fits >= 2 else ""
     return UsageError(f"{name} has {stream.size} tokens, too few for one row of {length}: {remedy}")
 
 
@@ -539,6 +654,14 @@ def _check_rows(tokens: np.ndarray, name: str) -> None:
         raise UsageError(
             f"{name} has rows of {tokens.shape[1]}: give at least 2 tokens, the last is only a target"
         )
+
+
+def _check_lengths(lengths: np.ndarray, n: int, length: int) -> None:
+    if lengths.shape != (n,):
+        raise UsageError(f"lengths has shape {lengths.shape}: give the number of tokens of each of {n} rows")
+    bad = np.flatnonzero((lengths < 2) | (lengths > length))
+    if bad.size:
+        raise UsageError(f"lengths: {lengths[bad[0]]} for row {bad[0]} is not one of 2 to {length}, the row's own")
 
 
 def _check_counted(counted: np.ndarray, shape: tuple[int, int]) -> None:

@@ -26,7 +26,7 @@ RENAMED = {"noise": "token_scatter"}
 
 LARGEST_PARAMETER = 10**9
 SIGNATURE = "graph(structure, options)"
-OF_PROMPTS = ("prompts", "tokens", "length", "bos", "dataset_split", "column", "prompts_revision")
+OF_PROMPTS = ("prompts", "tokens", "length", "rows_are", "bos", "dataset_split", "column", "prompts_revision")
 OF_GRAPHS = ("layers", "heads", "ablation", "target", "value_bias", "freeze", "components", "logprob", "words", "split")
 PROMPTS = "prompts(structure, tokenizer, options)"
 
@@ -109,6 +109,7 @@ class Recipe:
     def _unread(self, options: Options, read: set[str], names: Iterable[str]) -> list[str]:
         """Which of these choices were made, and not looked at."""
         usual = {each.name: each.default for each in fields(Options)} | dict(self.defaults)
+        usual |= {"ablation": "mean"} if options.alone else {}
         chosen = {name: getattr(options, name) for name in names if name not in read}
         return [n for n, v in chosen.items() if type(v) is not type(usual[n]) or v != usual[n]]
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.padding import within
 from selfrepair_nn.prompts import Prompts, shuffled, special_ids
 from selfrepair_nn.values import require_sane
 
@@ -159,7 +160,7 @@ def edited_prompts(prompts: Prompts, tokenizer: Any, old: str, new: str) -> Prom
     before, after = (_single(tokenizer, text) for text in (old, new))
     if before == after:
         raise UsageError(f"{old!r} for {new!r} changes nothing: give two different tokens")
-    here = prompts.tokens == before
+    here = (prompts.tokens == before) & within(prompts.ends, prompts.length)
     counted = np.logical_or.accumulate(here[:, :-1], axis=1) & prompts.counts
     rows = np.any(counted, axis=1)
     if not rows.any():

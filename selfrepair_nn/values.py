@@ -185,7 +185,17 @@ def prompts(name: str, value: Any) -> Any:
         return value
     if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
         return tuple(value)
+    if isinstance(value, list | tuple) and ragged(value):
+        rows = (ids(f"row {number} of {name}", row, "token ids") for number, row in enumerate(value))
+        return tuple(tuple(row.tolist()) for row in rows)
     return ids(name, value, "a path, a dataset's name, a list of texts, rows of token ids, or Prompts")
+
+
+def ragged(rows: Any) -> bool:
+    """Whether these are rows of unequal length in a list."""
+    if not isinstance(rows, list | tuple) or any(isinstance(row, str) or not hasattr(row, "__len__") for row in rows):
+        return False
+    return len({len(row) for row in rows}) > 1
 
 
 def partners(name: str, value: Any) -> Any:
@@ -199,7 +209,7 @@ def ids(name: str, value: Any, wanted: str) -> np.ndarray:
     """Whole numbers in a list, rows of them, an array or a tensor, as an array."""
     value = value.detach().cpu() if hasattr(value, "detach") else value
     if isinstance(value, list | tuple):
-        _require_one_length(name, value)
+        require_one_length(name, value)
     if getattr(value, "ndim", 1) and hasattr(value, "__len__") and not len(value):
         raise UsageError(f"{name} is empty: give {wanted}")
     try:
@@ -211,12 +221,14 @@ def ids(name: str, value: Any, wanted: str) -> np.ndarray:
     return found
 
 
-def _require_one_length(name: str, rows: list[Any] | tuple[Any, ...]) -> None:
+def require_one_length(name: str, rows: list[Any] | tuple[Any, ...]) -> None:
+    """UsageError for rows of unequal length."""
     lengths = [len(row) if hasattr(row, "__len__") and not isinstance(row, str) else -1 for row in rows]
     if odd := [i for i, length in enumerate(lengths) if length != lengths[0] and length >= 0 <= lengths[0]]:
         raise UsageError(
             f"{name} has rows of {lengths[0]} and of {lengths[odd[0]]} tokens (prompts 0 and {odd[0]}): all have one "
-            f"length, there is no padding; cut them, [row[:{min(lengths)}] for row in prompts], or give texts"
+            "length, there is no padding but with rows_are='texts'; give that, or cut them, "
+            f"[row[:{min(lengths)}] for row in prompts]"
         )
 
 

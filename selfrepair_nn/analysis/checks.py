@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis.partners import averaged
+from selfrepair_nn.blocks import counted_share
 from selfrepair_nn.choosing import tail_of
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.quantities import IN_NATS, OF_MODELS, QUANTITIES, SWEEP, asked_in, usual_share
@@ -117,7 +118,7 @@ def require_counted(ds: xr.Dataset) -> None:
 def share_of(ds: xr.Dataset, share: float | None) -> float:
     """The share that is asked for, or `usual_share` of a store or a summary. UsageError if it is not in (0, 1]."""
     if share is None:
-        some = "counted" in ds and not ds.counted.all()
+        some = "counted" in ds and counted_share(ds) < 1
         return usual_share(not some and ds.attrs.get("counted_share", 1) == 1)
     if not 0 < share <= 1:
         raise UsageError(f"share {share!r} is not in (0, 1]: write 0.02 for the top 2% of tokens")

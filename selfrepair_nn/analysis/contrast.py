@@ -10,7 +10,7 @@ from selfrepair_nn.analysis.closure import closure
 from selfrepair_nn.analysis.summaries import described_widths
 from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, clustering, clusters
-from selfrepair_nn.blocks import counted_tokens, done_cases, together, token_counts
+from selfrepair_nn.blocks import counted_share, done_cases, together, token_counts
 from selfrepair_nn.confidence import Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
@@ -64,7 +64,7 @@ def contrast_by_head(ds: xr.Dataset) -> xr.Dataset:
     }
     for name, (units, text) in names.items():
         found[name].attrs = {"units": units, "long_name": text}
-    told = clustering(ds) | closure(ds) | {"edited_share": float(counted_tokens(ds).mean())} | verdict(ds)
+    told = clustering(ds) | closure(ds) | {"edited_share": counted_share(ds)} | verdict(ds)
     return described_widths(found).assign_attrs(ds.attrs | told)
 
 

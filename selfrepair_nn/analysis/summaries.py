@@ -11,7 +11,7 @@ from selfrepair_nn.analysis.halves import BIASED, of_halves
 from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
-from selfrepair_nn.blocks import counted_tokens, largest, ratios, read, sites
+from selfrepair_nn.blocks import counted_share, largest, ratios, read, sites
 from selfrepair_nn.choosing import splits
 from selfrepair_nn.confidence import RATE, Tally, q_values
 from selfrepair_nn.face import public
@@ -107,7 +107,7 @@ def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None 
     heads = heads.assign(_derived(heads, "") | _derived(heads, "top_"))
     sizes = {"prompts": ds.sizes["prompt"], "positions": ds.sizes["position"]}
     done = float(((ds.done & ds.selected).mean("prompt").where(ds.selected)).mean())
-    sizes |= halves | {"counted_share": float(counted_tokens(ds).mean())} | verdict(ds)
+    sizes |= halves | {"counted_share": counted_share(ds)} | verdict(ds)
     known = clustering(ds) | closure(ds, heads.worst_closure.values.ravel())
     return _describe(heads, share).assign_attrs(share=share, done_share=done, **sizes, **known)
 

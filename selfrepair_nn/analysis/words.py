@@ -114,8 +114,8 @@ def changes_in_context(ds: xr.Dataset, share: float | None = None) -> xr.Dataset
     entries = tokens.top.of(repairs)
     at = which[repairs] * ds.sizes["prompt"] + entries.token // ds.sizes["position"]
 
-    def tally(values: np.ndarray) -> Tally:
-        return entry_tally(at, values, (size, ds.sizes["prompt"]), tokens.clusters)
+    def tally(values: np.ndarray, some: np.ndarray | slice = slice(None)) -> Tally:
+        return entry_tally(at[some], values[some], (size, ds.sizes["prompt"]), tokens.clusters)
 
     columns = []
     for name in ENDS:
@@ -181,18 +181,24 @@ class _Contexts:
         return found
 
     def shares(self, words: np.ndarray, entries: Top) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each entry's word was read in its prompt, and in which share of other documents' prompts: [entry]."""
+        """Whether each entry's word was read in its prompt, and in which share of other documents' prompts: [entry].
+
+        Of these only texts that are as long can tell; NaN where none is.
+        """
         ids, which = np.unique(words, return_inverse=True)
         first, n_positions = self._first(ids) if ids.size else np.zeros((0, 0)), self._tokens.shape[1]
         prompt, position = np.divmod(entries.token, n_positions)
         own, null = np.zeros(words.size), np.full(words.size, np.nan)
+        longest = (self._tokens >= 0).sum(1)  # filler is -1
         step = max(1, AT_ONCE // len(self._tokens))
         for start in range(0, words.size, step):
             here = slice(start, start + step)
             read = first[which[here]] <= position[here, None]
-            other = self.clusters != self.clusters[prompt[here], None]
+            others = self.clusters != self.clusters[prompt[here], None]
+            other = others & (longest > position[here, None])
             own[here] = read[np.arange(len(read)), prompt[here]]
             null[here] = (read & other).sum(1) / np.maximum(other.sum(1), 1)
+            null[here][others.any(1) & ~other.any(1)] = np.nan
         return own, null
 
 
@@ -219,11 +225,12 @@ def _of_end(ds: xr.Dataset, name: str, tokens: Tokens, read: _Contexts) -> Itera
 
 def _excess(own: np.ndarray, null: np.ndarray, tally) -> dict[str, np.ndarray]:
     """How often words are in the context, in others, and the difference with what is known of it: [case] each."""
-    known: Estimate = tally(own - null).estimate
+    told = np.isfinite(null)
+    known: Estimate = tally(own - null, told).estimate
     q = q_values(known.p_value)
     return {
-        "in_context": tally(own).mean,
-        "in_context_null": tally(null).mean,
+        "in_context": tally(own, told).mean,
+        "in_context_null": tally(null, told).mean,
         "in_context_excess": known.mean,
         f"in_context_excess{HALF_WIDTH}": known.half_width,
         "excess_q_value": q,

@@ -68,7 +68,7 @@ def preview_of(experiment: Experiment) -> dict[str, Any]:
     return {
         "store": str(experiment.path),
         "model": f"{experiment.description.source.name} ({structure.n_layers} layers x {structure.n_heads} heads)",
-        "prompts": f"{prompts.n} of {prompts.length} tokens from {prompts.source['name']}",
+        "prompts": f"{prompts.described} from {prompts.source['name']}",
         "ablated": f"{_count(experiment)}, {experiment.ablation} ablation",
         "block": experiment.work.block,
         "less": experiment.ranked,

@@ -21,6 +21,7 @@ from selfrepair_nn.models.load import accepted, describe, load_tokenizer
 from selfrepair_nn.models.model import AS_SERVED, Description, Model
 from selfrepair_nn.naming import Request, Sizes
 from selfrepair_nn.options import Options
+from selfrepair_nn.padding import within
 from selfrepair_nn.prompts import (
     Prompts,
     load_partners,
@@ -230,11 +231,52 @@ class Experiment:
 
     @property
     def counted(self) -> np.ndarray:
-        """Which tokens count: bool [prompt, position]; of prompts on which heads are reinforced the edited one."""
+        """Which tokens count: bool [prompt, position]; of prompts on which heads are reinforced the edited one.
+
+        Of texts of unequal length none beyond the end of a partner: nothing stands there to take its place.
+        """
         if not self.reinforces:
-            return self.prompts.counts
+            return self._lent
         edited = np.arange(self.prompts.length - 1) == self.edited_position[:, None]
-        return edited & self.prompts.counts
+        return edited & self._lent
+
+    @property
+    def all_count(self) -> bool:
+        """Whether every token does that can, as `analysis.share_of` sees it."""
+        counted = self.counted
+        return counted.sum() == (counted.size if self.covered is None else self.covered.sum())
+
+    @property
+    def covered(self) -> np.ndarray | None:
+        """How many positions of each row, from its first, can count: [prompt]; None where rows are of one length.
+
+        Those with a next token in its own text, and with a token in the texts of all its partners: what a shorter one
+        lends ends with it, and of causal models nothing before that depends on what comes after.
+        """
+        if self.prompts.lengths is None:
+            return None
+        ends = self.prompts.ends
+        return ends - 1 if self.partners is None else np.minimum(ends - 1, np.atleast_2d(ends[self.partners]).min(0))
+
+    @property
+    def _lent(self) -> np.ndarray:
+        counts, covered = self.prompts.counts, self.covered
+        return counts if covered is None else counts & within(covered, counts.shape[1])
+
+    def without_filler(self, name: str, values: np.ndarray, block: slice) -> np.ndarray:
+        """Values of a quantity, [case, prompt, position, …] or [prompt, position, …], blank where no text stands.
+
+        What belongs to a case is blank beyond `covered`, what does not behind the row's own text.
+        """
+        dims = QUANTITIES[name].dims_in(False)
+        covered = self.covered
+        if covered is None or "position" not in dims:
+            return values
+        ends = covered if QUANTITIES[name].swept else self.prompts.ends - 1
+        at = dims.index("position")
+        there = within(ends[block], values.shape[at])
+        there = there.reshape(*[1] * (at - 1), *there.shape, *[1] * (values.ndim - at - 1))
+        return np.where(there, values, np.nan if np.issubdtype(values.dtype, np.floating) else -1)
 
     def top(self, effects: np.ndarray, limits: np.ndarray, block: slice) -> np.ndarray:
         """Which tokens that count reach each case's limit: bool [case, prompt, position] of a block's effects."""
@@ -259,7 +301,7 @@ class Experiment:
     @property
     def edited_position(self) -> np.ndarray:
         """A counted position for each prompt, drawn evenly from a seed: where a head is reinforced."""
-        counts = self.prompts.counts
+        counts = self._lent
         drawn = np.random.default_rng(self.options.seed).integers(0, np.maximum(counts.sum(1), 1))
         counted_first = np.argsort(~counts, axis=1, kind="stable")
         return counted_first[np.arange(self.prompts.n), drawn]
@@ -272,8 +314,10 @@ class Experiment:
     def shuffled_positions(self, block: slice | np.ndarray) -> np.ndarray:
         """Whose target stands for each position's, from the seed: [prompt, position]; the last token keeps its own."""
         tokens, places = self.prompts.tokens[block], self.order[block]
-        drawn = [shuffled_targets(row[1:], self.options.seed, int(at)) for row, at in zip(tokens, places, strict=True)]
-        return np.concatenate([drawn, np.full((len(drawn), 1), self.prompts.length - 1)], 1)
+        found = np.tile(np.arange(self.prompts.length), (len(tokens), 1))
+        for row, own, end, place in zip(found, tokens, self.prompts.ends[block], places, strict=True):
+            row[: end - 1] = shuffled_targets(own[1:end], self.options.seed, int(place))
+        return found
 
     def random_directions(self, block: slice | np.ndarray) -> np.ndarray:
         """Vectors of length 1, as wide as the residual stream, from the seed, one a prompt: [prompt, d_model]."""
@@ -288,11 +332,28 @@ class Experiment:
         return np.concatenate(drawn).view(np.int64)
 
     @property
+    def told(self) -> list[str]:
+        """What a user may not expect of texts as rows, a line each."""
+        source, found = self.prompts.source, []
+        if cut := source.get("cut"):
+            said = f"{_texts(cut)} longer than {source['length']} tokens, and cut there: "
+            found.append(f"{said}--rows-are texts with a larger --length takes more")
+        if short := source.get("left_out"):
+            found.append(f"{_texts(short)} shorter than 2 tokens, the last only a target, and left out")
+        if (covered := self.covered) is not None and (lost := int((self.prompts.ends - 1 - covered).sum())):
+            found.append(
+                f"{lost:,} of {self.prompts.asked_of.sum():,} tokens lie beyond the end of their partner's text, and "
+                "do not count: give texts of like length, or ablate with mean"
+            )
+        return found
+
+    @property
     def records(self) -> frozenset[str]:
         """The conditions for a quantity to be recorded (quantities.WHEN, ASKED) that the run fulfils."""
         fulfilled = {
             "other": self.prompts.other is not None,
             "counterfactual": self.prompts.counterfactual is not None,
+            "padded": self.covered is not None,
             "estimated": self.options.until_ci is not None,
             "resampled": self.work.resamples > 1,
         }
@@ -311,15 +372,12 @@ class Experiment:
 
     def coordinates(self) -> dict[str, Any]:
         """Labels of the store's dimensions."""
-        tokens, n = self.prompts.tokens, self.prompts.n
-        texts = token_texts(self.tokenizer, tokens)
+        n, positions = self.prompts.n, self.prompts.length - 1
         found = self._sites() | {
             "prompt": self.order,
-            "position": np.arange(self.prompts.length - 1),
-            "token": tokens[:, :-1],
-            "target": tokens[:, 1:],
-            "token_text": texts[:, :-1],
-            "target_text": texts[:, 1:],
+            "position": np.arange(positions),
+            **self._told("token", self.prompts.tokens[:, :-1], 0),
+            **self._told("target", self.prompts.tokens[:, 1:]),
             "counted": self.counted,
             "document": self.prompts.document,
             "partner": np.full(n, -1) if self.partners is None else self.order[self.partners],
@@ -327,13 +385,13 @@ class Experiment:
         }
         if self.shuffles:
             places = self.shuffled_positions(slice(None))[:, :-1]
-            found["shuffled_target"] = np.take_along_axis(tokens[:, 1:], places, 1)
+            found["shuffled_target"] = np.take_along_axis(found["target"], places, 1)
         if self.prompts.counterfactual is not None:
-            found["counterfactual"] = self.prompts.counterfactual[:, :-1]
-            found["counterfactual_text"] = token_texts(self.tokenizer, found["counterfactual"])
+            found |= self._told("counterfactual", self.prompts.counterfactual[:, :-1], 0)
         if self.prompts.other is not None:
-            found["other"] = self.prompts.other
-            found["other_text"] = token_texts(self.tokenizer, self.prompts.other)
+            found |= self._told("other", self.prompts.other)
+        if self.covered is not None:
+            found["text_positions"] = self.covered
         if self.reinforces:
             found["edited_position"] = self.edited_position
         if self.work.axis:
@@ -341,6 +399,17 @@ class Experiment:
         if self.work.resamples > 1:
             found["resample"] = np.arange(self.work.resamples)
         return found | self._requested()
+
+    def _told(self, name: str, ids: np.ndarray, less: int = 1) -> dict[str, np.ndarray]:
+        """Labels of token ids [prompt, position], and their texts; -1 and nothing in filler.
+
+        `less` is by how many they are fewer than the tokens of a row's text.
+        """
+        texts = token_texts(self.tokenizer, ids)
+        if self.prompts.lengths is not None:
+            there = within(self.prompts.ends - less, ids.shape[1])
+            ids, texts = np.where(there, ids, -1), np.where(there, texts, "")
+        return {name: ids, f"{name}_text": texts}
 
     def _sites(self) -> dict[str, Any]:
         if self.grid:
@@ -431,6 +500,10 @@ def of_top_tokens(graph: Graph) -> bool:
     return graph.neurons is not None or graph.words > 0 or "routing" in graph.also
 
 
+def _texts(count: int) -> str:
+    return f"{count:,} text{'s are' if count > 1 else ' is'}"
+
+
 def _first_layer(case: tuple[Any, ...]) -> int:
     return min(site.layer for site in case)
 
@@ -461,7 +534,7 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
         raise UsageError(f"{said}: choose {name} 'top' or 'none'")
     block = min(options.batch_size or default_block(prompts.length), prompts.n)
     tokens = options.tokens_per_pass or (SERVED_TOKENS if options.served else TOKENS_PER_PASS)
-    lent = _partners(options, prompts.n, list(graphs.values()))
+    lent = _partners(options, prompts, list(graphs.values()))
     resamples = 1 if lent is None or lent.ndim == 1 else len(lent)
     moments = resamples > 1 and options.resamples_as == "moments"
     work = Work(axis, graphs, structure, prompts.n, prompts.length, block, tokens, resamples, moments)
@@ -471,9 +544,23 @@ def prepare(recipe: str | os.PathLike[str], options: Options) -> Experiment:
         lent = np.argsort(order)[lent[..., order]]
     asked = tuple(work.graphs)
     found = Experiment(request, options, description, tokenizer, prompts.taken(order), order, lent, asked, work)
+    found = _without_filler(found)
     if options.served and not options.batch_size:
         return found.in_units_of(served_block(work, found.bytes_of_token))
     return found
+
+
+def _without_filler(found: Experiment) -> Experiment:
+    """The same where, of texts of unequal length, only what can count is ablated."""
+    covered = found.covered
+    if covered is None:
+        return found
+    if not found.counted.any():
+        raise UsageError(
+            "no token that counts has one at its position in the partner's text: give texts of like length, or ablate "
+            "with mean or zero"
+        )
+    return replace(found, work=replace(found.work, ablated=int(covered.sum())))
 
 
 def _order(options: Options, n: int) -> np.ndarray:
@@ -514,7 +601,7 @@ def _variants(found: Graph | Variants, prompts: Prompts, served: bool) -> tuple[
     return (found.axis if isinstance(found, Variants) else None), dict(graphs)
 
 
-def _partners(options: Options, n: int, graphs: Sequence[Graph]) -> np.ndarray | None:
+def _partners(options: Options, prompts: Prompts, graphs: Sequence[Graph]) -> np.ndarray | None:
     if not any(graph.replaced_by.reads_partner for graph in graphs):
         for name, given in (("partners", options.partners is not None), ("resamples", options.resamples > 1)):
             if given:
@@ -524,9 +611,9 @@ def _partners(options: Options, n: int, graphs: Sequence[Graph]) -> np.ndarray |
                 )
         return None
     if options.partners is None:
-        found = several_partners(n, options.seed, options.resamples)
+        found = several_partners(prompts.n, options.seed, options.resamples, prompts.lengths)
         return found if len(found) > 1 else found[0]
-    found = load_partners(options.partners, n)
+    found = load_partners(options.partners, prompts.n)
     rows = 1 if found.ndim == 1 else len(found)
     if options.resamples not in (1, rows):
         raise UsageError(

@@ -22,7 +22,8 @@ class Work:
 
     `variants` are the graphs by label, along `axis` where there are several. `tokens_per_pass` is the number of
     tokens in one forward pass, `block` the number of prompts in a unit. `resamples` is the number of partners of each
-    prompt, of which the store keeps `moments` alone, or each.
+    prompt, of which the store keeps `moments` alone, or each. `ablated` are the positions of all prompts that are
+    ablated, None for all there are.
     """
 
     axis: str | None
@@ -34,6 +35,7 @@ class Work:
     tokens_per_pass: int
     resamples: int = 1
     moments: bool = False
+    ablated: int | None = None
 
     @property
     def graphs(self) -> list[Graph]:
@@ -56,7 +58,12 @@ class Work:
     @property
     def case_tokens(self) -> int:
         """Ablated head x token pairs: what a run's progress is counted in."""
-        return sum(map(self.runs, self.graphs)) * len(self.graph.ablate) * self.prompts * self.length
+        return sum(map(self.runs, self.graphs)) * len(self.graph.ablate) * self.positions
+
+    @property
+    def positions(self) -> int:
+        """The positions of all prompts on which a case is ablated: without filler, which only clean passes read."""
+        return self.prompts * self.length if self.ablated is None else self.ablated
 
     def runs(self, graph: Graph) -> int:
         """How often a case of this graph runs on a prompt: with each of its partners, if it reads them."""
@@ -135,8 +142,10 @@ class Work:
             * len(self.units)
             * sum(-(-count // per_pass) for count in starts.values()),
             "tokens": clean_passes * tokens,
-            "ablated_tokens": runs * cases * tokens,
-            "flops": 2 * s.layer_parameters * tokens * (clean_passes + runs * depth / s.n_layers),
+            "ablated_tokens": runs * cases * self.positions,
+            "flops": 2
+            * s.layer_parameters
+            * (tokens * clean_passes + self.positions * runs * depth / s.n_layers),
         }
 
     @property

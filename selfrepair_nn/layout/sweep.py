@@ -34,7 +34,7 @@ class Sweep:
         return [self._unit(block, index) for block in blocks for index in range(len(self.plans))]
 
     def _unit(self, block: slice, variant: int) -> Unit:
-        prompts, work, plan = self.experiment.prompts, self.experiment.work, self.plans[variant]
+        work, plan = self.experiment.work, self.plans[variant]
         packed, tokens = self.thresholds is not None, self._tokens_of_row(block)
         return Unit(
             name=f"ablation, {work.axis} {work.labels[variant]}" if work.axis else "ablation",
@@ -44,7 +44,7 @@ class Sweep:
             inputs=lambda prompts: self.experiment.arrays(prompts, work.graphs[variant]) | self.constants,
             shapes=ablation_shapes(plan, work.sizes, packed),
             thresholds=self.thresholds,
-            counted=None if prompts.all_count or not packed else self.experiment.counted,
+            counted=None if not packed or self.experiment.counted.all() else self.experiment.counted,
             wanted=self.wanted,
             tick=lambda rows: self.tick(round(rows * tokens)),
         )

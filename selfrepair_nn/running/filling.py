@@ -16,6 +16,7 @@ from selfrepair_nn.running.preliminaries import (
     follows_length,
     means,
     noise_floor,
+    require_alone,
     top_thresholds,
 )
 from selfrepair_nn.store import Store
@@ -40,9 +41,11 @@ class Known:
 
     def asked(self, experiment: Experiment, open_: np.ndarray) -> np.ndarray | None:
         """How many positions of each prompt are ablated, [case, prompt], for the open cases; None: all of all."""
-        if self.wanted is None and open_.all():
+        covered = experiment.covered
+        if self.wanted is None and covered is None and open_.all():
             return None
-        whole = np.full((len(open_), experiment.prompts.n), experiment.prompts.length)
+        each = experiment.prompts.length if covered is None else covered
+        whole = np.broadcast_to(each, (len(open_), experiment.prompts.n))
         asked = np.where(open_[:, None], whole if self.wanted is None else self.wanted, 0)
         idle = [block.start for block in experiment.work.units if not asked[:, block].any()]
         asked[np.flatnonzero(open_)[:1, None], idle] = 1  # a job without any row would give nothing at all
@@ -52,6 +55,8 @@ class Known:
 def learn(store: Store, experiment: Experiment, layout: dict[str, Any], runner: Backend) -> Known:
     """Find out what must be known, and keep in the store what belongs there."""
     run_plans, constants = plans(experiment, layout), {}
+    if experiment.covered is not None:
+        require_alone(experiment, layout, store.attributes["dtype"], runner)
     if experiment.reads_means:
         constants["means"] = means(experiment, layout, runner)
     if np.isnan(store.read("noise_floor")).any():
@@ -84,9 +89,10 @@ def _whole_lengths(store: Store, experiment: Experiment, layout: dict[str, Any],
 
 def _ranked(store: Store, experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:
     """The thresholds; from the store, or from a clean pass over all prompts, whose direct effects it then keeps."""
-    kept = _stored_effects(store, experiment)
-    missing = [block for block, effects in kept if np.isnan(effects).any()]
+    kept, counted = _stored_effects(store, experiment), experiment.counted
+    missing = [block for block, effects in kept if np.isnan(effects[:, counted[block]]).any()]
     for block, effects in direct_effects(experiment, plan, runner, missing):
+        effects = experiment.without_filler("direct_effect", effects, block)
         store.write_prompts(block, {"direct_effect": experiment.on_grid(effects)})
     rank(store, experiment)
     return store.read("threshold")[experiment.selected]
@@ -95,7 +101,7 @@ def _ranked(store: Store, experiment: Experiment, plan: dict[str, Any], runner: 
 def rank(store: Store, experiment: Experiment) -> None:
     """Keep each case's threshold, once all direct effects are in the store; one of before has no place for it."""
     if "threshold" in store.names and np.isnan(store.read("threshold")[experiment.selected]).any():
-        share = experiment.share if experiment.ranked else usual_share(bool(experiment.counted.all()))
+        share = experiment.share if experiment.ranked else usual_share(experiment.all_count)
         limits = top_thresholds(experiment, _stored_effects(store, experiment), share)
         store.write("threshold", experiment.on_grid(limits))
 
@@ -166,7 +172,7 @@ class Filling:
         if experiment.selective:
             effects = self._store.read("direct_effect", block)[experiment.selected]
             _keep(measured, experiment.top(effects, limits, block))
-        return measured
+        return {name: experiment.without_filler(name, values, block) for name, values in measured.items()}
 
     def _write(self, block: slice, variants: list[list[dict[str, np.ndarray]]], open_: np.ndarray) -> None:
         """One block into the store: what each variant's job measured and what follows from it, then the mark.

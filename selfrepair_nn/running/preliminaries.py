@@ -9,9 +9,11 @@ from selfrepair_nn.backends.local import Backend, only
 from selfrepair_nn.choosing import selecting_half
 from selfrepair_nn.components import Head
 from selfrepair_nn.equations import TOLERANCE
+from selfrepair_nn.errors import UsageError
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.units import Unit
+from selfrepair_nn.padding import within
 from selfrepair_nn.quantities import QUANTITIES
 
 TRIED = 4
@@ -92,6 +94,17 @@ def follows_length(experiment: Experiment, layout: dict[str, Any], dtype: str, r
     return bool((only(runner, unit)["apart"] > TOLERANCE[dtype] / 10).any())
 
 
+def require_alone(experiment: Experiment, layout: dict[str, Any], dtype: str, runner: Backend) -> None:
+    """Raise UsageError for a model of which texts that are filled up give other numbers than each by itself."""
+    if follows_length(experiment, layout, dtype, runner):
+        lengths = experiment.prompts.ends
+        raise UsageError(
+            f"what {experiment.description.source.name} computes of a token depends on how long the pass is, and these "
+            f"texts have {lengths.min()} to {lengths.max()} tokens: filled up to one length they would not give the "
+            "numbers of each by itself; cut them to one length, --length, or pack them, --rows-are packed"
+        )
+
+
 def _first_counted(experiment: Experiment) -> np.ndarray:
     """Rows of the first prompts of the text that together have as many counted tokens as one prompt has positions."""
     order = np.argsort(experiment.order)
@@ -102,7 +115,9 @@ def _first_counted(experiment: Experiment) -> np.ndarray:
 
 
 def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> dict[str, dict[int, Any]]:
-    """Mean activations of the reference prompts over all their positions: {what: {layer: [width]}}, in float64."""
+    """Mean activations of the reference prompts over all their tokens: {what: {layer: [width]}}, in float64."""
+    import torch
+
     from selfrepair_nn.tracing.cases import realised
     from selfrepair_nn.tracing.jobs import mean_job
 
@@ -116,13 +131,26 @@ def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> di
     width = {"z": layout["n_heads"] * layout["d_head"], "mlp": layout["d_model"], "neurons": layout["d_mlp"]}
     shapes = {what: dict.fromkeys(layers, (width[what],)) for what, layers in plan["keep"].items()}
     blocks = [slice(b.start, min(b.stop, reference)) for b in experiment.work.units if b.start < reference]
-    units = [Unit("mean", mean_job, b, plan, experiment.as_read, shapes) for b in blocks]
+    own = _own_tokens(experiment)
+
+    def inputs(block: slice) -> dict[str, Any]:
+        return experiment.as_read(block) | ({} if own is None else {"own": torch.from_numpy(own[block])})
+
+    units = [Unit("mean", mean_job, b, plan, inputs, shapes) for b in blocks]
     sums = {unit.prompts.start: found for unit, found in runner(units)}
-    count = reference * experiment.prompts.length
+    count = reference * experiment.prompts.length if own is None else int(own[:reference].sum())
     return {
         what: {layer: sum(sums[b.start][what][layer] for b in blocks) / count for layer in layers}
         for what, layers in plan["keep"].items()
     }
+
+
+def _own_tokens(experiment: Experiment) -> np.ndarray | None:
+    """Which tokens are no filler, in the order of the text: bool [prompt, position]; None where all are."""
+    prompts = experiment.prompts
+    if prompts.lengths is None:
+        return None
+    return within(prompts.ends[np.argsort(experiment.order)], prompts.length)
 
 
 def top_thresholds(

@@ -50,6 +50,11 @@ from selfrepair_nn.running.sharing import Sharing, sharing
 from selfrepair_nn.shown import LOG, line, tell
 from selfrepair_nn.store import Store, open_store
 
+ALONE = (
+    "one text has no other to lend it activations: its heads are replaced by their mean over it (ablation mean); give "
+    "more texts, or choose zero"
+)
+
 
 def run(
     recipe: str | os.PathLike[str] = "heads",
@@ -89,6 +94,8 @@ def run(
         bar.stage("reading prompts")
         experiment = prepare(recipe, options)
         _told(recipe, experiment)
+        if options.alone and choices.get("ablation") is None and experiment.ablation == options.ablation:
+            tell(ALONE)
         if experiment.options.served:
             _require_consent(experiment, confirm)
         _into_store(experiment, shared, command or _call(recipe, options), bar)
@@ -119,6 +126,8 @@ def _run_revisions(
 
 def _told(recipe: str | os.PathLike[str], experiment: Experiment) -> None:
     """Tell what a user may not expect of the choices."""
+    for said in experiment.told:
+        tell(said)
     if experiment.idle:
         tell(f"{' and '.join(experiment.idle)}: chosen, but nothing in this run depends on it")
     for told in (renamed(recipe), *_undrawable(experiment)):

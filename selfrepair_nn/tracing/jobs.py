@@ -146,10 +146,17 @@ def lengths_job(model, arrays, plan, tick=None, known=None):
 
 
 def mean_job(model, arrays, plan, tick=None, known=None):
-    """Sums over a block's prompts and positions, in float64: {what: {layer: [width]}} for `plan["keep"]`."""
+    """Sums over a block's prompts and positions, in float64: {what: {layer: [width]}} for `plan["keep"]`.
+
+    Over those of `arrays["own"]` alone, bool [prompt, position], where that is given.
+    """
     kept = clean_pass(model, plan, arrays["tokens"], plan["keep"])
+
+    def own(x):
+        return x[arrays["own"].to(x.device)][:, None] if "own" in arrays else x
+
     return {
-        what: {layer: x.double().sum((0, 1)) for layer, x in layers.items()}
+        what: {layer: own(x).double().sum((0, 1)) for layer, x in layers.items()}
         for what, layers in kept.items()
     }
 
