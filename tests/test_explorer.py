@@ -224,6 +224,36 @@ def test_variants_and_cases(ds):
     assert len(Contents.of(twice).data()["tokens"]["variants"]) == 4
 
 
+def test_partners_are_looked_at_one_by_one_and_averaged(ds):
+    ds = ds.drop_vars("component_change")
+    varied = [n for n, a in ds.items() if a.dims == SWEEP and n != "direct_effect"]
+    each = [ds.assign({n: ds[n] * scale for n in varied if ds[n].dtype.kind == "f"}) for scale in (1, 3, 8)]
+    stacked = {n: (("resample", *SWEEP), np.stack([one[n].values for one in each])) for n in varied}
+    store = ds.assign({n: (dims, values, ds[n].attrs) for n, (dims, values) in stacked.items()})
+    mean = ds.assign({n: ds[n] * 4 for n in varied if ds[n].dtype.kind == "f" and n != "closure"})
+    mean = mean.assign(closure=ds.closure * 8)
+    data = Contents.of(store).data()
+    labels = ["mean over 3 partners", "partner 0", "partner 1", "partner 2"]
+    assert data["axes"] == [{"name": "resample", "labels": labels}]
+    summaries = [sr.by_head(one).top_self_repair.values.ravel() for one in (store, *each)]
+    for variant, (one, repair) in enumerate(zip((mean, *each), summaries, strict=True)):
+        assert_holds(data, one, 3, variant)
+        np.testing.assert_allclose(data["summary"]["variants"][variant]["means"][0], repair, rtol=1e-3)
+    assert not np.allclose(summaries[0], summaries[1])
+    assert Contents.of(store.isel(resample=1)).axes == []
+
+
+def test_partners_have_a_place_beside_other_axes(ds):
+    ds = ds.drop_vars("component_change")
+    varied = {n: ("kind", "resample", *SWEEP) for n, a in ds.items() if a.dims == SWEEP and n != "direct_effect"}
+    scales = np.arange(1, 7).reshape(2, 3, 1, 1, 1, 1)
+    store = ds.assign({n: (dims, (ds[n].values * scales).astype(ds[n].dtype)) for n, dims in varied.items()})
+    found = Contents.of(store.assign_coords(kind=["a", "b"]))
+    assert [axis["name"] for axis in found.data()["axes"]] == ["kind", "resample"]
+    ratio = [float(one.self_repair.sum() / ds.self_repair.sum()) for one in found.variants]
+    np.testing.assert_allclose(ratio, [2, 1, 2, 3, 5, 4, 5, 6], rtol=1e-4)
+
+
 def test_text_is_data(ds):
     texts = ds.token_text.copy(data=ds.token_text.values.copy())
     texts[0, 0] = EVIL

@@ -201,6 +201,23 @@ def test_variants_have_a_selector_and_sums_stand_for_components(opened, variants
     assert float(after) == pytest.approx(2 * float(before), abs=0.002)
 
 
+@pytest.mark.parametrize(("size", "scheme"), [(WIDE, "light"), (NARROW, "dark")])
+def test_partners_have_a_selector(opened, variants, size, scheme):
+    """First the mean over them: 1.5 times the first one's self-repair, the second one's is twice that."""
+    tab = opened(variants.drop_vars("way").rename(way="resample"), size, scheme)
+    assert tab.locator(".axes label").inner_text().startswith("resample")
+    shown = tab.locator(".head .facts b").first
+    told, before = {}, "nothing"
+    for label in ("partner 0", "partner 1", "mean over 2 partners"):
+        tab.select_option(".axes select", label=label)
+        shown.filter(has_not_text=before).wait_for()
+        told[label] = before = shown.inner_text().split()[0]
+    first, second, mean = map(float, told.values())
+    assert second == pytest.approx(2 * first, abs=0.002)
+    assert mean == pytest.approx(1.5 * first, abs=0.002)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= size["width"]
+
+
 def test_two_stores_side_by_side_follow_each_other(opened, ds):
     tab = opened({"mine": ds, "theirs": simulate_heads(3, 2, 60, 11, seed=5)})
     assert tab.locator(".pane h2").all_inner_texts() == ["mine", "theirs"]

@@ -22,6 +22,7 @@ from selfrepair_nn.analysis import (
     restored,
     throughout,
 )
+from selfrepair_nn.analysis.partners import AXIS, averaged
 from selfrepair_nn.choosing import splits, tail_of
 from selfrepair_nn.confidence import LEVEL
 from selfrepair_nn.equations import PARTS
@@ -44,6 +45,8 @@ LOOKED_AT = (
 
 SUMMED = (*PARTS, "from_norm")
 PLACES = (*TOKEN, *WIDE, "rank", "distance")
+ALL = "all"
+"""In the place of one partner: the mean over all."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Contents:
 
     @classmethod
     def of(cls, given: xr.Dataset, share: float | None = None, name: str | None = None) -> "Contents":
-        """Of a store, or a part of one, as it comes."""
-        found = wording.legible(held(restored(given)))
+        """Of a store, or a part of one, as it comes; several partners are looked at one by one, and averaged."""
+        found = wording.legible(held(restored(given, average=False)))
         if not has_tokens(found):
             raise UsageError("there are no tokens to look at here: give a store, not a summary of one")
         return cls(found, share, name)
@@ -74,16 +77,19 @@ class Contents:
 
     @cached_property
     def variants(self) -> list[xr.Dataset]:
-        """Every variant as a store of its own, the last axis fastest."""
-        if not self.axes:
-            return [self.ds]
-        places = product(*(range(self.ds.sizes[d]) for d in self.axes))
-        return [self.ds.isel(dict(zip(self.axes, at, strict=True))).drop_vars(self.axes) for at in places]
+        """Every variant as a store of its own, the last axis fastest; of several partners first the mean over them."""
+        places = product(*((*([ALL] if d == AXIS else []), *range(self.ds.sizes[d])) for d in self.axes))
+        return [self._variant(dict(zip(self.axes, at, strict=True))) for at in places]
+
+    def _variant(self, at: dict[str, Any]) -> xr.Dataset:
+        chosen = averaged(self.ds) if at.get(AXIS) == ALL else self.ds
+        places = {d: i for d, i in at.items() if i != ALL}
+        return chosen.isel(places).drop_vars(self.axes, errors="ignore")
 
     @cached_property
     def summaries(self) -> list[xr.Dataset]:
         one = by_case if "case" in self.ds.dims else outcomes_by_head if self._in_nats else by_head
-        if len(self.axes) == 1:
+        if len(self.axes) == 1 and self.axes != [AXIS]:
             [axis] = self.axes
             both = by_variant(self.ds, self.share, one)
             found = [both.isel({axis: i}) for i in range(self.ds.sizes[axis])]
@@ -111,7 +117,7 @@ class Contents:
         every = [self.entries.values(ds) for ds in self.variants]
         steps = steps_of(self.ds, every)
         return {
-            "name": line(self.name or wording.title(first), wording.WIDTH),
+            "name": line(self.name or wording.title(self.ds), wording.WIDTH),
             "basis": wording.basis(first),
             "over": among(first.attrs["share"], first),
             "notes": self._notes(),
@@ -143,7 +149,8 @@ class Contents:
         ]
 
     def _labels(self, axis: str) -> list[Any]:
-        return self.ds[axis].values.tolist() if axis in self.ds.coords else [*range(self.ds.sizes[axis])]
+        own = self.ds[axis].values.tolist() if axis in self.ds.coords else [*range(self.ds.sizes[axis])]
+        return [f"mean over {len(own)} partners", *(f"partner {each}" for each in own)] if axis == AXIS else own
 
     def _sites(self) -> dict[str, Any]:
         """The grid's layers and heads, or the cases' labels and layers."""
