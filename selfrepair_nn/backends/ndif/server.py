@@ -39,11 +39,15 @@ NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, ht
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server says of a job: its status, a sentence, and the result's address once it is completed."""
+    """What the server says of a job: its status, a sentence, and the result's address once it is completed.
+
+    `seconds` is how long the job ran there, if the server tells.
+    """
 
     status: str
     description: str
     result: str
+    seconds: float | None = None
 
 
 class _Again(Exception):
@@ -114,7 +118,7 @@ class Server:
             raise refusal(answer.status_code, _detail(answer))
         found = _parsed(answer)
         (status,) = _named(found, "status")
-        return Answer(status, found.get("description") or "", found.get("data") or "")
+        return Answer(status, found.get("description") or "", found.get("data") or "", _runtime(found))
 
     def fetch(self, address: str) -> tuple[dict[str, Any], int] | None:
         """A result and the bytes that it took, or None if it is not kept there any more."""
@@ -216,6 +220,13 @@ def _named(found: dict[str, Any], *names: str) -> list[Any]:
     if missing := [name for name in names if name not in found]:
         raise Fault("not ndif", f"an answer without {', '.join(missing)}")
     return [found[name] for name in names]
+
+
+def _runtime(found: dict[str, Any]) -> float | None:
+    """Seconds that a job ran, as NDIF tells them with its end."""
+    meta = found.get("meta")
+    seconds = meta.get("runtime") if isinstance(meta, dict) else None
+    return float(seconds) if isinstance(seconds, int | float) else None
 
 
 def _loaded(content: bytes) -> dict[str, Any]:
