@@ -62,4 +62,6 @@ class Given(TypedDict, total=False):
     host: str | None
     in_flight: Whole
     patience: Whole
+    tensor_parallel: Whole
+    job_seconds: Whole
     yes: bool | None

@@ -181,6 +181,8 @@ class Options:
     host: str | None = option(None, "Address of your own NDIF server, such as http://127.0.0.1:8001; implies remote.", _address, decides=False)
     in_flight: int = option(2, "Jobs on the server at a time.", _processes, decides=False)
     patience: int = option(1800, "Seconds to wait for a server that is silent before a job or the server is given up.", _seconds, decides=False)
+    tensor_parallel: int | None = option(None, "Processes that a server splits each layer among, for its plan; default: as the server says, else 1.", _processes, decides=False)
+    job_seconds: int | None = option(None, "Seconds after which a server ends a job; default: as the server says, else 3600.", _seconds, decides=False)
     yes: bool = option(False, "Start a large remote run without asking.", values.switch, decides=False)
     # fmt: on
 
@@ -244,7 +246,7 @@ class Options:
     def _require_right_place(self) -> None:
         """What only a server, or only this machine, can take notice of."""
         usual = {each.name: each.default for each in fields(self)}
-        for name in ("device", "threads") if self.served else ("in_flight", "patience", "yes"):
+        for name in ("device", "threads") if self.served else ("in_flight", "patience", "tensor_parallel", "job_seconds", "yes"):
             if getattr(self, name) != usual[name]:
                 where = "on this machine" if self.served else "on a server, by --host or --remote"
                 raise UsageError(f"{name} is for a model {where}: leave {flag(name)} out")

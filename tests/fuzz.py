@@ -50,7 +50,7 @@ OBJECTS: tuple[Callable[[], Any], ...] = (
     lambda: Path("nowhere"), lambda: sr.Head(0, 0),
 )  # fmt: skip
 
-PLANNED = ("host", "remote", "workers", "dask", "threads", "in_flight", "patience")
+PLANNED = ("host", "remote", "workers", "dask", "threads", "in_flight", "patience", "tensor_parallel", "job_seconds")
 """Options that are not run with: they would ask a server, or start hundreds of processes."""
 
 

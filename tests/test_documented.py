@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODEL = "tiny-neox"
 MODELS = (MODEL, "tiny-llama", "SmolLM2-135M-Instruct", "M", "DIR")
 """Names of models in the documents, beside those of a hub; here each is a directory with one tiny model."""
-ELSEWHERE = ("--remote", "--host", "--dask", "--in-flight", "--patience")
+ELSEWHERE = ("--remote", "--host", "--dask", "--in-flight", "--patience", "--tensor-parallel", "--job-seconds")
 LEFT_OUT = (
     "--workers",
     "--shard",
@@ -73,7 +73,7 @@ def smaller(command):
     words, kept = iter(command), []
     served = any(option in command for option in ELSEWHERE)
     for word in words:
-        if word in LEFT_OUT or word in ("--host", "--dask", "--in-flight", "--patience"):
+        if word in LEFT_OUT or word in ELSEWHERE[1:]:
             next(words)
         elif word not in ("--remote", "--serve", "--calibrate", "--try"):
             kept.append(_here(word))

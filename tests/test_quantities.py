@@ -13,9 +13,10 @@ import zarr
 import selfrepair_nn as sr
 from selfrepair_nn import graph, quantities
 from selfrepair_nn.errors import SelfRepairError, UsageError
-from selfrepair_nn.estimating.traffic import result_bytes, traffic
+from selfrepair_nn.estimating.traffic import result_bytes
 from selfrepair_nn.layout.experiment import prepare
 from selfrepair_nn.layout.sweep import Sweep, plans
+from selfrepair_nn.models.model import layout_of
 from selfrepair_nn.options import Options
 from selfrepair_nn.quantities import ASKED, QUANTITIES, SOURCES, SWEEP, TOKEN, WHEN, Quantity
 from selfrepair_nn.tracing import decompose, jobs
@@ -136,10 +137,17 @@ def test_a_plan_foretells_how_much_comes_back_of_all_units(made):
     every, top = (prepare(given, Options(**choices | {"components": c})) for c in ("all", "top"))
     assert not every.shared
     assert top.shared
-    assert traffic(top)["result_bytes"] == traffic(every)["result_bytes"]
+    assert _result_bytes(top) == _result_bytes(every)
     tokens = every.prompts.n * (every.prompts.length - 1)
     values = 4 + len(every.work.components) + 3 * (7 + len(every.work.components))
-    assert traffic(every)["result_bytes"] == 4 * tokens * values
+    assert _result_bytes(every) == 4 * tokens * values
+
+
+def _result_bytes(experiment):
+    """Of all units, as if every token were a top token."""
+    found = plans(experiment, layout_of(experiment.work.structure))
+    units = Sweep(experiment, found, {}, None).units(experiment.work.units)
+    return sum(result_bytes(unit, experiment.precision) for unit in units)
 
 
 @pytest.mark.parametrize("name", sorted({*GRAPHS} - {"strongest"}))

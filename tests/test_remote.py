@@ -448,13 +448,14 @@ def test_calibration_estimates_the_time_that_a_run_takes(far, server, tmp_path):
     shown = far.run(*command, *choices)
     assert shown.code == 0, shown.err
     line = next(line for line in shown.out.splitlines() if line.startswith("time"))
-    number, unit = line.split(",")[0].split()[2:]
-    seconds = float(number) * {"seconds": 1, "minutes": 60, "hours": 3600}[unit]
+    assert "as measured on two small jobs" in line
+    least, _, most, unit = line.removeprefix("time").split(", one job")[0].split()
+    least, most = (float(n) * {"seconds": 1, "minutes": 60, "hours": 3600}[unit] for n in (least, most))
     began = time.perf_counter()
     assert remotely(far, server, NEOX, tmp_path / "s.zarr", *choices).code == 0
     took = time.perf_counter() - began
-    print(f"estimated {seconds:.0f} s, took {took:.0f} s")
-    assert took / 6 < seconds < 6 * took
+    print(f"estimated {least:.0f} to {most:.0f} s, took {took:.0f} s")
+    assert least / 4 < took < 4 * most
 
 
 def test_doctor_finds_a_healthy_server_healthy(far, server):

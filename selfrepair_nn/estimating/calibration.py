@@ -1,15 +1,19 @@
 """How long a run will take, from a few small jobs where it would run."""
 
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from selfrepair_nn.backends.local import Backend, backend, loaded, only
+from selfrepair_nn.backends.ndif.limits import Limits
+from selfrepair_nn.estimating.pace import Costs, Pace, assumed, measured
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.layout.units import Unit
@@ -18,38 +22,41 @@ from selfrepair_nn.models.model import layout_of
 CASES = 8
 """Ablated in the largest of the jobs."""
 
+NONE = Limits(seconds=inf, sandboxed=False)
+"""What limits jobs in this process."""
 
-def hours(experiment: Experiment, runner: Backend) -> float:
-    """The estimated duration of a whole run, its jobs one after the other.
 
-    A job takes a fixed time, and a time for each layer that each ablated prompt goes through. Both come from two jobs
-    on the first block of prompts, with one case and with a few; a first one, which has much to load, is not counted.
+def pace_of(experiment: Experiment, runner: Backend, limits: Limits) -> Pace:
+    """The pace at which a backend works: from two jobs on the first block of prompts, with one case and with a few.
+
+    Each is run twice. A first one, which has much to load, is not counted.
     """
-    unit = _first(experiment)
+    unit, costs = _first(experiment), Costs(experiment, limits.degree)
     step = -(-len(unit.plan["cases"]) // CASES)
-    few, one = _with(unit, slice(None, None, step)), _with(unit, slice(0, 1))
-    only(runner, one)
-    short, long = _seconds(runner, one), _seconds(runner, few)
-    more = _layers(few) - _layers(one)
-    rate = max(0.0, long - short) / more if more else 0.0
-    fixed = max(0.0, short - rate * _layers(one))
-    jobs, variants = len(experiment.work.units), len(experiment.work.graphs)
-    share = experiment.prompts.n / (unit.prompts.stop - unit.prompts.start)
-    return variants * (jobs * fixed + share * rate * _layers(unit)) / 3600
+    few, one = slice(None, None, step), slice(0, 1)
+    _seconds(runner, _with(unit, one))
+    jobs = []
+    for chosen in (one, one, few, few):
+        each = _with(unit, chosen)
+        cost = costs.of(each)
+        assert cost is not None
+        jobs.append((cost, _seconds(runner, each)))
+    return measured(assumed(limits), jobs)
 
 
 @contextmanager
-def trial(experiment: Experiment) -> Iterator[Backend]:
-    """The backend that a run would have, without a store."""
+def trial(experiment: Experiment) -> Iterator[tuple[Backend, Limits]]:
+    """The backend that a run would have, without a store, and its limits."""
     model = loaded(experiment)
     if not experiment.options.served:
-        yield backend(experiment.options.backend, model)
+        yield backend(experiment.options.backend, model), NONE
         return
     from selfrepair_nn.backends.ndif.ledger import Ledger
-    from selfrepair_nn.backends.ndif.served import connected
+    from selfrepair_nn.backends.ndif.served import connected, limits_there
 
     with TemporaryDirectory() as folder:
-        yield connected(experiment.options, model, Ledger(Path(folder) / "jobs.jsonl", "trial"))[0]
+        jobs = connected(experiment.options, model, Ledger(Path(folder) / "jobs.jsonl", "trial"))[0]
+        yield jobs, limits_there(jobs, experiment.options)
 
 
 def _first(experiment: Experiment) -> Unit:
@@ -69,13 +76,8 @@ def _with(unit: Unit, chosen: slice) -> Unit:
     """The unit with some of its cases only."""
     cases = unit.plan["cases"][chosen]
     limits = None if unit.thresholds is None else unit.thresholds[chosen]
-    name = f"calibration with {len(cases)} cases, {time.time():.3f}"
+    name = f"calibration with {len(cases)} cases, {uuid.uuid4().hex[:8]}"
     return replace(unit, name=name, plan=unit.plan | {"cases": cases}, thresholds=limits)
-
-
-def _layers(unit: Unit) -> int:
-    """Layers that the unit's ablated cases go through, summed."""
-    return sum(unit.plan["model"]["n_layers"] - min(site[1] for site in case) for case in unit.plan["cases"])
 
 
 def _seconds(runner: Backend, unit: Unit) -> float:

@@ -26,33 +26,25 @@ SERVED_ITEMSIZE = 2
 """Bytes of a number where it is not known what a server computes in: most compute in bfloat16."""
 
 
-def traffic(experiment: Experiment) -> dict[str, int]:
-    """What a remote run will move, in bytes: request_bytes, result_bytes, and crossing_bytes if it is sandboxed.
-
-    total_crossing_bytes, if the run reads sums, are those if it read the final residual stream alone.
-
-    A request's size is measured on the first one, which is put together but not sent. Results are counted before
-    compression, and as if every token were a top token where only those come back.
-    """
+def request_bytes(experiment: Experiment) -> int:
+    """The size of a request, measured on the first one, which is put together but not sent."""
     from selfrepair_nn.backends.ndif.served import packed
 
     model = structure_only(experiment.description, experiment.tokenizer)
     limits = np.zeros(len(experiment.graph.ablate)) if experiment.shared else None
-    found, blocks = plans(experiment, model.layout), experiment.work.units
-    unembedded = SERVED_ITEMSIZE * experiment.unembedded * (model.structure.d_model + model.structure.vocab_size)
-    units, whole = (Sweep(experiment, found, {}, each).units(blocks) for each in (limits, None))
-    return {
-        "request_bytes": len(units) * len(packed(model, units[0])),
-        "result_bytes": sum(result_bytes(unit, experiment.precision) for unit in whole),
-        "crossing_bytes": crossing_bytes(experiment.work, SERVED_ITEMSIZE) + unembedded,
-    } | {name: total + unembedded for name, total in _at_the_end_alone(experiment.work).items()}
+    sweep = Sweep(experiment, plans(experiment, model.layout), {}, limits)
+    return len(packed(model, sweep.units(experiment.work.units[:1])[0]))
 
 
-def _at_the_end_alone(work: Work) -> dict[str, int]:
+def at_the_end_alone(experiment: Experiment, degree: int) -> dict[str, int]:
+    """total_crossing_bytes, if the run reads sums: what crosses if it reads the final residual stream alone."""
+    work = experiment.work
     if any(g.record != "sums" or g.neurons is not None or g.words or g.reinforces for g in work.graphs):
         return {}
-    graphs = {label: replace(graph, record="total") for label, graph in work.variants.items()}
-    return {"total_crossing_bytes": crossing_bytes(replace(work, variants=graphs), SERVED_ITEMSIZE)}
+    structure, graphs = work.structure, {n: replace(g, record="total") for n, g in work.variants.items()}
+    unembedded = SERVED_ITEMSIZE * experiment.unembedded * (structure.d_model + structure.vocab_size)
+    crossed = unembedded + crossing_bytes(replace(work, variants=graphs), SERVED_ITEMSIZE)
+    return {"total_crossing_bytes": degree * crossed}
 
 
 def result_bytes(unit: Unit, precision: str) -> int:
@@ -66,34 +58,33 @@ def result_bytes(unit: Unit, precision: str) -> int:
 
 
 def crossing_bytes(work: Work, itemsize: int) -> int:
-    """Bytes that cross between a sandboxed job's process and the model's, in a whole run.
+    """Bytes that cross between a sandboxed job's process and the model's, in a whole run of one job for each unit.
 
     `itemsize` is that of the server's dtype. What is read of each pass, what it begins with, and the probed maps; token
     ids and the like are left out.
     """
-    plans = [
-        (graph.plan(layout_of(work.structure)) | {"tokens_per_pass": work.tokens_per_pass}, work.runs(graph))
-        for graph in work.graphs
-    ]
-    tokens = [(block.stop - block.start) * work.length for block in work.units]
-    return itemsize * sum(_crossing(*plan, count) for plan in plans for count in tokens)
+    count, blocks = 0, work.units
+    for graph in work.graphs:
+        plan = graph.plan(layout_of(work.structure)) | {"tokens_per_pass": work.tokens_per_pass}
+        once, of_token = crossing(plan, work.runs(graph))
+        count += len(blocks) * once + of_token * work.prompts * work.length
+    return itemsize * count
 
 
-def _crossing(plan: dict[str, Any], runs: int, tokens: int) -> int:
-    """Numbers that cross in one job on so many tokens, with so many partners."""
+def crossing(plan: dict[str, Any], runs: int) -> tuple[int, int]:
+    """Numbers that cross in a job, with so many partners: once, and for each token of its prompts."""
     from selfrepair_nn.tracing.cases import begins, needs, realised
 
     plan = realised(plan)
     cases, width = plan["cases"], _widths(plan["model"])
     kept = needs(plan, cases)
-    crossing = READ * tokens * sum(len(layers) * width[what] for what, layers in kept.items())
+    count = READ * sum(len(layers) * width[what] for what, layers in kept.items())
     if plan["replacement"].text is not None:
         lent = {(site.kept, site.layer) for case in cases for site in case if site.kept}
-        crossing += runs * READ * tokens * sum(width[what] for what, _ in lent)
+        count += runs * READ * sum(width[what] for what, _ in lent)
     for (start, inside), group in groupby(cases, lambda case: begins(case, plan)):
-        count = len(list(group))
-        crossing += runs * count * tokens * _pass(plan, start, inside)
-    return crossing + _probe(plan, len(kept["z"]))
+        count += runs * len(list(group)) * _pass(plan, start, inside)
+    return _probe(plan, len(kept["z"])), count
 
 
 def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, cast
 
@@ -75,14 +76,14 @@ class Work:
         partners = "resample" if self.resamples > 1 and not self.moments else None
         return tuple(filter(None, (self.axis, partners)))
 
-    @property
+    @cached_property
     def components(self) -> list[Component]:
         """The terms of the model's residual stream, in the order of the store."""
         bias = writes_attention_bias(asdict(self.structure), self.graph.value_bias)
         s = self.structure
         return components(s.n_layers, s.n_heads, s.position_embedding, bias, s.headless)
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """How long each dimension of the store is; where heads are yet to be found, how long it can be."""
         return self._sites | {

@@ -18,7 +18,9 @@ from selfrepair_nn.backends.local import Backend, backend, loaded, with_enough_m
 from selfrepair_nn.backends.ndif.faults import KINDS, Fault
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path
 from selfrepair_nn.errors import Incomplete, NotAgreed, StoreError
+from selfrepair_nn.estimating.fitting import Cutting, fitted, jobs_of
 from selfrepair_nn.estimating.preview import large, of_each, preview_of, preview_text
+from selfrepair_nn.estimating.workable import require_workable
 from selfrepair_nn.given import Given
 from selfrepair_nn.integrity import verify
 from selfrepair_nn.layout.experiment import Experiment, prepare
@@ -137,6 +139,7 @@ def _told(recipe: str | os.PathLike[str], experiment: Experiment) -> None:
 
 def _into_store(experiment: Experiment, shared: Sharing, command: str, bar: Bar) -> None:
     """Open the store, or make it, and compute what is missing in it."""
+    experiment = fitted(experiment)
     with only_writer(experiment.path, experiment.options.part) as hold:
         store = existing(experiment, hold.alone)
         bar.name = line(experiment.description.source.name, 60)
@@ -320,7 +323,7 @@ def _packed(store: Store, experiment: Experiment, model: Model, processes: int) 
 def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Backend:
     if not experiment.options.served:
         return backend(experiment.options.backend, model, experiment.vocabulary, _measuring(store, experiment))
-    from selfrepair_nn.backends.ndif.served import connected
+    from selfrepair_nn.backends.ndif.served import connected, limits_there
 
     jobs, facts = connected(experiment.options, model, _ledger(store))
     known = store.attributes["dtype"]
@@ -331,6 +334,9 @@ def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Bac
         )
     store.annotate(**facts | {"greeting": require_same_answers(store, model, facts["greeting"])})
     jobs.watch = bar.note
+    planned = jobs_of(experiment, limits_there(jobs, experiment.options))
+    require_workable(planned)
+    jobs.cutter = Cutting(planned, tell)
     return jobs
 
 

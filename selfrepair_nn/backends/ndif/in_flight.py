@@ -45,6 +45,17 @@ class Service(Protocol):
         ...
 
 
+class Cutter(Protocol):
+    """What knows how long jobs take: estimating.fitting.Cutting, or a test's stand-in."""
+
+    def fits(self, unit: Unit) -> bool:
+        """Whether a job stays clear of the server's time limit; else it is split before it is sent."""
+        ...
+
+    def took(self, unit: Unit, seconds: float) -> None:
+        """Takes how long the server was at a job."""
+
+
 @dataclass(eq=False)
 class _Piece:
     """A unit on the way to its result. Once it is split its parts are asked for instead.
@@ -113,6 +124,7 @@ class JobsInFlight:
         self.in_flight, self.patience, self.clock, self.sleep = in_flight, patience, clock, sleep
         self.watch: Callable[[str], None] = lambda state: None
         """Takes how the jobs stand, whenever they were looked at."""
+        self.cutter: Cutter | None = None
 
     def __call__(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[Any, Any]]]:
         return _Round(self, units).run()
@@ -172,11 +184,24 @@ class _Round:
             piece.job, piece.heard, piece.status = record.job, self._flight.clock(), ""
             piece.known = record.event in (FETCHED, TAKEN)
             return True
+        if not self._fits(piece.unit) and self._split(piece):
+            self._flying.remove(piece)
+            return True
         try:
             self._send(piece)
         except Fault as fault:
             self._fail(piece, fault)
         return True
+
+    def _fits(self, unit: Unit) -> bool:
+        return self._flight.cutter is None or self._flight.cutter.fits(unit)
+
+    def _split(self, piece: _Piece) -> bool:
+        """Ask for the piece's halves instead, next; False if it has none."""
+        if parts := piece.split():
+            self._ledger.write(SPLIT, piece.unit.label, into=[part.unit.label for part in parts])
+            self._waiting[:0] = parts
+        return bool(parts)
 
     def _send(self, piece: _Piece) -> None:
         """The id goes to the ledger before the request goes out, so that its fate can be asked for."""
@@ -227,6 +252,8 @@ class _Round:
         self._ledger.write(FETCHED, piece.unit.label, job=piece.job, bytes=size)
         self._flying.remove(piece)
         piece.result, self._hopeless = found, 0
+        if self._flight.cutter and answer.seconds is not None:
+            self._flight.cutter.took(piece.unit, answer.seconds)
 
     def _fetched(self, piece: _Piece, address: str) -> tuple[dict[Any, Any], int]:
         """A result; where its address has expired, from the one that the server gives when asked again, if it does."""
@@ -251,9 +278,7 @@ class _Round:
             piece.due = self._flight.clock() + pause_before(failures)
             self._waiting.insert(0, piece)
             self._flight.notify(f"{label}: {fault}; it is sent again")
-        elif kind.split and (parts := piece.split()):
-            self._ledger.write(SPLIT, label, into=[part.unit.label for part in parts])
-            self._waiting[:0] = parts
+        elif kind.split and self._split(piece):
             self._flight.notify(f"{label}: {fault}; it is split in two")
         else:
             self._ledger.write(GIVEN_UP, label, kind=fault.kind)

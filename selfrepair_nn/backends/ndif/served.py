@@ -10,6 +10,7 @@ from selfrepair_nn.backends.local import only, tell
 from selfrepair_nn.backends.ndif.agreement import clocks_apart, versions_apart
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger
+from selfrepair_nn.backends.ndif.limits import Limits, limits_of, told
 from selfrepair_nn.backends.ndif.server import Answer, Server
 from selfrepair_nn.errors import SelfRepairError, one_line
 from selfrepair_nn.layout.greeting import first_unit
@@ -92,6 +93,17 @@ def states(served: ServedModel) -> str:
     found = [d for d in served.server.status() if d.get("model_key") == served.key]
     known = [str(d.get("application_state", "unknown")).lower() for d in found]
     return "running" if "running" in known else (known[0] if known else "not deployed")
+
+
+def limits_there(jobs: JobsInFlight, options: Options) -> Limits:
+    """The limits of the server that has the jobs, as far as it tells them of the replicas of its model.
+
+    Raises:
+        Fault: the server does not say.
+    """
+    served = cast(ServedModel, jobs.service)
+    replicas = [each for each in served.server.status() if each.get("model_key") == served.key]
+    return told(limits_of(options), options, replicas)
 
 
 def require_ready(served: ServedModel, name: str) -> None:

@@ -24,11 +24,15 @@ GONE = ("AccessDenied", "ExpiredToken", "TokenRefreshRequired", "NoSuchKey", "No
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server says of a job: its status, a sentence, and the result's address once it is completed."""
+    """What the server says of a job: its status, a sentence, and the result's address once it is completed.
+
+    `seconds` is how long the job ran there, if the server tells.
+    """
 
     status: str
     description: str
     result: str
+    seconds: float | None = None
 
 
 class Server:
@@ -104,7 +108,8 @@ class Server:
             return None
         found = parsed(answer)
         (status,) = named(found, "status")
-        return Answer(str(status), found.get("description") or "", found.get("data") or "") if status else None
+        said = found.get("description") or "", found.get("data") or "", _runtime(found)
+        return Answer(str(status), *said) if status else None
 
     def fetch(self, address: str) -> tuple[dict[str, Any], int]:
         """A result and the bytes that it took. What arrives broken is asked for once more.
@@ -161,3 +166,10 @@ def pause_before(attempt: int) -> float:
     state = RetryCallState(Retrying(), None, (), {})
     state.attempt_number = attempt
     return BETWEEN_JOBS(state)
+
+
+def _runtime(found: dict[str, Any]) -> float | None:
+    """Seconds that a job ran, as NDIF tells them with its end."""
+    meta = found.get("meta")
+    seconds = meta.get("runtime") if isinstance(meta, dict) else None
+    return float(seconds) if isinstance(seconds, int | float) else None

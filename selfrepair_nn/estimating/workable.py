@@ -1,0 +1,127 @@
+"""What no server can do, or this machine cannot hold: refused beforehand, with the choice that would work."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from shutil import disk_usage
+from typing import Any
+
+from selfrepair_nn.errors import UsageError
+from selfrepair_nn.estimating.fitting import Jobs, duration, fitted
+from selfrepair_nn.layout.experiment import Experiment, prepare
+from selfrepair_nn.layout.packing import free_memory
+from selfrepair_nn.models.model import AS_SERVED, Model
+from selfrepair_nn.options import flag
+from selfrepair_nn.recipe import recipe_paths
+
+SHARE_OF_MEMORY = 1 / 2
+"""What the results of one prompt may take of the free memory: its parts lie beside the whole."""
+
+COMPRESSED = 1 / 2
+"""The least part of its numbers' bytes that a store takes on the disk; blanks take nothing."""
+
+LENGTHS = 64, 32, 16
+"""Of shorter prompts that are tried where nothing else helps."""
+
+
+def require_workable(jobs: Jobs, here: "Here | None" = None) -> None:
+    """Refuse what no server with these limits can do, or what does not fit `here`: this machine, if it is not given.
+
+    Raises:
+        UsageError: naming what is too much, and the first of the `choices` with which it works.
+    """
+    here = here or Here.found(jobs.experiment)
+    if reason := amiss(jobs, here):
+        found = remedy(jobs, here)
+        raise UsageError(f"this cannot work: {reason}; {found or 'nor does it with less: choose a smaller model'}")
+
+
+@dataclass(frozen=True)
+class Here:
+    """Bytes that are free on this machine: in memory, and where the store will be."""
+
+    memory: int
+    disk: int
+
+    @classmethod
+    def found(cls, experiment: Experiment) -> "Here":
+        folder = experiment.path.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return cls(free_memory("cpu"), disk_usage(folder).free)
+
+
+def amiss(jobs: Jobs, here: Here) -> str | None:
+    """Why even the smallest jobs cannot work, or their results cannot be kept, or None."""
+    if jobs.bytes_of_prompt > SHARE_OF_MEMORY * here.memory:
+        return (
+            f"results of one prompt take {_gib(jobs.bytes_of_prompt)} of memory here, beside a copy, where "
+            f"{_gib(here.memory)} are free"
+        )
+    if (stored := COMPRESSED * kept_bytes(jobs.experiment)) > here.disk:
+        return f"the store takes {_gib(stored)}, where {_gib(here.disk)} are free"
+    cost = jobs.cost(jobs.smallest)
+    if (least := jobs.pace.seconds(cost)[0]) <= jobs.limits.seconds:
+        return None
+    crossed = f" ({cost.crossing / 1e9:,.0f} GB cross into its sandbox)" if jobs.pace.fast.byte else ""
+    ended = f"the server ends it after {duration(jobs.limits.seconds)}"
+    return f"a job of one prompt and one ablation takes {duration(least)} at least{crossed}, and {ended}"
+
+
+def kept_bytes(experiment: Experiment) -> float:
+    """What a store holds that is no blank, before compression: of what is only kept of top tokens their share."""
+    few, found = experiment.selective, 0.0
+    for each in experiment.quantities:
+        size = experiment.work.store_bytes([each], experiment.precision)
+        top = (few and each.ablated) or (experiment.shared and each.large)
+        found += size * (experiment.share if top else 1)
+    return found
+
+
+def remedy(jobs: Jobs, here: Here) -> str | None:
+    """The first of the `choices` with which it works, in words; None if it does with none."""
+    experiment = jobs.experiment
+    described = Model(experiment.description, None, experiment.tokenizer, AS_SERVED, "server")
+    options = replace(experiment.options, model=described, revision=None)
+    for changed in choices(experiment):
+        try:
+            other = fitted(prepare(_name(experiment), replace(options, **changed)))
+        except UsageError:
+            continue  # the recipe does not take that choice
+        if amiss(replace(jobs, experiment=other), here) is None:
+            return "it does with " + " ".join(f"{flag(name)} {value}" for name, value in changed.items())
+    return None
+
+
+def choices(experiment: Experiment) -> Iterator[dict[str, Any]]:
+    """Options that ask less of a server and of this machine, from the least that is lost on."""
+    o, lighter = experiment.options, dict[str, Any]()
+    if o.components == "all":
+        yield {"components": "top"}
+    if o.components != "none":
+        lighter["components"] = "none"
+        yield {**lighter}
+    if o.split != "total":
+        lighter["split"] = "total"
+        yield {**lighter}
+    if o.selects == "all":
+        yield {"select": "top-share"}
+    for layers in _fewer(experiment.layers):
+        yield from ({**kept, "layers": layers} for kept in ([{}, lighter] if lighter else [{}]))
+    yield from ({**lighter, "length": length} for length in LENGTHS if length < experiment.prompts.length)
+
+
+def _fewer(layers: list[int]) -> Iterator[str]:
+    """The later half of the layers, of these again, … the last one."""
+    while len(layers) > 1:
+        layers = layers[len(layers) // 2 :]
+        whole = layers == [*range(layers[0], layers[-1] + 1)]
+        yield f"{layers[0]}:{layers[-1] + 1}" if whole else ",".join(map(str, layers))
+
+
+def _name(experiment: Experiment) -> str:
+    path = experiment.recipe.path
+    return experiment.recipe.name if path in recipe_paths().values() else str(path)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB"
