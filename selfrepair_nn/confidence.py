@@ -36,6 +36,18 @@ def q_values(p: np.ndarray) -> np.ndarray:
     return found
 
 
+def jackknife(without: np.ndarray) -> np.ndarray:
+    """Half-width of the 95% interval of a statistic, from what it is without each cluster [..., cluster]: [...].
+
+    Student's, by the jackknife over clusters; infinite where they are fewer than CLUSTERS.
+    """
+    count = without.shape[-1]
+    if count < CLUSTERS:
+        return np.full(without.shape[:-1], np.inf)
+    error = np.sqrt((count - 1) * np.var(without, axis=-1))
+    return student.ppf((1 + LEVEL) / 2, count - 1) * error
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Means, and how well they are known: of cases, or of groups of cases, both called case here.

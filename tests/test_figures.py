@@ -18,6 +18,7 @@ from selfrepair_nn.analysis import by_head, by_layer
 from selfrepair_nn.choosing import viewed
 from selfrepair_nn.components import Head
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.figures import labels
 from selfrepair_nn.simulate import simulate_heads, unfinished
 
 LAYER, PLANE = "self_repair_by_layer", "direct_effect_vs_logit_change"
@@ -64,8 +65,10 @@ def test_figure_1_shows_every_head_and_the_layer_means(store, request):
     known = (heads.tokens > 0).values
     layer = np.broadcast_to(heads["layer"].values[:, None], known.shape)
     expected = np.column_stack([layer[known], heads.top_self_repair.values[known]])
-    np.testing.assert_allclose(in_order(dots(axes)), in_order(expected))
-    line = next(line for line in axes.lines if len(line.get_xdata()) == 6)
+    drawn = dots(axes)
+    np.testing.assert_allclose(in_order(np.column_stack([drawn[:, 0].round(), drawn[:, 1]])), in_order(expected))
+    assert len(np.unique(drawn[:, 0])) == known.sum()  # side by side
+    line = next(line for line in axes.lines if line.get_label() == "gpt2")
     np.testing.assert_allclose(line.get_xdata(), range(6))
     np.testing.assert_allclose(line.get_ydata(), layers.top_self_repair)
     assert any(np.all(line.get_ydata() == np.zeros(2)) for line in axes.lines)
@@ -122,11 +125,119 @@ def test_figure_1_marks_what_may_be_zero(noise, band):
 
 def test_figure_1_has_the_intervals_of_the_layers():
     ds = simulate_heads(6, 4, 60, 40, seed=1)
-    [bars] = [c for c in figures.draw(LAYER, ds).axes[0].collections if isinstance(c, LineCollection)]
-    layers = by_layer(ds)
+    every = [c for c in figures.draw(LAYER, ds).axes[0].collections if isinstance(c, LineCollection)]
+    of_heads, bars = every
+    heads, layers = by_head(ds), by_layer(ds)
+    widths = [np.ptp(each[:, 1]) / 2 for each in of_heads.get_segments() if len(each)]
+    expected = heads.top_self_repair_half_width.values.ravel()
+    np.testing.assert_allclose(widths, expected[np.isfinite(expected)])
+    assert len(widths) > 12
     expected = [layers.top_self_repair + sign * layers.top_self_repair_half_width for sign in (-1, 1)]
     np.testing.assert_allclose([each[:, 1] for each in bars.get_segments()], np.transpose(expected))
     assert "Too few prompts for an interval" in words(figures.draw(LAYER, simulate_heads(6, 4, 8, 13)))
+
+
+def with_far(ds: xr.Dataset, far: dict[tuple[int, int], float]) -> xr.Dataset:
+    """The summary of a store in which some heads lie far from the others."""
+    heads = by_head(ds).copy(deep=True)
+    for place, value in far.items():
+        heads.top_self_repair.values[place] = value
+    return heads
+
+
+@pytest.mark.parametrize(("far", "sign"), [({(2, 1): 400.0}, 1), ({(2, 1): -70.0, (0, 3): -3000.0, (5, 0): -90.0}, -1)])
+def test_far_heads_do_not_change_the_axis_by_which_the_others_are_drawn(far, sign):
+    ds = simulate_heads(6, 4, 60, 40, seed=1)
+    plain, axes = (figures.draw(LAYER, heads).axes[0] for heads in (with_far(ds, {}), with_far(ds, far)))
+    assert not any("strip" in told or "Triangles" in told for told in [words(plain.figure)])
+    assert "Triangles in grey" in words(axes.figure)
+    assert np.ptp(axes.get_ylim()) < 1.6 * np.ptp(plain.get_ylim())
+    assert max(abs(np.array(axes.get_yticks()))) <= max(abs(np.array(plain.get_ylim())))
+    marks = [line for line in axes.lines if line.get_marker() == ("^" if sign > 0 else "v")]
+    told = {text.get_text().split("\n")[0]: text.get_text().replace("\N{MINUS SIGN}", "-") for text in axes.texts}
+    for (layer, head), value in far.items():
+        assert float(told[f"L{layer}H{head}"].split("\n")[1].split(" ")[0]) == pytest.approx(value, rel=0.06)
+        assert "±" in told[f"L{layer}H{head}"]
+        assert any(abs(line.get_xdata()[0] - layer) < 0.4 for line in marks)
+    layers = {f"layer {layer}" for layer, _ in far}
+    assert layers <= {*told}  # whose means are far too
+
+
+def test_of_many_far_heads_the_farthest_are_named_and_nothing_overlaps():
+    ds = simulate_heads(12, 12, 40, 13, seed=1)
+    heads = with_far(ds, {(11, i): 50.0 + i for i in range(8)} | {(0, i): -50.0 - i for i in range(3)})
+    figure = figures.draw(LAYER, heads)
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    frame = axes.get_window_extent().padded(1)
+    assert all(frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) for box in boxes)
+    told = [text.get_text().split("\n")[0] for text in axes.texts]
+    assert {"L11H7", "L0H2", "layer 11"} <= {*told}
+    leaders = [line for text in axes.texts for line in labels.leader(text, figure.canvas.get_renderer())]
+    assert not any(labels._cross(a, b) for i, a in enumerate(leaders) for b in leaders[:i])
+
+
+def test_more_than_a_few_far_heads_are_no_outliers():
+    """Half of the heads are never far: then the axis has all of them."""
+    ds = simulate_heads(6, 4, 40, 13, seed=1)
+    axes = figures.draw(LAYER, with_far(ds, {(i, j): 50.0 for i in range(6) for j in (1, 2, 3)})).axes[0]
+    assert axes.get_ylim()[1] > 50
+    assert not any(line.get_marker() == "^" for line in axes.lines)
+
+
+@pytest.mark.parametrize("crowd", [1, 40])
+def test_lines_from_names_to_dots_do_not_cross(crowd):
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places = np.column_stack([np.linspace(0, 0.5, 12) / crowd + 0.3, np.tile([0.5, 0.52, 0.48], 4)])
+    axes.scatter(*places.T)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    figure.draw_without_rendering()
+    labels.label_points(axes, places, [f"L{i}H{i}" for i in range(12)], places)
+    renderer = figure.canvas.get_renderer()
+    leaders = [line for text in axes.texts for line in labels.leader(text, renderer)]
+    assert len(axes.texts) >= 3
+    assert leaders or crowd == 1
+    assert not any(labels._cross(a, b) for i, a in enumerate(leaders) for b in leaders[:i])
+    boxes = [labels.box_of(text, renderer) for text in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    own = [sum(labels._touches(line, box) for line in leaders) for box in boxes]
+    assert not any(own)
+
+
+def test_labels_side_by_side_keep_their_order_and_do_not_overlap():
+    wanted, widths = np.array([50.0, 10, 52, 51, 300]), np.array([30.0, 40, 30, 50, 20])
+    found = labels.spread(wanted, widths, 0, 310)
+    assert (np.argsort(found) == np.argsort(wanted)).all()
+    order = np.argsort(found)
+    ends = found[order] + widths[order] / 2
+    assert (ends[:-1] <= (found - widths / 2)[order][1:]).all()
+    assert found[0] - 15 >= 0
+    assert found[4] + 10 <= 310
+    near = labels.spread_near(np.array([10.0, 11, 12]), np.array([50.0, 50, 50]), [1, 9, 5], 0, 110)
+    assert [*near] == [1, 2]  # there is room for two
+    crowd = labels.spread_near(np.zeros(9), np.full(9, 10.0), range(9), -500, 500)
+    assert [*crowd] == [6, 7, 8]
+    assert max(map(abs, crowd.values())) <= 1.5 * 10
+
+
+OF_TOKENS = {"token_noise", "repair_map", "stages"}
+
+
+@pytest.mark.parametrize("name", OF_HEADS)
+def test_every_mean_has_its_interval(name):
+    """As bars, bands, or a number behind ± where cells are numbers; and none where too few prompts hold a token."""
+    figure = figures.draw(name, simulate_heads(3, 3, 60, 40, components=True))
+    panels = [axes for axes in figure.axes if axes.get_xlabel() or axes.get_ylabel() or axes.texts]
+    if name in OF_TOKENS:
+        assert any("±" in text.get_text() for axes in panels for text in axes.texts)
+        return
+    for axes in panels:
+        barred = any(type(each).__name__ == "ErrorbarContainer" for each in axes.containers)
+        assert barred or any("±" in text.get_text() for text in axes.texts) or axes.get_label() == "<colorbar>"
 
 
 @pytest.mark.parametrize(("against", "name"), [(None, "removed"), ("direct-effect", "direct_effect")])

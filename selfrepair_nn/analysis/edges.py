@@ -53,7 +53,8 @@ def edges_by_head(ds: xr.Dataset, share: float | None = None, least: float = CON
         raise UsageError("this store has not both softmaxes, frozen and live: run attention_edges")
     require(ds, (*required(ds), *HEADS, "edge_attention"))
     share = share_of(ds, share)
-    concentrated = _paid(ds) >= least
+    paid = _paid(ds)
+    concentrated = paid.mean >= least
     groups = {"concentrated": Groups((), np.where(concentrated, 0, -1), 1)}
     tokens, effects = Tokens.of(ds, share, groups)
     found, known = {}, _estimates(ds, tokens, effects)
@@ -64,10 +65,10 @@ def edges_by_head(ds: xr.Dataset, share: float | None = None, least: float = CON
     return _described(heads.assign(found).assign_attrs(least=least))
 
 
-def _paid(ds: xr.Dataset) -> np.ndarray:
-    """Mean attention along the edges: [case]."""
+def _paid(ds: xr.Dataset) -> Estimate:
+    """Mean attention along the edges: of cases."""
     one, done = ds.sel(softmax="frozen"), done_cases(ds)
-    return Tally.of_prompts(sums(one, "edge_attention", done), token_counts(ds, done), clusters(ds)).mean
+    return Tally.of_prompts(sums(one, "edge_attention", done), token_counts(ds, done), clusters(ds)).estimate
 
 
 def _estimates(ds: xr.Dataset, tokens: Tokens, effects: np.ndarray) -> dict[str, Estimate]:

@@ -22,7 +22,7 @@ from selfrepair_nn.blocks import (
 from selfrepair_nn.case_sites import Case, sites_of
 from selfrepair_nn.choosing import halves, splits
 from selfrepair_nn.components import Head, Layers
-from selfrepair_nn.confidence import Tally
+from selfrepair_nn.confidence import Estimate, Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES, TOKEN
@@ -41,14 +41,15 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     - removed = direct_effect - ablated_direct_effect; x_half_width, of each mean: half the width of its 95% interval,
       infinite where there are too few prompts for one; clustered as in `by_head` (attributes clustered_by, clusters);
     - logit_change_se, self_repair_se: standard errors of these means;
-    - correct: the share of these tokens on which the ablated model still prefers the indirect object, no unit.
+    - correct: the share of these tokens on which the ablated model still prefers the indirect object, no unit; with
+      correct_half_width.
 
     Where the recipe found the name movers on half of the prompts, or `choose_tokens` splits the selection, everything
     is of the other half (attributes prompts_selecting, prompts_reporting).
 
-    Attributes: prompts, how many; logit_difference and clean_correct, of the clean run; `task` as in `by_head`.
-
-    Means are over the tokens that count, one of each prompt of the task, of the prompts that are done for every case.
+    Attributes: prompts, how many; logit_difference and clean_correct, of the clean run, with half-widths; `task` as in
+    `by_head`. Means are over the tokens that count, one of each prompt of the task, of the prompts that are done for
+    every case.
 
     Raises:
         UsageError: `ds` is not a store of the ioi recipe, or of one that says which tokens count, or nothing is done.
@@ -65,13 +66,17 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
         found |= {name: ("case", known.mean), name + HALF_WIDTH: ("case", known.half_width)}
         if name in ("logit_change", "self_repair"):
             found[f"{name}_se"] = ("case", known.error)
-    clean, correct = _answers(ds, done)
-    found |= {"correct": ("case", correct), "kind": ("case", np.array([*map(_kind, cases)], object))}
+    clean, correct = _answers(ds, done, groups)
+    found |= {"correct": ("case", correct.mean), f"correct{HALF_WIDTH}": ("case", correct.half_width)}
+    found |= {"kind": ("case", np.array([*map(_kind, cases)], object))}
     found = xr.Dataset(found, {name: ds[name].variable for name in CASES if name in ds.coords})
     for name in meant(ds):
         found[name].attrs = {"units": "logit", "long_name": f"mean {QUANTITIES[name].long_name}"}
     found.removed.attrs = {"units": "logit", "long_name": "mean direct effect removed"}
-    clean_run = {"logit_difference": clean.mean(), "clean_correct": float((clean > 0).mean())}
+    found["correct"].attrs = {"units": "1", "long_name": "tokens on which the indirect object is preferred"}
+    clean_run = {}
+    for name, mean, width in zip(("logit_difference", "clean_correct"), clean.mean, clean.half_width, strict=True):
+        clean_run |= {name: float(mean), name + HALF_WIDTH: float(width)}
     told = clustering(ds) | closure(ds) | {"prompts": int(done[0].sum())} | verdict(ds)
     if splits(ds):
         selecting = _done(halves(ds)["selecting"])[1]
@@ -142,13 +147,18 @@ def _done(ds: xr.Dataset) -> tuple[xr.Dataset, np.ndarray]:
     return ds, np.broadcast_to(done.all(0), done.shape)
 
 
-def _answers(ds: xr.Dataset, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The clean logit difference on each token that counts, and the share of them on which it stays above 0: [case]."""
+def _answers(ds: xr.Dataset, done: np.ndarray, groups: np.ndarray) -> tuple[Estimate, Estimate]:
+    """On the tokens that count: of the clean run its logit difference and how often that is above 0, and how often it
+    is under each case.
+    """
     counted = counted_tokens(ds) & done[0][:, None]
-    clean, right = clean_values(ds, "logit").astype(float), np.zeros(len(done))
+    clean, right = clean_values(ds, "logit").astype(float), np.zeros(done.shape)
     for here, (change,) in together(ds, ("logit_change",)):
-        right += ((clean[here] + change > 0) & counted[here]).sum((1, 2))
-    return clean[counted], right / counted.sum()
+        right[:, here] = ((clean[here] + change > 0) & counted[here]).sum(2)
+    first = np.stack([np.where(counted, each, 0).sum(1) for each in (clean, clean > 0)])
+    counts = counted.sum(1)
+    known = (Tally.of_prompts(each, np.tile(counts, (len(each), 1)), groups) for each in (first, right))
+    return next(known).estimate, next(known).estimate
 
 
 def _tallies(ds: xr.Dataset, name: str, done: np.ndarray, heads: np.ndarray) -> list[Tally]:

@@ -19,9 +19,9 @@ def by_layer(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
 
     Every head with something done counts once, however many tokens it has; `heads` says how many did. x_half_width is
     half the width of the mean's 95% interval. `repaired`, `broken` are shares of the heads that have an interval, which
-    `tested` counts, and so with top_; `between` is a share of `heads`. `tokens` and `top_tokens` add up,
-    `worst_closure` is the largest, `under_noise` says whether |top_self_repair| is under the noise floor. Errors as
-    by_head.
+    `tested` counts, and so with top_; norm_of_means of `norm_by_head` is the ratio of two means over all of them;
+    `between` is a share of `heads`. `tokens` and `top_tokens` add up, `worst_closure` is the largest, `under_noise`
+    says whether |top_self_repair| is under the noise floor. Errors as by_head.
     """
     heads = by_head(ds, share)
     some = heads.tokens > 0
@@ -38,10 +38,11 @@ def by_layer(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
         layers[name] = totals[name].astype(int).assign_attrs(heads[name].attrs)
     layers = layers.assign(_shares(heads, "") | _shares(heads, "top_"))
     widths = {n: heads[f"layer_{n}"] for n in (f"{n}{HALF_WIDTH}" for n in totals) if f"layer_{n}" in heads}
+    own = {n: heads[f"layer_{n}"] for n in totals if f"layer_{n}" in heads}
     under = abs(layers.top_self_repair) < heads.noise_floor
     layers["under_noise"] = under.assign_attrs(units="1", long_name="mean self-repair under the noise floor")
     layers.attrs = dict(heads.attrs)
-    return layers.assign(widths)
+    return layers.assign(widths | own)
 
 
 def _averaged(heads: xr.Dataset) -> list[str]:

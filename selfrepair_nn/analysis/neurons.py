@@ -188,7 +188,8 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     counted from 1 in the order of mean change:
 
     - neuron: which neuron it is; change: the mean change of its direct effect, in logits;
-    - change_size: the mean absolute change; cumulative_size: that of all neurons up to this place, as a share of all;
+    - change_size: the mean absolute change; cumulative_size: that of all neurons up to this place, as a share of all,
+      with cumulative_size_half_width of that order of neurons, as in `who_repairs`;
     - median_direct_effect: the median of its direct effect in the clean run, in logits.
 
     rising(rank): how many neurons have a mean change above 0. stored_tokens as in `neuron_sparsity`. Medians are exact:
@@ -197,13 +198,17 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count)
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
-    sums, sizes, counts = np.zeros((n, neurons)), np.zeros((n, neurons)), np.zeros((n, 1), int)
+    joined = batches(clusters(ds))
+    width = int(joined.max()) + 1
+    sums, sizes, counts = np.zeros((n, neurons)), np.zeros((n, width, neurons)), np.zeros((n, width), int)
     for entries, change in stored_rows(ds.neuron_change, top):
         change = change * top.sign[entries, None]
-        for total, values in ((sums, change), (sizes, abs(change)), (counts, 1)):
-            np.add.at(total, rank[entries], values)
+        at = rank[entries], joined[top.token[entries] // ds.sizes["position"]]
+        np.add.at(sums, at[0], change)
+        for total, values in ((sizes, abs(change)), (counts, 1)):
+            np.add.at(total, at, values)
     with np.errstate(invalid="ignore"):
-        change, size = sums / counts, sizes / counts
+        change, size = (each / counts.sum(1, keepdims=True) for each in (sums, sizes.sum(1)))
     medians = [_medians(ds.neuron_direct_effect, top.of(rank == r)) for r in range(n)]
     order = np.argsort(-change, axis=1, kind="stable")
     named = {"change": change, "change_size": size, "median_direct_effect": np.reshape(medians, (n, neurons))}
@@ -211,16 +216,24 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     summed = ordered["change_size"].cumsum(1)
     with np.errstate(invalid="ignore"):
         ordered |= {"neuron": order, "cumulative_size": summed / summed[:, -1:]}
+    widths = [_reach_of_sums(one[:, places]) for one, places in zip(sizes, order, strict=True)]
+    ordered["cumulative_size" + HALF_WIDTH] = np.reshape(widths, (n, neurons))
     found = heads.assign({name: (("rank", "place"), values) for name, values in ordered.items()})
     found = found.assign(
         rising=("rank", (change > 0).sum(1)),
-        stored_tokens=("rank", counts[:, 0]),
+        stored_tokens=("rank", counts.sum(1)),
         place=np.arange(1, neurons + 1),
     )
     units = dict.fromkeys(named, "logit") | dict.fromkeys(
         ("neuron", "cumulative_size", "rising", "stored_tokens"), "1"
     )
     return _described(found, units)
+
+
+def _reach_of_sums(sizes: np.ndarray) -> np.ndarray:
+    """Half-widths of the shares of all that the first neurons have, of sizes [cluster, place]: [place]."""
+    summed = sizes.cumsum(1).T
+    return Tally(summed, np.broadcast_to(summed[-1:], summed.shape)).half_width
 
 
 @public

@@ -8,7 +8,7 @@ from selfrepair_nn.analysis.summaries import by_head, described_widths
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, clusters
 from selfrepair_nn.blocks import counted_tokens, direct_effects, done_cases, ratios, tokens_of
 from selfrepair_nn.choosing import AGAINST
-from selfrepair_nn.confidence import Tally
+from selfrepair_nn.confidence import Tally, jackknife
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES, asked_in, told_of
 from selfrepair_nn.values import one_of
@@ -33,7 +33,8 @@ def token_noise(
     - layer, head: which head it is; direct_effect, removed, logit_change: over (rank, prompt, position), in logits or
       `in_nats`, NaN where not done or not counted; top: whether the token is in the head's top share (always by direct
       effect on the logit);
-    - correlation: Pearson's, of direct effect and logit change; NaN if either never varies;
+    - correlation: Pearson's, of direct effect and logit change; NaN if either never varies; correlation_half_width: of
+      its 95% interval, by the jackknife over clusters of prompts, infinite where these are too few;
     - with r = logit_change / direct_effect, the share of tokens that are broken (r < -1: more is lost than the
       head wrote), under (-1 < r < 0: repaired in part, between the line y = -x and the x-axis) and over (r > 0:
       the logit moves the other way). What lies on a line exactly, or has no direct effect, is none of them.
@@ -69,6 +70,8 @@ def token_noise(
     found |= {d: ("rank", heads[d].values[at]) for d, at in place.items()}
     for prefix, counted in (("", done), ("top_", top)):
         rows = [_correlation(x[c], y[c]) for x, y, c in zip(axis, change, counted, strict=True)]
+        widths = [_reach(x, y, c, clusters(ds)) for x, y, c in zip(axis, change, counted, strict=True)]
+        found[f"{prefix}correlation{HALF_WIDTH}"] = ("rank", widths)
         found |= {f"{prefix}correlation": ("rank", rows), f"{prefix}tokens": ("rank", counted.sum((1, 2)))}
         for name, marks in _fates(axis, change).items():
             sums, counts = (marks & counted).sum(2), counted.sum(2)
@@ -108,6 +111,17 @@ def _correlation(effect: np.ndarray, change: np.ndarray) -> float:
     varies = effect.size and np.ptp(effect) > 0 and np.ptp(change) > 0
     with np.errstate(over="ignore", invalid="ignore"):
         return np.corrcoef(effect, change)[0, 1] if varies else np.nan
+
+
+def _reach(effect: np.ndarray, change: np.ndarray, counted: np.ndarray, clusters: np.ndarray) -> float:
+    """Half the width of the correlation's interval, of [prompt, position], as if each cluster had not been there."""
+    at = np.broadcast_to(clusters[:, None], counted.shape)[counted]
+    x, y = (each[counted] - each[counted].mean() if counted.any() else each[counted] for each in (effect, change))
+    _, place = np.unique(at, return_inverse=True)
+    sums = np.array([np.bincount(place, term) for term in (np.ones(x.size), x, y, x * x, y * y, x * y)])
+    n, x, y, xx, yy, xy = sums.sum(1, keepdims=True) - sums
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        return float(jackknife((n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))))
 
 
 def _fates(effect: np.ndarray, change: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from selfrepair_nn.quantities import QUANTITIES, asked_in
 
 PARTS = ("norm_on_existing", "norm_on_change")
 SHUFFLED = "shuffled_from_norm"
+OF_MEANS = "norm_of_means"
 SHUFFLED_SHARES = {
     "norm_shuffled": "repaired by the norm, shuffled target",
     "norm_over_shuffled": "repaired by the norm, less that of a shuffled target",
@@ -30,6 +31,9 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     - norm_on_existing, norm_on_change: means of the two parts of from_norm, in logits (Appendix B);
     - norm_ratio: mean of from_norm / direct_effect as it is, not clipped, no unit (Figure 10; 0 for a token of no
       direct effect). A few tokens of hardly any direct effect decide it: the clipped one is `norm_share`;
+    - norm_of_means: mean of from_norm / mean of direct_effect, both over the top share, no unit: unclipped too, but no
+      single token decides it. NaN where the interval of the direct effect holds 0; layer_norm_of_means(layer): the same
+      of the means over a layer's heads;
     - of a store that holds a shuffled target, that of another position (`Graph(also="shuffled_target")`):
       shuffled_from_norm, the mean of what the norm does to that, in logits; norm_shuffled, norm_share for it, over each
       head's top share by the direct effect on it, so that a head writes as much for it; norm_over_shuffled: norm_share
@@ -46,6 +50,9 @@ def norm_by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     found = by_head(ds, share).assign(dict(_read_off(ds, share)))
     names = {n: f"mean {QUANTITIES[n].long_name}" for n in (*PARTS, SHUFFLED) if n in found}
     names |= {"norm_ratio": "final norm / direct effect"}
+    told = f"share of the direct effect repaired by the norm, ratio of means, {among(share, found)}"
+    for name in (OF_MEANS, f"layer_{OF_MEANS}"):
+        found[name].attrs = {"units": "1", "long_name": told}
     for name, text in SHUFFLED_SHARES.items():
         if name in found:
             found[name].attrs = {"units": "1", "long_name": f"share of the direct effect {text}"}
@@ -78,6 +85,19 @@ def _clipped(ds: xr.Dataset, tokens: Tokens, top: Top, name: str) -> Estimate:
     return entry_tally(at, share, tokens.done.shape, tokens.clusters).estimate
 
 
+def _of_means(tokens: Tokens, repaired: Estimate) -> Iterator[tuple[str, tuple]]:
+    """A ratio of two means, of each head and of each layer's heads; NaN where the direct effect may be 0."""
+    effect, group = tokens.top_tally(tokens.top.effect * tokens.top.sign).estimate, tokens.groups["layer"]
+    pairs = [(OF_MEANS, tokens.dims, repaired, effect)]
+    of_layers = (each.of_groups(group.index, group.count) for each in (repaired, effect))
+    for name, dims, above, below in [*pairs, (f"layer_{OF_MEANS}", group.dims, *of_layers)]:
+        shape = tokens.shape[: len(dims)]
+        surely = abs(below.mean) > np.where(below.known, below.half_width, 0)
+        known = above.over(below)
+        yield name, (dims, np.where(surely, known.mean, np.nan).reshape(shape))
+        yield name + HALF_WIDTH, (dims, np.where(surely, known.half_width, np.nan).reshape(shape))
+
+
 def _read_off(ds: xr.Dataset, share: float) -> Iterator[tuple[str, tuple]]:
     tokens, _ = Tokens.of(ds, share)
     if SHUFFLED in ds:
@@ -85,6 +105,7 @@ def _read_off(ds: xr.Dataset, share: float) -> Iterator[tuple[str, tuple]]:
     for name in (*PARTS, *((SHUFFLED,) if SHUFFLED in ds else ()), "from_norm"):
         sums, chosen = read(ds, name, tokens.done, tokens.top)
         if name == "from_norm":
+            yield from _of_means(tokens, tokens.top_tally(chosen).estimate)
             name, sums = "norm_ratio", ratio_sums(ds, "from_norm", "direct_effect", tokens.done)
             chosen = ratios(chosen, tokens.top.effect * tokens.top.sign)
         for each, tally in tokens.both(name, sums, chosen).items():

@@ -15,6 +15,9 @@ from selfrepair_nn.face import public
 
 PAIRS = (*HEADS, "component")
 COUNT = 24
+NORMS = {"top_from_post_norms": "norms behind attention", "top_from_norm": "final norm"}
+CANCELS = 8
+"""How many times its net a head's changes may add up to for the net to be more than a remainder."""
 
 
 @public
@@ -102,6 +105,66 @@ def strongest_repairs(ds: xr.Dataset, count: int = COUNT, share: float | None = 
     labels = {d: ("rank", pairs[d].values[at]) for d, at in zip(HEADS, (layer, head), strict=True)}
     of_component = [name for name, c in pairs.coords.items() if c.dims == ("component",)]
     return found.assign_coords(labels | {n: ("rank", pairs[n].values[component]) for n in of_component})
+
+
+def clear_heads(pairs: xr.Dataset, count: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Places (layer, head) of the heads of largest net self-repair, in the order of the model; and of those left out.
+
+    Of a result of `who_repairs`: heads that are surely repaired or broken, where any has an interval, else all. Left
+    out are those of which hardly anything is left on balance: whose known changes add up, whatever their signs, to more
+    than CANCELS times their net; of them the same number, those of the largest changes first.
+    """
+    sure = (pairs.top_repaired | pairs.top_broken).values
+    done = (pairs.tokens > 0).values & np.isfinite(pairs.top_self_repair.values)
+    some = done & sure if pairs.top_p_value.notnull().any() else done
+    net, gross = abs(pairs.top_self_repair.values), _gross(pairs)
+    cancelled = done & (gross > CANCELS * net)
+    chosen = _largest(np.where(some & ~cancelled, net, -1), count)
+    return sorted(chosen), _largest(np.where(cancelled, gross, -1), count)
+
+
+def _gross(pairs: xr.Dataset) -> np.ndarray:
+    """What the known changes of a head add up to whatever their signs, or all where none is known: [layer, head]."""
+    known = pairs.repair_known.values if pairs.repair_known.any() else True
+    return np.where(known & ~pairs.own.values, abs(np.nan_to_num(pairs.repair.values)), 0).sum(-1)
+
+
+def _largest(sizes: np.ndarray, count: int) -> list[tuple[int, int]]:
+    order = np.argsort(-sizes, axis=None, kind="stable")[: min(count, int((sizes >= 0).sum()))]
+    return [divmod(int(at), sizes.shape[1]) for at in order]
+
+
+def changes_of(pairs: xr.Dataset, heads: list[tuple[int, int]], count: int = COUNT) -> xr.Dataset:
+    """The largest changes that the ablation of these heads (places) makes of components and norms, over (rank).
+
+    As `strongest_repairs`, but only what is known to differ from 0, where any is; each head's largest come first. A
+    norm is a component of kind "norm" behind the last layer; it is known where its interval excludes 0.
+    """
+    rows = [row for place, at in enumerate(heads) for row in _changes(pairs, *at, place)]
+    rows = [row for row in rows if row["repair_known"]] or rows
+    rows.sort(key=lambda row: -abs(row["repair"]))
+    first = list({row["place"]: row for row in reversed(rows)}.values())
+    chosen = sorted([*first, *(row for row in rows if row not in first)][:count], key=lambda row: -abs(row["repair"]))
+    return xr.Dataset({name: ("rank", [row[name] for row in chosen]) for name in (rows[0] if rows else ())})
+
+
+def _changes(pairs: xr.Dataset, layer: int, head: int, place: int) -> list[dict]:
+    """What changes when the head at this place is ablated, one by one."""
+    one, found = pairs.isel(layer=layer, head=head), []
+    of_head = {"place": place, "layer": int(one["layer"]), "head": int(one["head"])}
+    names = {"component": "component", "component_layer": "component_layer", "component_kind": "component_kind"}
+    names |= {"repair": "repair", "half_width": "repair_half_width", "repair_known": "repair_known"}
+    columns = [one[name].values.tolist() for name in names.values()]
+    for own, *row in zip(one.own.values, *columns, strict=True):
+        if not own and row[3]:
+            found.append(of_head | dict(zip(names, row, strict=True)))
+    last = int(pairs.component_layer.max()) + 1
+    for name, label in NORMS.items():
+        if name in one:
+            value, width = float(one[name]), float(one[f"{name}_half_width"])
+            row = (label, last, "norm", value, width, bool(abs(value) > width))
+            found.append(of_head | dict(zip(names, row, strict=True)))
+    return found
 
 
 def _own(ds: xr.Dataset) -> np.ndarray:

@@ -46,7 +46,8 @@ def token_variants(ds: xr.Dataset, share: float | None = None, count: int = COUN
 
     - scale_ratio: S/S', the final norm's clean scale divided by its ablated one; over (axis, rank) top_above_one, the
       share of the head's top tokens on which it exceeds 1, and top_above_one_half_width, as in `by_head`;
-    - residual_ratio: length of the residual stream, ablated divided by clean; if the store holds it.
+    - residual_ratio: length of the residual stream, ablated divided by clean; if the store holds it. Over (axis, rank)
+      shortened, the share of tokens on which it is below 1, and shortened_half_width.
 
     Both are over (axis, rank, prompt, position), NaN where not done or not counted. Memory: for each token of
     each of these heads 8 bytes, and 24 for each variant.
@@ -77,4 +78,8 @@ def _with_ratios(ds: xr.Dataset, share: float, count: int) -> xr.Dataset:
         length = clean_values(ds, "residual_norm")
         ratio = tokens_of(ds, "ablated_residual_norm", cases) / length
         found["residual_ratio"] = (dims, ratio, {"units": "1", "long_name": LENGTH})
+        known = Tally.of_prompts((ratio < 1).sum(2), np.isfinite(ratio).sum(2), clusters(ds)).estimate
+        told = {"units": "1", "long_name": "tokens on which the residual stream is shortened"}
+        found["shortened"] = ("rank", known.mean, told)
+        found["shortened" + HALF_WIDTH] = ("rank", known.half_width)
     return described_widths(found)

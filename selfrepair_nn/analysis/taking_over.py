@@ -5,14 +5,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from scipy.stats import rankdata
-from scipy.stats import t as student
 
 from selfrepair_nn.analysis.interactions import columns
 from selfrepair_nn.analysis.joint import Joint, require_joint
 from selfrepair_nn.analysis.summaries import described_widths
 from selfrepair_nn.case_sites import Case
 from selfrepair_nn.components import Head, select_heads
-from selfrepair_nn.confidence import CLUSTERS, LEVEL, RATE, Tally, q_values
+from selfrepair_nn.confidence import RATE, Tally, jackknife, q_values
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import asked_in
@@ -123,12 +122,9 @@ def area(scores: np.ndarray, positive: np.ndarray) -> float:
 def _reach(tally: Tally, positive: np.ndarray) -> float:
     """Half the width of the area's interval, by the jackknife: as if each cluster of prompts had not been there."""
     held = np.flatnonzero(tally.counts.any(0))
-    if held.size < CLUSTERS:
-        return np.inf
     sums, counts = (each.sum(1, keepdims=True) - each[:, held] for each in (tally.sums, tally.counts))
-    without = np.array([area(each, positive) for each in (sums / counts).T])
-    error = np.sqrt((held.size - 1) * np.mean((without - without.mean()) ** 2))
-    return float(student.ppf((1 + LEVEL) / 2, held.size - 1) * error)
+    with np.errstate(invalid="ignore"):  # one cluster left out may be the only one
+        return float(jackknife(np.array([area(each, positive) for each in (sums / counts).T])))
 
 
 def _excess(of_set: int, cases: dict[Head, tuple[int, Any]]) -> list[list[tuple[int, int]]]:

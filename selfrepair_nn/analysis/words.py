@@ -29,8 +29,9 @@ def frequent_words(ds: xr.Dataset, count: int = COUNT, share: float | None = Non
 
     - word(end, layer, head, place): the id of the token, -1 where there are fewer; word_text its text; end is
       "promoted" or "demoted";
-    - word_share: the share of the head's top tokens on which it is among the stored words of that end; word_effect: the
-      mean effect on its logit there, in logits.
+    - word_share: the share of the head's top tokens on which it is among the stored words of that end, with
+      word_share_half_width, which does not say that it is the most frequent of many; word_effect: the mean effect on
+      its logit there, in logits.
 
     Raises:
         UsageError: the store holds no words (`--words`), or those of a smaller share; else as `by_head`.
@@ -38,7 +39,8 @@ def frequent_words(ds: xr.Dataset, count: int = COUNT, share: float | None = Non
     ds, share = _with_words(ds, share)
     tokens, _ = Tokens.of(ds, share)
     shape = (len(ENDS), len(tokens.done), count)
-    ids, shares, effects = np.full(shape, -1), np.full(shape, np.nan), np.full(shape, np.nan)
+    ids, (shares, effects, widths) = np.full(shape, -1), np.full((3, *shape), np.nan)
+    cluster = tokens.clusters[tokens.top.token // ds.sizes["position"]]
     for end, name in enumerate(ENDS):
         words, effect = (entries_of(ds[each], tokens.top) for each in (name, f"{name}_effect"))
         for case in np.unique(tokens.top.case):
@@ -48,11 +50,13 @@ def frequent_words(ds: xr.Dataset, count: int = COUNT, share: float | None = Non
             best = np.lexsort((-np.abs(mean), -often))[:count]
             here = (end, case, slice(best.size))
             ids[here], shares[here], effects[here] = found[best], often[best] / at.sum(), mean[best]
+            widths[here] = _often(words[at], found[best], cluster[at]).half_width
     dims, grid = ("end", *tokens.dims, "place"), (len(ENDS), *tokens.shape, count)
     over = among(share, ds)
     named = {
         "word": (ids, "1", "token id"),
         "word_share": (shares, "1", f"how often it is among the stored words, {over}"),
+        "word_share_half_width": (widths, "1", f"half-width of the 95% interval of how often it is, {over}"),
         "word_effect": (effects, "logit", f"mean effect on its logit, {over}"),
     }
     columns = {
@@ -62,6 +66,12 @@ def frequent_words(ds: xr.Dataset, count: int = COUNT, share: float | None = Non
     texts = np.where(ids < 0, "", word_texts(ds)[ids]).reshape(grid)
     found = by_head(ds, share).assign(columns).assign_coords(end=list(ENDS))
     return found.assign(word_text=(dims, texts, {"units": "1", "long_name": "token"}))
+
+
+def _often(words: np.ndarray, asked: np.ndarray, clusters: np.ndarray) -> Tally:
+    """On how many of the tokens each word asked for is among words [token, place]: of the words asked for."""
+    said = (words[None] == asked[:, None, None]).any(2)
+    return Tally.of_prompts(said, np.ones(said.shape), clusters)
 
 
 @public

@@ -82,7 +82,8 @@ def _draw_shares(axes: Axes, heads: xr.Dataset) -> None:
     for chosen, colour in ((known & ~few, style.MUTED), (known & few, style.colour(0))):
         values, widths = (heads[f"top_given_back{each}"].values[chosen] for each in ("", HALF_WIDTH))
         look = {"fmt": "o", "markersize": 4.5, "elinewidth": 0.8, "color": colour, "alpha": 0.8}
-        axes.errorbar(heads.edge_attention.values[chosen], values, style.bars(widths), **look)
+        across = style.bars(heads[f"edge_attention{HALF_WIDTH}"].values[chosen])
+        axes.errorbar(heads.edge_attention.values[chosen], values, style.bars(widths), across, **look)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(heads.attrs["least"], color="black", linewidth=0.9, dashes=(5, 3))
     axes.yaxis.set_major_formatter(style.as_percent)

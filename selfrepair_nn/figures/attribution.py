@@ -13,18 +13,22 @@ from selfrepair_nn.patching import false_negatives
 
 COUNT = 10
 SPLIT = {
-    "own": ("its own write", "#999999"),
-    "from_heads": ("other heads", style.COLOURS[0]),
-    "from_mlps": ("MLPs", style.COLOURS[2]),
-    "from_mixers": ("mixers", style.COLOURS[4]),
-    "from_post_norms": ("norms behind attention", style.COLOURS[3]),
-    "from_components": ("other components", style.COLOURS[5]),
-    "from_norm": ("final norm", style.COLOURS[1]),
+    "own": ("its own write", "#999999", "s"),
+    "from_heads": ("other heads", style.COLOURS[0], "o"),
+    "from_mlps": ("MLPs", style.COLOURS[2], "^"),
+    "from_mixers": ("mixers", style.COLOURS[4], "v"),
+    "from_post_norms": ("norms behind attention", style.COLOURS[3], "P"),
+    "from_components": ("other components", style.COLOURS[5], "X"),
+    "from_norm": ("final norm", style.COLOURS[1], "d"),
 }
+TOTALS = {"logit_change": ("exact, in all", "black", "o"), "attributed_change": ("attributed", style.LOUD, "D")}
+ROOM = 0.8
+"""What part of a head's row its marks take."""
 READING = (
     "Left: mean over counted tokens for each head, coloured by layer, with 95% intervals; dashed: both alike. Ringed: "
     "heads of which something is surely removed, and the attributed change is surely below {small:g} of that.",
-    "Right: of these the {count} from which most is removed: what the exact change is made of, and the two totals.",
+    "Right: of these the {count} from which most is removed: what the exact change is made of, and the two totals. "
+    "Bars: 95% intervals.",
 )
 
 
@@ -35,10 +39,11 @@ def draw(found: xr.Dataset) -> Figure:
         raise UsageError("this figure is of attribution patching: give what sr.attribution(store) gives")
     if not found.attributed_change.notnull().any():
         raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to draw")
-    figure = style.new_figure(11.5, 4.9)
+    missed = false_negatives(found).isel(rank=slice(COUNT))
+    figure = style.new_figure(11.5, max(4.9, 1.4 + 0.55 * missed.sizes["rank"]))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _draw_heads(figure, left, found)
-    _draw_split(right, false_negatives(found).isel(rank=slice(COUNT)))
+    _draw_split(right, missed)
     style.heading(figure, {"": found})
     intervals = f"{style.capital(wording.intervals(found, 'attributed_change'))}."
     lines = [line.format(small=found.attrs["small"], count=COUNT) for line in READING]
@@ -71,20 +76,17 @@ def _draw_split(axes: Axes, missed: xr.Dataset) -> None:
     if not count:
         axes.set_axis_off()
         return
-    places = np.arange(count)
-    parts = {"own": -missed.removed.values}
-    parts |= {name: missed[name].values for name in SPLIT if name in missed}
-    above, below = np.zeros(count), np.zeros(count)
-    for name, values in parts.items():
-        label, colour = SPLIT[name]
-        axes.bar(places, values, 0.6, np.where(values > 0, above, below), color=colour, alpha=0.8, label=label)
-        above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
-    for shift, name, look in ((-0.1, "logit_change", ("k", "o")), (0.1, "attributed_change", (style.LOUD, "D"))):
-        label = "exact, in all" if name == "logit_change" else "attributed"
-        width = style.bars(missed[name + HALF_WIDTH].values)
-        marks = {"color": look[0], "marker": look[1], "markersize": 4, "linestyle": "none", "capsize": 2}
-        axes.errorbar(places + shift, missed[name].values, width, label=label, **marks)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(places, wording.labels(missed), rotation=45, ha="right")
-    axes.set_ylabel("change of the target's logit, mean (logits)")
+    missed = missed.assign(own=-missed.removed, own_half_width=missed.removed_half_width)
+    shown = {name: look for name, look in (SPLIT | TOTALS).items() if name in missed}
+    for index, (name, (label, colour, marker)) in enumerate(shown.items()):
+        places = np.arange(count) + ROOM * ((index + 0.5) / len(shown) - 0.5)
+        look = {"fmt": marker, "color": colour, "markersize": 3.5, "elinewidth": 1, "label": label}
+        axes.errorbar(missed[name].values, places, xerr=style.bars(missed[name + HALF_WIDTH].values), **look)
+    axes.axvline(0, color="black", linewidth=0.8)
+    for edge in np.arange(count - 1) + 0.5:
+        axes.axhline(edge, color="#D8D8D8", linewidth=0.6)
+    axes.set_yticks(range(count), wording.labels(missed))
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("change of the target's logit, mean (logits)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -18,7 +18,7 @@ READING = (
     "the set ablated; filled where the change is surely not 0",
     "(false discovery rate over the heads) and beyond the noise floor. Right: what ablating it costs, "
     "alone and beside the "
-    "others. Bars: 95% intervals; left, of the change.",
+    "others. Bars: 95% intervals; of what is left of the head, that of the change.",
 )
 BAR = 0.17
 
@@ -62,7 +62,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 def _draw_effects(axes: Axes, ds: xr.Dataset) -> None:
     rows, sure = np.arange(ds.sizes["head"]), ds.responds.values
-    axes.plot(ds.direct_effect.values, rows - BAR, "o", color="#8A8A8A", label="clean")
+    width = style.bars(ds[f"direct_effect{HALF_WIDTH}"].values)
+    look = {"fmt": "o", "color": "#8A8A8A", "elinewidth": 1, "label": "clean"}
+    axes.errorbar(ds.direct_effect.values, rows - BAR, xerr=width, **look)
     after, colour = ds.direct_effect.values + ds.change.values, style.COLOURS[0]
     width = style.bars(ds[f"change{HALF_WIDTH}"].values)
     axes.errorbar(after, rows + BAR, xerr=width, fmt="none", ecolor=colour, elinewidth=1)

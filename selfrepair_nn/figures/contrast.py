@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from selfrepair_nn.analysis import SHARE, contrast_by_head, percent
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import Need, figure
-from selfrepair_nn.figures import plane, style, suiting
-from selfrepair_nn.wording import intervals, task
+from selfrepair_nn.figures import labels, plane, style, suiting
+from selfrepair_nn.wording import intervals, reach, task
 
 LABELS = 6
 NAMES = {"resample": "another text", "counterfactual": "the edited text"}
@@ -111,12 +111,17 @@ def _norm(heads: xr.Dataset) -> Normalize:
 
 def _facts(heads: xr.Dataset) -> str:
     number, tokens = int((heads.tokens > 0).sum()), int(heads.tokens.max())
-    sizes = [f"{float(heads['size'].sel(ablation=a).mean()):.3f} by {name}" for a, name in NAMES.items()]
+    sizes = [f"{_size(heads.sel(ablation=a))} by {name}" for a, name in NAMES.items()]
     return (
         f"{number} heads, {tokens:,} tokens each: those from a prompt's first edit on, "
         f"{percent(heads.attrs['edited_share'])} of all; {heads.attrs.get('target')} target. "
         f"Removed, root mean square over tokens, mean over heads: {' and '.join(sizes)} (logits)."
     )
+
+
+def _size(one: xr.Dataset) -> str:
+    width = reach(float(one.overall_size_half_width)).replace("±", " ± ")
+    return f"{float(one.overall_size):.3f}{width}"
 
 
 def _known(found: dict[str, xr.Dataset]) -> str:
@@ -130,5 +135,5 @@ def _name(axes: Axes, heads: xr.Dataset, x: xr.DataArray, y: xr.DataArray, size:
     layer, head = np.nonzero(known)
     places = np.column_stack([x.values[known], y.values[known]])
     order = np.argsort(-size.values[known], kind="stable")[:LABELS]
-    labels = [Head(int(heads["layer"][layer[i]]), int(heads["head"][head[i]])).label for i in order]
-    style.label_points(axes, places[order], labels, np.concatenate([places, plane.on_lines(axes)]))
+    names = [Head(int(heads["layer"][layer[i]]), int(heads["head"][head[i]])).label for i in order]
+    labels.label_points(axes, places[order], names, np.concatenate([places, plane.on_lines(axes)]))

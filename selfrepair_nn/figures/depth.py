@@ -9,40 +9,79 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from selfrepair_nn.analysis import HALF_WIDTH, by_layer
-from selfrepair_nn.figures import style
+from selfrepair_nn.components import Head
+from selfrepair_nn.figures import beyond, style
 
 SHOWN = 80  # percentile of the bars' lengths for which there is room
+DOT, MANY = 14, 300  # the area of a head's dot, in square points, and heads from which on it is half of it
 VISIBLE = 0.004  # the least part of an axis that the eye sees as a band
 
 
 def draw_heads(
     axes: Axes, found: Mapping[str, xr.Dataset], name: str, share: float, first: int = 0, **line: Any
-) -> None:
-    """Variable `name` of each summary: heads as dots, hollow where it may be 0; the layers' means as a line.
+) -> list[beyond.Dots]:
+    """Variable `name` of each summary: heads as dots with their intervals, hollow where it may be 0, side by side in
+    their layer; the layers' means as a line. Gives the dots, from which `beyond` makes the vertical axis.
 
     One summary is drawn by layer index, several by depth in percent of their models' layers. `first` is the first
     one's index among the colours.
     """
+    alone, found_dots = len(found) == 1, []
     for index, (legend, heads) in enumerate(found.items(), first):
-        colour, marker = style.colour(index), style.marker(index)
-        places = np.broadcast_to(depth(heads, len(found) == 1)[:, None], heads.tokens.shape)
-        known, quiet = (heads.tokens > 0).values, _quiet(heads, name)
-        for chosen, face in ((known & ~quiet, colour), (known & quiet, "none")):
+        dots = _dots(heads, name, share, alone, style.colour(index))
+        bars = {"linestyle": "none", "elinewidth": 0.6, "alpha": 0.4, "zorder": 1.8}
+        axes.errorbar(dots.x, dots.y, style.bars(dots.width), ecolor=dots.colour, **bars)
+        for chosen, face in ((dots.full, dots.colour), (~dots.full, "none")):
             if chosen.any():
-                look = {"s": 16, "marker": marker, "alpha": 0.45, "linewidth": 0.8}
-                values = heads[name].values[chosen]
-                axes.scatter(places[chosen], values, facecolor=face, edgecolor=colour, **look)
-        draw_means(axes, heads, name, share, index, len(found) == 1, label=legend, **line)
+                look = {
+                    "s": DOT if dots.y.size < MANY else DOT / 2,
+                    "marker": style.marker(index),
+                    "alpha": 0.55,
+                    "linewidth": 0.8,
+                }
+                axes.scatter(dots.x[chosen], dots.y[chosen], facecolor=face, edgecolor=dots.colour, **look)
+        _draw_line(axes, dots.means, index, label=legend, **line)
+        found_dots.append(dots)
+    return found_dots
+
+
+def _dots(heads: xr.Dataset, name: str, share: float, alone: bool, colour: str) -> beyond.Dots:
+    """Of a summary's heads with something done, and whose value is known."""
+    values = heads[name].values
+    known = (heads.tokens > 0).values & np.isfinite(values)
+    step = 1 if alone else depth(heads, False)[1] - depth(heads, False)[0] if heads.sizes["layer"] > 1 else 1
+    across = depth(heads, alone)[:, None] + step * (places(heads) - heads["layer"].values[:, None])
+    layer, head = np.nonzero(known)
+    rows = zip(heads["layer"].values[layer].tolist(), heads["head"].values[head].tolist(), strict=True)
+    return beyond.Dots(
+        across[known],
+        values[known],
+        heads[name + HALF_WIDTH].transpose(*heads[name].dims).values[known],
+        [Head(*each).label for each in rows],
+        colour,
+        ~_quiet(heads, name)[known],
+        means_of(heads, name, share, alone),
+    )
 
 
 def draw_means(
     axes: Axes, heads: xr.Dataset, name: str, share: float, index: int, alone: bool, **line: Any
 ) -> None:
     """Means over the heads of each layer with their intervals, in the colour of the summary with this index."""
+    _draw_line(axes, means_of(heads, name, share, alone), index, **line)
+
+
+def _draw_line(axes: Axes, means: beyond.Values, index: int, **line: Any) -> None:
     look = {"linewidth": 2, "marker": style.marker(index), "markersize": 3.5, "zorder": 3}
     look |= {"color": style.colour(index)} | line
+    style.line(axes, means.x, means.y, means.width, **look)
+
+
+def means_of(heads: xr.Dataset, name: str, share: float, alone: bool) -> beyond.Values:
+    """The means over the heads of each layer."""
     layers = by_layer(heads, share)
-    style.line(axes, depth(heads, alone), layers[name].values, layers[name + HALF_WIDTH].values, **look)
+    names = [f"layer {layer}" for layer in heads["layer"].values]
+    return beyond.Values(depth(heads, alone), layers[name].values, layers[name + HALF_WIDTH].values, names)
 
 
 def draw_noise(axes: Axes, found: Mapping[str, xr.Dataset]) -> None:

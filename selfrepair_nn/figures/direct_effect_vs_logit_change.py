@@ -14,7 +14,7 @@ from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, every_token, throug
 from selfrepair_nn.choosing import against_of
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import figure
-from selfrepair_nn.figures import plane, style, suiting
+from selfrepair_nn.figures import labels, plane, style, suiting
 
 LABELS = 8
 READING = {
@@ -114,8 +114,8 @@ def _write_names(axes: Axes, heads: xr.Dataset) -> None:
     names = [Head(int(layer[i]), int(head[i])).label for i in order]
     places = np.column_stack([x, y])
     others = np.concatenate([places, plane.on_lines(axes)])
-    style.write_inside(axes, "self-repaired", _in_wedge(axes), others)
-    style.label_points(axes, places[order], names, others)
+    labels.write_inside(axes, "self-repaired", _in_wedge(axes), others)
+    labels.label_points(axes, places[order], names, others)
 
 
 def _in_wedge(axes: Axes) -> list[tuple[float, float]]:

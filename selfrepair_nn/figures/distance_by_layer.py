@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from selfrepair_nn.analysis import SHARE, among, every_token, throughout
 from selfrepair_nn.choosing import against_of
 from selfrepair_nn.drawing import figure
-from selfrepair_nn.figures import depth, style, suiting
+from selfrepair_nn.figures import beyond, depth, style, suiting
 
 DISTANCES = {
     "removed": (
@@ -47,9 +47,11 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     tokens = {distance: throughout(*found.values())} if all(map(every_token, found.values())) else {}
     tokens |= {f"top_{distance}": among(share, *found.values())} if share < 1 or not tokens else {}
     panels = figure.subplots(1, len(tokens), squeeze=False)[0]
+    drawn = []
     for axes, (name, title) in zip(panels, tokens.items(), strict=True):
         depth.name_axis(axes, len(found) == 1)
-        depth.draw_heads(axes, found, name, share)
+        dots = depth.draw_heads(axes, found, name, share)
+        drawn.append((axes, dots, beyond.settle(axes, dots)))
         depth.draw_noise(axes, found)
         axes.set_title(title)
         axes.set_ylabel(f"distance from y = \N{MINUS SIGN}x ({unit})")
@@ -57,5 +59,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     style.legend(figure, panels[0], found)
     told = IN_NATS if unit == "nats" else told
     reading = [told, *(depth.told(line, found, f"top_{distance}") for line in READING)]
+    reading += beyond.told(*(axis for *_, axis in drawn))
     style.caption(figure, found, [*style.captions(found, of=f"top_{distance}"), *reading])
+    style.lay_out(figure)
+    for each in drawn:
+        beyond.name(*each)
     return figure

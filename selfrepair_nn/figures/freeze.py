@@ -46,11 +46,14 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 def _draw_layers(axes: Axes, heads: xr.Dataset) -> None:
     known, layer = (heads.tokens > 0).values, heads["layer"].values
-    places = np.broadcast_to(layer[:, None], known.shape)
+    places = layer[:, None] + 0.22 * (depth.places(heads) - layer[:, None])
     for index, label in enumerate(heads["frozen"].values):
         values = heads.top_self_repair.isel(frozen=index).where(heads.tokens > 0)
         shift, colour = 0.18 * (index - 1), style.colour(index)
         look = {"s": 14, "marker": style.marker(index), "alpha": 0.45, "linewidth": 0, "color": colour}
+        width = heads[f"top_self_repair{HALF_WIDTH}"].isel(frozen=index).values[known]
+        bars = {"fmt": "none", "ecolor": colour, "elinewidth": 0.5, "alpha": 0.35}
+        axes.errorbar(places[known] + shift, values.values[known], style.bars(width), **bars)
         axes.scatter(places[known] + shift, values.values[known], **look)
         look = {
             "linewidth": 2,

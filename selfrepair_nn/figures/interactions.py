@@ -1,5 +1,7 @@
 """Pairs of heads: redundant, additive or synergetic, beside who changes when whom is ablated."""
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib import colormaps
@@ -7,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair_nn import wording
-from selfrepair_nn.analysis import SHARE, among, interactions
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, interactions
 from selfrepair_nn.analysis.interactions import ADDITIVE, RELATIONS
 from selfrepair_nn.case_sites import sites_of
 from selfrepair_nn.components import Head
@@ -17,6 +19,8 @@ from selfrepair_nn.figures import style, suiting
 
 COLOURS = colormaps["RdBu"].with_extremes(bad="#E4E4E4")
 MARKS = {"redundant": "R", "synergetic": "S", "additive": "A", "unclear": "?"}
+FEW = 6
+"""Heads of whose cells letters are as large as elsewhere."""
 DARK = 0.55
 """Beyond this share of the scale a cell is so dark that what is written in it must be white."""
 READING = (
@@ -26,7 +30,7 @@ READING = (
     "surely not 0 (false discovery rate {rate:.0%} over the pairs) and beyond the noise floor. A additive: the whole "
     "interval within {additive:.0%} of what the pair's ablation removes. ? neither is known.",
     "Right: change of the column's direct effect when the row is ablated, on the row's {top}; pale where it may be 0. "
-    "Grey: the head itself, or what comes before.",
+    "±: 95% intervals. Grey: the head itself, or what comes before.",
 )
 
 
@@ -88,23 +92,26 @@ def told(pairs: xr.Dataset) -> list[str]:
 def _draw_pairs(figure: Figure, axes: Axes, pairs: xr.Dataset) -> None:
     heads = [str(head) for head in pairs["head"].values]
     values = np.full((len(heads), len(heads)), np.nan)
-    marks = np.full(values.shape, "", object)
-    for first, second, value, relation in zip(
+    marks, widths = np.full(values.shape, "", object), np.full(values.shape, np.inf)
+    for first, second, value, width, relation in zip(
         pairs["first"].values,
         pairs["second"].values,
         pairs.interaction.values,
+        pairs[f"interaction{HALF_WIDTH}"].values,
         pairs.relation.values,
         strict=True,
     ):
         place = heads.index(str(second)), heads.index(str(first))
         values[place] = values[place[::-1]] = value
         marks[place] = marks[place[::-1]] = MARKS[str(relation)]
+        widths[place] = widths[place[::-1]] = width
     _map(figure, axes, values, heads, "interaction (logits)")
     most = np.nanmax(abs(values))
     for row, column in np.argwhere(marks != ""):
         value = values[row, column]
-        text = f"{style.signed(float(value))}\n{marks[row, column]}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=_ink(float(value), float(most)))
+        text = f"{_cell(value, widths[row, column])}\n{marks[row, column]}"
+        look = {"ha": "center", "va": "center", "fontsize": _size(heads), "linespacing": 1.0}
+        axes.text(column, row, text, color=_ink(float(value), float(most)), **look)
 
 
 def _draw_responses(figure: Figure, axes: Axes, pairs: xr.Dataset) -> None:
@@ -117,7 +124,9 @@ def _draw_responses(figure: Figure, axes: Axes, pairs: xr.Dataset) -> None:
     for row, column in np.argwhere(np.isfinite(values)):
         value, sure = values[row, column], known[row, column]
         ink = _ink(float(value), float(most)) if sure else "#777777"
-        axes.text(column, row, style.signed(float(value)), ha="center", va="center", fontsize=7.5, color=ink)
+        text = _cell(value, pairs[f"response{HALF_WIDTH}"].values[row, column])
+        look = {"ha": "center", "va": "center", "fontsize": _size(heads), "linespacing": 1.0}
+        axes.text(column, row, text, color=ink, **look)
     axes.set_xlabel("changes")
     axes.set_ylabel("ablated")
 
@@ -130,6 +139,16 @@ def _map(figure: Figure, axes: Axes, values: np.ndarray, heads: list[str], label
     axes.set_yticks(range(len(heads)), heads)
     figure.colorbar(image, ax=axes, label=label, shrink=0.85).outline.set_visible(False)
     return image
+
+
+def _cell(value: Any, width: Any) -> str:
+    known = f"\n± {width:.2f}" if np.isfinite(width) else ""
+    return f"{style.signed(float(value))}{known}"
+
+
+def _size(heads: list[str]) -> float:
+    """Of letters in a cell."""
+    return style.LABEL if len(heads) <= FEW else style.LABEL * FEW / len(heads)
 
 
 def _ink(value: float, most: float) -> str:

@@ -104,9 +104,11 @@ def _told(movers: xr.Dataset) -> list[str]:
 
 def _facts(movers: xr.Dataset) -> str:
     prompts, clean = movers.attrs["prompts"], movers.attrs["logit_difference"]
-    kept = movers.correct.values[movers.kind.values == "joint"]
-    without = f", on {kept[0]:.0%} without the name movers" if kept.size else ""
+    joint = movers.isel(case=np.flatnonzero(movers.kind.values == "joint"))
+    kept = f", on {style.shown_share(joint.isel(case=0), 'correct')} without the name movers" if joint.case.size else ""
+    above = f"{wording.number(clean)} {wording.reach(movers.attrs['logit_difference' + HALF_WIDTH])}".strip()
+    whole = xr.Dataset({name: movers.attrs[name] for name in ("clean_correct", "clean_correct" + HALF_WIDTH)})
     return (
-        f"{prompts} prompts. In the clean run the indirect object's logit is {wording.number(clean)} above the "
-        f"subject's, and higher on {movers.attrs['clean_correct']:.0%}{without}."
+        f"{prompts} prompts. In the clean run the indirect object's logit is {above} above the "
+        f"subject's, and higher on {style.shown_share(whole, 'clean_correct')}{kept}."
     )

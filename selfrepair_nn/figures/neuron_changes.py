@@ -9,7 +9,8 @@ from selfrepair_nn.figures import panels, style, suiting
 
 READING = (
     "All neurons of {mlp}, in order of the mean change of their direct effect on the head's {top}:",
-    "before the dotted line they repair on average, behind it they break. Height: absolute changes up to there.",
+    "before the dotted line they repair on average, behind it they break. Height: absolute changes up to there; grey: "
+    "95% intervals, in this order of neurons.",
     "Colours: the neuron's median clean direct effect on these tokens; red neurons erase.",
 )
 
@@ -30,6 +31,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         look = {"s": 13, "linewidth": 0, "rasterized": True, "zorder": 2}
         look |= {"c": seen.median_direct_effect} | colours
         dots.append(axes.scatter(seen.place, seen.cumulative_size, **look))
+        value, width = head.cumulative_size.values, style.bars(head.cumulative_size_half_width.values)
+        band = {"color": style.MUTED, "alpha": 0.3, "linewidth": 0, "zorder": 1.5}
+        axes.fill_between(head.place.values, value - width, value + width, **band)
         axes.axvline(float(head.rising) + 0.5, color=style.MUTED, linestyle=":", linewidth=1)
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(style.as_percent)
@@ -37,5 +41,5 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.set_xlabel("neurons, most repairing first")
         axes.set_ylabel("cumulative absolute change")
     panels.colour_bar(figure, dots[-1], "median direct effect of the neuron (logits)")
-    panels.explain(figure, found, READING, share, None)
+    panels.explain(figure, found, READING, share, "cumulative_size")
     return figure

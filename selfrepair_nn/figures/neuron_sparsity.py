@@ -44,6 +44,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         if head.first_shuffled.notnull().all():
             look = {"marker": "D", "s": 24, "facecolor": "none", "edgecolor": colours, "zorder": 3}
             axes.scatter(np.ones(len(parts)), head.first_shuffled.values, **look)
+            width = style.bars(head.first_shuffled_half_width.values)
+            bars = {"fmt": "none", "ecolor": colours, "elinewidth": 1}
+            axes.errorbar(np.ones(len(parts)), head.first_shuffled.values, width, **bars)
         axes.set_ylim(-0.02, 1.02)
         axes.set_title(title)
         axes.yaxis.set_major_formatter(style.as_percent)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from selfrepair_nn.analysis import SHARE, reinforcement_by_head, strongest_responses
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import figure
-from selfrepair_nn.figures import depth, style, suiting
+from selfrepair_nn.figures import depth, labels, style, suiting
 
 NAMED = 3
 READING = (
@@ -74,12 +74,12 @@ def _name_heads(axes: Axes, heads: xr.Dataset) -> None:
     every = _bars(places, last)
     for count in (NAMED, -NAMED):
         best = strongest_responses(heads, count)
-        labels = [
+        names = [
             Head(int(i), int(j)).label for i, j in zip(best["layer"].values, best["head"].values, strict=True)
         ]
         at = [heads.indexes[d].get_indexer(best[d].values) for d in ("layer", "head")]
         points = np.column_stack([places[tuple(at)], last.slope.values[tuple(at)]])
-        style.label_points(axes, points, labels, every)
+        labels.label_points(axes, points, names, every)
 
 
 def _bars(places: np.ndarray, heads: xr.Dataset) -> np.ndarray:

@@ -1,6 +1,7 @@
 """How much longer or shorter the residual stream gets under each kind of ablation, on all tokens (Figure 16)."""
 
 import numpy as np
+import xarray as xr
 from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, throughout, token_variants
@@ -29,10 +30,16 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     figure = style.new_figure(1, 1)
     for axes, tokens in histograms.panels(figure, found):
         known = np.isfinite(tokens.direct_effect.values)
-        ratios = zip(tokens["ablation"].values, tokens.residual_ratio.values[:, known], strict=True)
-        histograms.draw(axes, {f"{name}: median {np.median(each):.3f}": each for name, each in ratios})
+        ratios = tokens.residual_ratio.values[:, known]
+        legends = [_legend(tokens.isel(ablation=i), each) for i, each in enumerate(ratios)]
+        histograms.draw(axes, dict(zip(legends, ratios, strict=True)))
         axes.set_xlabel("ablated / clean length")
         axes.set_ylabel(f"share of {throughout(*found.values())}")
     style.heading(figure, found)
-    style.caption(figure, found, [*style.captions(found, top=False, of=None), READING])
+    style.caption(figure, found, [*style.captions(found, top=False, of="shortened"), READING])
     return figure
+
+
+def _legend(tokens: xr.Dataset, ratios: np.ndarray) -> str:
+    short = style.shown_share(tokens, "shortened")
+    return f"{tokens['ablation'].values}: median {np.median(ratios):.3f}, shorter on {short}"

@@ -1,6 +1,5 @@
 """Self-repair by layer with experts chosen anew and as in the clean run, and how many are chosen anew."""
 
-import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,7 +50,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 def _draw_layers(axes: Axes, heads: xr.Dataset) -> None:
     for index, (label, told) in enumerate(LABELS.items()):
         one = heads.sel(frozen=label)
-        _draw_heads(axes, heads, one.top_self_repair, index, 0.16 * (index - 0.5))
+        each = one[f"top_self_repair{HALF_WIDTH}"]
+        _draw_heads(axes, heads, one.top_self_repair, each, index, 0.16 * (index - 0.5))
         width = one[f"layer_top_self_repair{HALF_WIDTH}"]
         _draw_means(axes, heads, one.top_self_repair, width, index, 0.16 * (index - 0.5), label=told)
     depth.name_axis(axes, True)
@@ -60,23 +60,27 @@ def _draw_layers(axes: Axes, heads: xr.Dataset) -> None:
 
 def _draw_change(axes: Axes, heads: xr.Dataset, changes: xr.Dataset) -> None:
     one = changes.sel(frozen="routing")
-    _draw_heads(axes, heads, -one.top_self_repair, 2)
+    _draw_heads(axes, heads, -one.top_self_repair, one[f"top_self_repair{HALF_WIDTH}"], 2)
     _draw_means(axes, heads, -one.top_self_repair, one[f"layer_top_self_repair{HALF_WIDTH}"], 2)
     depth.name_axis(axes, True)
 
 
 def _draw_moved(axes: Axes, heads: xr.Dataset) -> None:
     one = heads.sel(frozen="nothing")
-    _draw_heads(axes, heads, one.top_rerouted, 0)
+    _draw_heads(axes, heads, one.top_rerouted, one[f"top_rerouted{HALF_WIDTH}"], 0)
     _draw_means(axes, heads, one.top_rerouted, one[f"layer_top_rerouted{HALF_WIDTH}"], 0)
     depth.name_axis(axes, True)
     axes.yaxis.set_major_formatter(FuncFormatter(style.as_percent))
 
 
-def _draw_heads(axes: Axes, heads: xr.Dataset, values: xr.DataArray, index: int, shift: float = 0) -> None:
-    """A dot for each head with tokens."""
-    known = (heads.tokens > 0).values
-    places = np.broadcast_to(heads["layer"].values[:, None], known.shape)[known] + shift
+def _draw_heads(
+    axes: Axes, heads: xr.Dataset, values: xr.DataArray, width: xr.DataArray, index: int, shift: float = 0
+) -> None:
+    """A dot with its interval for each head with tokens, side by side in their layer."""
+    known, layer = (heads.tokens > 0).values, heads["layer"].values[:, None]
+    places = (layer + 0.2 * (depth.places(heads) - layer))[known] + shift
+    bars = {"fmt": "none", "ecolor": style.colour(index), "elinewidth": 0.5, "alpha": 0.35}
+    axes.errorbar(places, values.values[known], style.bars(width.values[known]), **bars)
     look = {"s": 14, "marker": style.marker(index), "alpha": 0.45, "linewidth": 0}
     axes.scatter(places, values.values[known], color=style.colour(index), **look)
 

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from selfrepair_nn.analysis import SHARE, among
 from selfrepair_nn.drawing import figure
-from selfrepair_nn.figures import depth, style, suiting
+from selfrepair_nn.figures import beyond, depth, style, suiting
 
 READING = (
     "Lines: means of each layer, with their 95% intervals. Dots: attention heads{typical}; hollow where the interval "
@@ -23,10 +23,14 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     figure = style.new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     depth.name_axis(axes, len(found) == 1)
-    depth.draw_heads(axes, found, "top_self_repair", share)
+    dots = depth.draw_heads(axes, found, "top_self_repair", share)
+    axis = beyond.settle(axes, dots)
     depth.draw_noise(axes, found)
     axes.set_title(style.wrapped(style.title_of(found)))
     axes.set_ylabel(f"self-repair, mean on {among(share, *found.values())} ({style.unit_of(found)})")
     style.legend(figure, axes, found)
-    style.caption(figure, found, [*style.captions(found), depth.told(READING, found, "top_self_repair")])
+    reading = [depth.told(READING, found, "top_self_repair"), *beyond.told(axis)]
+    style.caption(figure, found, [*style.captions(found), *reading])
+    style.lay_out(figure)
+    beyond.name(axes, dots, axis)
     return figure

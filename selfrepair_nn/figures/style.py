@@ -1,17 +1,13 @@
-"""What figures share: names, colours, titles, legends, small print, labels. pyplot's state is never touched."""
+"""What figures share: names, colours, titles, legends, small print. pyplot's state is never touched."""
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
 from selfrepair_nn import wording
 from selfrepair_nn.analysis import HALF_WIDTH, by_head, restored
@@ -219,22 +215,6 @@ def legend(figure: Figure, axes: Axes, found: Mapping[str, xr.Dataset]) -> None:
         figure.legend(handles, [wrapped(each, TITLE // 2) for each in labels], loc="outside right upper")
 
 
-def label_points(axes: Axes, places: np.ndarray, labels: Sequence[str], others: np.ndarray) -> None:
-    """Write each label beside its place (x, y), clear of the other labels, of the points `others` and edges.
-
-    Labels are set one after the other, each on the nearest free spot; one that finds none is left out. The
-    figure has been laid out before (draw_without_rendering).
-    """
-    for place, label in zip(places, labels, strict=True):
-        _first_free(axes, others, (partial(_annotate, axes, label, place, offset) for offset in _offsets()))
-
-
-def write_inside(axes: Axes, label: str, spots: Sequence[tuple[float, float]], others: np.ndarray) -> None:
-    """Write a label on the first of the spots (x, y) that is free; conditions as in `label_points`."""
-    look = {"ha": "center", "va": "center", "fontsize": 8, "style": "italic", "color": SHADE}
-    _first_free(axes, others, (partial(axes.text, *spot, label, **look) for spot in spots))
-
-
 def _names(given: Sequence[str | None], found: Sequence[xr.Dataset]) -> list[str]:
     """The names given; else the models if they tell the datasets apart and the rest is the same; else all."""
     models, titles = [wording.model(h) for h in found], [wording.title(h) for h in found]
@@ -243,45 +223,3 @@ def _names(given: Sequence[str | None], found: Sequence[xr.Dataset]) -> list[str
     named = [one_line(name or default, TITLE) for name, default in zip(given, told, strict=True)]
     earlier = [named[:i].count(name) for i, name in enumerate(named)]
     return [f"{name} ({n + 1})" if n else name for name, n in zip(named, earlier, strict=True)]
-
-
-def _offsets() -> list[tuple[float, float]]:
-    """Where a label may stand, in points from its mark: rings of growing radius, right and left first."""
-    turns = np.deg2rad([0, 180, 30, -30, 150, -150, 60, -60, 120, -120, 90, -90])
-    return [(r * np.cos(turn), r * np.sin(turn)) for r in (5, 9, 14, 20, 28, 38) for turn in turns]
-
-
-def _annotate(axes: Axes, label: str, place: Any, offset: tuple[float, float]) -> Text:
-    sides = {-1: "right", 0: "center", 1: "left"}
-    align = sides[int(np.sign(np.round(offset[0])))]
-    far = np.hypot(*offset) > 6
-    line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2} if far else None
-    look = {"ha": align, "va": "center", "fontsize": LABEL, "arrowprops": line, "zorder": 4}
-    return axes.annotate(label, place, offset, textcoords="offset points", **look)
-
-
-def _first_free(axes: Axes, others: np.ndarray, attempts: Iterable[Callable[[], Text]]) -> None:
-    """Keep the first text that covers nothing, of those that the attempts write."""
-    canvas: Any = axes.figure.canvas
-    renderer = canvas.get_renderer()
-    frame, points = axes.get_window_extent(renderer), axes.transData.transform(others)
-    taken = [_box(written, renderer) for written in axes.texts]
-    for attempt in attempts:
-        written = attempt()
-        written.set_in_layout(False)
-        if _is_free(_box(written, renderer), frame, points, taken, axes.figure.dpi / 24):
-            return
-        written.remove()
-
-
-def _box(written: Text, renderer: RendererAgg) -> Bbox:
-    """Where the letters are, without the leader line that an annotation's own extent includes."""
-    written.get_window_extent(renderer)  # moves an annotation to where it will be drawn
-    return Text.get_window_extent(written, renderer)
-
-
-def _is_free(box: Bbox, frame: Bbox, points: np.ndarray, taken: list[Bbox], margin: float) -> bool:
-    grown = box.padded(margin)
-    inside = (points > [grown.x0, grown.y0]) & (points < [grown.x1, grown.y1])
-    within = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-    return within and not inside.all(1).any() and not any(grown.overlaps(other) for other in taken)

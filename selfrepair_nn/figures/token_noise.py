@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from selfrepair_nn import wording
-from selfrepair_nn.analysis import SHARE, among, token_noise
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, token_noise
 from selfrepair_nn.choosing import against_of, tail_of
 from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import figure
@@ -127,7 +127,8 @@ def _fitting(line: str) -> list[str]:
 
 
 def _said(tokens: xr.Dataset, prefix: str, which: str) -> str:
-    correlation = f"{float(tokens[f'{prefix}correlation']):.2f}".replace("-", "\N{MINUS SIGN}")
+    value, width = (float(tokens[f"{prefix}correlation{end}"]) for end in ("", HALF_WIDTH))
+    correlation = (f"{value:.2f}" + (f" ± {width:.2f}" if np.isfinite(width) else "")).replace("-", "\N{MINUS SIGN}")
     fates = ", ".join(
         f"{name} {style.shown_share(tokens, prefix + name)}" for name in ("broken", "under", "over")
     )

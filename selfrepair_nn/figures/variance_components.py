@@ -10,13 +10,14 @@ from matplotlib.ticker import FuncFormatter
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, by_layer, throughout, variance_components
 from selfrepair_nn.drawing import Need, figure
-from selfrepair_nn.figures import style, suiting
+from selfrepair_nn.figures import depth, style, suiting
 
 PARTS = {"partner": "the partner", "token": "the token", "document": "the document"}
 COLOURS = {"partner": style.COLOURS[1], "token": style.COLOURS[5], "document": "#BBBBBB"}
 READING = (
     "Bars: shares of the variance of a token's self-repair, means over the heads of a layer. With one partner of each "
-    "prompt the partner's share of the scatter is chance. Dots: that share of single heads; lines: its 95% interval."
+    "prompt the partner's share of the scatter is chance. Dots: that share of single heads. Lines: 95% intervals, of "
+    "the partner's share and, above, of what is not the token's or the partner's."
 )
 
 NEED = Need(
@@ -61,8 +62,13 @@ def _draw_shares(axes: Axes, heads: xr.Dataset, prefix: str) -> None:
     name = f"{prefix}partner_share"
     width = style.bars(layers[name + HALF_WIDTH].values)
     axes.errorbar(places, layers[name].values, width, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    upper = layers[f"{prefix}partner_share"].values + layers[f"{prefix}token_share"].values
+    width = style.bars(layers[f"{prefix}document_share{HALF_WIDTH}"].values)
+    axes.errorbar(places, upper, width, fmt="none", ecolor="black", elinewidth=1, capsize=2)
     some = (heads.tokens > 0).values
-    x = np.broadcast_to(places[:, None], some.shape)[some]
+    x = depth.places(heads)[some]
+    width = style.bars(heads[name + HALF_WIDTH].transpose(*heads.tokens.dims).values[some])
+    axes.errorbar(x, heads[name].values[some], width, fmt="none", ecolor="black", elinewidth=0.4, alpha=0.5)
     axes.scatter(x, heads[name].values[some], s=9, facecolor="white", edgecolor="black", linewidth=0.6, zorder=3)
     axes.set_ylim(0, 1)
     axes.set_xticks(places)

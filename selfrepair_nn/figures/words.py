@@ -89,10 +89,11 @@ def _draw_words(axes: Axes, rows: list[xr.Dataset], colours: str) -> None:
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     for at, each in enumerate(rows):
-        cells = zip(each.word.values, each.word_text.values, each.word_share.values, strict=True)
-        for place, (token, text, share) in enumerate(cells):
+        names = ("word", "word_text", "word_share", f"word_share{HALF_WIDTH}")
+        for place, (token, text, share, width) in enumerate(zip(*(each[name].values for name in names), strict=True)):
             if np.isfinite(share):
-                said = f"{shown(int(token), str(text))}  {share:.0%}"
+                known = f" ± {100 * width:.0f}" if np.isfinite(width) else ""
+                said = f"{shown(int(token), str(text))}  {100 * share:.0f}{known}%"
                 axes.text(place, at, said, ha="center", va="center", fontsize=7.5)
 
 
