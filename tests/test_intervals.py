@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from scipy.stats import bootstrap, false_discovery_control
+from scipy.stats import t as student
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
+from selfrepair_nn.analysis.contrast import _root
+from selfrepair_nn.analysis.neurons import _reach_of_sums
+from selfrepair_nn.analysis.words import _often
 from selfrepair_nn.confidence import CLUSTERS, Estimate, Tally, q_values
 from selfrepair_nn.figures import paper_comparison
 from selfrepair_nn.report import render
@@ -48,6 +52,73 @@ def resampled(statistic, *parts):
     """Half the 95% interval that resampling documents gives."""
     found = bootstrap(parts, statistic, paired=True, vectorized=True, n_resamples=3000, method="basic", rng=0)
     return (found.confidence_interval.high - found.confidence_interval.low) / 2
+
+
+def near(widths, *statistics_of):
+    """Half-widths against resampled ones: within a fourth of each, and right on average."""
+    ratios = np.array(widths) / [resampled(*each) for each in statistics_of]
+    assert np.all((ratios > 0.75) & (ratios < 1.3)), ratios
+    return ratios
+
+
+def test_a_share_of_means_and_its_interval(ds):
+    """The norm's repair over the direct effect: of heads, of layers' means, and of nothing where that may be 0."""
+    heads, places = sr.norm_by_head(ds, SHARE), [*np.ndindex(3, 4)]
+    (above, counts), (below, _) = (by_document(ds, name) for name in ("from_norm", "direct_effect"))
+    expected = above.sum(-1) / below.sum(-1)
+    np.testing.assert_allclose(heads.norm_of_means, expected, rtol=1e-5)
+    near([heads.norm_of_means_half_width.values[p] for p in places], *((ratio, above[p], below[p]) for p in places))
+
+    def of_layer(a, b, n):  # [head, document] each
+        return (a.sum(-1) / n.sum(-1)).mean(0) / (b.sum(-1) / n.sum(-1)).mean(0)
+
+    expected = [of_layer(*parts) for parts in zip(above, below, counts, strict=True)]
+    np.testing.assert_allclose(heads.layer_norm_of_means, expected, rtol=1e-5)
+    layers = sr.by_layer(heads, SHARE)
+    np.testing.assert_array_equal(layers.norm_of_means, heads.layer_norm_of_means)
+    np.testing.assert_array_equal(layers.norm_of_means_half_width, heads.layer_norm_of_means_half_width)
+    turned = ds.assign(direct_effect=ds.direct_effect * np.where(np.arange(200) % 2, 1, -1)[:, None].astype("float32"))
+    quiet = turned.assign(direct_effect=turned.direct_effect.where(ds["layer"] != 1, turned.direct_effect * 0))
+    found = sr.norm_by_head(quiet, 1.0)
+    assert found.norm_of_means.sel(layer=1).isnull().all()
+    assert np.isnan(found.layer_norm_of_means[1])
+
+
+def test_the_interval_of_a_correlation_is_the_jackknifes_over_documents(ds):
+    found = sr.token_noise(ds, SHARE, 2)
+    _, document = np.unique(ds.document.values, return_inverse=True)
+    for rank in range(2):
+        one = found.isel(rank=rank)
+        for prefix, marks in (("", np.ones((200, 12), bool)), ("top_", one.top.values)):
+            kept = [marks & (document != left)[:, None] for left in np.unique(document[marks.any(1)])]
+            pairs = ((one.direct_effect.values[each], one.logit_change.values[each]) for each in kept)
+            without = np.array([np.corrcoef(*pair)[0, 1] for pair in pairs])
+            error = np.sqrt((len(kept) - 1) / len(kept) * ((without - without.mean()) ** 2).sum())
+            width = student.ppf(0.975, len(kept) - 1) * error
+            assert float(one[f"{prefix}correlation_half_width"]) == pytest.approx(width, rel=1e-6)
+    few = sr.token_noise(ds.isel(prompt=slice(10)), SHARE, 2)
+    assert np.isinf(few.correlation_half_width).all()
+
+
+def test_further_intervals_are_those_of_resampled_clusters():
+    """Of a root mean square, of the part of all that the first neurons have, and of how often a word is said."""
+    rng = np.random.default_rng(1)
+    sums, counts = rng.gamma(2, 1, (2, 60)), rng.integers(1, 9, (2, 60)).astype(float)
+    known = _root(Tally(sums, counts).estimate)
+
+    def root(a, b, axis=-1):
+        return np.sqrt(ratio(a, b, axis))
+
+    near(known.half_width, *((root, a, b) for a, b in zip(sums, counts, strict=True)))
+    sizes = rng.gamma(2, 1, (60, 5))
+    first = sizes.cumsum(1)
+    near(_reach_of_sums(sizes)[:4], *((ratio, first[:, i], first[:, -1]) for i in range(4)))
+    assert _reach_of_sums(sizes)[4] == pytest.approx(0, abs=1e-12)
+    words, clusters = rng.integers(0, 4, (400, 2)), np.repeat(np.arange(40), 10)
+    said = _often(words, np.array([0, 3]), clusters)
+    marks = np.stack([(words == word).any(1).reshape(40, 10).sum(1) for word in (0, 3)])
+    np.testing.assert_array_equal(said.sums, marks)
+    np.testing.assert_array_equal(said.counts, np.full((2, 40), 10))
 
 
 @pytest.mark.parametrize("name", ["self_repair", "from_norm", "logit_change"])

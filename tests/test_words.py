@@ -347,7 +347,8 @@ def test_the_figure_shows_them_and_hostile_tokens_are_text(runs, tmp_path):
     written = {text.get_text() for axes in drawn.axes for text in axes.texts}
     told = sr.frequent_words(ds, 3, 0.2)
     best = told.sel(end="promoted").isel(layer=0, head=0, place=0)
-    assert f"{words_figure.shown(int(best.word), str(best.word_text.values))}  {float(best.word_share):.0%}" in written
+    shown = words_figure.shown(int(best.word), str(best.word_text.values))
+    assert any(each.startswith(f"{shown}  {100 * float(best.word_share):.0f}") for each in written)
     excess = [line for line in drawn.axes[2].lines if len(line.get_xdata()) == 1]
     first = sr.words_in_context(ds, 0.2).in_context_excess.sel(end="promoted").isel(layer=0, head=0)
     assert any(np.isclose(line.get_xdata()[0], float(first)) for line in excess)

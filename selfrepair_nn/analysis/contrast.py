@@ -91,7 +91,7 @@ def _by_head(ds: xr.Dataset) -> dict[str, np.ndarray]:
     for name, (above, below) in (ratios | {"repaired": (back, square)}).items():
         known = Tally.of_prompts(np.asarray(above), np.asarray(below), clusters(ds)).estimate
         found |= {name: known.mean, name + HALF_WIDTH: known.half_width}
-    size = _root(Tally.of_prompts(square, tokens, clusters(ds)).estimate)
+    size = _root(Tally.of_prompts(np.asarray(square), tokens, clusters(ds)).estimate)
     found |= {"size": size.mean, f"size{HALF_WIDTH}": size.half_width, "tokens": tokens.sum(1)}
     grid = {name: values.reshape([ds.sizes[d] for d in HEADS]) for name, values in found.items()}
     whole = size.of_groups(np.where(done.any(1), 0, -1), 1)

@@ -17,7 +17,7 @@ NEAR = 6
 """Points beyond which a line leads from the label to its mark."""
 ASIDE = 1.5
 """Widths of a label that it may stand aside."""
-GAP, CLOSE = 3, 3
+GAP, CLOSE = 6, 3
 """Pixels between labels side by side, and from a line to a point that it passes."""
 Segment = tuple[np.ndarray, np.ndarray]
 

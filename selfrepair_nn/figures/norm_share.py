@@ -77,7 +77,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         **dict(zip((clipped, balance), SHARES.values(), strict=True)),
     }
     for axes, title in titles.items():
-        axes.set_title(f"{title}, {top}", pad=6 if axes is whole else 18)
+        axes.set_title(f"{title}, {top}", pad=18)
         depth.name_axis(axes, len(found) == 1)
         axes.set_ylabel("logits" if axes in (whole, parts) else "norm's repair / direct effect")
     told = [*READING, *_left_out(found), *([OF_SHUFFLED] if shuffled else [])]

@@ -34,7 +34,7 @@ MARKERS = "osD^vPX"
 MUTED, SHADE, LOUD, LABEL = "#555555", "#0072B2", "#C00000", 7.5
 __all__ = ["lay_out", "looking", "new_figure", "outlined_svg", "resize", "save", "settings", "space"]
 
-CHARACTERS = 20.5  # of small print in an inch
+CHARACTERS = 19.8  # of small print in an inch
 LINES, LINE = 4, 0.14  # small print for which there is room, and inches of a line
 LAYERS = "viridis"
 TITLE = 60
