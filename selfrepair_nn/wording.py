@@ -150,7 +150,7 @@ def intervals(heads: xr.Dataset, name: str = "top_self_repair") -> str:
     wide, of = known_means(heads, name)
     if wide == of:
         told = f"{CLUSTERS} must hold a token of the mean, and there are {count} in all"
-        return f"{few}: {told}; it takes {needed(heads)}"
+        return f"{few}: {told}; it takes {needed(heads, name)}"
     documents = heads.attrs.get("documents", 0)
     reason = f"; documents are few: {documents}" if kind == "prompt" and 0 < documents < CLUSTERS else ""
     told = f"95% intervals, clustered by {kind} ({count:,}{reason})"

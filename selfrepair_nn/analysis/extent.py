@@ -18,9 +18,10 @@ def known_means(heads: xr.Dataset, name: str) -> tuple[int, int]:
     return int(np.isinf(shown).sum()), int(shown.notnull().sum())
 
 
-def needed(heads: xr.Dataset) -> str:
-    """How much text an interval takes, at least, in words."""
+def needed(heads: xr.Dataset, name: str = "top_self_repair") -> str:
+    """How much text an interval of this mean takes, at least, in words."""
     kind, share = heads.attrs.get("clustered_by", "prompt"), heads.attrs.get("share", 1)
+    share = share if name.startswith("top_") else 1
     tokens = f" with {ceil(CLUSTERS / share):,} tokens, for the {among(share, heads)}" if share < 1 else ""
     return f"at least {CLUSTERS} {kind}s{tokens}"
 
@@ -32,4 +33,4 @@ def too_short(heads: xr.Dataset, name: str = "top_self_repair") -> str | None:
         return None
     kind, count = heads.attrs.get("clustered_by", "prompt"), heads.attrs.get("clusters", 0)
     said = f"Too short to say anything of the model: these numbers are of this text alone, {count} {kind}"
-    return f"{said}{'s' * (count != 1)}, and none has an interval. That takes {needed(heads)}."
+    return f"{said}{'s' * (count != 1)}, and none has an interval. That takes {needed(heads, name)}."
