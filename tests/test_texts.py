@@ -146,6 +146,8 @@ def test_units_passes_and_the_way_to_a_server_change_nothing(ran):
         other = ran(resamples=2, layers=[2], **how)
         for each in ("logit", "direct_effect", *PARTS):
             assert_allclose(other[each], whole[each], rtol=0, atol=TIGHT, err_msg=f"{how}: {each}")
+    whole, other = (ran(ablation="mean", layers=[2], backend=where) for where in ("local", "simulated"))
+    assert_allclose(other.self_repair, whole.self_repair, rtol=0, atol=TIGHT)
 
 
 def test_shards_and_workers_give_the_same(tmp_path):
