@@ -235,8 +235,8 @@ def _facts(heads: xr.Dataset, layers: xr.Dataset) -> str:
     cards = {
         "heads repaired": f"{int(heads.top_repaired.sum())} of {tested}" if tested else few,
         "heads broken": f"{int(heads.top_broken.sum())} of {tested}" if tested else few,
-        "most repaired head": wording.labels(most_repaired(heads, 1, heads.attrs["share"]))[0],
-        "most repaired layer": str(best),
+        "most repaired head": wording.labels(most_repaired(heads, 1, heads.attrs["share"]))[0] if tested else few,
+        "most repaired layer": str(best) if tested else few,
         "noise floor": wording.noise(heads).removeprefix("noise floor "),
         "worst |closure|": wording.worst_closure(heads),
     }

@@ -44,6 +44,7 @@ from selfrepair_nn.wording import (
     reach,
     repaired,
     selection,
+    shortness,
     span,
     task,
     title,
@@ -131,14 +132,16 @@ def _of_heads(ds: xr.Dataset, share: float | None) -> Said:
         ["~ mean self-repair under the noise floor of its layer", ""] if layers.under_noise.any() else [""]
     )
     best = most_repaired(heads, RANKED, share)
-    closing = [f"most repaired: {_ranking(best)}", *_closing(heads), *_partners(ds, share)]
+    alone = ", in this text alone" if shortness(heads) else ""
+    closing = [f"most repaired{alone}: {_ranking(best)}", *_closing(heads), *_partners(ds, share)]
     below += [*closing, *textwrap.wrap(_how_well_known(heads), WIDTH)]
     return Said(heads, opening, rows, below, "layer", [of_layer(one) for one in each])
 
 
 def _opening(found: xr.Dataset, top: bool = True) -> list[str]:
     """Whose numbers these are and what they are over; and whether the model does the task, if it is one."""
-    lines = [f"{title(found)}: {basis(found, top)}", *selection(found), *task(found)]
+    short = shortness(found, "top_self_repair" if top else "slope")
+    lines = [f"{title(found)}: {basis(found, top)}", *selection(found), *task(found), *short]
     return [part for line in lines for part in textwrap.wrap(line, WIDTH)]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.analysis import HALF_WIDTH, among, percent
+from selfrepair_nn.analysis.extent import known_means, needed, too_short
 from selfrepair_nn.choosing import splits, tail_of
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import CLUSTERS, RATE
@@ -132,6 +133,11 @@ def each_heads(heads: xr.Dataset, whose: str = "each head's") -> str:
     return f"{whose} {said[tail_of(heads)].format(percent(share))}"
 
 
+def shortness(heads: xr.Dataset, name: str = "top_self_repair") -> list[str]:
+    """One line where there is too little text to say anything, and how much it takes; else none."""
+    return [told] if (told := too_short(heads, name)) else []
+
+
 def task(heads: xr.Dataset) -> list[str]:
     """Whether the model does the task of its prompts, one line; none where they are no task."""
     return [heads.attrs["task"]] if "task" in heads.attrs else []
@@ -141,14 +147,10 @@ def intervals(heads: xr.Dataset, name: str = "top_self_repair") -> str:
     """What the 95% intervals of a summary take as independent, and where there are too few of these for any."""
     kind, count = heads.attrs.get("clustered_by", "prompt"), heads.attrs.get("clusters", 0)
     few = f"too few {kind}s for an interval"
-    widths = heads.get(f"{name}{HALF_WIDTH}")
-    if widths is None:
-        wide, of = (0 if count >= CLUSTERS else 1), 1
-    else:
-        shown = widths.where(heads.tokens > 0) if "tokens" in heads else widths
-        wide, of = int(np.isinf(shown).sum()), int(shown.notnull().sum())
+    wide, of = known_means(heads, name)
     if wide == of:
-        return f"{few}: {CLUSTERS} must hold a token of the mean, and there are {count} in all"
+        told = f"{CLUSTERS} must hold a token of the mean, and there are {count} in all"
+        return f"{few}: {told}; it takes {needed(heads, name)}"
     documents = heads.attrs.get("documents", 0)
     reason = f"; documents are few: {documents}" if kind == "prompt" and 0 < documents < CLUSTERS else ""
     told = f"95% intervals, clustered by {kind} ({count:,}{reason})"

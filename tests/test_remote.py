@@ -221,6 +221,19 @@ def test_bare_xarray_opens_a_store_that_has_a_ledger(ran):
     assert xr.open_zarr(ran[0], consolidated=False).done.all()
 
 
+def test_texts_of_unequal_length_give_the_same_there(far, server, here, tmp_path):
+    """Each a row of its own, with the mean over their tokens alone in a head's place."""
+    file, out = tmp_path / "texts.txt", tmp_path / "texts.zarr"
+    file.write_text("\n\f\n".join(("The dog ran to the house by the sea.", "Once there was a king.", "Who?")))
+    choices = ["--prompts", file, "--rows-are", "texts", "--layers", "7", "--ablation", "mean", "--tokens", 64]
+    remotely(far, server, NEOX, out, *choices)
+    found, expected = xr.open_zarr(out), xr.open_zarr(here(NEOX, *choices))
+    assert len({*found.text_positions.values.tolist()}) == 3
+    np.testing.assert_array_equal(found.counted, expected.counted)
+    for name in ("logit", *SWEPT):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=name)
+
+
 def test_little_comes_back_and_less_goes_out(ran):
     store = ran[0]
     moved = json.loads(xr.open_zarr(store).attrs["traffic"])

@@ -1,5 +1,6 @@
 """Each text a row of its own: what is measured is what each gives by itself, and nothing that fills up a row counts."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import families
@@ -11,10 +12,15 @@ import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
 
 import selfrepair_nn as sr
+from selfrepair_nn import report, wording
+from selfrepair_nn.analysis.words import _Contexts
+from selfrepair_nn.blocks import Top
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.explorer.contents import Contents
 from selfrepair_nn.padding import alike, padded
 from selfrepair_nn.prompts import several_partners
 from selfrepair_nn.quantities import QUANTITIES
+from selfrepair_nn.simulate import simulate_heads
 
 TIGHT = 1e-10
 MODEL = "neox-sequential"
@@ -140,6 +146,22 @@ def test_units_passes_and_the_way_to_a_server_change_nothing(ran):
         other = ran(resamples=2, layers=[2], **how)
         for each in ("logit", "direct_effect", *PARTS):
             assert_allclose(other[each], whole[each], rtol=0, atol=TIGHT, err_msg=f"{how}: {each}")
+    whole, other = (ran(ablation="mean", layers=[2], backend=where) for where in ("local", "simulated"))
+    assert_allclose(other.self_repair, whole.self_repair, rtol=0, atol=TIGHT)
+
+
+def test_shards_and_workers_give_the_same(tmp_path):
+    given = {"model": "tiny-neox", "prompts": rows_of(), "rows_are": "texts", "layers": [7], "batch_size": 2}
+    given |= {"progress": False, "check": False}
+    whole = sr.run(out=tmp_path / "whole.zarr", **given).load()
+    for part in ("1/2", "2/2"):
+        shards = sr.run(out=tmp_path / "shards.zarr", shard=part, **given)
+    with ThreadPoolExecutor(1) as executor:
+        shared = sr.run(out=tmp_path / "shared.zarr", executor=executor, **given).load()
+    for other in (shards.load(), shared):
+        assert bool(other.done.all())
+        for each in ("logit", "direct_effect", *PARTS, "counted"):
+            assert_array_equal(other[each], whole[each], err_msg=each)
 
 
 def test_a_run_that_goes_on_is_the_same_and_ranks_nothing_again(ran, wrapped, tmp_path, monkeypatch):
@@ -337,3 +359,58 @@ def test_documents_of_a_file_are_rows_too_and_a_plan_tells_what_fills_them_up(tm
     assert few["prompts"].startswith("1 of ")
     with pytest.raises(UsageError, match="makes prompts of its own and takes no --rows-are"):
         sr.preview("ioi", model="tiny-neox", rows_are="texts")
+
+
+# What is said of them
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A run of three short texts with words."""
+    out = tmp_path_factory.mktemp("few") / "few.zarr"
+    return sr.run(model="tiny-neox", prompts=SHORT, layers=[6], words=2, out=out, progress=False).load()
+
+
+def test_too_little_text_is_said_to_be_too_little_and_how_much_it_takes(few):
+    said = " ".join(str(sr.summary(few)).split())
+    for told in (said, sr.by_head(few).attrs["too_short"], Contents.of(few).data()["notes"][0]["text"]):
+        assert "Too short to say anything" in told
+        assert "3 prompts" in told
+        assert "at least 20 prompts with 1,000 tokens" in told
+    assert "at least 20 prompts." in sr.by_head(few, share=1.0).attrs["too_short"]
+    assert "it takes at least 20 prompts with 1,000 tokens" in wording.intervals(sr.by_head(few))
+    assert wording.intervals(sr.by_head(few), "self_repair").endswith("it takes at least 20 prompts")
+    heads = sr.by_head(few)
+    assert "L6H" not in report._facts(heads, sr.by_layer(heads))
+    enough = simulate_heads(2, 2, 40, 60)
+    assert "too_short" not in sr.by_head(enough).attrs
+    assert "Too short" not in str(sr.summary(enough))
+
+
+def test_a_page_shows_the_texts_and_no_filler(few):
+    text = Contents.of(few).data()["text"]
+    assert text["ends"] == [int((row >= 0).sum()) for row in few.target.values]
+    assert Contents.of(simulate_heads(2, 2, 3, 6)).data()["text"]["ends"] is None
+
+
+def test_words_are_looked_for_in_texts_that_are_as_long(few):
+    """The null of a word at a position of the longest text: no other is so long, so there is none."""
+    lengths = (few.token >= 0).sum("position").values
+    read, longest = _Contexts(few, np.arange(3)), int(lengths.argmax())
+    n_positions, last = few.sizes["position"], sorted(lengths)[-2]
+    token = longest * n_positions + np.array([0, last - 1, last])
+    words = few.token.values[longest, [0, last - 1, last]]
+    own, null = read.shares(words, Top(np.zeros(3, int), token, np.zeros(3), np.ones(3)))
+    assert own.tolist() == [1, 1, 1]
+    assert np.isnan(null).tolist() == [False, False, True]
+    assert -1 not in words
+    told = sr.words_in_context(few)
+    assert told.in_context_null.max() <= 1
+
+
+def test_attribution_is_of_the_texts_alone(few):
+    """No gradient comes from filler, nor from beyond a partner's end."""
+    found = sr.attribution(few, "tiny-neox")
+    assert np.isfinite(found.attributed_change).all()
+    beyond = few.position >= few.text_positions
+    assert (abs(found.attribution.where(beyond, 0)) == 0).all()

@@ -7,6 +7,7 @@ import xarray as xr
 
 from selfrepair_nn.analysis.checks import among, meant, of_cases, of_heads, same_share, share_of
 from selfrepair_nn.analysis.closure import closure
+from selfrepair_nn.analysis.extent import too_short
 from selfrepair_nn.analysis.halves import BIASED, of_halves
 from selfrepair_nn.analysis.remembering import once
 from selfrepair_nn.analysis.task import verdict
@@ -64,7 +65,8 @@ def by_head(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     Of a store of the top share alone, what is over all tokens is NaN. A part of a store, as ds.sel(layer=6), does too.
     `share` is the paper's 2% where it is not given; where the prompts say which tokens count it is then 1, all of
     these. counted_share (attribute) is the share of tokens that count, and `task` says whether the model does the task
-    of the prompts, where they are one.
+    of the prompts, where they are one. `too_short`, where it is there, says that no mean has an interval, and how much
+    text that takes.
 
     A result of this function is returned as it is: what takes a store also takes its summary.
     Memory: one block of prompts, some 60 bytes for each token of each head's top share, and some 200 for each prompt
@@ -109,7 +111,9 @@ def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None 
     done = float(((ds.done & ds.selected).mean("prompt").where(ds.selected)).mean())
     sizes |= halves | {"counted_share": counted_share(ds)} | verdict(ds)
     known = clustering(ds) | closure(ds, heads.worst_closure.values.ravel())
-    return _describe(heads, share).assign_attrs(share=share, done_share=done, **sizes, **known)
+    found = _describe(heads, share).assign_attrs(share=share, done_share=done, **sizes, **known)
+    told = too_short(found)
+    return found.assign_attrs(too_short=told) if told else found
 
 
 def _read_off(ds: xr.Dataset, share: float, groups: Mapping[str, Groups]) -> Iterator[tuple[str, tuple]]:

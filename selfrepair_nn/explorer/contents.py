@@ -144,6 +144,7 @@ class Contents:
         loud = [told for each in self.summaries for told in wording.warnings(each)]
         quiet = [f"Not finished: {told}." for told in wording.unfinished(first)]
         quiet += [f"{told[:1].upper()}{told[1:]}." for told in wording.task(first)]
+        quiet += wording.shortness(first)
         return [{"text": t, "loud": True} for t in dict.fromkeys(loud)] + [
             {"text": line(t), "loud": False} for t in quiet
         ]

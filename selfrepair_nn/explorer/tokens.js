@@ -132,10 +132,10 @@ class Prompts {
 
   prompt(prompt, column, limit) {
     const { store, tokens } = this.pane;
-    const { positions, documents } = store.data.text;
+    const { positions, documents, ends } = store.data.text;
     const name = `${prompt}${documents ? ` · document ${documents[prompt]}` : ""}`;
     const line = make("p", { class: "prompt" }, make("span", { class: "number" }, name), make("bdi", {}, word(store.word(prompt, 0), true)));
-    for (let position = 0; position < positions; position++) {
+    for (let position = 0; position < (ends ? ends[prompt] : positions); position++) {
       const token = prompt * positions + position;
       const entry = tokens.place.get(token);
       const value = entry == null ? NaN : column[entry];

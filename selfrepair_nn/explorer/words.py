@@ -35,6 +35,7 @@ def text(ds: xr.Dataset, prompts: int) -> dict[str, Any]:
     counted = counted_tokens(ds)[:prompts]
     found["counted"] = None if counted.all() else packed(counted.astype(np.uint8).tobytes())
     return found | {
+        "ends": _ends(ds, prompts),
         "prompts": prompts,
         "positions": ds.sizes["position"],
         "documents": _documents(ds, prompts),
@@ -47,6 +48,14 @@ def _texts(ds: xr.Dataset, name: str, prompts: int) -> np.ndarray:
         return ds[f"{name}_text"].isel(prompt=slice(prompts)).transpose(*TOKEN).values.astype(object)
     ids = ds[name].isel(prompt=slice(prompts)).transpose(*TOKEN).values
     return np.vectorize("⟨{}⟩".format, [object])(ids)
+
+
+def _ends(ds: xr.Dataset, prompts: int) -> list[int] | None:
+    """How many tokens of each prompt have a next one, where rows are texts of unequal length."""
+    if "text_positions" not in ds:
+        return None
+    target = ds.target.isel(prompt=slice(prompts)).transpose(*TOKEN).values
+    return [int(end) for end in (target >= 0).sum(1)]
 
 
 def _documents(ds: xr.Dataset, prompts: int) -> list[int] | None:
