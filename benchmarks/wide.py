@@ -15,8 +15,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from selfrepair_nn.contents import notes_of
 from selfrepair_nn.files import sealed, unsealed
 from selfrepair_nn.integrity import contents_of
@@ -64,7 +62,7 @@ def write_wide_store(path: Path, layers: int, prompts: int, block: int) -> dict[
     """Write a complete store of so many prompts. Returns what writing one block took, in seconds."""
     labels = simulate_heads(1, 1, prompts, POSITIONS)
     some = simulate_heads(layers, HEADS, max(2, block), POSITIONS).isel(prompt=slice(block))
-    axes = {"layer": np.arange(layers), "head": np.arange(HEADS)}
+    axes = {name: some[name].values for name in ("layer", "head", "head_label")}
     store = Store.create(
         path,
         {name: values.values for name, values in labels.coords.items()} | axes,

@@ -24,7 +24,7 @@ INLINE = re.compile(r"(?<![\\$`\w])\$(?![\s(])([^$\n`]+?)\$")
 TOPICS = {
     "Run": ("run", "preview", "Options", "load", "wrap", "check", "list_recipes"),
     "Look": ("summary", "plot", "view", "write_report", "figure", "compare_paper"),
-    "Read stores": ("open_store", "verify", "only", "choose_tokens", "in_nats", "simulate_heads", "sites_of"),
+    "Read stores": ("open_store", "verify", "push", "only", "choose_tokens", "in_nats", "simulate_heads", "sites_of"),
     "Experiments": ("Graph", "Variants", "sweep"),
     "Choose sites": ("site", "chosen_heads", "late_heads", "select_heads", "layer_numbers"),
     "Prompts": ("Prompts", "text_prompts", "ioi_prompts", "repeated_prompts", "edited_prompts", "does_task"),

@@ -84,6 +84,7 @@ from selfrepair_nn.optimal import optimal_constants
 from selfrepair_nn.options import Options
 from selfrepair_nn.patching import attribution, false_negatives
 from selfrepair_nn.prompts import Prompts, text_prompts
+from selfrepair_nn.publishing import push
 from selfrepair_nn.recipe import recipes as list_recipes
 from selfrepair_nn.replacements import (
     Constant,
@@ -186,6 +187,7 @@ __all__ = [
     "outcomes_by_head",
     "plot",
     "preview",
+    "push",
     "reinforcement_by_head",
     "reinforcement_nulls",
     "repeated_prompts",

@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from selfrepair_nn.choosing import along, halves, in_half, ranked_by, splits, tail_of
+from selfrepair_nn.description import ranked
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.integrity import require_source
 from selfrepair_nn.quantities import IN_NATS, QUANTITIES, SWEEP, TOKEN, VARIANCE, asked_in
@@ -71,7 +72,7 @@ def done_cases(ds: xr.Dataset) -> np.ndarray:
     """
     require_source(ds)
     done = _done(ds) & in_half(ds)
-    for name in ("noise_floor", "threshold"):
+    for name in ("noise_floor", "threshold") if _ranks(ds) else ("noise_floor",):
         if name in ds:
             begun = (ds.done & ds.selected).any("prompt")
             require_known(name, bool((ds[name].isnull() & begun).any()))
@@ -114,16 +115,16 @@ def direct_effects(
 
     The share is exactly max(1, floor(share n)) of a case's n counted tokens, the first of equals, NaN last; none if n
     is 0. Where the half of a dataset is reported it is what reaches the least that the other half's share holds, or
-    else the one that comes nearest. A store with thresholds holds direct effects of every counted token: there it is
-    that share of the whole run, as far as it is done; where some prompts alone are left of the run, what it did not
-    store does not count.
+    else the one that comes nearest. A store that was ranked beforehand (`--select`, `--until-ci`) holds direct effects
+    of every counted token: there it is that share of the whole run, as far as it is done; where some prompts
+    alone are left of the run, what it did not store does not count.
 
     Raises:
         UsageError: the store does not keep these tokens.
     """
     tail = tail or (tail_of(ds) if by == "direct_effect" else "top")
     require_kept(ds, share, tail)
-    whole_run = "threshold" in ds and by == "direct_effect"
+    whole_run = _ranks(ds) and by == "direct_effect"
     begun = np.any(done, axis=1)[:, None]
     over = begun & in_half(ds) if whole_run else done
     if splits(ds) and share < 1:
@@ -140,6 +141,11 @@ def direct_effects(
     elif asked_in(ds) == "logprob" and "kept_share" in ds.attrs:
         top = _stored(ds, top)
     return sums, top
+
+
+def _ranks(ds: xr.Dataset) -> bool:
+    """Whether the direct effects of all tokens were known before anything was ablated, and the thresholds from them."""
+    return "threshold" in ds and ranked(ds.attrs)
 
 
 def _stored(ds: xr.Dataset, top: Top) -> Top:
@@ -171,7 +177,7 @@ def _limits(ds: xr.Dataset, done: np.ndarray, share: float, by: str, tail: str) 
 
 def _kept_limits(ds: xr.Dataset, by: str) -> np.ndarray:
     """The least direct effect of which a store keeps all that the ablation did: [case]."""
-    if "threshold" in ds:
+    if _ranks(ds):
         return ds.threshold.transpose(*sites(ds)).values.ravel()
     _, top = _ranked(ds, _done(ds), ds.attrs["kept_share"], by, "top")
     limits = np.full(np.prod([ds.sizes[d] for d in sites(ds)]), np.inf)

@@ -312,11 +312,11 @@ def verify(store: str) -> None:
 
     Exit code 1 if anything is, 75 if nothing is but the run has not finished.
     """
+    from selfrepair_nn.hub import at_hand
     from selfrepair_nn.integrity import contents_of
     from selfrepair_nn.integrity import verify as damaged
-    from selfrepair_nn.paths import local
 
-    path = local(store, "store")
+    path = at_hand(store)
     found, attributes = damaged(path), contents_of(path).attributes
     for each in found:
         _print(str(each))
@@ -328,6 +328,23 @@ def verify(store: str) -> None:
     if "finished" not in attributes:
         _say(f"{store!r} is whole as far as it goes, but the run has not finished; to go on, {remedy}")
         sys.exit(Incomplete.exit_code)
+
+
+@cli.command()
+@STORE
+@click.argument("name")
+@click.option("--private", is_flag=True, help="Make a repository that only you can read, where there is none.")
+@click.option("--path-in-repo", default=None, help="Where in the repository; default: the store's own name.")
+@click.option("--license", default=None, help="What the card says of it, such as cc-by-4.0.")
+@click.option("--as-it-is", is_flag=True, help="Publish a store that has not finished, or is damaged, too.")
+def push(store: str, name: str, **choices: Any) -> None:
+    """Publish STORE as the dataset NAME (owner/name) of the Hugging Face Hub, with a card, and print its address.
+
+    It is verified first. The token is HF_TOKEN, or that of `hf auth login`; it is never shown or stored.
+    """
+    from selfrepair_nn.publishing import push as published
+
+    _print(published(store, name, **choices))
 
 
 @cli.command()

@@ -1,6 +1,7 @@
 """What a store says of itself, twice: attributes and the arrays' metadata; and which of the two is right."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from selfrepair_nn.files import FIRST, digest
@@ -15,7 +16,7 @@ ROOT = FIRST
 NOTES_GROUP = {"attributes": {"description": ABOUT}, "zarr_format": 3, "node_type": "group"}
 
 NUMBERS = ("prompts_per_chunk", "n_layers", "n_heads", "kept_share", "tokens_per_pass", "rows")
-TEXTS = ("recipe", "model", "target", "ablation", "value_bias", "freeze", "dtype", "created", "finished")
+TEXTS = ("recipe", "model", "target", "ablation", "value_bias", "freeze", "dtype", "created", "history", "finished")
 NESTED = ("settings", "provenance")
 """What attributes hold that are read again: numbers, texts, and objects as JSON."""
 
@@ -24,6 +25,15 @@ INLINE = {"kind": "inline", "must_understand": False}
 
 LOST = "attributes"
 """What is damaged where an attribute is, and nothing else says what it was."""
+
+
+def ranked(attributes: Mapping[str, Any]) -> bool:
+    """Whether a store's thresholds were known before anything was ablated, from direct effects of all of its tokens."""
+    try:
+        settings = json.loads(attributes.get("settings", "{}"))
+    except (TypeError, ValueError):
+        return False
+    return settings.get("select") == "top-share" or settings.get("until_ci") is not None
 
 
 def described(attributes: dict[str, Any], members: dict[str, Any]) -> dict[str, Any]:

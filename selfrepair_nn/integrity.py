@@ -1,7 +1,7 @@
 """Is a store whole? Counted when it is opened, by its files' names and checksums; verified by reading every byte."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import xarray as xr
 
 from selfrepair_nn.contents import Contents, Damage, Marks, attempted, notes_of
 from selfrepair_nn.description import FIXED
+from selfrepair_nn.description import ranked as is_ranked
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import SEAL, flaw, misplaced
-from selfrepair_nn.paths import local
+from selfrepair_nn.hub import at_hand
 from selfrepair_nn.unchecked import unreadable
 
 SHOWN = 3
@@ -33,7 +34,7 @@ def verify(path: str | Path) -> list[Damage]:
         UsageError: an address such as s3://bucket/x.zarr.
         StoreError: there is nothing, or something else, at `path`.
     """
-    return inspected(contents_of(local(path, "store")), _read)
+    return inspected(contents_of(at_hand(path)), _read)
 
 
 def count(path: Path) -> list[Damage]:
@@ -74,15 +75,16 @@ def require_source(ds: xr.Dataset) -> None:
     What `open_store` opened was counted then, and is checked as it is read; of anything else every file is read here.
     Where `ds` comes from no store, or another one is there by now, nothing is known.
     """
-    source, known = ds.encoding.get("source"), _identity(ds.attrs)
+    source, known = ds.encoding.get("source"), identity(ds.attrs)
     if source is None or known is None or ds.encoding.get("checked"):
         return
     found = Contents.of(Path(source))
-    if found is not None and _identity(found.attributes) == known:
+    if found is not None and identity(found.attributes) == known:
         require_whole(Path(source), inspected(found, _read))
 
 
-def _identity(attributes: dict[str, Any]) -> Any:
+def identity(attributes: Mapping[str, Any]) -> Any:
+    """What tells a store from any other."""
     return attributes.get("id", attributes.get("created"))
 
 
@@ -134,7 +136,7 @@ def _required(contents: Contents) -> Iterator[Required]:
         for file in each.files():
             yield each.name, None, file, _accepted(noted, file)
     ranked, marks = _ranked(contents), Marks(contents)
-    early = {"direct_effect"} if "threshold" in contents.metadata else set()
+    early = {"direct_effect"} if is_ranked(contents.attributes) else set()
     for block in range(contents.blocks):
         mark = contents.mark(block)
         marked = marks.block(block) if (contents.path / mark).exists() else None
@@ -155,7 +157,7 @@ def _accepted(noted: dict[str, list[int]] | None, file: str) -> Any:
 
 def _ranked(contents: Contents) -> bool:
     """Whether the direct effects of all prompts must be there: the top shares are known from them."""
-    if "threshold" not in contents.metadata:
+    if not is_ranked(contents.attributes):
         return False
     limits, selected = attempted(contents, "threshold"), attempted(contents, "selected")
     known = [] if limits is None or selected is None else limits[selected]

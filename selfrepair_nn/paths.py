@@ -26,8 +26,9 @@ def local(path: str | os.PathLike[str], what: str = "path") -> Path:
     except (TypeError, RuntimeError) as error:
         raise UsageError(f"{what} {path!r} is no path here: {error}") from error
     if _ADDRESS.match(given):
+        other = " (or, to read one, hf://datasets/owner/name/x.zarr)" if what == "store" else ""
         raise UsageError(
-            f"{what} {given!r} is an address: stores and files lie on this machine's disks, give a path"
+            f"{what} {given!r} is an address: stores and files lie on this machine's disks, give a path{other}"
         )
     require_possible(given, what)
     return found

@@ -9,6 +9,30 @@ from typing import Any
 
 PACKAGES = ("selfrepair_nn", "nnsight", "torch", "transformers", "numpy", "xarray", "zarr")
 
+CONVENTIONS = "CF-1.11, ACDD-1.3"
+"""Whose global attributes a store has: Climate and Forecast, and the Attribute Convention for Data Discovery."""
+
+PAPER = (
+    "Rushing, C., Nanda, N. (2024): Explorations of Self-Repair in Language Models, ICML, "
+    "https://arxiv.org/abs/2402.15390"
+)
+
+
+def discovery(source: str, command: str) -> dict[str, str]:
+    """Global attributes that tell any reader what a store is: of what `source`, how to cite it, its history."""
+    package = f"selfrepair_nn {_version('selfrepair_nn')}"
+    return {
+        "Conventions": CONVENTIONS,
+        "source": f"{source}; {package}",
+        "references": f"{PAPER}; {package}: exact measurements of self-repair in language models",
+        "history": event(command),
+    }
+
+
+def event(command: str) -> str:
+    """A line of a store's history: the time, and the command as one line."""
+    return f"{now()} {' '.join(command.split())}"
+
 
 def now() -> str:
     """The time, in UTC, to the second."""
@@ -17,13 +41,14 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every package the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> str:

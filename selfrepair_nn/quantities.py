@@ -37,7 +37,6 @@ WHEN = {
     "words": "`words=`",
     "attention": "`attention=`",
     "reinforced": "`Reinforce`",
-    "ranked": "`--select` or `--until-ci`",
     "estimated": "`--until-ci`",
     "resampled": "`--resamples`",
     "shuffled_neurons": '`also=("shuffled_target",)` with `neurons=`',
@@ -130,6 +129,7 @@ _ALL = (
     # coordinates
     Quantity("layer", "label", ("layer",), "1", "layer", "Index of the decoder layer, from 0.", "int", when="grid"),
     Quantity("head", "label", ("head",), "1", "head", "Index of the attention head within its layer, from 0.", "int", when="grid"),
+    Quantity("head_label", "label", ("layer", "head"), "1", "name of the head", "What the head is called: L7H5 is head 5 of layer 7.", "string", when="grid"),
     Quantity("prompt", "label", ("prompt",), "1", "prompt", "Index of the prompt (one row of tokens).", "int"),
     Quantity("position", "label", ("position",), "1", "position", "Index of the token in its prompt, from 0; every position has a next token.", "int"),
     Quantity("token", "label", TOKEN, "1", "token id", "Token the model reads at this position.", "int"),
@@ -189,8 +189,8 @@ _ALL = (
     Quantity("ablated_norm_scale", "ablated", SWEEP, "1", "ablated final norm scale", "S': the final norm's scale in the ablated run."),
     Quantity("closure", "derived", SWEEP, "logit", "closure", "self_repair minus all its parts (from_heads, from_mlps, from_norm and, where they are stored, from_mixers and from_post_norms): zero up to rounding, measured not assumed.", unless="total"),
     Quantity("noise_floor", "run", ("layer",), "logit", "noise floor", "Root mean square of the logit change that rounding alone makes of an ablation in this layer (heads replaced by themselves, their pass shaken by one rounding step): smaller effects are rounding."),
-    # where only the top share is ablated, or only as much as an answer needs
-    Quantity("threshold", "run", SWEEP[:2], "logit", "threshold", "Least direct effect in the head's top share over all counted tokens of the run, of which direct_effect then holds every one.", when="ranked"),
+    Quantity("threshold", "run", SWEEP[:2], "logit", "threshold of the top share", "Least direct effect in the head's top share over all counted tokens of the run: the 2% of highest direct effect, all where prompts say which tokens count, or --share where only a top share is ablated; NaN until it is known."),
+    # where only as much is ablated as an answer needs
     Quantity("estimate", "run", SWEEP[:2], "logit", "estimated self-repair", "Mean self-repair on the head's top share, from the prompts done when the head was finished.", when="estimated"),
     Quantity("half_width", "run", SWEEP[:2], "logit", "half-width of its interval", "Half the width of the 95% confidence interval of that mean, documents (or prompts, where there are few documents) taken as independent.", when="estimated"),
     Quantity("prompts_used", "run", SWEEP[:2], "1", "prompts used", "Number of prompts that the estimate is from.", "int", when="estimated"),

@@ -39,6 +39,7 @@ from selfrepair_nn.explorer.contents import Contents, has_tokens
 from selfrepair_nn.explorer.rendering import page
 from selfrepair_nn.face import public
 from selfrepair_nn.figures import style, suiting
+from selfrepair_nn.hub import is_address
 from selfrepair_nn.paths import local
 from selfrepair_nn.quantities import OUTCOMES, TOKEN
 from selfrepair_nn.recipe import find_recipe
@@ -167,10 +168,16 @@ def _common(ds: xr.Dataset, found: xr.Dataset, store: str | None, drawn: Drawn) 
         "banner": _banners(found),
         "figures": "".join(_figure(each, figure) for each, figure in drawn),
         "counted": ".where(ds.counted)" if "counted" in ds else "",
-        "store": _safe(repr(store or Path(ds.encoding.get("source") or "results.zarr").name)),
+        "store": _safe(repr(store or _called(ds))),
         "variables": _variables(ds),
         "provenance": _provenance(ds.attrs),
     }
+
+
+def _called(ds: xr.Dataset) -> str:
+    """How a reader opens the store: by its name, or its address on the hub."""
+    source = ds.encoding.get("source") or "results.zarr"
+    return source if is_address(source) else Path(source).name
 
 
 def _summed_up(ds: xr.Dataset, share: float | None) -> xr.Dataset:

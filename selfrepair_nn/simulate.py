@@ -14,7 +14,8 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.components import components as every_component
 from selfrepair_nn.equations import complete
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.quantities import COORDINATES, QUANTITIES, SWEEP
+from selfrepair_nn.provenance import discovery
+from selfrepair_nn.quantities import COORDINATES, QUANTITIES, SHARE, SWEEP
 from selfrepair_nn.replacements import REPLACEMENTS
 from selfrepair_nn.values import one_of
 
@@ -82,6 +83,7 @@ def simulate_heads(
         "done": np.ones((n_layers, n_heads, n_prompts), bool),
         "noise_floor": noise * np.linspace(1, 0.4, n_layers),
     }
+    values["threshold"] = _thresholds(values["direct_effect"])
     if components:
         values |= _components(rng, values, n_layers, n_heads)
     ds = _dataset(values, dtype)
@@ -132,7 +134,9 @@ def _coordinates(rng: Random, sizes: dict[str, int], ablation: str) -> Arrays:
     partner = np.full(n_prompts, -1)
     if ablation == "resample":
         partner[order] = np.roll(order, 1)
+    labels = [[Head(layer, head).label for head in range(sizes["head"])] for layer in range(sizes["layer"])]
     return {d: np.arange(n) for d, n in sizes.items()} | {
+        "head_label": np.array(labels, dtype=object),
         "token": ids[:, :-1],
         "target": ids[:, 1:],
         "token_text": text[:, :-1],
@@ -245,6 +249,12 @@ def _components(rng: Random, values: Arrays, n_layers: int, n_heads: int) -> dic
     }
 
 
+def _thresholds(effects: np.ndarray) -> np.ndarray:
+    """The least of each head's top share: [layer, head]."""
+    ranked = np.sort(effects.reshape(*effects.shape[:2], -1), axis=-1)
+    return ranked[..., -max(1, int(SHARE * ranked.shape[-1]))]
+
+
 def _per_head(values: np.ndarray) -> np.ndarray:
     return values[:, :, None, None]
 
@@ -263,7 +273,11 @@ def _dataset(values: Arrays, dtype: str) -> xr.Dataset:
 def _provenance(arguments: dict) -> dict[str, str | int]:
     versions = {"numpy": np.__version__, "xarray": xr.__version__}
     nested = {"simulated": True, "seed": arguments["seed"], "versions": versions}
-    return {
+    created, command = "2024-02-23T00:00:00+00:00", ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+    told = discovery("drawn at random, of no model", f"simulate_heads({command})")
+    return told | {
+        "title": "a made-up store of the recipe heads",
+        "history": f"{created} simulate_heads({command})",
         "recipe": "heads",
         "model": arguments["model"],
         "n_layers": arguments["n_layers"],
@@ -274,7 +288,7 @@ def _provenance(arguments: dict) -> dict[str, str | int]:
         "freeze": "none",
         "dtype": arguments["dtype"],
         "backend": "simulated",
-        "created": "2024-02-23T00:00:00+00:00",
-        "command": f"simulate_heads({', '.join(f'{k}={v!r}' for k, v in arguments.items())})",
+        "created": created,
+        "command": f"simulate_heads({command})",
         "provenance": json.dumps(nested),
     }

@@ -1,6 +1,7 @@
 """One run on disk: a zarr directory that bare xarray opens, written in whole chunks, each marked when complete."""
 
 import json
+import os
 import re
 import shutil
 import uuid
@@ -22,8 +23,8 @@ from selfrepair_nn.contents import Contents, notes_of
 from selfrepair_nn.description import ABOUT, COPY, FIXED, FORMATS, NOTES, ROOT, listed
 from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import Files, digest, read_json, seal, sealed, sync_path, sync_tree, unsealed
+from selfrepair_nn.hub import at_hand, is_address
 from selfrepair_nn.integrity import Checks, contents_of, count, require_whole
-from selfrepair_nn.paths import local
 from selfrepair_nn.quantities import QUANTITIES, WIDE, Quantity
 from selfrepair_nn.secrets import hidden
 
@@ -273,20 +274,23 @@ class Store:
 def open_store(path: str | Path) -> xr.Dataset:
     """The dataset of a run, lazily: what `xarray.open_zarr(path)` gives, but of a whole store only.
 
+    `path` may be the address of a store on the Hugging Face Hub, hf://datasets/owner/name/x.zarr, or of one of its
+    revisions, hf://datasets/owner/name@v1/x.zarr: what is not in the hub's cache yet is fetched, all of it.
     Its files are counted at once, by the checksums they end in; what is read later is checked as it is read, which
     raises StoreError too.
 
     Raises:
         UsageError: an address such as s3://bucket/x.zarr.
         StoreError: there is nothing, or something else, at `path`, or a store that lost something.
+        SelfRepairError: the hub does not give it.
     """
-    path = local(path, "store")
-    require_whole(path, count(path))
-    files = Files(path, read_only=True, check=Checks(contents_of(path)))
-    found = xr.open_zarr(files, chunks=None)
-    ordered = found[[name for name in QUANTITIES if name in found.data_vars]]
-    ordered = ordered.assign_coords({name: c for name, c in found.coords.items() if name not in ordered.coords})
-    ordered.encoding = {"source": str(path), "checked": True}
+    found, source = at_hand(path), os.fspath(path)
+    require_whole(found, count(found))
+    files = Files(found, read_only=True, check=Checks(contents_of(found)))
+    whole = xr.open_zarr(files, chunks=None)
+    ordered = whole[[name for name in QUANTITIES if name in whole.data_vars]]
+    ordered = ordered.assign_coords({name: c for name, c in whole.coords.items() if name not in ordered.coords})
+    ordered.encoding = {"source": source if is_address(source) else str(found), "checked": True}
     return ordered
 
 

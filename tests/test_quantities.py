@@ -25,7 +25,7 @@ SMALL = {"tokens": 128, "length": 16, "batch_size": 4}
 ALWAYS = {
     *("selected", "done", "logit", "mean_logit", "target_constant", "norm_scale", "direct_effect"),
     *("ablated_direct_effect", "logit_change", "mean_logit_change", "self_repair", "from_heads", "from_mlps"),
-    *("from_norm", "norm_on_existing", "norm_on_change", "ablated_norm_scale", "closure", "noise_floor"),
+    *("from_norm", "norm_on_existing", "norm_on_change", "ablated_norm_scale", "closure", "noise_floor", "threshold"),
 }
 COMPONENTS = {"component_direct_effect", "component_change"}
 NEURONS = {
@@ -33,7 +33,7 @@ NEURONS = {
     *("neuron_direct_effect", "neuron_change"),
 }
 NORMS = {"residual_norm", "ablated_residual_norm"}
-ESTIMATES = {"threshold", "estimate", "half_width", "prompts_used", "layer_estimate", "layer_half_width"}
+ESTIMATES = {"estimate", "half_width", "prompts_used", "layer_estimate", "layer_half_width"}
 GRAPHS = {
     "sums": ("sr.Graph(ablate=HEADS)", {}, set()),
     "full": ('sr.Graph(ablate=HEADS, record="full")', {"components": "all"}, COMPONENTS),
@@ -62,7 +62,7 @@ GRAPHS = {
         {},
         NEURONS | NORMS,
     ),
-    "selected": ("sr.Graph(ablate=HEADS)", {"select": "top-share", "share": 0.2}, {"threshold"}),
+    "selected": ("sr.Graph(ablate=HEADS)", {"select": "top-share", "share": 0.2}, set()),
     "estimated": ("sr.Graph(ablate=HEADS)", {"until_ci": 0.5}, ESTIMATES),
     "float64": ("sr.Graph(ablate=HEADS)", {"dtype": "float64"}, set()),
     "strongest": ("sr.Graph(ablate=HEADS, strongest=2)", {}, set()),

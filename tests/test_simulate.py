@@ -79,7 +79,7 @@ def test_components_change_nothing_else():
 
 def test_every_variable_and_coordinate_is_there_and_valid():
     ds = simulate_heads(4, 3, 6, 11, components=True)
-    bookkeeping = {"done", "selected", "noise_floor"}
+    bookkeeping = {"done", "selected", "noise_floor", "threshold"}
     assert set(ds.data_vars) == bookkeeping | {*CLEAN, *SWEPT, *COMPONENT}
     assert set(ds.coords) < set(COORDINATES)
     for name, array in ds.variables.items():

@@ -186,7 +186,7 @@ def test_a_run_holds_what_the_contract_lists_and_all_its_provenance(tmp_path, mo
         layers="1:",
     )
     found = bare(tmp_path / "s.zarr")
-    assert set(found.data_vars) == {"done", "selected", "noise_floor", *CLEAN, *SWEPT, *COMPONENT}
+    assert set(found.data_vars) == {"done", "selected", "noise_floor", "threshold", *CLEAN, *SWEPT, *COMPONENT}
     tokens = {"token", "target", "token_text", "target_text", "counted", "document", "partner", "ablation"}
     terms = {"component", "component_kind", "component_layer", "component_head"}
     assert set(found.coords) == {"layer", "head", "prompt", "position"} | tokens | terms

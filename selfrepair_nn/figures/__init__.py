@@ -65,6 +65,7 @@ from selfrepair_nn.figures import (
 )
 from selfrepair_nn.figures.look import formats_of, looking, save, settings
 from selfrepair_nn.figures.style import Datasets, named, share_of, summaries
+from selfrepair_nn.hub import is_address
 from selfrepair_nn.paths import local
 from selfrepair_nn.progress import in_notebook
 from selfrepair_nn.quantities import OUTCOMES, asked_in
@@ -366,6 +367,10 @@ def require_own(recipe: Recipe, options: Any) -> list[str]:
 
 
 def beside(ds: xr.Dataset) -> Path:
-    """The directory of a store's figures: its path without .zarr; "figures" for what comes from no store."""
-    store = Path(ds.encoding.get("source") or "figures.zarr")
+    """The directory of a store's figures: its path without .zarr; of a store of the hub its name, here.
+
+    It is "figures" for what comes from no store.
+    """
+    source = ds.encoding.get("source") or "figures.zarr"
+    store = Path(Path(source).name if is_address(source) else source)
     return store.with_suffix("") if store.suffix == ".zarr" else store.with_name(f"{store.name}-figures")

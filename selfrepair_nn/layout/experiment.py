@@ -293,7 +293,6 @@ class Experiment:
         fulfilled = {
             "other": self.prompts.other is not None,
             "counterfactual": self.prompts.counterfactual is not None,
-            "ranked": self.ranked,
             "estimated": self.options.until_ci is not None,
             "resampled": self.work.resamples > 1,
         }
@@ -345,7 +344,9 @@ class Experiment:
 
     def _sites(self) -> dict[str, Any]:
         if self.grid:
-            return {"layer": self.layers, "head": self._head_indices}
+            layers, heads = self.layers, self._head_indices
+            labels = [[Head(layer, head).label for head in heads] for layer in layers]
+            return {"layer": layers, "head": heads, "head_label": labels}
         cases = self.graph.ablate
         return {
             "case": self.graph.labels,

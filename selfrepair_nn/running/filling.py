@@ -10,7 +10,7 @@ from selfrepair_nn.backends.local import Backend, tell
 from selfrepair_nn.equations import complete
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.sweep import Sweep, plans
-from selfrepair_nn.quantities import QUANTITIES, VARIANCE, varied
+from selfrepair_nn.quantities import QUANTITIES, VARIANCE, usual_share, varied
 from selfrepair_nn.running.preliminaries import (
     direct_effects,
     follows_length,
@@ -60,7 +60,8 @@ def learn(store: Store, experiment: Experiment, layout: dict[str, Any], runner: 
     if experiment.ranked:
         limits = _ranked(store, experiment, run_plans[0], runner)
     elif experiment.shared:
-        limits = top_thresholds(experiment, direct_effects(experiment, run_plans[0], runner))
+        found = direct_effects(experiment, run_plans[0], runner)
+        limits = top_thresholds(experiment, found, experiment.share)
     if limits is None or not experiment.selective:
         return Known(constants, limits, None)
     wanted = _wanted(store, experiment, limits)
@@ -83,17 +84,26 @@ def _whole_lengths(store: Store, experiment: Experiment, layout: dict[str, Any],
 
 def _ranked(store: Store, experiment: Experiment, plan: dict[str, Any], runner: Backend) -> np.ndarray:
     """The thresholds; from the store, or from a clean pass over all prompts, whose direct effects it then keeps."""
-
-    def kept() -> Iterator[tuple[slice, np.ndarray]]:
-        for block in experiment.work.units:
-            yield block, store.read("direct_effect", block)[experiment.selected]
-
-    missing = [block for block, effects in kept() if np.isnan(effects).any()]
+    kept = _stored_effects(store, experiment)
+    missing = [block for block, effects in kept if np.isnan(effects).any()]
     for block, effects in direct_effects(experiment, plan, runner, missing):
         store.write_prompts(block, {"direct_effect": experiment.on_grid(effects)})
-    if np.isnan(store.read("threshold")[experiment.selected]).any():
-        store.write("threshold", experiment.on_grid(top_thresholds(experiment, kept())))
+    rank(store, experiment)
     return store.read("threshold")[experiment.selected]
+
+
+def rank(store: Store, experiment: Experiment) -> None:
+    """Keep each case's threshold, once all direct effects are in the store; one of before has no place for it."""
+    if "threshold" in store.names and np.isnan(store.read("threshold")[experiment.selected]).any():
+        share = experiment.share if experiment.ranked else usual_share(bool(experiment.counted.all()))
+        limits = top_thresholds(experiment, _stored_effects(store, experiment), share)
+        store.write("threshold", experiment.on_grid(limits))
+
+
+def _stored_effects(store: Store, experiment: Experiment) -> Iterator[tuple[slice, np.ndarray]]:
+    """Every block's prompts, and the direct effects [case, prompt, position] that the store has of them."""
+    for block in experiment.work.units:
+        yield block, store.read("direct_effect", block)[experiment.selected]
 
 
 def _wanted(store: Store, experiment: Experiment, limits: np.ndarray) -> np.ndarray:

@@ -73,6 +73,13 @@ def require_same_model(store: Store, model: Model, record: dict[str, Any]) -> No
         )
 
 
+def note_resumed(store: Store, command: str) -> None:
+    """Add to what the store says of its history; what an earlier version made has that of its first command."""
+    told = store.attributes
+    before = told.get("history", f"{told.get('created', '')} {told.get('command', '')}".strip())
+    store.annotate(history=f"{before}\n{provenance.event(command)}")
+
+
 def changed_versions(store: Store) -> str | None:
     """What is to be said of packages that are others than when the store was begun; None where all are the same."""
     before = json.loads(store.attributes["provenance"]).get("versions", {})
@@ -94,8 +101,10 @@ def _attributes(experiment: Experiment, command: str) -> dict[str, Any]:
         recorded |= {"found_on": "half", "selecting_prompts": selecting.tolist()}
     if (resamples := experiment.work.resamples) > 1:
         recorded |= {"resamples": resamples} | ({"partners_averaged": resamples} if experiment.work.moments else {})
+    name, revision = experiment.description.source.name, experiment.description.revision
     return recorded | {
-        "title": f"{experiment.recipe.name} of {experiment.description.source.name}",
+        **provenance.discovery(name if revision is None else f"{name}, revision {revision}", command),
+        "title": f"{experiment.recipe.name} of {name}",
         "recipe": experiment.recipe.name,
         "model": experiment.description.source.name,
         "model_type": structure.model_type,

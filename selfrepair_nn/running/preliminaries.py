@@ -125,17 +125,36 @@ def means(experiment: Experiment, layout: dict[str, Any], runner: Backend) -> di
     }
 
 
-def top_thresholds(experiment: Experiment, found: Iterable[tuple[slice, np.ndarray]]) -> np.ndarray:
-    """The least direct effect in each case's top share over the whole run: [case], from all `direct_effects`."""
+def top_thresholds(
+    experiment: Experiment, found: Iterable[tuple[slice, np.ndarray]], share: float
+) -> np.ndarray:
+    """The least direct effect in each case's top `share` over the whole run: [case], from all `direct_effects`.
+
+    It is that of the last of the tokens that `analysis.top_share` marks. What is held is the top share, twice at most,
+    and a block; of all tokens only the least.
+    """
     counted = experiment.counted
-    keep = max(1, int(experiment.share * counted.sum()))
-    best = np.empty((len(experiment.graph.ablate), 0))
+    keep = max(1, int(share * counted.sum()))
+    kept = [np.empty((len(experiment.graph.ablate), 0), experiment.precision)]
     for block, effects in found:
-        best = np.concatenate([best, effects[:, counted[block]]], axis=1)
-        if not best.size:
-            continue
-        best = -np.partition(-best, min(keep, best.shape[1]) - 1, axis=1)[:, :keep]
-    return best.min(axis=1)
+        kept.append(effects[:, counted[block]])
+        if keep == counted.sum():
+            kept = [_least(kept)]
+        elif sum(part.shape[1] for part in kept) > 2 * keep:
+            kept = [_highest(kept, keep)]
+    return _least([_highest(kept, keep)])[:, 0]
+
+
+def _highest(parts: Sequence[np.ndarray], keep: int) -> np.ndarray:
+    """The highest direct effects of each case, at most so many: [case, token]."""
+    joined = np.concatenate(parts, axis=1)
+    return joined if joined.shape[1] <= keep else -np.partition(-joined, keep - 1, axis=1)[:, :keep]
+
+
+def _least(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The least direct effect of each case: [case, 1]; none where there is none."""
+    joined = np.concatenate(parts, axis=1)
+    return joined.min(axis=1, keepdims=True) if joined.size else joined
 
 
 def direct_effects(

@@ -27,7 +27,7 @@ from selfrepair_nn.running.holding import only_writer
 from selfrepair_nn.shown import tell
 from selfrepair_nn.store import Store
 
-OWN = ("id", "format", "coordinates", "prompts_per_chunk", "finished", "identity", "fingerprint", "run")
+OWN = ("id", "format", "coordinates", "prompts_per_chunk", "finished", "identity", "fingerprint", "run", "history")
 """What attributes say of the store of one checkpoint alone."""
 ANEW = ("id", "format", "coordinates", "prompts_per_chunk", "finished")
 """What a store says of itself when it is made."""
@@ -101,7 +101,7 @@ def _join(every: Revisions, command: str) -> None:
         return
     some = next(iter(parts.values()))
     known = every.first.coordinates() | {AXIS: [*every.experiments]}
-    data = dict.fromkeys(every.first.data())
+    data = dict.fromkeys(n for n in every.first.data() if all(n in each.names for each in parts.values()))
     draft = every.path.with_name(f".{every.path.name}.joined.zarr")
     shutil.rmtree(draft, ignore_errors=True)
     joined = Store.create(
@@ -148,7 +148,10 @@ def _attributes(every: Revisions, parts: dict[str, Store], command: str) -> dict
     """Those that all have in common, and what each says of itself."""
     shared = {k: v for k, v in next(iter(parts.values())).attributes.items() if k not in OWN}
     source = json.loads(shared["provenance"]) | {"revision": every.settings["revision"]}
-    return shared | {
+    told = provenance.discovery(f"{every.request.model}, {len(every.experiments)} revisions", command)
+    if every.path.exists():
+        told["history"] = "\n".join((contents_of(every.path).attributes.get("history", ""), told["history"])).strip()
+    return shared | told | {
         "title": f"{every.first.recipe.name} of {every.request.model}, {len(every.experiments)} revisions",
         "model": every.request.model,
         "command": command,
@@ -194,5 +197,5 @@ def _take_apart(every: Revisions, damaged: set[int | None]) -> None:
 def _of_one(joined: Store, experiment: Experiment, index: int, block: slice | None) -> Iterator[tuple[str, Any]]:
     """A checkpoint's arrays in the joined store: those along prompts, some prompts' part; or all the others."""
     for name in experiment.data():
-        if ("prompt" in QUANTITIES[name].dims) == (block is not None):
+        if name in joined.names and ("prompt" in QUANTITIES[name].dims) == (block is not None):
             yield name, joined.read(name, block)[index]

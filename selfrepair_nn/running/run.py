@@ -30,7 +30,7 @@ from selfrepair_nn.models.model import Model, evaluating
 from selfrepair_nn.options import Options, current, require_known
 from selfrepair_nn.progress import Bar
 from selfrepair_nn.recipe import recipe_paths, renamed
-from selfrepair_nn.running.filling import finished, learn
+from selfrepair_nn.running.filling import finished, learn, rank
 from selfrepair_nn.running.holding import Hold, only_writer
 from selfrepair_nn.running.interruption import interruptible
 from selfrepair_nn.running.mending import mend, undecided
@@ -39,6 +39,7 @@ from selfrepair_nn.running.opening import (
     changed_versions,
     create,
     existing,
+    note_resumed,
     require_same_model,
 )
 from selfrepair_nn.running.preliminaries import strongest
@@ -147,6 +148,8 @@ def _into_store(experiment: Experiment, shared: Sharing, command: str, bar: Bar)
                 if new:
                     experiment = _sized(experiment, model, shared.on_one_device)
                 store = store or create(experiment, command, record)
+                if not new:
+                    note_resumed(store, command)
                 experiment = as_stored(experiment, store)
                 mend(store, experiment, damage)
                 with _gone_if_empty(store, hold) if new else nullcontext():
@@ -224,13 +227,17 @@ def _run(
             for _ in _fill(store, experiment, model, shared, bar, hold.share):
                 stop_if_asked()
                 hold.require()
+            whole = experiment.options.until_ci is not None or all(finished(store, experiment))
+            if whole:
+                bar.stage("ranking each head's tokens")
+                rank(store, experiment)
     except KeyboardInterrupt:
         raise Incomplete(f"interrupted: {_kept(store, experiment)}; the same command resumes") from None
     except (Incomplete, Fault) as error:
         if isinstance(error, Fault) and error.kind != "unreachable":
             raise
         raise Incomplete(f"{error}\n{_kept(store, experiment)}; the same command resumes") from None
-    if experiment.options.until_ci is not None or all(finished(store, experiment)):
+    if whole:
         store.annotate(finished=provenance.now(), **_traffic(store, experiment))
 
 
