@@ -12,10 +12,7 @@ PACKAGES = ("selfrepair_nn", "nnsight", "torch", "transformers", "numpy", "xarra
 CONVENTIONS = "CF-1.11, ACDD-1.3"
 """Whose global attributes a store has: Climate and Forecast, and the Attribute Convention for Data Discovery."""
 
-PAPER = (
-    "Rushing, C., Nanda, N. (2024): Explorations of Self-Repair in Language Models, ICML, "
-    "https://arxiv.org/abs/2402.15390"
-)
+PAPER = "Rushing and Nanda (2024), Explorations of Self-Repair in Language Models, arXiv:2402.15390"
 
 
 def discovery(source: str, command: str) -> dict[str, str]:
@@ -24,7 +21,7 @@ def discovery(source: str, command: str) -> dict[str, str]:
     return {
         "Conventions": CONVENTIONS,
         "source": f"{source}; {package}",
-        "references": f"{PAPER}; {package}: exact measurements of self-repair in language models",
+        "references": f"{PAPER}; {package}",
         "history": event(command),
     }
 

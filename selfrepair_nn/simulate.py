@@ -91,7 +91,7 @@ def simulate_heads(
 
 
 def unfinished(ds: xr.Dataset, selected: Iterable[Head] | None = None, done=None) -> xr.Dataset:
-    """The store `ds` as it looks before its end: NaN wherever a head is not `selected` or not `done`.
+    """The store `ds` as it looks before its end: NaN wherever a head is not `selected` or not `done`; no thresholds.
 
     `selected` lists the heads of the run (None: all of them); `done` is a boolean array that broadcasts to
     (layer, head, prompt) (None: as in `ds`).
@@ -104,6 +104,9 @@ def unfinished(ds: xr.Dataset, selected: Iterable[Head] | None = None, done=None
     computed = (computed & chosen).assign_attrs(ds.done.attrs)
     swept = [name for name, each in ds.data_vars.items() if each.dims[:4] == SWEEP]
     blanked = {name: ds[name].where(computed).assign_attrs(ds[name].attrs) for name in swept}
+    if "threshold" in ds:
+        whole = (computed | ~chosen).all()
+        blanked["threshold"] = ds.threshold.where(chosen & whole).assign_attrs(ds.threshold.attrs)
     return ds.assign({"selected": chosen, "done": computed} | blanked)
 
 

@@ -144,6 +144,23 @@ def test_the_pages_snippet_opens_the_store(stored, name, tmp_path):
     assert float(found) == pytest.approx(float(first.mean(dtype=float)), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_bare_xarray_gives_every_stores_statistic_by_its_threshold(stored, name):
+    """Of each variant, by the README's lines; partners are averaged."""
+    ds = stored(name)
+    bare = xr.open_zarr(ds.encoding["source"])
+    assert np.array_equal(bare.threshold.isnull(), ~bare.selected)
+    top = bare.counted & (bare.direct_effect >= bare.threshold)
+    repair = bare.self_repair.where(top).mean(("prompt", "position"), dtype=float)
+    repair = repair.mean("resample") if "resample" in repair.dims else repair
+    axes = [d for d in repair.dims if d not in ("layer", "head", "case")]
+    one = sr.by_case if "case" in ds.dims else sr.by_head
+    for place in np.ndindex(*(ds.sizes[d] for d in axes)):
+        here = dict(zip(axes, place, strict=True))
+        known = one(ds.isel(here).assign_attrs(half="whole"))
+        np.testing.assert_allclose(repair.isel(here), known.top_self_repair, rtol=0, atol=1e-6, err_msg=str(here))
+
+
 @pytest.mark.parametrize("name", ["own_axis", "own_doses", "own_cases"])
 def test_the_page_and_the_summary_hold_the_means(stored, name, tmp_path):
     """Of a store that the package does not know, by plain numpy from the store."""

@@ -71,6 +71,8 @@ def mend(store: Store, experiment: Experiment, damage: Sequence[Damage]) -> None
         blank = experiment.ranked and lost & {"", "direct_effect"}
         values = {"direct_effect": store.blank("direct_effect", prompts)} if blank else {}
         store.write_prompts(prompts, values, np.zeros_like(experiment.selected))
+    if any(each.block is not None for each in damage) and "threshold" in store.names and not experiment.ranked:
+        store.write("threshold", None)  # of numbers that may round otherwise now
     known = experiment.coordinates() | experiment.data()
     if any(each.file == FIXED for each in damage):
         names = store.fixed

@@ -176,7 +176,11 @@ def top_thresholds(
 def _highest(parts: Sequence[np.ndarray], keep: int) -> np.ndarray:
     """The highest direct effects of each case, at most so many: [case, token]."""
     joined = np.concatenate(parts, axis=1)
-    return joined if joined.shape[1] <= keep else -np.partition(-joined, keep - 1, axis=1)[:, :keep]
+    if joined.shape[1] <= keep:
+        return joined
+    np.negative(joined, out=joined)
+    joined.partition(keep - 1, axis=1)
+    return -joined[:, :keep]
 
 
 def _least(parts: Sequence[np.ndarray]) -> np.ndarray:
