@@ -25,6 +25,7 @@ TOPICS = {
     "Run": ("run", "preview", "Options", "load", "wrap", "check", "list_recipes"),
     "Look": ("summary", "plot", "view", "write_report", "figure", "compare_paper"),
     "Read stores": ("open_store", "verify", "only", "choose_tokens", "in_nats", "simulate_heads", "sites_of"),
+    "Compare stores": ("model_differences",),
     "Experiments": ("Graph", "Variants", "sweep"),
     "Choose sites": ("site", "chosen_heads", "late_heads", "select_heads", "layer_numbers"),
     "Prompts": ("Prompts", "text_prompts", "ioi_prompts", "repeated_prompts", "edited_prompts", "does_task"),

@@ -77,6 +77,7 @@ from selfrepair_nn.explorer import view
 from selfrepair_nn.figures import plot
 from selfrepair_nn.graph import Graph, Variants, sweep
 from selfrepair_nn.integrity import verify
+from selfrepair_nn.models.alike import model_differences
 from selfrepair_nn.models.load import check, load
 from selfrepair_nn.models.model import wrap
 from selfrepair_nn.models.words import write_words
@@ -173,6 +174,7 @@ __all__ = [
     "layer_numbers",
     "list_recipes",
     "load",
+    "model_differences",
     "most_repaired",
     "name_movers",
     "neuron_changes",

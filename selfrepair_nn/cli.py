@@ -202,7 +202,16 @@ def _chosen(
     found = None if recipe is None else find_recipe(recipe)
     require_figures(names, found)
     datasets = [open_store(path) for path in stores]
+    _note_mixed(datasets)
     return [only(ds, layers, heads) for ds in datasets] if layers or heads else datasets, found
+
+
+def _note_mixed(datasets: Sequence[Any]) -> None:
+    """Say on stderr which stores are of other models than others of the same name."""
+    from selfrepair_nn.models.alike import mixed
+
+    for said in mixed(datasets):
+        tell(said)
 
 
 @cli.command()
@@ -225,7 +234,9 @@ def view(stores: tuple[str, ...], out: str | None, share: float | None, serve: b
     from selfrepair_nn.store import open_store
 
     server = Server(port) if serve else None
-    page = write([open_store(path) for path in stores], out, share=share)
+    datasets = [open_store(path) for path in stores]
+    _note_mixed(datasets)
+    page = write(datasets, out, share=share)
     _print(page)
     if server:
         server.run(page, _print)
@@ -479,6 +490,10 @@ def _described(dataset: Any) -> str:
         "fingerprint",
     )
     lines = [f"{name:<12}{line(dataset.attrs[name])}" for name in fields if name in dataset.attrs]
+    if "greeting" in dataset.attrs:
+        from selfrepair_nn.models.greeting import described
+
+        lines.append(f"{'model':<12}{line(described(json.loads(dataset.attrs['greeting'])))}")
     sizes = ", ".join(f"{name} {size}" for name, size in dataset.sizes.items())
     lines.append(f"{'dimensions':<12}{line(sizes)}")
     provenance = json.loads(dataset.attrs.get("provenance", "{}"))

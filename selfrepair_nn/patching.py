@@ -12,7 +12,7 @@ from selfrepair_nn.analysis.summaries import described_widths
 from selfrepair_nn.analysis.tokens import Tokens, clustering
 from selfrepair_nn.blocks import counted_tokens, require_kept, sums
 from selfrepair_nn.confidence import RATE, q_values
-from selfrepair_nn.equations import PARTS, TOLERANCE
+from selfrepair_nn.equations import PARTS
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES, SWEEP, TOKEN
@@ -103,7 +103,6 @@ def _require_attributable(ds: xr.Dataset) -> None:
 
 def _model_of(ds: xr.Dataset, given: Any) -> Any:
     """The store's model, in this process."""
-    from selfrepair_nn.models.identity import differences, identity
     from selfrepair_nn.models.load import accepted, load
 
     if given is None and ds.attrs.get("backend") == "remote":
@@ -114,12 +113,25 @@ def _model_of(ds: xr.Dataset, given: Any) -> Any:
     given = accepted(ds.attrs.get("model", "") if given is None else given)
     dtype = str(ds.attrs.get("dtype", "float32"))
     model = load(given, dtype=dtype, check=False) if isinstance(given, str) else given
-    if "identity" in ds.attrs:
-        there, limit = json.loads(ds.attrs["identity"]), TOLERANCE.get(model.dtype, 0)
-        if differing := differences(there, identity(model), limit):
-            said = "; ".join(differing)
-            raise StoreError(f"this store holds the numbers of another model than {model.name!r} is now ({said})")
+    if differing := _differences(ds, model):
+        said = "; ".join(differing)
+        raise StoreError(f"this store holds the numbers of another model than {model.name!r} is now ({said})")
     return model
+
+
+def _differences(ds: xr.Dataset, model: Any) -> list[str]:
+    """What the store's model and this one differ in, in words; one on a server by what it made of known vectors."""
+    from selfrepair_nn.backends.local import greeted_here
+    from selfrepair_nn.models.alike import records_differ
+    from selfrepair_nn.models.identity import identity
+
+    if "identity" not in ds.attrs:
+        return []
+    there, here = json.loads(ds.attrs["identity"]), identity(model)
+    greetings = None
+    if "weights" not in there and "greeting" in ds.attrs:
+        greetings = json.loads(ds.attrs["greeting"]), greeted_here(model)
+    return records_differ(there, here, greetings, model.dtype)
 
 
 def _attributed(ds: xr.Dataset, model: Any) -> np.ndarray:

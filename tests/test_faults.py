@@ -23,8 +23,9 @@ from selfrepair_nn.backends.local import only
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
-from selfrepair_nn.backends.ndif.served import ServedModel, first_unit
+from selfrepair_nn.backends.ndif.served import ServedModel
 from selfrepair_nn.backends.ndif.server import Server
+from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.models.load import describe, find, structure_only
 
 REQUIRED = os.environ.get("SELFREPAIR_REQUIRE_SERVER") == "1"

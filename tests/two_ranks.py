@@ -2,7 +2,8 @@
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=… python two_ranks.py FOLDER
 
-`FOLDER/asked.pt` holds {directory of a model: [(arrays, plan)]}; `FOLDER/given-RANK.pt` will hold the results of each.
+`FOLDER/asked.pt` holds {directory of a model: [(job, arrays, plan)]}; `FOLDER/given-RANK.pt` will hold the results of
+each.
 The processes talk by gloo, which a server's would do by NCCL.
 """
 
@@ -16,7 +17,6 @@ import torch.distributed
 from transformers import AutoTokenizer
 from transformers.distributed import DistributedConfig, parallel_utils, tensor_parallel
 
-from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 
 if not hasattr(
@@ -42,7 +42,7 @@ def main(folder):
     found = {}
     for path, asked in torch.load(folder / "asked.pt", weights_only=False).items():
         model, split = loaded(path)
-        results = [run_session(ablation_job, model, arrays, plan) for arrays, plan in asked]
+        results = [run_session(job, model, arrays, plan) for job, arrays, plan in asked]
         found[path] = {"split": split, "results": results}
     torch.save(found, folder / f"given-{os.environ['RANK']}.pt")
     torch.distributed.barrier()

@@ -8,8 +8,10 @@ import numpy as np
 
 from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.layout.packing import MOST
 from selfrepair_nn.layout.units import Unit
+from selfrepair_nn.models.greeting import greeting_of
 from selfrepair_nn.models.load import load_described, structure_only
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import BACKENDS
@@ -237,3 +239,8 @@ def only(runner: Backend, unit: Unit) -> dict[str, Any]:
     """The result of a single unit."""
     ((_, found),) = runner([unit])
     return found
+
+
+def greeted_here(model: Model, name: str = "local") -> dict[str, Any]:
+    """What a model in this process makes of known vectors, as `models.greeting` keeps and compares it."""
+    return greeting_of(only(backend(name, model), first_unit(model.layout)))

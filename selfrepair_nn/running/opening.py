@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn import provenance
+from selfrepair_nn.backends.local import greeted_here
 from selfrepair_nn.case_sites import read as case_sites
 from selfrepair_nn.choosing import selecting_half
 from selfrepair_nn.components import Head, Mlp
@@ -16,9 +17,11 @@ from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import sweep_partial
 from selfrepair_nn.integrity import contents_of
 from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.models.greeting import compared
 from selfrepair_nn.models.identity import differences, fingerprint
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.running.mending import require_mendable, restore
+from selfrepair_nn.shown import tell
 from selfrepair_nn.store import Store
 
 
@@ -39,12 +42,15 @@ def existing(experiment: Experiment, alone: bool) -> Store | None:
     return Store(path)
 
 
-def create(experiment: Experiment, command: str, record: dict[str, Any]) -> Store:
+def create(experiment: Experiment, command: str, model: Model, record: dict[str, Any]) -> Store:
     """The run's new store, which says whose numbers it will hold; StoreError if nothing can be written."""
+    greeting = {}
     if experiment.options.served:
         from selfrepair_nn.backends.ndif.served import server_of
 
         server_of(experiment.options).greet()
+    else:
+        greeting = {"greeting": greeted_here(model, experiment.options.backend)}
     return Store.create(
         experiment.path,
         experiment.coordinates(),
@@ -53,7 +59,8 @@ def create(experiment: Experiment, command: str, record: dict[str, Any]) -> Stor
         prompts_per_chunk=experiment.work.block,
         precision=experiment.precision,
         attributes=_attributes(experiment, command)
-        | {"identity": record, "fingerprint": fingerprint(record)},
+        | {"identity": record, "fingerprint": fingerprint(record)}
+        | greeting,
     )
 
 
@@ -71,6 +78,24 @@ def require_same_model(store: Store, model: Model, record: dict[str, Any]) -> No
             f"{path!r} holds the numbers of another model than {model.name!r} is now ({'; '.join(differing)}): "
             "choose another --out, or give the model that it was begun with"
         )
+
+
+def require_same_answers(store: Store, model: Model, greeting: dict[str, Any]) -> dict[str, Any]:
+    """Raise StoreError, naming what differs, unless the model that answers has the weights that the store began with.
+
+    What only rounds otherwise is told. Returns the greeting that the store is to keep: that of its beginning.
+    """
+    if "greeting" not in store.attributes:
+        return greeting
+    found = compared(json.loads(store.attributes["greeting"]), greeting)
+    if found.differences:
+        raise StoreError(
+            f"{str(store.path)!r} holds the numbers of another model than {model.name!r} is now on the server "
+            f"({'; '.join(found.differences)}): choose another --out, or a server that has the model it was begun with"
+        )
+    if found.notes:
+        tell(f"{model.name} on the server is not in all as it was: {'; '.join(found.notes)}")
+    return json.loads(store.attributes["greeting"])
 
 
 def changed_versions(store: Store) -> str | None:

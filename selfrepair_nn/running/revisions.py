@@ -27,7 +27,7 @@ from selfrepair_nn.running.holding import only_writer
 from selfrepair_nn.shown import tell
 from selfrepair_nn.store import Store
 
-OWN = ("id", "format", "coordinates", "prompts_per_chunk", "finished", "identity", "fingerprint", "run")
+OWN = ("id", "format", "coordinates", "prompts_per_chunk", "finished", "identity", "fingerprint", "greeting", "run")
 """What attributes say of the store of one checkpoint alone."""
 ANEW = ("id", "format", "coordinates", "prompts_per_chunk", "finished")
 """What a store says of itself when it is made."""

@@ -39,6 +39,7 @@ from selfrepair_nn.running.opening import (
     changed_versions,
     create,
     existing,
+    require_same_answers,
     require_same_model,
 )
 from selfrepair_nn.running.preliminaries import strongest
@@ -146,7 +147,7 @@ def _into_store(experiment: Experiment, shared: Sharing, command: str, bar: Bar)
                 new = store is None
                 if new:
                     experiment = _sized(experiment, model, shared.on_one_device)
-                store = store or create(experiment, command, record)
+                store = store or create(experiment, command, model, record)
                 experiment = as_stored(experiment, store)
                 mend(store, experiment, damage)
                 with _gone_if_empty(store, hold) if new else nullcontext():
@@ -312,7 +313,7 @@ def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Bac
             f"{str(store.path)!r} was begun on a server that computes in {known}, this one computes in "
             f"{facts['dtype']}: choose another --out"
         )
-    store.annotate(**facts)
+    store.annotate(**facts | {"greeting": require_same_answers(store, model, facts["greeting"])})
     jobs.watch = bar.note
     return jobs
 

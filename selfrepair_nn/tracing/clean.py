@@ -1,4 +1,24 @@
-"""Forward passes in which nothing is ablated, and what is read of them."""
+"""Forward passes in which nothing is ablated, and what is read of them.
+
+Of `clean_pass(model, plan, tokens, keep)` (told here, for the text of a function travels with each request, a module's
+does not), over token ids [prompt, position]:
+
+    keep: {what: layers}, for any of
+        input: the residual stream that enters the layer; layer `n_layers` means the final norm's input
+        z: the input of the attention's output projection, [prompt, position, heads * d_head]
+        attention, mlp: what they give, [prompt, position, d_model]; the attention before a norm behind it
+        neurons: the input of the MLP's output projection, [prompt, position, neurons]
+        attention_scale, mlp_scale: S of the norm before them, [prompt, position]
+        post_scale: S of the norm behind the attention
+        mixer: what stands in the attention's place in a layer without heads gives, [prompt, position, d_model]
+        routing: which experts the tokens of a mixture use, and their weights, as `routing` gives them
+
+    It returns {what: {layer: tensor}}; of the routing a dict of tensors for each layer.
+
+`no_logits`, as `logits_to_keep`, asks for no position's logits, so for no product with the vocabulary. Where a tensor
+says so, nnsight makes no attention mask row by row, and no GPU is waited for to look at it; but it lies on one device,
+and the last layer perhaps on another.
+"""
 
 import torch
 from nnsight import save
@@ -9,30 +29,11 @@ from selfrepair_nn.tracing.routing import routing
 
 
 def no_logits(plan):
-    """As `logits_to_keep`: no position's logits, so no product with the vocabulary.
-
-    Where a tensor says so, nnsight makes no attention mask row by row, and no GPU is waited for to look at it; but it
-    lies on one device, and the last layer perhaps on another.
-    """
     return slice(0, 0) if plan["model"]["spread"] else torch.zeros(0, dtype=torch.long)
 
 
 def clean_pass(model, plan, tokens, keep):
-    """One forward pass over token ids [prompt, position], nothing changed.
-
-    Args:
-        keep: {what: layers}, for any of
-            input: the residual stream that enters the layer; layer `n_layers` means the final norm's input
-            z: the input of the attention's output projection, [prompt, position, heads * d_head]
-            attention, mlp: what they give, [prompt, position, d_model]; the attention before a norm behind it
-            neurons: the input of the MLP's output projection, [prompt, position, neurons]
-            attention_scale, mlp_scale: S of the norm before them, [prompt, position]
-            post_scale: S of the norm behind the attention
-            mixer: what stands in the attention's place in a layer without heads gives, [prompt, position, d_model]
-            routing: which experts the tokens of a mixture use, and their weights, as `routing` gives them
-
-    Returns {what: {layer: tensor}}; of the routing a dict of tensors for each layer.
-    """
+    """One forward pass, nothing changed. What it takes and returns is told at the top."""
     count = plan["model"]["n_layers"]
     with torch.no_grad(), model.trace(tokens, use_cache=False, logits_to_keep=no_logits(plan)):
         kept = save({what: {} for what in keep})

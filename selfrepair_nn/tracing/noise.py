@@ -1,4 +1,9 @@
-"""What rounding alone makes of an ablation: the least of a change that means anything."""
+"""What rounding alone makes of an ablation: the least of a change that means anything.
+
+Of `noise_job` (told here, for the text of a function travels with each request, a module's does not): nothing is
+replaced. Where a case's pass would begin, the residual stream is the clean one, each entry moved by up to one rounding
+step of its dtype; where it begins behind a layer's attention, what that gives is clean.
+"""
 
 import torch
 from nnsight import save
@@ -15,11 +20,7 @@ AT_ONCE = 8
 
 
 def noise_job(model, arrays, plan, tick=None, known=None):
-    """The change of the logit where each case's pass begins a rounding step off: {"logit_change": [case, prompt, …]}.
-
-    Nothing is replaced. Where the case's pass would begin, the residual stream is the clean one, each entry moved by
-    up to one rounding step of its dtype; where it begins behind a layer's attention, what that gives is clean.
-    """
+    """The change of the logit where cases' passes begin a rounding step off: {"logit_change": [case, prompt, …]}."""
     starts, last = [begins(case, plan) for case in plan["cases"]], plan["model"]["n_layers"]
     keep = {"input": {layer for layer, _ in starts} | {last}, "z": {layer for layer, inside in starts if inside}}
     clean = clean_pass(model, plan, arrays["tokens"], keep)

@@ -8,6 +8,11 @@ Args:
     device: where the batches' tokens and indices are to lie.
     wanted: how many positions of each prompt are wanted for each case, [case, prompt]; None for all of them.
         Rows with none are left out, and rows of like length go together.
+
+Of a `Batch`: `start` is the place where all of its cases begin; `cases` lists (index of the case, or the case prepared,
+its prompts); `prompts` are those of all rows, in order; `whole` says whether every case has every prompt; `tokens`
+[row, position] are cut to `length`. Of cases that are prepared, `replaced` says what takes a site's place in the pass:
+{(kind of activation, layer): [(rows of the case, its prompts, site, new value)]}.
 """
 
 import torch
@@ -18,13 +23,7 @@ from selfrepair_nn.tracing.readouts import sent
 
 
 class Batch(Bundle):
-    """What one ablated pass computes: some cases, each on some prompts, a row each.
-
-    `start` is the place where all of them begin; `cases` lists (index of the case, or the case prepared, its prompts);
-    `prompts` are those of all rows, in order; `whole` says whether every case has every prompt; `tokens`
-    [row, position] are cut to `length`. Of cases that are prepared, `replaced` says what takes a site's place in the
-    pass: {(kind of activation, layer): [(rows of the case, its prompts, site, new value)]}.
-    """
+    """What one ablated pass computes: some cases, each on some prompts, a row each. More is told at the top."""
 
     start: tuple
     cases: list

@@ -44,7 +44,7 @@ def doctor(
         host: the server's address.
         remote: look at the server that nnsight is configured for.
         model: a model whose state on the server is asked for.
-        trip: also send it one token.
+        trip: also send it the smallest of jobs, which tells whose weights answer.
 
     A setting is only ever said to be set or not. Nothing raises: what fails is a finding.
     """
@@ -112,23 +112,26 @@ def _asked_for(server, name: str, trip: bool) -> Iterator[Finding]:
     found = states(served)
     yield Finding("model", f"{name} is {found}", True if found == "running" else None)
     if trip:
-        yield _round_trip(served)
+        yield from _greeted(served)
 
 
-def _round_trip(served) -> Finding:
-    """One token to the model and back."""
-    from selfrepair_nn.backends.local import only
+def _greeted(served) -> Iterator[Finding]:
+    """A job to the model and back, and which model it found there."""
     from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
     from selfrepair_nn.backends.ndif.ledger import Ledger
-    from selfrepair_nn.backends.ndif.served import first_unit
+    from selfrepair_nn.backends.ndif.served import greeted
+    from selfrepair_nn.models.greeting import attention_said, fingerprint_of, split_said, weights_said
 
     with TemporaryDirectory() as folder:
         jobs = JobsInFlight(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), 1, PATIENCE)
         began = time.perf_counter()
-        found = only(jobs, first_unit(served.model.layout))["residual"]
+        found = greeted(jobs)
         seconds = time.perf_counter() - began
-    dtype = str(found.dtype).removeprefix("torch.")
-    return Finding("round trip", f"{seconds:.2f} s for one token; it computes in {dtype}", True)
+    took = f"{seconds:.2f} s, little more than for one token"
+    yield Finding("round trip", f"{took}; it computes in {found['computes_in']}", True)
+    yield Finding("weights", f"{weights_said(found)}, fingerprint {fingerprint_of(found)}")
+    yield Finding("attention", attention_said(found))
+    yield Finding("split", split_said(found))
 
 
 def _usable(what: str, seen: str, fault: str | None) -> Finding:

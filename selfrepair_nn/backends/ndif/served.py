@@ -1,6 +1,5 @@
 """A model on an NDIF server as a backend: its requests, what is asked of it before the first, what is kept of it."""
 
-import uuid
 from typing import Any, cast
 
 from nnsight import register
@@ -12,10 +11,11 @@ from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger
 from selfrepair_nn.backends.ndif.server import Answer, Server
 from selfrepair_nn.errors import SelfRepairError, one_line
+from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.layout.units import Unit
+from selfrepair_nn.models.greeting import greeting_of
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import Options
-from selfrepair_nn.tracing.first_job import first_job
 from selfrepair_nn.tracing.session import RESULT, hand_over
 
 SHARED = ("python", "torch", "transformers", "nnsight", "ndif")
@@ -103,20 +103,31 @@ def require_ready(served: ServedModel, name: str) -> None:
         )
 
 
-def first_unit(layout: dict[str, Any]) -> Unit:
-    """The smallest unit of work: one token. Its name is new each time, so that an old answer is never taken for it."""
-    import torch
+def deployed(served: ServedModel) -> dict[str, Any]:
+    """What the server says of the model's replicas, for `models.greeting.greeting_of`: nothing where they differ.
 
-    tokens = {"tokens": torch.zeros(1, 1, dtype=torch.long)}
-    shapes = {"residual": (layout["d_model"],)}
-    return Unit(
-        f"first job {uuid.uuid4().hex[:8]}",
-        first_job,
-        slice(0, 1),
-        {"model": layout},
-        lambda _: tokens,
-        shapes,
-    )
+    A replica that NDIF's tensor-parallel actor serves is split among as many processes as it has GPUs.
+
+    Raises:
+        Fault: the server does not say.
+    """
+    said = set()
+    for each in served.server.status():
+        if each.get("model_key") == served.key and each.get("actor_class"):
+            split = ".tp." in each["actor_class"]
+            said.add((each.get("dtype"), each.get("gpus") if split else 1))
+    return dict(zip(("weights_in", "tensor_parallel"), said.pop(), strict=True)) if len(said) == 1 else {}
+
+
+def greeted(jobs: JobsInFlight) -> dict[str, Any]:
+    """Which model answers there: the greeting that `models.greeting` says, and compares with another.
+
+    Raises:
+        Fault, Incomplete: as the server says, or does not say.
+    """
+    served = cast(ServedModel, jobs.service)
+    found = only(jobs, first_unit(served.model.layout))
+    return greeting_of(found, deployed(served))
 
 
 def jobs_in_flight(options: Options, model: Model, ledger: Ledger) -> JobsInFlight:
@@ -129,17 +140,17 @@ def jobs_in_flight(options: Options, model: Model, ledger: Ledger) -> JobsInFlig
 def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFlight, dict[str, Any]]:
     """The backend, once the server has answered and run the model, and what is to be kept of the server.
 
-    That is dtype, what it computes in, and server: its address and versions.
+    That is dtype, what it computes in, server: its address and versions, and its greeting.
 
     Raises:
         Fault, Incomplete: as the server says, or does not say.
     """
     jobs = jobs_in_flight(options, model, ledger)
-    dtype = str(only(jobs, first_unit(model.layout))["residual"].dtype).removeprefix("torch.")
+    greeting = greeted(jobs)
     server = cast(ServedModel, jobs.service).server
     versions = server.environment()
     kept = {"host": server.host} | {name: versions[name] for name in SHARED if name in versions}
-    return jobs, {"dtype": dtype, "server": kept}
+    return jobs, {"dtype": greeting["computes_in"], "server": kept, "greeting": greeting}
 
 
 def traffic(ledger: Ledger) -> dict[str, int]:
