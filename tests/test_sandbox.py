@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from selfrepair_nn.backends.local import greeted_here
 from selfrepair_nn.components import (
     Attention,
     FinalNorm,
@@ -27,7 +28,9 @@ from selfrepair_nn.components import (
 from selfrepair_nn.estimating.traffic import crossing_bytes
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.experiment import prepare
+from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.layout.sweep import Sweep, plans
+from selfrepair_nn.models.greeting import compared, greeting_of
 from selfrepair_nn.models.load import find, load
 from selfrepair_nn.options import Options
 from selfrepair_nn.replacements import OtherHead, Reinforce, Scale
@@ -41,6 +44,10 @@ pytestmark = pytest.mark.skipif(
     reason=f"the jobs were NOT tried in a process without weights, as shared servers run them: {INSTALL}",
 )
 RELATIVE = 1e-4  # float32
+GREETING_CROSSINGS, MESSAGES = 5, 22_000
+"""How often a layer's four vectors cross for the greeting (what its attention and its MLP write is read and written
+back, what leaves it is set), and the bytes of the messages around them."""
+
 
 
 def save_with_tokenizer(name, path):
@@ -115,6 +122,25 @@ def test_freezing_is_the_same_there(setting):
     assert found["from_mlps"].abs().max() <= RELATIVE * found["logit"].abs().max()
 
 
+def greeted_alike(sandbox, model):
+    """The greetings there and here, of which nothing differs; and how many bytes crossed for it."""
+    unit = first_unit(model.layout)
+    there, here = greeting_of(sandbox.run(unit.job, unit.arrays, unit.plan)), greeted_here(model)
+    found = compared(here, there)
+    assert (found.kind, found.differences) == ("same", [])
+    assert (there["weights_in"], there["tensor_parallel"]) == (None, None)
+    assert (there["attention"] == "eager") == (here["attention"] == "eager")
+    return there, sandbox.crossed
+
+
+def test_the_greeting_is_the_same_there(setting):
+    """What a process without weights cannot know, it does not make up."""
+    sandbox, model, _ = setting
+    there, crossed = greeted_alike(sandbox, model)
+    print(f"{model.name}: {crossed} bytes cross for the greeting")
+    assert there["attention"] == ("eager" if model.structure.model_type == "gptj" else "fused")
+
+
 @pytest.mark.parametrize("name", ["gemma2", "lfm2", "falcon-sequential", "gpt-oss"])
 def test_further_families_are_the_same_there(name, tmp_path):
     """Norms behind sublayers and a soft cap; mixers; a layer that returns a tuple; experts that return one."""
@@ -132,6 +158,7 @@ def test_further_families_are_the_same_there(name, tmp_path):
             plan = graph.plan(model.layout) | {"tokens_per_pass": 96}
             here = run_session(ablation_job, model.nn, arrays, plan)
             assert_same(sandbox.run(ablation_job, arrays, plan), here)
+        greeted_alike(sandbox, model)
     finally:
         sandbox.close()
 
@@ -250,6 +277,17 @@ def embedded(request):
     sandbox = Sandbox(model.nn, path)
     yield sandbox, model, path
     sandbox.close()
+
+
+def test_little_crosses_for_the_greeting(embedded):
+    """A few vectors a layer, and two of the vocabulary's size."""
+    sandbox, model, _ = embedded
+    _, crossed = greeted_alike(sandbox, model)
+    sizes = model.structure
+    layer = GREETING_CROSSINGS * 4 * sizes.d_model * 4 + MESSAGES
+    most = sizes.n_layers * layer + 2 * sizes.vocab_size * 4 + 3 * MESSAGES
+    print(f"{crossed} bytes cross for the greeting of {model.name}; at most {most}")
+    assert crossed <= most
 
 
 @pytest.mark.parametrize(

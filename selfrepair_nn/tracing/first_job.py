@@ -32,18 +32,21 @@ def first_job(model, arrays, plan, tick=None, known=None):
         found = save({"mixing": [], "mlp": []})
         stream = layers[0].input
         key = drawn(stream.shape[-1], 1)
-        given = drawn(tokens.numel() * len(key), 2).view(-1, len(key))
+        given = drawn(tokens.numel() * len(key), 2).view(1, -1, len(key)).to(stream.device, stream.dtype)
         found["embedding"] = keyed(stream, key)
+        stream[:] = given
         for layer in range(len(layers)):
-            layers[layer].input[:] = given.to(stream.device, stream.dtype)
             through_mixer(model, plan, layer, key, found)
             found["mlp"].append(keyed(like_rows(written(part(model, plan, layer, "mlp")), tokens), key))
+            if layer < len(layers) - 1:
+                others = plan["model"]["returns"].get("layer", 1) - 1
+                layers[layer].output = (given, *[None] * others) if "layer" in plan["model"]["returns"] else given
         norm = place(model, plan, "final_norm")
         last = norm.input
         found["dtype"] = torch.zeros(1, dtype=last.dtype)
-        last[:] = given.to(last.device, last.dtype)
+        last[:] = given
         found["final_norm"] = keyed(norm.output, key)
-        logits = place(model, plan, "unembedding")(given[:2].to(last.device, last.dtype))
+        logits = place(model, plan, "unembedding")(given[0, :2].to(last.device))
         found["unembedding"] = keyed(logits, drawn(logits.shape[-1], 3))
     held = told(model._module).ljust(64)
     found["told"] = torch.tensor([float(ord(letter)) for letter in held])

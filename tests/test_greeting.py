@@ -1,0 +1,377 @@
+"""Whose weights answer, where they cannot be read: any change of a model is told in its place, and rounding is not."""
+
+import json
+from functools import cache
+
+import families
+import further
+import numpy as np
+import pytest
+import torch
+from terminal import selfrepair
+
+import selfrepair_nn as sr
+from selfrepair_nn.backends.local import backend, greeted_here
+from selfrepair_nn.errors import Incomplete, StoreError, UsageError
+from selfrepair_nn.layout.greeting import first_unit
+from selfrepair_nn.models.alike import mixed
+from selfrepair_nn.models.greeting import compared, described
+from selfrepair_nn.models.load import load, wrap
+from selfrepair_nn.store import Store
+from selfrepair_nn.tracing.first_job import drawn
+
+EVERY = [*families.FAMILIES, *further.MODELS, *further.HYBRIDS]
+NO_MATTER = ("k_proj.bias", "e_score_correction_bias")
+"""What changes nothing: the same for every key, or only which experts are chosen."""
+
+
+def built(name="llama-gqa", dtype=torch.float32, **more):
+    return families.build(name, **more).to(dtype)
+
+
+@cache
+def known(name="llama-gqa", dtype=torch.float32):
+    return greeted_here(wrap(built(name, dtype)))
+
+
+def changed(change, name="llama-gqa", dtype=torch.float32):
+    """The greeting after `change` of a model that was as the known one."""
+    module = built(name, dtype)
+    with torch.no_grad():
+        change(module)
+    return greeted_here(wrap(module))
+
+
+def told(change, **of):
+    return compared(known(**of), changed(change, **of))
+
+
+# ---------------------------------------------------------------- what is told
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_parameter_of_a_layer_is_told_in_its_place(name):
+    """Each by itself a little larger; of all families, what norms, biases, routers, experts and mixers hold too."""
+    model = wrap(families.build(name))
+    before, count = greeted_here(model), model.structure.n_layers
+    assert compared(before, greeted_here(model)).kind == "same"
+    for layer in {count - 1, *model.structure.headless[:1]}:
+        place = f"{model.structure.places['layers']}.{layer}."
+        others = [f"of layer {n}" for n in range(count) if n != layer]
+        held = [(n, p) for n, p in model.module.named_parameters() if n.startswith(place)]
+        for parameter_name, parameter in held:
+            if parameter_name.endswith(NO_MATTER):
+                continue
+            kept = parameter.data
+            parameter.data = kept.flip(0) if "router" in parameter_name else kept * 1.05 + 1e-3
+            found = compared(before, greeted_here(model))
+            parameter.data = kept
+            assert found.kind == "other", parameter_name
+            assert f"of layer {layer}" in found.differences[0], parameter_name
+            assert not any(each in found.differences[0] for each in others), parameter_name
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_one_weight_of_one_head(part):
+    def change(module):
+        getattr(module.model.layers[1].self_attn, part).weight[3, 5] *= 1.05
+
+    found = told(change)
+    assert found.kind == "other"
+    assert "other weights: the attention of layer 1, by up to" in found.differences[0]
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
+def test_one_weight_of_an_mlp(part):
+    def change(module):
+        getattr(module.model.layers[2].mlp, part).weight[3, 5] *= 1.05
+
+    found = told(change)
+    assert found.kind == "other"
+    assert "other weights: the MLP of layer 2, by up to" in found.differences[0]
+
+
+def one_head(module):
+    module.model.layers[0].self_attn.o_proj.weight[:, :8] = 0
+
+
+def final_gain(module):
+    module.model.norm.weight[3] *= 1.05
+
+
+def unembedding_row(module):
+    module.lm_head.weight[7] *= 1.05
+
+
+def frequencies(module):
+    module.model.rotary_emb.inv_freq *= 1.01
+
+
+def adapter(module):
+    """A low-rank change of some projections, as LoRA merged into the weights."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in module.model.layers:
+        for weight in (layer.self_attn.q_proj.weight, layer.self_attn.v_proj.weight):
+            a, b = (torch.randn(size, 2, generator=generator) for size in weight.shape)
+            weight += 0.002 * a @ b.T
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (one_head, "the attention of layer 0, by"),
+        (final_gain, "the final norm, by"),
+        (unembedding_row, "the unembedding, by"),
+        (frequencies, "the attention of layer 2, the attention of layer 1, the attention of layer 0, by"),
+        (adapter, "the attention of layer"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_other_changes(change, said):
+    found = told(change)
+    assert found.kind == "other"
+    assert said in found.differences[0]
+    assert "MLP" not in found.differences[0]
+
+
+def test_other_weights_and_another_model():
+    found = compared(known(), greeted_here(wrap(built(seed=1))))
+    assert found.kind == "other"
+    assert "and 6 more parts" in found.differences[0]
+    found = compared(known(), greeted_here(wrap(built("qwen3"))))
+    assert found.differences == ["another model: 3 layers (4 vectors) there, 2 layers (4 vectors) here"]
+
+
+def test_one_head_of_a_model_in_bfloat16():
+    """Not as small a change as in float32, but a tenth of a percent of what a layer writes."""
+    found = told(one_head, dtype=torch.bfloat16)
+    assert (found.kind, found.notes) == ("other", [])
+    assert "other weights: the attention of layer 0, by up to" in found.differences[0]
+
+
+# ---------------------------------------------------------------- the same weights
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "mixtral", "neox-parallel"])
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_another_number_format(name, dtype):
+    found = compared(known(name), known(name, getattr(torch, dtype)))
+    assert found.kind == "rounded"
+    said = [f"it computes in float32 there, {dtype} here", f"weights are in float32 there, {dtype} here"]
+    assert found.differences == said
+    assert "last digits" in found.notes[0]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_that_were_rounded_and_widened_again(name, dtype):
+    """A conversion that nobody tells: all parts are off by what it rounds, the embedding and the norm too."""
+
+    def rounded(module):
+        module.to(getattr(torch, dtype)).float()
+
+    found = told(rounded, name=name)
+    assert found.kind == "rounded"
+    assert found.differences[0].startswith(f"the same weights, rounded to {dtype} as it seems")
+
+
+def quantise(module, bits):
+    """Each row of each projection in steps of its largest weight, as int8 and int4 hold them."""
+    for name, weight in module.named_parameters():
+        if "proj" in name:
+            step = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+            weight.copy_((weight / step).round() * step)
+
+
+def test_quantised_weights():
+    found = told(lambda module: quantise(module, 8))
+    assert found.kind == "rounded"
+    assert "the same weights, quantised as it seems" in found.differences[0]
+    four = changed(lambda module: quantise(module, 4))
+    assert compared(known(), four).kind == "other"
+    found = compared(known(), four | {"weights_in": "nf4"})
+    assert found.kind == "rounded"
+    assert found.differences[0] == "weights are in float32 there, nf4 here"
+
+
+def test_another_order_of_sums_is_told_and_is_no_difference():
+    """Two implementations of attention round otherwise, and so do other machines."""
+    for dtype in (torch.float32, torch.bfloat16):
+        eager = greeted_here(wrap(built(attention="eager", dtype=dtype)))
+        found = compared(known(dtype=dtype), eager)
+        assert (found.kind, found.differences) == ("same", [])
+        assert found.notes[0] == "attention is sdpa there, eager here"
+        assert "last digits" in found.notes[1]
+
+
+def test_rounding_of_every_sum_at_once_is_no_difference():
+    """As on a machine of another kind: all layers move, by less than their format's step."""
+    rng = np.random.default_rng(0)
+    for dtype, step in ((torch.float32, 3e-7), (torch.bfloat16, 0.005)):
+        moved = json.loads(json.dumps(known(dtype=dtype)))
+        for part, values in moved["sums"].items():
+            values = np.array(values)
+            values[..., :-1] += step * values[..., -1:] * rng.standard_normal(values[..., :-1].shape)
+            moved["sums"][part] = values.tolist()
+        found = compared(known(dtype=dtype), moved)
+        assert (found.kind, found.differences) == ("same", [])
+
+
+def test_what_a_sandbox_hides():
+    """Attention without a name there may be the one here, unless one of them gives its weights."""
+    hidden = known() | {"attention": "fused", "tensor_parallel": None}
+    assert compared(known(), hidden).notes == []
+    assert compared(hidden | {"attention": "eager"}, hidden).notes == ["attention is eager there, fused here"]
+    assert "fused (sdpa or flash" in described(hidden)
+    assert "is not told" in described(hidden)
+    split = known() | {"tensor_parallel": 2}
+    assert compared(known(), split).notes == ["layers are split among 1 processes there, 2 here"]
+    assert "each layer is split among 2 processes (tensor parallel 2)" in described(split)
+
+
+def test_greetings_of_other_vectors_are_not_compared():
+    found = compared(known(), known() | {"vectors": 2})
+    assert (found.kind, found.differences) == ("unknown", [])
+    assert "cannot be compared" in found.notes[0]
+
+
+# ---------------------------------------------------------------- how little it costs
+
+
+def test_known_numbers_are_what_they_are_said_to_be():
+    numbers, others = drawn(50_000, 1), drawn(50_000, 2)
+    assert numbers.abs().max() < 2
+    assert torch.equal(numbers, numbers.bfloat16().float())
+    assert torch.equal(numbers, numbers.half().float())
+    assert abs(numbers.mean()) < 0.02
+    for x in (others, numbers.roll(1), numbers.roll(64)):
+        assert abs(np.corrcoef(numbers, x)[0, 1]) < 0.02
+    assert (64 * numbers[:4]).tolist() == [124, -10, 74, -85]
+
+
+def test_a_few_kilobytes_come_back_whatever_the_size():
+    """Llama-3.1-405B: 126 layers, however wide."""
+    layout = wrap(built()).layout | {"n_layers": 126, "d_model": 16384, "vocab_size": 128256}
+    shapes = first_unit(layout).shapes
+    assert 8 * sum(int(np.prod(shape)) for shape in shapes.values()) < 12_000
+    assert len(json.dumps(known())) < 1_000
+
+
+def test_no_more_than_one_pass_is_made():
+    model = wrap(built())
+    calls = []
+    model.module.register_forward_hook(lambda *_: calls.append(1))
+    greeted_here(model)
+    assert len(calls) == 1
+
+
+# ---------------------------------------------------------------- stores
+
+
+@pytest.fixture
+def directory(tmp_path):
+    built().save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """far(model): from now on that model answers at every host, as a server does that hides its weights."""
+    from selfrepair_nn.backends.ndif import served
+
+    there = {}
+
+    def connected(options, model, ledger):
+        jobs = Flight()
+        jobs.run = backend("local", there["model"])
+        return jobs, {"dtype": "float32", "server": {"host": "http://h"}, "greeting": greeted_here(there["model"])}
+
+    class Flight:
+        def __call__(self, units):
+            return self.run(units)
+
+    class Greeted:
+        def greet(self):
+            pass
+
+    monkeypatch.setattr(served, "connected", connected)
+    monkeypatch.setattr(served, "server_of", lambda options: Greeted())
+    return lambda module: there.update(model=wrap(module))
+
+
+def run(directory, out, host="http://h", **more):
+    ids = families.random_ids(built(), 6)
+    given = {"prompts": ids, "layers": "2", "batch_size": 3, "progress": False, "host": host}
+    return sr.run(model=directory, out=out, **given | more)
+
+
+def interrupted(monkeypatch, *given):
+    """A run, stopped after its first block."""
+    from selfrepair_nn.running.filling import Filling
+
+    write = Filling._write
+
+    def stop(self, block, *rest):
+        write(self, block, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Filling, "_write", stop)
+        with pytest.raises(Incomplete):
+            run(*given)
+
+
+def edited():
+    module = built()
+    with torch.no_grad():
+        module.model.layers[1].mlp.down_proj.weight[3, 4] *= 1.05
+    return module
+
+
+def test_an_unfinished_store_goes_on_with_the_same_weights_alone(directory, tmp_path, far, monkeypatch, capsys):
+    far(built())
+    interrupted(monkeypatch, directory, tmp_path / "s.zarr")
+    begun = Store(tmp_path / "s.zarr").attributes["greeting"]
+    far(edited())
+    with pytest.raises(StoreError, match=r"another model than .* on the server \(other weights: the MLP of layer 1"):
+        run(directory, tmp_path / "s.zarr")
+    far(built(attention="eager"))  # deployed again, elsewhere
+    assert run(directory, tmp_path / "s.zarr").done.all()
+    assert "is not in all as it was: attention is sdpa there, eager here" in capsys.readouterr().err
+    assert Store(tmp_path / "s.zarr").attributes["greeting"] == begun
+
+
+def test_a_store_of_a_server_is_compared_with_one_made_here(directory, tmp_path, far):
+    far(built())
+    there = run(directory, tmp_path / "there.zarr")
+    here = run(directory, tmp_path / "here.zarr", host=None)
+    assert sr.model_differences(there, here) == sr.model_differences(here, there) == []
+    assert sr.model_differences(here, here) == []
+    far(edited())
+    other = run(directory, tmp_path / "other.zarr")
+    (said,) = sr.model_differences(str(tmp_path / "here.zarr"), other)
+    assert said.startswith("other weights: the MLP of layer 1, by up to")
+    stores = [tmp_path / f"{name}.zarr" for name in ("there", "other")]
+    drawn = selfrepair("plot", *stores, "--out", tmp_path / "f", "--figure", "norm_share")
+    assert "other.zarr are not of the same" in drawn.err
+    assert "the MLP of layer 1" in drawn.err
+    assert not [*mixed([there, here])]
+    told = selfrepair("info", stores[0]).out
+    assert "weights in float32, computes in float32, attention sdpa, layers are not split" in told
+
+
+def test_stores_that_do_not_say(directory, tmp_path):
+    here = run(directory, tmp_path / "here.zarr", host=None)
+    silent = here.assign_attrs()
+    del silent.attrs["identity"]
+    with pytest.raises(UsageError, match="does not say whose numbers"):
+        sr.model_differences(here, silent)
+
+
+def test_attribution_of_a_store_of_a_server_takes_the_same_model_alone(directory, tmp_path, far):
+    far(built())
+    there = run(directory, tmp_path / "there.zarr")
+    assert sr.attribution(there, load(str(directory), check=False)).sizes["head"] == 6
+    with pytest.raises(StoreError, match=r"another model .*the MLP of layer 1"):
+        sr.attribution(there, wrap(edited()))
+
