@@ -15,7 +15,8 @@ from selfrepair_nn.backends.local import backend, greeted_here
 from selfrepair_nn.errors import Incomplete, StoreError, UsageError
 from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.models.alike import mixed
-from selfrepair_nn.models.greeting import compared, described
+from selfrepair_nn.models.apart import compared
+from selfrepair_nn.models.greeting import described
 from selfrepair_nn.models.load import load, wrap
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.first_job import drawn
@@ -225,7 +226,7 @@ def test_what_a_sandbox_hides():
     assert "fused (sdpa or flash" in described(hidden)
     assert "is not told" in described(hidden)
     split = known() | {"tensor_parallel": 2}
-    assert compared(known(), split).notes == ["layers are split among 1 processes there, 2 here"]
+    assert compared(known(), split).notes == ["tensor parallelism is 1 there, 2 here"]
     assert "each layer is split among 2 processes (tensor parallel 2)" in described(split)
 
 
