@@ -129,18 +129,18 @@ def _rounding(known: Mapping[str, Any], now: Mapping[str, Any]) -> float:
 
 
 def _changed(apart: Mapping[str, float], known: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
-    """The parts that differ by more than rounding."""
-    limit = _rounding(known, now)
-    if _typical(apart) > TYPICAL * limit:
-        return {name: share for name, share in apart.items() if share > limit / WORST}
+    """The parts that differ by more than rounding: some by much, or else all by a little too much."""
+    limit, found = _rounding(known, now), {}
     alike = not _noted(known, now) and known["computes_in"] == now["computes_in"]
-    found = {}
-    for group in ("the attention of layer", "the MLP of layer", ""):
-        parts = {name: share for name, share in apart.items() if name.startswith(group) and name not in found}
+    for kind in ("the attention of layer", "the MLP of layer", "the "):
+        parts = {name: share for name, share in apart.items() if name.startswith(kind) and name not in found}
         exact = sum(share <= EXACT for share in parts.values()) > len(parts) / 2
-        most = limit / FEW if alike and exact and group else WORST * limit
+        most = limit / FEW if alike and exact and "layer" in kind else WORST * limit
         found |= {name: share if share > most else 0.0 for name, share in parts.items()}
-    return {name: share for name, share in found.items() if share}
+    changed = {name: share for name, share in found.items() if share}
+    if not changed and _typical(apart) > TYPICAL * limit:
+        return {name: share for name, share in apart.items() if share > limit / WORST}
+    return changed
 
 
 def _as_rounding(
