@@ -15,7 +15,8 @@ from selfrepair_nn.backends.local import backend, greeted_here
 from selfrepair_nn.errors import Incomplete, StoreError, UsageError
 from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.models.alike import mixed
-from selfrepair_nn.models.greeting import compared, described
+from selfrepair_nn.models.apart import compared
+from selfrepair_nn.models.greeting import described
 from selfrepair_nn.models.load import load, wrap
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.first_job import drawn
@@ -204,17 +205,46 @@ def test_another_order_of_sums_is_told_and_is_no_difference():
         assert "last digits" in found.notes[1]
 
 
-def test_rounding_of_every_sum_at_once_is_no_difference():
-    """As on a machine of another kind: all layers move, by less than their format's step."""
-    rng = np.random.default_rng(0)
-    for dtype, step in ((torch.float32, 3e-7), (torch.bfloat16, 0.005)):
-        moved = json.loads(json.dumps(known(dtype=dtype)))
-        for part, values in moved["sums"].items():
-            values = np.array(values)
-            values[..., :-1] += step * values[..., -1:] * rng.standard_normal(values[..., :-1].shape)
-            moved["sums"][part] = values.tolist()
-        found = compared(known(dtype=dtype), moved)
-        assert (found.kind, found.differences) == ("same", [])
+def elsewhere(greeting, step):
+    """As on a machine of another kind: all sums move, by so large a share of their usual size."""
+    rng, moved = np.random.default_rng(0), json.loads(json.dumps(greeting))
+    for part, values in moved["sums"].items():
+        values = np.array(values)
+        values[..., :-1] += step * values[..., -1:] * rng.standard_normal(values[..., :-1].shape)
+        moved["sums"][part] = values.tolist()
+    return moved
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 3e-7), (torch.bfloat16, 0.005)])
+def test_rounding_of_every_sum_at_once_is_no_difference(dtype, step):
+    found = compared(known(dtype=dtype), elsewhere(known(dtype=dtype), step))
+    assert (found.kind, found.differences) == ("same", [])
+    found = compared(known(dtype=dtype), elsewhere(changed(one_head, dtype=dtype), step))
+    assert found.kind == "other"
+    assert "other weights: the attention of layer 0, by" in found.differences[0]
+    found = compared(known(dtype=dtype), elsewhere(known(dtype=dtype), 8 * step))
+    assert found.kind != "same"
+
+
+def test_products_in_a_coarser_format():
+    """TF32 rounds what is multiplied, and no embedding and no norm."""
+    coarse = elsewhere(known(), 3e-4)
+    coarse["sums"] |= {part: known()["sums"][part] for part in ("embedding", "final_norm")}
+    found = compared(known(), coarse)
+    assert found.kind == "rounded"
+    assert "coarser products" in found.differences[0]
+
+
+def test_what_overflows_is_no_failure():
+    """A layer whose known vectors are too large for float16 is compared by what is left of it."""
+
+    def huge(module):
+        for layer in module.model.layers:
+            layer.mlp.down_proj.weight.mul_(1e4)
+
+    once, again = (changed(huge, dtype=torch.float16) for _ in range(2))
+    assert np.isfinite(once["sums"]["mlp"]).all()
+    assert compared(once, again).kind == "same"
 
 
 def test_what_a_sandbox_hides():
@@ -225,7 +255,7 @@ def test_what_a_sandbox_hides():
     assert "fused (sdpa or flash" in described(hidden)
     assert "is not told" in described(hidden)
     split = known() | {"tensor_parallel": 2}
-    assert compared(known(), split).notes == ["layers are split among 1 processes there, 2 here"]
+    assert compared(known(), split).notes == ["tensor parallelism is 1 there, 2 here"]
     assert "each layer is split among 2 processes (tensor parallel 2)" in described(split)
 
 

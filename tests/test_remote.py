@@ -24,14 +24,16 @@ from made import SWEPT
 from terminal import assert_same_numbers, resume_command
 
 import selfrepair_nn as sr
-from selfrepair_nn.backends.local import backend, only
+from selfrepair_nn.backends.local import backend, greeted_here, only
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
-from selfrepair_nn.backends.ndif.served import ServedModel
+from selfrepair_nn.backends.ndif.served import ServedModel, greeted
 from selfrepair_nn.backends.ndif.server import Server
 from selfrepair_nn.layout.experiment import prepare
 from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.layout.units import Unit
+from selfrepair_nn.models.apart import compared
+from selfrepair_nn.models.greeting import fingerprint_of
 from selfrepair_nn.models.load import describe, load, structure_only
 
 pytestmark = pytest.mark.slow
@@ -214,6 +216,48 @@ def test_a_store_tells_which_server_it_comes_from(server, ran):
     assert there["host"] == server.url
     assert {"python", "torch", "transformers", "nnsight", "ndif"} <= there.keys()
     assert there["nnsight"] == "0.8.1"
+
+
+def test_a_store_of_a_server_holds_the_numbers_of_the_same_model(ran, here):
+    """As one made here, by what each model made of known vectors; of its process only what that can know."""
+    there, close = (xr.open_zarr(path) for path in (ran[0], here(NEOX, *CHOICES[NEOX])))
+    assert sr.model_differences(there, close) == []
+    greeting = json.loads(there.attrs["greeting"])
+    told = [greeting[name] for name in ("computes_in", "weights_in", "attention", "tensor_parallel")]
+    assert told == ["float32", "float32", "sdpa", 1]
+
+
+@pytest.fixture(scope="module")
+def greet(server, tmp_path_factory):
+    """greet(key, model, source): the greeting of the model that the server serves under a name."""
+
+    def greeting(key, model, source=NEOX):
+        path = str(server.place.models[f"local/{source}"])
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("NDIF_API_KEY", key)
+            served = ServedModel(Server(server.url, 60), structure_only(describe(path), None))
+            served.key = served.key.replace(path, f"local/{model}")
+            ledger = Ledger(tmp_path_factory.mktemp("greet") / "x.jsonl", "run")
+            return greeted(JobsInFlight(served, ledger, 1, 60))
+
+    return greeting
+
+
+def test_whose_weights_answer_is_told_in_the_sandbox_too(server, greet, loaded):
+    """There the name of attention is hidden; the server says what weights are held in, and whether layers are split."""
+    there, close = greet(server.key, NEOX), greeted_here(loaded(NEOX))
+    found = compared(close, there)
+    assert (found.kind, found.differences) == ("same", [])
+    assert (there["weights_in"], there["attention"], there["tensor_parallel"]) == ("float32", "fused", 1)
+    coarse = greet(server.key, BFLOAT16)
+    found = compared(there, coarse)
+    assert found.kind == "rounded"
+    assert found.differences == [
+        "it computes in float32 there, bfloat16 here",
+        "weights are in float32 there, bfloat16 here",
+    ]
+    again = compared(coarse, greet(server.trusted_key, BFLOAT16))
+    assert (again.kind, again.differences, again.notes) == ("same", [], [])
 
 
 def test_bare_xarray_opens_a_store_that_has_a_ledger(ran):
@@ -471,12 +515,15 @@ def test_calibration_estimates_the_time_that_a_run_takes(far, server, tmp_path):
     assert least / 4 < took < 4 * most
 
 
-def test_doctor_finds_a_healthy_server_healthy(far, server):
+def test_doctor_finds_a_healthy_server_healthy(far, server, loaded):
     ended = far.run("doctor", "--host", server.url, "--model", "local/tiny-llama", "--try")
     assert ended.code == 0, ended.err
     assert f"{server.url} answers" in ended.out
     assert "local/tiny-llama running (float32)" in ended.out
     assert "one token; it computes in float32" in ended.out
+    assert f"in float32, fingerprint {fingerprint_of(greeted_here(loaded(LLAMA)))}" in ended.out
+    assert "attention     sdpa" in ended.out
+    assert "layers are not split (tensor parallel 1)" in ended.out
     assert "NDIF key      set" in ended.out
 
 

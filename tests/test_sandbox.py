@@ -30,7 +30,8 @@ from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.experiment import prepare
 from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.layout.sweep import Sweep, plans
-from selfrepair_nn.models.greeting import compared, greeting_of
+from selfrepair_nn.models.apart import compared
+from selfrepair_nn.models.greeting import greeting_of
 from selfrepair_nn.models.load import find, load
 from selfrepair_nn.options import Options
 from selfrepair_nn.replacements import OtherHead, Reinforce, Scale

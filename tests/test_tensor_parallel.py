@@ -22,8 +22,9 @@ from transformers import AutoConfig
 from selfrepair_nn.components import FinalNorm, Head, Layers, Mlp, Neuron, Norm, Routing, select_heads
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.greeting import first_unit
+from selfrepair_nn.models.apart import compared
 from selfrepair_nn.models.architectures import ARCHITECTURES
-from selfrepair_nn.models.greeting import compared, greeting_of
+from selfrepair_nn.models.greeting import greeting_of
 from selfrepair_nn.models.load import load
 from selfrepair_nn.replacements import OtherHead, Reinforce
 from selfrepair_nn.tracing import clean, terms
@@ -102,7 +103,7 @@ def assert_greeted_alike(split, whole):
     assert (split["tensor_parallel"], whole["tensor_parallel"]) == (2, 1)
     found = compared(whole, split)
     assert (found.kind, found.differences) == ("same", [])
-    assert "layers are split among 1 processes there, 2 here" in found.notes
+    assert "tensor parallelism is 1 there, 2 here" in found.notes
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import xarray as xr
 
 from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.models.greeting import compared
+from selfrepair_nn.models.apart import compared
 from selfrepair_nn.models.identity import differences
 
 ANYWHERE = ("kind", "configuration", "tokenizer")

@@ -17,7 +17,7 @@ from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import sweep_partial
 from selfrepair_nn.integrity import contents_of
 from selfrepair_nn.layout.experiment import Experiment
-from selfrepair_nn.models.greeting import compared
+from selfrepair_nn.models.apart import compared
 from selfrepair_nn.models.identity import differences, fingerprint
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.running.mending import require_mendable, restore

@@ -14,8 +14,8 @@ attention wrote, so that what differs in one place shows in one place. It return
     told [letter]                     what a process that has the weights knows: the name of attention's implementation,
                                       the tensor-parallel degree, the dtype of weights
 
-Known numbers lie between -2 and 2 and are multiples of 1/64, which every format holds; they follow from integers alone,
-the same on every machine.
+What overflows a model's number format counts as nothing. Known numbers lie between -2 and 2 and are multiples of 1/64,
+which every format holds; they follow from integers alone, the same on every machine.
 """
 
 import torch
@@ -72,7 +72,7 @@ def silence(x, key, found):
 
 
 def keyed(x, key):
-    x, key = widen(x).cpu().flatten(0, -2), widen(key)
+    x, key = widen(x).cpu().flatten(0, -2).nan_to_num(0, 0, 0), widen(key)
     size = x.norm() * (key.square().mean() / len(x)).sqrt()
     return torch.cat([(x * key).sum(-1), size[None]]).double()
 
