@@ -395,12 +395,12 @@ def jobs(store: str, machine: bool) -> None:
 
 
 @cli.command()
-@click.option("--host", default=None, help="Address of your own NDIF server.")
+@click.option("--host", multiple=True, help="Address of your own NDIF server, repeatable.")
 @click.option("--remote", is_flag=True, help="Look at the server that nnsight is configured for.")
 @click.option("--model", default=None, help="Model whose state on the server is asked for.")
 @click.option("--try", "trip", is_flag=True, help="Send the model one token and wait for the answer.")
 @JSON
-def doctor(host: str | None, remote: bool, model: str | None, trip: bool, machine: bool) -> None:
+def doctor(host: tuple[str, ...], remote: bool, model: str | None, trip: bool, machine: bool) -> None:
     """Look at versions, settings and a server, and say what is wrong. Exit code 1 if something is."""
     _quiet_libraries()
     from selfrepair_nn.backends.ndif.doctor import doctor as look

@@ -42,9 +42,9 @@ def existing(experiment: Experiment, alone: bool) -> Store | None:
 def create(experiment: Experiment, command: str, record: dict[str, Any]) -> Store:
     """The run's new store, which says whose numbers it will hold; StoreError if nothing can be written."""
     if experiment.options.served:
-        from selfrepair_nn.backends.ndif.served import server_of
+        from selfrepair_nn.backends.ndif.served import require_answer
 
-        server_of(experiment.options).greet()
+        require_answer(experiment.options)
     return Store.create(
         experiment.path,
         experiment.coordinates(),

@@ -2,13 +2,14 @@
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from selfrepair_nn import provenance
-from selfrepair_nn.backends.ndif.agreement import COMPARED, clocks_apart, versions_apart
+from selfrepair_nn.backends.ndif.agreement import COMPARED, clocks_apart, differences, versions_apart
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.errors import Incomplete, SelfRepairError
 from selfrepair_nn.secrets import PROXIES, hub_token, ndif_key
@@ -34,12 +35,12 @@ class Finding:
 
 
 def doctor(
-    host: str | None = None, *, remote: bool = False, model: str | None = None, trip: bool = False
+    host: str | Iterable[str] | None = None, *, remote: bool = False, model: str | None = None, trip: bool = False
 ) -> Iterator[Finding]:
     """Look at this machine and its settings; and at a server, if one is named or NDIF_HOST is set.
 
     Args:
-        host: the server's address.
+        host: the server's address; or those of several, which are compared too.
         remote: look at the server that nnsight is configured for.
         model: a model whose state on the server is asked for.
         trip: also send it one token.
@@ -47,11 +48,15 @@ def doctor(
     A setting is only ever said to be set or not. Nothing raises: what fails is a finding.
     """
     yield from _here()
+    from selfrepair_nn.options import Options
+
     if host or remote or os.environ.get("NDIF_HOST"):
         try:
-            yield from _there(host, model, trip)
-        except (SelfRepairError, Incomplete) as error:
+            hosts = Options(remote=True, host=host).hosts
+        except SelfRepairError as error:
             yield Finding("server", str(error), False)
+            return
+        yield from _each(hosts, model, trip)
     else:
         yield Finding("server", "not asked: name one with --host, or NDIF's own with --remote")
 
@@ -68,21 +73,41 @@ def _here() -> Iterator[Finding]:
     yield from (Finding("proxy", fault, False) for fault in proxy_faults())
 
 
-def _there(host: str | None, model: str | None, trip: bool) -> Iterator[Finding]:
-    from selfrepair_nn.backends.ndif.server import Server
-    from selfrepair_nn.options import Options
+def _each(hosts: Sequence[str | None], model: str | None, trip: bool) -> Iterator[Finding]:
+    """Every host in turn; what is found of several bears their names, and they are compared."""
+    said = dict[str, dict[str, Any]]()
+    for host in hosts:
+        try:
+            for found in _there(host, model, trip, said):
+                yield found if len(hosts) == 1 else replace(found, seen=f"{host}: {found.seen}")
+        except (SelfRepairError, Incomplete) as error:
+            yield Finding("server", str(error), False)
+    first, *others = said.values() or [{}]
+    for other in others:
+        found = "; ".join(differences(first, other))
+        agree = f"{other['host']} is as {first['host']}"
+        seen = f"{other['host']} differs from {first['host']}: {found}" if found else agree
+        yield Finding("hosts", seen, not found)
 
-    server = Server(Options(remote=True, host=host).host, patience=PATIENCE)
+
+def _there(
+    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]]
+) -> Iterator[Finding]:
+    from selfrepair_nn.backends.ndif.server import Server
+
+    server = Server(host, patience=PATIENCE)
     server.greet()
     yield Finding("server", f"{server.host} answers", True)
     yield _clock(server.ahead)
     try:
-        yield from _compared(server.environment())
+        versions = server.environment()
+        said[server.host] = {"host": server.host} | {n: versions[n] for n in COMPARED if n in versions}
+        yield from _compared(versions)
         yield Finding("models", _models(server.status()))
     except Fault as fault:
         yield Finding("cluster", str(fault), False)
     if model:
-        yield from _asked_for(server, model, trip)
+        yield from _asked_for(server, model, trip, said)
     elif trip:
         yield Finding("round trip", "say which model with --model", False)
 
@@ -112,19 +137,20 @@ def _models(replicas: list[dict]) -> str:
     return ", ".join(sorted(said)) or "none is deployed"
 
 
-def _asked_for(server, name: str, trip: bool) -> Iterator[Finding]:
+def _asked_for(server, name: str, trip: bool, said: dict[str, dict[str, Any]]) -> Iterator[Finding]:
     from selfrepair_nn.backends.ndif.served import ServedModel, states
     from selfrepair_nn.models.load import describe, load_tokenizer, structure_only
 
     description = describe(name)
     served = ServedModel(server, structure_only(description, load_tokenizer(description.source)))
     found = states(served)
-    yield Finding("model", f"{name} is {found}", True if found == "running" else None)
+    said[server.host] = served.facts()
+    yield Finding("model", f"{name} is {found}", True if found.startswith("running") else None)
     if trip:
-        yield _round_trip(served)
+        yield _round_trip(served, said)
 
 
-def _round_trip(served) -> Finding:
+def _round_trip(served, said: dict[str, dict[str, Any]]) -> Finding:
     """One token to the model and back."""
     from selfrepair_nn.backends.local import only
     from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
@@ -136,7 +162,7 @@ def _round_trip(served) -> Finding:
         began = time.perf_counter()
         found = only(jobs, first_unit(served.model.layout))["residual"]
         seconds = time.perf_counter() - began
-    dtype = str(found.dtype).removeprefix("torch.")
+    dtype = said[served.name]["dtype"] = str(found.dtype).removeprefix("torch.")
     return Finding("round trip", f"{seconds:.2f} s for one token; it computes in {dtype}", True)
 
 

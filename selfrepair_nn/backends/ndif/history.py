@@ -38,6 +38,7 @@ def told(store: Path, run: str) -> dict[str, Any]:
             "part": record.part,
             "state": MEANINGS.get(record.event, record.event),
             "job": record.job if record.open else None,
+            "host": record.host or None,
             "failures": dict(record.failures),
             "said": brief(record.text) if record.text else None,
             "bytes_sent": record.bytes_sent,
@@ -61,7 +62,7 @@ def _line(record: Record) -> str:
     meanings = {kind: KINDS[kind].meaning if kind in KINDS else kind for kind in record.failures}
     why = "; ".join(f"{count} x {meanings[kind]}" for kind, count in record.failures.items())
     said = f" ({brief(record.text)})" if record.text else ""
-    job = f"job {record.job}" if record.open else ""
+    job = f"job {record.job}{f' at {record.host}' if record.host else ''}" if record.open else ""
     parts = (record.part, MEANINGS.get(record.event, record.event), job, f"{why}{said}")
     return "  ".join(line(part) for part in parts if part)
 

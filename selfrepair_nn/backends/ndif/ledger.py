@@ -28,11 +28,12 @@ OF_EVENTS = {SENDING: {"bytes": int, "job": str}, FETCHED: {"bytes": int}, FAILE
 
 @dataclass
 class Record:
-    """What is known of one part: its last event and job, when that was sent, and how its jobs failed."""
+    """What is known of one part: its last event and job, when and to which host that was sent, how its jobs failed."""
 
     part: str
     event: str = ""
     job: str = ""
+    host: str = ""
     sent: float = 0.0
     jobs: int = 0
     bytes_sent: int = 0
@@ -52,7 +53,7 @@ class Record:
         self.bytes_returned += line["bytes"] if self.event == FETCHED else 0
         if self.event == SENDING:
             self.sent, self.jobs = datetime.fromisoformat(line["time"]).timestamp(), self.jobs + 1
-            self.bytes_sent += line["bytes"]
+            self.bytes_sent, self.host = self.bytes_sent + line["bytes"], line.get("host", "")
         if self.event == FAILED:
             self.failures[line["kind"]] += 1
             self.text = line["text"]
@@ -123,7 +124,7 @@ def _fits(line: dict[str, Any]) -> bool:
         datetime.fromisoformat(line["time"]).timestamp()
     except (ValueError, OverflowError, OSError):
         return False
-    return isinstance(line.get("job", ""), str)
+    return isinstance(line.get("job", ""), str) and isinstance(line.get("host", ""), str)
 
 
 def _whole(file: Any) -> bool:
