@@ -408,9 +408,16 @@ def check(model: str, dtype: str, device: str, revision: str | None, machine: bo
 
 @cli.command()
 @STORE
+@click.option("--watch", "again", is_flag=True, help="Look again and again, until the run has finished.")
 @JSON
-def jobs(store: str, machine: bool) -> None:
-    """Print what was sent to a server for STORE: what is there, what failed and why, bytes each way."""
+def jobs(store: str, again: bool, machine: bool) -> None:
+    """Print what was sent to a server for STORE: what is there and how it stands, what failed and why, bytes each way.
+
+    With --watch a terminal is redrawn; elsewhere every change is a line, with --json one of JSON.
+    """
+    if again:
+        _watch(store, machine)
+        return
     from selfrepair_nn.backends.ndif.history import history, told
     from selfrepair_nn.paths import local
     from selfrepair_nn.store import open_store
@@ -423,12 +430,12 @@ def jobs(store: str, machine: bool) -> None:
 
 
 @cli.command()
-@click.option("--host", default=None, help="Address of your own NDIF server.")
+@click.option("--host", multiple=True, help="Address of your own NDIF server, repeatable.")
 @click.option("--remote", is_flag=True, help="Look at the server that nnsight is configured for.")
 @click.option("--model", default=None, help="Model whose state on the server is asked for.")
 @click.option("--try", "trip", is_flag=True, help="Send the model the smallest of jobs, and say whose weights answer.")
 @JSON
-def doctor(host: str | None, remote: bool, model: str | None, trip: bool, machine: bool) -> None:
+def doctor(host: tuple[str, ...], remote: bool, model: str | None, trip: bool, machine: bool) -> None:
     """Look at versions, settings and a server, and say what is wrong. Exit code 1 if something is."""
     _quiet_libraries()
     from selfrepair_nn.backends.ndif.doctor import doctor as look
@@ -445,6 +452,31 @@ def doctor(host: str | None, remote: bool, model: str | None, trip: bool, machin
         raise SelfRepairError(
             f"something is wrong: see {'what is not right' if machine else 'the lines marked FAIL'}"
         )
+
+
+def _watch(store: str, machine: bool) -> None:
+    """How STORE's jobs stand until its run has finished."""
+    from selfrepair_nn.backends.ndif.history import changed, watched
+    from selfrepair_nn.paths import local
+    from selfrepair_nn.store import open_store
+
+    open_store(store)
+    terminal, drawn, before, text = sys.stdout.isatty() and not machine, 0, dict[str, Any](), ""
+    for text, now in watched(local(store, "store")):
+        if terminal:
+            click.echo(f"\x1b[{drawn}F\x1b[J" * bool(drawn) + shown(text))
+            drawn = text.count("\n") + 1
+        for part in [] if terminal else changed(before, now):
+            if machine:
+                _print_json({"store": store, **part})
+            else:
+                said = part["server_says"] or part["state"]
+                _print("  ".join(line(each) for each in (part["part"], said, part["said"]) if each))
+        before = now
+    if machine:
+        _print_json({"store": store, "jobs": before["jobs"], "finished": True})
+    elif not terminal:
+        _print(text.splitlines()[-2] if before["jobs"] else text)
 
 
 def _knock(recipe: str, chosen: dict[str, Any]) -> None:

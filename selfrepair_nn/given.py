@@ -59,7 +59,7 @@ class Given(TypedDict, total=False):
     backend: Literal["local", "simulated"] | None
     check: bool | None
     remote: bool | None
-    host: str | None
+    host: str | Iterable[str] | None
     in_flight: Whole
     patience: Whole
     tensor_parallel: Whole

@@ -109,9 +109,18 @@ def _out(name: str, value: Any) -> str:
     return found
 
 
-def _address(name: str, value: Any) -> str:
-    require_address(values.text(name, value))
-    return value
+def _addresses(name: str, value: Any) -> tuple[str, ...]:
+    """One address or several, each once."""
+    given = [value] if isinstance(value, str) else values.several(value)
+    if given == []:
+        raise UsageError(f"{name} is empty: name a server's address, or leave it out")
+    found = [values.text(name, each) for each in ([value] if given is None else given)]
+    for each in found:
+        require_address(each)
+    plain = [each.strip().rstrip("/").lower() for each in found]
+    if twice := [each for each, other in zip(found, plain, strict=True) if plain.count(other) > 1]:
+        raise UsageError(f"host {twice[0]} is named twice: name each server once")
+    return tuple(found)
 
 
 def _scheduler(name: str, value: Any) -> str:
@@ -178,8 +187,8 @@ class Options:
     backend: str = option("local", "Where the model runs.", choices=BACKENDS, decides=False)
     check: bool = option(True, "Prove at load that the model is decomposed exactly.", values.switch, decides=False)
     remote: bool = option(False, "Run on an NDIF server: no weights are needed here.", values.switch)
-    host: str | None = option(None, "Address of your own NDIF server, such as http://127.0.0.1:8001; implies remote.", _address, decides=False)
-    in_flight: int = option(2, "Jobs on the server at a time.", _processes, decides=False)
+    host: Any = option((), "Address of your own NDIF server, such as http://127.0.0.1:8001; implies remote; repeatable: several hosts share the work.", _addresses, decides=False)
+    in_flight: int = option(2, "Jobs on each server at a time.", _processes, decides=False)
     patience: int = option(1800, "Seconds to wait for a server that is silent before a job or the server is given up.", _seconds, decides=False)
     tensor_parallel: int | None = option(None, "Processes that a server splits each layer among, for its plan; default: as the server says, else 1.", _processes, decides=False)
     job_seconds: int | None = option(None, "Seconds after which a server ends a job; default: as the server says, else 3600.", _seconds, decides=False)
@@ -307,7 +316,12 @@ class Options:
     @property
     def served(self) -> bool:
         """Whether the model runs on an NDIF server."""
-        return self.remote or self.host is not None
+        return self.remote or bool(self.host)
+
+    @property
+    def hosts(self) -> tuple[str | None, ...]:
+        """Addresses of the servers it runs on; None is the one that nnsight is configured for."""
+        return self.host or (None,)
 
 
 def require_known(names: Iterable[str], others: Iterable[str] = ()) -> None:

@@ -57,6 +57,7 @@ class FakeNdif:
         self.packages, self.deployments = PACKAGES | said.pop("packages", {}), said.pop("deployments", None)
         self.python = said.pop("python", sys.version)
         self.jobs: dict[str, dict] = {}
+        self.broken: list[str] = []
         self.asked: list[tuple[str, str, str]] = []
         self.keys: set[tuple[str, str | None]] = set()
         self._todo: queue.Queue = queue.Queue()

@@ -72,6 +72,10 @@ class FakeService:
     names: itertools.count = field(default_factory=itertools.count)
 
     doubt = ""
+    name = "http://fake"
+
+    def greet(self) -> None:
+        self.step()
 
     def step(self) -> None:
         if self.steps == self.kill_at:

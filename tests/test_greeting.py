@@ -317,15 +317,13 @@ def far(monkeypatch):
         return jobs, {"dtype": "float32", "server": {"host": "http://h"}, "greeting": greeted_here(there["model"])}
 
     class Flight:
+        hosts = SimpleNamespace(left=[])
+
         def __call__(self, units):
             return self.run(units)
 
-    class Greeted:
-        def greet(self):
-            pass
-
     monkeypatch.setattr(served, "connected", connected)
-    monkeypatch.setattr(served, "server_of", lambda options: Greeted())
+    monkeypatch.setattr(served, "require_answer", lambda options: None)
     return lambda module: there.update(model=wrap(module))
 
 

@@ -238,7 +238,7 @@ def greet(server, tmp_path_factory):
             served = ServedModel(Server(server.url, 60), structure_only(describe(path), None))
             served.key = served.key.replace(path, f"local/{model}")
             ledger = Ledger(tmp_path_factory.mktemp("greet") / "x.jsonl", "run")
-            return greeted(JobsInFlight(served, ledger, 1, 60))
+            return greeted(served, ledger, 60)
 
     return greeting
 

@@ -46,9 +46,9 @@ def create(experiment: Experiment, command: str, model: Model, record: dict[str,
     """The run's new store, which says whose numbers it will hold; StoreError if nothing can be written."""
     greeting = {}
     if experiment.options.served:
-        from selfrepair_nn.backends.ndif.served import server_of
+        from selfrepair_nn.backends.ndif.served import require_answer
 
-        server_of(experiment.options).greet()
+        require_answer(experiment.options)
     else:
         greeting = {"greeting": greeted_here(model, experiment.options.backend)}
     return Store.create(

@@ -332,12 +332,28 @@ def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Bac
             f"{str(store.path)!r} was begun on a server that computes in {known}, this one computes in "
             f"{facts['dtype']}: choose another --out"
         )
+    _tell_changed(store, facts)
     store.annotate(**facts | {"greeting": require_same_answers(store, model, facts["greeting"])})
     jobs.watch = bar.note
     planned = jobs_of(experiment, limits_there(jobs, experiment.options))
     require_workable(planned)
     jobs.cutter = Cutting(planned, tell)
     return jobs
+
+
+def _tell_changed(store: Store, facts: dict[str, Any]) -> None:
+    """Tell of versions on the server that are others than when the run was last there; all are kept."""
+    before = json.loads(store.attributes.get("server", "{}"))
+    changed = [
+        f"{name} {before[name]} then, {now} now"
+        for name, now in facts["server"].items()
+        if name not in ("host", "apart") and before.get(name, now) != now
+    ]
+    if changed:
+        said = f"the server has changed since {str(store.path)!r} was begun ({', '.join(changed)})"
+        tell(f"{said}: numbers may round otherwise")
+        earlier = json.loads(store.attributes.get("earlier_servers", "[]"))
+        store.annotate(earlier_servers=[*earlier, before])
 
 
 def _measuring(store: Store, experiment: Experiment) -> Callable[[int], None] | None:
@@ -351,7 +367,7 @@ def _measuring(store: Store, experiment: Experiment) -> Callable[[int], None] | 
 def _ledger(store: Store) -> Ledger:
     if "run" not in store.attributes:
         store.annotate(run=uuid.uuid4().hex)
-    return Ledger(ledger_path(store.path), store.attributes["run"])
+    return Ledger(ledger_path(store.path), store.attributes["run"]).compact()
 
 
 def _kept(store: Store, experiment: Experiment) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from selfrepair_nn import provenance
+from selfrepair_nn.models.apart import compared
 
 COMPARED = ("python", "nnsight", "transformers", "torch")
 """What a server and its clients should agree on."""
@@ -47,9 +48,10 @@ def duration(seconds: float) -> str:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """How two servers' greetings differ in what numbers depend on: a phrase for each; of what only one says, nothing.
+    """How two servers differ in what numbers depend on: a phrase for each; of what only one says, nothing.
 
-    Of versions the first two places count.
+    Of versions the first two places count. Where both have a greeting, `models.apart` compares them: `other` is there,
+    `one` is here.
     """
     found = []
     for name in [name for name in one if name in other and name not in UNCOMPARED]:
@@ -58,8 +60,10 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
             continue
         if ours != theirs:
             found.append(f"{name.replace('_', ' ')} {theirs}, not {ours}")
+    if "greeting" in one and "greeting" in other:
+        found += compared(other["greeting"], one["greeting"]).differences
     return found
 
 
-UNCOMPARED = ("host", "ndif", "apart")
-"""What a greeting holds that numbers do not depend on."""
+UNCOMPARED = ("host", "ndif", "apart", "greeting")
+"""What is known of a server that numbers do not depend on, and what is compared in its own way."""

@@ -2,13 +2,14 @@
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from selfrepair_nn import provenance
-from selfrepair_nn.backends.ndif.agreement import COMPARED, clocks_apart, versions_apart
+from selfrepair_nn.backends.ndif.agreement import COMPARED, clocks_apart, differences, versions_apart
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.errors import Incomplete, SelfRepairError
 from selfrepair_nn.secrets import PROXIES, hub_token, ndif_key
@@ -34,12 +35,12 @@ class Finding:
 
 
 def doctor(
-    host: str | None = None, *, remote: bool = False, model: str | None = None, trip: bool = False
+    host: str | Iterable[str] | None = None, *, remote: bool = False, model: str | None = None, trip: bool = False
 ) -> Iterator[Finding]:
     """Look at this machine and its settings; and at a server, if one is named or NDIF_HOST is set.
 
     Args:
-        host: the server's address.
+        host: the server's address; or those of several, which are compared too.
         remote: look at the server that nnsight is configured for.
         model: a model whose state on the server is asked for.
         trip: also send it the smallest of jobs, which tells whose weights answer.
@@ -47,11 +48,15 @@ def doctor(
     A setting is only ever said to be set or not. Nothing raises: what fails is a finding.
     """
     yield from _here()
+    from selfrepair_nn.options import Options
+
     if host or remote or os.environ.get("NDIF_HOST"):
         try:
-            yield from _there(host, model, trip)
-        except (SelfRepairError, Incomplete) as error:
+            hosts = Options(remote=True, host=host).hosts
+        except SelfRepairError as error:
             yield Finding("server", str(error), False)
+            return
+        yield from _each(hosts, model, trip)
     else:
         yield Finding("server", "not asked: name one with --host, or NDIF's own with --remote")
 
@@ -68,21 +73,41 @@ def _here() -> Iterator[Finding]:
     yield from (Finding("proxy", fault, False) for fault in proxy_faults())
 
 
-def _there(host: str | None, model: str | None, trip: bool) -> Iterator[Finding]:
-    from selfrepair_nn.backends.ndif.server import Server
-    from selfrepair_nn.options import Options
+def _each(hosts: Sequence[str | None], model: str | None, trip: bool) -> Iterator[Finding]:
+    """Every host in turn; what is found of several bears their names, and they are compared."""
+    said = dict[str, dict[str, Any]]()
+    for host in hosts:
+        try:
+            for found in _there(host, model, trip, said):
+                yield found if len(hosts) == 1 else replace(found, seen=f"{host}: {found.seen}")
+        except (SelfRepairError, Incomplete) as error:
+            yield Finding("server", str(error), False)
+    first, *others = said.values() or [{}]
+    for other in others:
+        found = "; ".join(differences(first, other))
+        agree = f"{other['host']} is as {first['host']}"
+        seen = f"{other['host']} differs from {first['host']}: {found}" if found else agree
+        yield Finding("hosts", seen, not found)
 
-    server = Server(Options(remote=True, host=host).host, patience=PATIENCE)
+
+def _there(
+    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]]
+) -> Iterator[Finding]:
+    from selfrepair_nn.backends.ndif.server import Server
+
+    server = Server(host, patience=PATIENCE)
     server.greet()
     yield Finding("server", f"{server.host} answers", True)
     yield _clock(server.ahead)
     try:
-        yield from _compared(server.environment())
+        versions = server.environment()
+        said[server.host] = {"host": server.host} | {n: versions[n] for n in COMPARED if n in versions}
+        yield from _compared(versions)
         yield Finding("models", _models(server.status()))
     except Fault as fault:
         yield Finding("cluster", str(fault), False)
     if model:
-        yield from _asked_for(server, model, trip)
+        yield from _asked_for(server, model, trip, said)
     elif trip:
         yield Finding("round trip", "say which model with --model", False)
 
@@ -112,30 +137,30 @@ def _models(replicas: list[dict]) -> str:
     return ", ".join(sorted(said)) or "none is deployed"
 
 
-def _asked_for(server, name: str, trip: bool) -> Iterator[Finding]:
+def _asked_for(server, name: str, trip: bool, said: dict[str, dict[str, Any]]) -> Iterator[Finding]:
     from selfrepair_nn.backends.ndif.served import ServedModel, states
     from selfrepair_nn.models.load import describe, load_tokenizer, structure_only
 
     description = describe(name)
     served = ServedModel(server, structure_only(description, load_tokenizer(description.source)))
     found = states(served)
-    yield Finding("model", f"{name} is {found}", True if found == "running" else None)
+    said[server.host] = served.facts()
+    yield Finding("model", f"{name} is {found}", True if found.startswith("running") else None)
     if trip:
-        yield from _greeted(served)
+        yield from _greeted(served, said)
 
 
-def _greeted(served) -> Iterator[Finding]:
+def _greeted(served, said: dict[str, dict[str, Any]]) -> Iterator[Finding]:
     """A job to the model and back, and which model it found there."""
-    from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
     from selfrepair_nn.backends.ndif.ledger import Ledger
     from selfrepair_nn.backends.ndif.served import greeted
     from selfrepair_nn.models.greeting import attention_said, fingerprint_of, split_said, weights_said
 
     with TemporaryDirectory() as folder:
-        jobs = JobsInFlight(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), 1, PATIENCE)
         began = time.perf_counter()
-        found = greeted(jobs)
+        found = greeted(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), PATIENCE)
         seconds = time.perf_counter() - began
+    said[served.name]["greeting"] = found
     took = f"{seconds:.2f} s, little more than for one token"
     yield Finding("round trip", f"{took}; it computes in {found['computes_in']}", True)
     yield Finding("weights", f"{weights_said(found)}, fingerprint {fingerprint_of(found)}")

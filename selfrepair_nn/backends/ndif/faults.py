@@ -29,6 +29,7 @@ KINDS = {
     "unreachable": Kind("the server does not answer", "check --host and that it is up (`selfrepair doctor --host URL`)", passes=True),
     "moved": Kind("the server's address leads to another one", "give that as --host if it is the server's: the key goes nowhere else by itself", passes=True),
     "between": Kind("something else answered in the server's place", "look at what stands between: a proxy (HTTPS_PROXY, NO_PROXY), a page to log in at; and check --host", passes=True),
+    "differs": Kind("the host is not what it was, or not what the others are", "leave it out, or run it apart"),
     "clocks": Kind("the server's clock and that of its store of results differ", "have them set; the result waits there, and the same command fetches it", passes=True),
     "not ndif": Kind("what answers is not an NDIF server", "check --host: the address of the API, without a path"),
     "key": Kind("the server does not accept the API key", "set NDIF_API_KEY to a valid one (https://login.ndif.us)"),

@@ -2,13 +2,16 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from selfrepair_nn.backends.ndif.faults import KINDS, Fault, brief, job_fault
+from selfrepair_nn.backends.ndif.agreement import duration
+from selfrepair_nn.backends.ndif.faults import KINDS, Fault, job_fault
+from selfrepair_nn.backends.ndif.hosts import Host, Hosts, Service
 from selfrepair_nn.backends.ndif.ledger import FAILED, FETCHED, GIVEN_UP, SENDING, SENT, SPLIT, TAKEN, Ledger
+from selfrepair_nn.backends.ndif.pieces import Piece
 from selfrepair_nn.backends.ndif.server import Answer, pause_before
+from selfrepair_nn.backends.ndif.standing import standing
 from selfrepair_nn.errors import Incomplete
 from selfrepair_nn.layout.units import Unit
 
@@ -22,29 +25,6 @@ HOPELESS = 3
 SHOWN = 10
 
 
-class Service(Protocol):
-    """A model on a server, as the flight needs it: backends.ndif.served.ServedModel, or a test's stand-in."""
-
-    def pack(self, unit: Unit) -> bytes:
-        """The request, ready to be sent."""
-        ...
-
-    def send(self, request: bytes, job: str) -> str | None:
-        """The id under which the server took the request, or None if that is not known."""
-
-    @property
-    def doubt(self) -> str:
-        """What came in place of an answer to the last request, if something did."""
-        ...
-
-    def ask(self, job: str) -> Answer | None:
-        """The latest status, or None if the server knows no such job."""
-
-    def fetch(self, address: str) -> tuple[dict[Any, Any], int]:
-        """A result and its size in bytes. Raises Fault "expired" if it is not kept any more."""
-        ...
-
-
 class Cutter(Protocol):
     """What knows how long jobs take: estimating.fitting.Cutting, or a test's stand-in."""
 
@@ -56,63 +36,29 @@ class Cutter(Protocol):
         """Takes how long the server was at a job."""
 
 
-@dataclass(eq=False)
-class _Piece:
-    """A unit on the way to its result. Once it is split its parts are asked for instead.
-
-    `job` is what the server has of it; `heard` is when the job's status last changed, or when it was sent or taken up.
-    """
-
-    unit: Unit
-    root: "_Piece | None" = None
-    parts: list["_Piece"] = field(default_factory=list)
-    result: dict[Any, Any] | None = None
-    due: float = 0.0
-    job: str = ""
-    heard: float = 0.0
-    status: str = ""
-    known: bool = False
-    doubt: str = ""
-
-    def split(self) -> list["_Piece"]:
-        """Its two halves; none at all if it cannot be halved."""
-        self.parts = [_Piece(half, self.root or self) for half in self.unit.halves()]
-        return self.parts
-
-    def leaves(self) -> Iterator["_Piece"]:
-        """What is asked for in one request each."""
-        yield from (leaf for part in self.parts for leaf in part.leaves()) if self.parts else (self,)
-
-    def gathered(self) -> dict[Any, Any] | None:
-        """The result, joined from the parts, or None as long as one is missing."""
-        if any(leaf.result is None for leaf in self.leaves()):
-            return None
-        return self._joined()
-
-    def _joined(self) -> Any:
-        return self.unit.join(*(part._joined() for part in self.parts)) if self.parts else self.result
-
-
 class JobsInFlight:
-    """A backend that runs units on a server, at most `in_flight` at a time, and gives them in the order they finish.
+    """A backend that runs units on one host or several, at most `in_flight` at a time on each.
 
-    What an earlier process sent is taken up again, by its id. A job that fails is sent again after a pause, or its unit
-    split, as its kind of fault says. When a part is given up the others go on, and at the end Incomplete says what is
-    missing and why.
+    It gives them in the order they finish. What an earlier process sent is taken up again, by its id, where it is. A
+    job that fails is sent again after a pause, or its unit split, as its kind of fault says. When a part is given up
+    the others go on, and at the end Incomplete says what is missing and why. What a host has that is silent for too
+    long, or refuses, goes to the others; it may come back.
 
     Args:
-        patience: seconds without any change of a job's status after which it counts as lost.
+        services: the model on a host, or on each of several.
+        patience: seconds without any change of a job's status after which it counts as lost; and of silence after
+            which a host's work goes to the others.
         notify: takes a line for the user whenever something did not go as it should.
         clock: seconds that only ever pass: how late it is here, or was when something was sent, decides nothing.
 
     Raises (while iterating):
         Incomplete: something is missing; the same run goes on from there.
-        Fault: of a kind that another attempt cannot mend, such as a wrong key.
+        Fault: of a kind that another attempt cannot mend, such as a wrong key, from the last host there is.
     """
 
     def __init__(
         self,
-        service: Service,
+        services: Service | Sequence[Service],
         ledger: Ledger,
         in_flight: int,
         patience: float,
@@ -120,7 +66,8 @@ class JobsInFlight:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.service, self.ledger, self.notify = service, ledger, notify
+        every = services if isinstance(services, Sequence) else [services]
+        self.hosts, self.ledger, self.notify = Hosts(every, patience), ledger, notify
         self.in_flight, self.patience, self.clock, self.sleep = in_flight, patience, clock, sleep
         self.watch: Callable[[str], None] = lambda state: None
         """Takes how the jobs stand, whenever they were looked at."""
@@ -134,53 +81,113 @@ class _Round:
     """One list of units on its way."""
 
     def __init__(self, flight: JobsInFlight, units: Iterable[Unit]) -> None:
-        self._flight, self._ledger = flight, flight.ledger
-        self._wholes = [self._planned(_Piece(unit)) for unit in units]
+        self._flight, self._ledger, self._hosts = flight, flight.ledger, flight.hosts
+        self._wholes = dict.fromkeys(self._planned(Piece(unit)) for unit in units)
         leaves = [leaf for whole in self._wholes for leaf in whole.leaves()]
         self._waiting = sorted(leaves, key=lambda leaf: not self._ledger[leaf.unit.label].open)
-        self._flying: list[_Piece] = []
-        self._given_up: list[tuple[_Piece, Fault]] = []
+        self._flying: list[Piece] = []
+        self._landed: list[Piece] = []
+        self._given_up: list[tuple[Piece, Fault]] = []
         self._hopeless = 0
+        self._settle()
 
     def run(self) -> Iterator[tuple[Unit, dict[Any, Any]]]:
         """Send, look, wait, until everything has come back or been given up."""
         pause = SHORTEST_PAUSE
         while self._flying or (self._waiting and self._hopeless < HOPELESS):
-            try:
-                moved = [self._start(piece) for piece in self._due()] + [
-                    self._look(p) for p in [*self._flying]
-                ]
-            except Fault as fault:
-                if KINDS[fault.kind].passes:
-                    raise Incomplete(f"{fault}\n{self._standing()}") from None
-                raise
-            self._flight.watch(self._states())
+            moved = [self._turn(host) for host in self._hosts.awake(self._flight.clock())]
+            self._flight.watch(standing(self._flying, self._hosts, self._flight.clock()))
             yield from self._complete()
             pause = SHORTEST_PAUSE if any(moved) else min(1.5 * pause, LONGEST_PAUSE)
             self._flight.sleep(pause)
         if self._wholes:
             raise Incomplete(self._standing())
 
-    def _planned(self, piece: _Piece) -> _Piece:
+    def _planned(self, piece: Piece) -> Piece:
         """Split what an earlier process has split."""
         if self._ledger[piece.unit.label].split:
             for part in piece.split():
                 self._planned(part)
         return piece
 
-    def _due(self) -> list[_Piece]:
-        """What can be sent now."""
-        free = self._flight.in_flight - len(self._flying) if self._hopeless < HOPELESS else 0
-        now = self._flight.clock()
-        due = [piece for piece in self._waiting if piece.due <= now][: max(0, free)]
-        self._waiting = [piece for piece in self._waiting if piece not in due]
-        return due
+    def _settle(self) -> None:
+        """Find the jobs of a host that is not among these, or was not noted: under another address it may be."""
+        for piece in self._waiting:
+            record = self._ledger[piece.unit.label]
+            if record.open and record.host not in {host.name for host in self._hosts}:
+                knows = (host.name for host in self._hosts.left if self._knows(host, record.job))
+                record.host = next(knows, record.host or self._hosts.every[0].name)
 
-    def _start(self, piece: _Piece) -> bool:
-        """Take up the piece's job if there may be one; else send one."""
-        self._flying.append(piece)
+    def _knows(self, host: Host, job: str) -> bool:
+        try:
+            return self._hosts.several and host.service.ask(job) is not None
+        except Fault:
+            return False
+
+    def _turn(self, host: Host) -> bool:
+        """Send to a host what it has room for, and look at what it has; whether there was anything new."""
+        try:
+            if host.silent is not None:
+                host.service.greet()
+            moved = False
+            while piece := self._next(host):
+                moved |= self._start(piece, host)
+            for piece in [piece for piece in self._flying if piece.host is host]:
+                moved |= self._look(piece)
+        except Fault as fault:
+            self._without(host, fault)
+            return False
+        if host.answered():
+            self._flight.notify(f"{host.name} answers again")
+        return moved
+
+    def _without(self, host: Host, fault: Fault) -> None:
+        """Wait for a silent host, or give what it has to the others. Raises what ends the run, if none is left."""
+        passes, now = KINDS[fault.kind].passes, self._flight.clock()
+        before = host.silent
+        if passes and not host.said_nothing(now, self._hosts.patience):
+            if before is None:
+                self._flight.notify(f"{fault}; the others go on, and it is tried again")
+            return
+        host.refused = None if passes else fault
+        if not self._hosts.left:
+            raise Incomplete(f"{fault}\n{self._standing()}") if passes else fault
+        back = [piece for piece in self._flying if piece.host is host]
+        self._flying = [piece for piece in self._flying if piece.host is not host]
+        self._waiting[:0] = back
+        waited = f" for {duration(now - host.silent)}" if passes and host.silent is not None else ""
+        had = f"what it had ({len(back)} jobs) goes to the others"
+        self._flight.notify(f"{host.name} is left out{waited}: {fault}; {had}")
+
+    def _next(self, host: Host) -> Piece | None:
+        """What can be sent to a host now, or is there; it no longer waits."""
+        busy = sum(piece.host is host for piece in self._flying)
+        if busy >= self._flight.in_flight or self._hopeless >= HOPELESS:
+            return None
+        now = self._flight.clock()
+        for index, piece in enumerate(self._waiting):
+            if piece.due <= now and self._may_go(piece, host):
+                return self._waiting.pop(index)
+        return None
+
+    def _may_go(self, piece: Piece, host: Host) -> bool:
+        """Whether a piece is a host's: where its job is, else anywhere but where it failed, if there is a choice."""
+        if home := self._home(piece):
+            return home is host
+        others = [other for other in self._hosts.left if other is not host and other.silent is None]
+        return piece.failed_at is not host or not others
+
+    def _home(self, piece: Piece) -> Host | None:
+        """The host that has a piece's job, or may have it."""
         record = self._ledger[piece.unit.label]
-        if record.open:
+        return self._hosts.named(record.host) if record.open else None
+
+    def _start(self, piece: Piece, host: Host) -> bool:
+        """Take up the piece's job if there may be one; else send one."""
+        record, home = self._ledger[piece.unit.label], self._home(piece)
+        self._flying.append(piece)
+        piece.host = host
+        if home:
             piece.job, piece.heard, piece.status = record.job, self._flight.clock(), ""
             piece.known = record.event in (FETCHED, TAKEN)
             return True
@@ -188,7 +195,7 @@ class _Round:
             self._flying.remove(piece)
             return True
         try:
-            self._send(piece)
+            self._send(piece, host.service)
         except Fault as fault:
             self._fail(piece, fault)
         return True
@@ -196,19 +203,19 @@ class _Round:
     def _fits(self, unit: Unit) -> bool:
         return self._flight.cutter is None or self._flight.cutter.fits(unit)
 
-    def _split(self, piece: _Piece) -> bool:
+    def _split(self, piece: Piece) -> bool:
         """Ask for the piece's halves instead, next; False if it has none."""
         if parts := piece.split():
             self._ledger.write(SPLIT, piece.unit.label, into=[part.unit.label for part in parts])
             self._waiting[:0] = parts
         return bool(parts)
 
-    def _send(self, piece: _Piece) -> None:
+    def _send(self, piece: Piece, service: Service) -> None:
         """The id goes to the ledger before the request goes out, so that its fate can be asked for."""
-        label, service = piece.unit.label, self._flight.service
+        label = piece.unit.label
         request, piece.job, piece.status = service.pack(piece.unit), uuid.uuid4().hex, ""
         piece.known = False
-        self._ledger.write(SENDING, label, job=piece.job, bytes=len(request))
+        self._ledger.write(SENDING, label, job=piece.job, host=service.name, bytes=len(request))
         known = service.send(request, piece.job)
         piece.doubt = service.doubt
         if known:
@@ -216,13 +223,14 @@ class _Round:
             self._ledger.write(SENT, label, job=known)
         piece.heard = self._flight.clock()
 
-    def _look(self, piece: _Piece) -> bool:
+    def _look(self, piece: Piece) -> bool:
         """Ask about a job; whether there is anything new."""
-        answer = self._flight.service.ask(piece.job)
+        assert piece.host is not None
+        answer = piece.host.service.ask(piece.job)
         silent = self._flight.clock() - piece.heard
         status = f"{answer.status}: {answer.description}" if answer else ""
         if answer and answer.status == "COMPLETED":
-            self._land(piece, answer)
+            self._land(piece, answer, piece.host.service)
         elif answer and answer.status == "ERROR":
             self._fail(piece, job_fault(answer.description))
         elif status != piece.status and answer:
@@ -237,11 +245,11 @@ class _Round:
             return False
         return True
 
-    def _land(self, piece: _Piece, answer: Answer) -> None:
+    def _land(self, piece: Piece, answer: Answer, service: Service) -> None:
         """Fetch a result, and take it if it is what was asked for."""
         piece.known = True
         try:
-            found, size = self._fetched(piece, answer.result)
+            found, size = _fetched(service, piece.job, answer.result)
             if flaw := piece.unit.flaw(found):
                 raise Fault("result", flaw)
         except Fault as fault:
@@ -251,29 +259,21 @@ class _Round:
             return
         self._ledger.write(FETCHED, piece.unit.label, job=piece.job, bytes=size)
         self._flying.remove(piece)
+        self._landed.append(piece)
         piece.result, self._hopeless = found, 0
         if self._flight.cutter and answer.seconds is not None:
             self._flight.cutter.took(piece.unit, answer.seconds)
 
-    def _fetched(self, piece: _Piece, address: str) -> tuple[dict[Any, Any], int]:
-        """A result; where its address has expired, from the one that the server gives when asked again, if it does."""
-        service = self._flight.service
-        try:
-            return service.fetch(address)
-        except Fault as fault:
-            answer = service.ask(piece.job) if fault.kind == "expired" else None
-            if not answer or answer.result in ("", address):
-                raise
-            return service.fetch(answer.result)
-
-    def _fail(self, piece: _Piece, fault: Fault) -> None:
-        """Send again, split, give up, or end the run: as the kind of fault says."""
+    def _fail(self, piece: Piece, fault: Fault) -> None:
+        """Send again, split, give up, or raise what is no fault of the job's: as the kind of fault says."""
         label, kind = piece.unit.label, KINDS[fault.kind]
         self._flying.remove(piece)
         self._ledger.write(FAILED, label, job=piece.job, kind=fault.kind, text=fault.text)
         failures = self._ledger[label].failures[fault.kind]
         if not kind.attempts:
+            self._waiting.insert(0, piece)
             raise fault
+        piece.failed_at = piece.host
         if failures < kind.attempts:
             piece.due = self._flight.clock() + pause_before(failures)
             self._waiting.insert(0, piece)
@@ -288,25 +288,14 @@ class _Round:
 
     def _complete(self) -> Iterator[tuple[Unit, dict[Any, Any]]]:
         """The units that have come back whole; the ledger is told once the caller has done with them."""
-        for whole in [*self._wholes]:
+        landed, self._landed = self._landed, []
+        for whole in dict.fromkeys(piece.root or piece for piece in landed):
             found = whole.gathered()
             if found is not None:
-                self._wholes.remove(whole)
+                del self._wholes[whole]
                 yield whole.unit, found
                 for leaf in whole.leaves():
                     self._ledger.write(TAKEN, leaf.unit.label, job=leaf.job)
-
-    def _states(self) -> str:
-        """Of each status how many jobs have it, how long the first of them has, and what the server says of that."""
-        now, found = self._flight.clock(), dict[str, list[_Piece]]()
-        for piece in sorted(self._flying, key=lambda piece: piece.heard):
-            found.setdefault(piece.status.partition(":")[0].lower() or "sent", []).append(piece)
-        told = []
-        for status, pieces in found.items():
-            said = pieces[0].status.partition(":")[2].strip()
-            waited = f"{now - pieces[0].heard:.0f} s"
-            told.append(f"{len(pieces)} {status} ({', '.join(filter(None, [waited, brief(said)]))})")
-        return ", ".join(told)
 
     def _standing(self) -> str:
         """What is missing and why."""
@@ -317,3 +306,14 @@ class _Round:
         missing = len(self._wholes)
         counted = "1 unit of work is missing" if missing == 1 else f"{missing} units of work are missing"
         return "\n".join([f"{counted}:", *lines[:SHOWN], *rest])
+
+
+def _fetched(service: Service, job: str, address: str) -> tuple[dict[Any, Any], int]:
+    """A result; where its address has expired, from the one that the server gives when asked again, if it does."""
+    try:
+        return service.fetch(address)
+    except Fault as fault:
+        answer = service.ask(job) if fault.kind == "expired" else None
+        if not answer or answer.result in ("", address):
+            raise
+        return service.fetch(answer.result)

@@ -1,5 +1,9 @@
 """A model on an NDIF server as a backend: its requests, what is asked of it before the first, what is kept of it."""
 
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import sha256
 from typing import Any, cast
 
 from nnsight import register
@@ -7,12 +11,13 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend as Tracing
 
 from selfrepair_nn.backends.local import only, tell
-from selfrepair_nn.backends.ndif.agreement import clocks_apart, versions_apart
+from selfrepair_nn.backends.ndif.agreement import clocks_apart, differences, versions_apart
+from selfrepair_nn.backends.ndif.faults import KINDS, Fault
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger
 from selfrepair_nn.backends.ndif.limits import Limits, limits_of, told
 from selfrepair_nn.backends.ndif.server import Answer, Server
-from selfrepair_nn.errors import SelfRepairError, one_line
+from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
 from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.greeting import greeting_of
@@ -23,6 +28,9 @@ from selfrepair_nn.tracing.session import RESULT, hand_over
 SHARED = ("python", "torch", "transformers", "nnsight", "ndif")
 """Packages of the server whose versions are kept with the numbers."""
 
+UNTOLD = ("_name_or_path", "transformers_version")
+"""What a configuration holds that is not the model's."""
+
 
 class ServedModel:
     """A model on a server: units become requests to it, and its answers results."""
@@ -30,6 +38,26 @@ class ServedModel:
     def __init__(self, server: Server, model: Model) -> None:
         self.server, self.model = server, model
         self.key, self._environment = model_key(model), model.nn._remoteable_get_env()
+        self.expected: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return self.server.host
+
+    def greet(self) -> None:
+        self.server.greet()
+        if found := self.expected and differences(self.expected, self.facts()):
+            raise Fault("differs", f"{self.name}: {'; '.join(found)}")
+
+    def facts(self) -> dict[str, Any]:
+        """What the host says of itself and of the model there: versions, and of a deployed model what identifies it."""
+        versions = self.server.environment()
+        known = {name: versions[name] for name in SHARED if name in versions}
+        return {"host": self.name} | known | _identified(self.replicas())
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """What the host says of each deployment of the model. Raises Fault if it does not say."""
+        return [each for each in self.server.status() if each.get("model_key") == self.key]
 
     def pack(self, unit: Unit) -> bytes:
         return packed(self.model, unit)
@@ -64,9 +92,20 @@ class _Kept(Tracing):
         self.blob = RequestModel.serialize(tracer, compress=True)
 
 
-def server_of(options: Options) -> Server:
-    """The server that the options name; what it has to say goes to stderr."""
-    return Server(options.host, options.patience, tell)
+def servers_of(options: Options) -> list[Server]:
+    """The servers that the options name; what they have to say goes to stderr."""
+    return [Server(host, options.patience, tell) for host in options.hosts]
+
+
+def require_answer(options: Options) -> None:
+    """Raises Fault, as the last of them says, if no server that the options name answers."""
+    faults = []
+    for server in servers_of(options):
+        try:
+            return server.greet()
+        except Fault as fault:
+            faults.append(fault)
+    raise faults[-1]
 
 
 def model_key(model: Model) -> str:
@@ -85,24 +124,43 @@ def model_key(model: Model) -> str:
 
 
 def states(served: ServedModel) -> str:
-    """How the server stands to the model: running, deploying … or not deployed.
+    """How the server stands to the model: running (on how many replicas), deploying … or not deployed.
 
     Raises:
         Fault: the server does not say.
     """
-    found = [d for d in served.server.status() if d.get("model_key") == served.key]
-    known = [str(d.get("application_state", "unknown")).lower() for d in found]
-    return "running" if "running" in known else (known[0] if known else "not deployed")
+    replicas = served.server.status()
+    found = [d for d in replicas if d.get("model_key") == served.key]
+    known = [str(d.get("application_state") or d.get("deployment_level", "unknown")).lower() for d in found]
+    if count := known.count("running"):
+        return "running" if count == 1 else f"running on {count} replicas"
+    if known:
+        return {"warm": "kept ready in the host's memory (a short start)"}.get(known[0], known[0])
+    cold = any(d.get("deployment_level") == "COLD" and d.get("repo_id") == served.model.name for d in replicas)
+    return "not deployed, but downloaded there (a cold start)" if cold else "not deployed"
+
+
+def _identified(replicas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the model as it is deployed: its revision, size, type and configuration; nothing where it is not."""
+    if not replicas:
+        return {}
+    best = next((d for d in replicas if d.get("application_state") == "RUNNING"), replicas[0])
+    named = {"revision": "revision", "n_params": "parameters", "dtype": "deployed_dtype"}
+    known = {name: best[key] for key, name in named.items() if best.get(key) is not None}
+    try:
+        config = {key: value for key, value in json.loads(best["config"]).items() if key not in UNTOLD}
+        known["configuration"] = sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    return known
 
 
 def limits_there(jobs: JobsInFlight, options: Options) -> Limits:
-    """The limits of the server that has the jobs, as far as it tells them of the replicas of its model.
-
-    Raises:
-        Fault: the server does not say.
-    """
-    served = cast(ServedModel, jobs.service)
-    replicas = [each for each in served.server.status() if each.get("model_key") == served.key]
+    """The limits of the hosts that have the jobs, as far as they tell them of the replicas of their model."""
+    replicas = list[dict[str, Any]]()
+    for host in jobs.hosts.left:
+        with suppress(Fault):
+            replicas += cast(ServedModel, host.service).replicas()
     return told(limits_of(options), options, replicas)
 
 
@@ -114,7 +172,7 @@ def require_ready(served: ServedModel, name: str) -> None:
     """
     served.server.greet()
     state = states(served)
-    if state != "running":
+    if not state.startswith("running"):
         tell(
             f"{name} is {state} at {served.server.host}: the first job waits until it runs, or says why it cannot"
         )
@@ -129,48 +187,93 @@ def deployed(served: ServedModel) -> dict[str, Any]:
         Fault: the server does not say.
     """
     said = set()
-    for each in served.server.status():
-        if each.get("model_key") == served.key and each.get("actor_class"):
+    for each in served.replicas():
+        if each.get("actor_class"):
             split = ".tp." in each["actor_class"]
             said.add((each.get("dtype"), each.get("gpus") if split else 1))
     return dict(zip(("weights_in", "tensor_parallel"), said.pop(), strict=True)) if len(said) == 1 else {}
 
 
-def greeted(jobs: JobsInFlight) -> dict[str, Any]:
-    """Which model answers there: the greeting that `models.greeting` says, and compares with another.
+def greeted(served: ServedModel, ledger: Ledger, patience: float) -> dict[str, Any]:
+    """Which model answers there: the greeting that `models.greeting` says, and `models.apart` compares with another.
 
     Raises:
         Fault, Incomplete: as the server says, or does not say.
     """
-    served = cast(ServedModel, jobs.service)
+    jobs = JobsInFlight(served, ledger, 1, patience, tell)
     found = only(jobs, first_unit(served.model.layout))
     return greeting_of(found, deployed(served))
 
 
 def jobs_in_flight(options: Options, model: Model, ledger: Ledger) -> JobsInFlight:
-    """The backend for the options' server, which answers. Raises Fault as the server says."""
-    served = ServedModel(server_of(options), model)
+    """The backend for the options' hosts, of which one answers at least; several of them are known to be alike.
+
+    Raises:
+        Fault, SelfRepairError: as a host says, if none answers, or if they serve different things.
+    """
+    if len(options.hosts) > 1:
+        return connected(options, model, ledger)[0]
+    served = ServedModel(servers_of(options)[0], model)
     require_ready(served, model.name)
     return JobsInFlight(served, ledger, options.in_flight, options.patience, tell)
 
 
 def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFlight, dict[str, Any]]:
-    """The backend, once the server has answered and run the model, and what is to be kept of the server.
+    """The backend, once each host has answered and run the model, or is left out; and what is to be kept of them.
 
-    That is dtype, what it computes in, server: its address and versions, and its greeting.
+    That is dtype, what they compute in; server: address and versions of one, and of several, servers: those of each;
+    and the greeting of the first.
 
     Raises:
-        Fault, Incomplete: as the server says, or does not say.
+        Fault, Incomplete: as the hosts say, or do not say.
+        SelfRepairError: they serve different things.
     """
-    jobs = jobs_in_flight(options, model, ledger)
-    greeting = greeted(jobs)
-    server = cast(ServedModel, jobs.service).server
-    versions = server.environment()
-    kept: dict[str, Any] = {"host": server.host} | {name: versions[name] for name in SHARED if name in versions}
-    if apart := [*versions_apart(versions)]:
-        kept["apart"] = {name: said for name, said, _ in apart}
-    _tell_apart(server, apart)
-    return jobs, {"dtype": greeting["computes_in"], "server": kept, "greeting": greeting}
+    services = [ServedModel(server, model) for server in servers_of(options)]
+    found, absent = dict[str, dict[str, Any]](), dict[str, Fault | Incomplete]()
+    for served in services:
+        try:
+            found[served.name] = introduced(served, ledger, options)
+        except (Fault, Incomplete) as error:
+            if isinstance(error, Fault) and not KINDS[error.kind].passes:
+                raise
+            absent[served.name] = error
+    if not found:
+        raise next(iter(absent.values()))
+    first, *others = found.values()
+    _require_alike(first, others)
+    jobs = JobsInFlight(services, ledger, options.in_flight, options.patience, tell)
+    for served in services:
+        served.expected = _kept(first)
+        if len(services) > 1:
+            served.server.patience = 0  # who waits for one would keep the others waiting
+        if error := absent.get(served.name):
+            jobs.hosts.without(served.name, jobs.clock())
+            tell(f"{served.name} is left out until it answers: {error}")
+    facts = {"dtype": first["greeting"]["computes_in"], "server": _kept(first), "greeting": first["greeting"]}
+    return jobs, facts | ({"servers": [_kept(each) for each in found.values()]} if len(services) > 1 else {})
+
+
+def introduced(served: ServedModel, ledger: Ledger, options: Options) -> dict[str, Any]:
+    """What a host is by its own words, and, with greeting, by a small job to the model, once it runs there."""
+    require_ready(served, served.model.name)
+    greeting = greeted(served, ledger, options.patience)
+    facts = served.facts()
+    apart = [*versions_apart(facts)]
+    _tell_apart(served.server, apart)
+    return facts | {"greeting": greeting} | ({"apart": {name: said for name, said, _ in apart}} if apart else {})
+
+
+def _kept(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != "greeting"}
+
+
+def _require_alike(first: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
+    for other in others:
+        if found := differences(first, other):
+            raise SelfRepairError(
+                f"{other['host']} serves something else than {first['host']}: {'; '.join(found)}. Numbers would depend "
+                "on who computed them, so nothing more is sent: leave one of them out"
+            )
 
 
 def _tell_apart(server: Server, apart: list[tuple[str, str, int]]) -> None:

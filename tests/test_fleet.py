@@ -1,0 +1,351 @@
+"""Several hosts in one run: each with its own budget and patience, one ledger; one that dies loses nothing."""
+
+import json
+from collections import Counter
+
+import fake_ndif
+import pytest
+from fake_ndif import FakeNdif
+from fake_service import Clock, FakeService, Killed, assert_right, unit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from terminal import assert_same_numbers, ids, resume_command, saved, selfrepair
+
+from selfrepair_nn.backends.ndif import connection, in_flight
+from selfrepair_nn.backends.ndif.agreement import differences
+from selfrepair_nn.backends.ndif.doctor import doctor
+from selfrepair_nn.backends.ndif.faults import Fault
+from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
+from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
+from selfrepair_nn.errors import Incomplete, UsageError
+from selfrepair_nn.models.load import load
+from selfrepair_nn.options import Options
+
+UNITS = [unit(i, i + 1) for i in range(8)]
+
+
+class Mortal(FakeService):
+    """A host that does not answer between two times of its clock; what it had it still has afterwards."""
+
+    down = (float("inf"), float("inf"))
+
+    def step(self):
+        super().step()
+        if self.down[0] <= self.clock() < self.down[1]:
+            raise Fault("unreachable", f"{self.name}: Connection refused")
+
+
+def fleet(clock, count=2, **more):
+    hosts = [Mortal(clock, **more) for _ in range(count)]
+    for index, host in enumerate(hosts):
+        host.name = f"http://host-{index}"
+    return hosts
+
+
+def flown(path, hosts, units=UNITS, in_flight=2, patience=900, said=None):
+    clock = hosts[0].clock
+    ledger = Ledger(path, "run", clock)
+    notify = (said if said is not None else []).append
+    flight = JobsInFlight(hosts, ledger, in_flight, patience, notify, clock=clock, sleep=clock.sleep)
+    return list(flight(units))
+
+
+def sent(hosts):
+    return Counter(str(each) for host in hosts for each in host.sent)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "jobs.jsonl"
+
+
+def test_every_host_has_its_own_budget_and_all_share_the_work(path):
+    hosts, most = fleet(Clock(), 3), Counter()
+    for host in hosts:
+        ask = host.ask
+
+        def asking(job, host=host, ask=ask):
+            flying = sum(host.clock() < each.done for each in host.jobs.values())
+            most[host.name] = max(most[host.name], flying)
+            return ask(job)
+
+        host.ask = asking
+    for each, found in flown(path, hosts):
+        assert_right(each, found)
+    assert set(most.values()) == {2}
+    assert set(sent(hosts).values()) == {1}
+    assert all(len(host.sent) >= 2 for host in hosts)
+
+
+def test_the_ledger_names_the_host_of_every_job(path):
+    hosts = fleet(Clock())
+    flown(path, hosts)
+    by_host = Counter(each["host"] for each in lines(path) if each["event"] == "sending")
+    assert by_host == {host.name: len(host.sent) for host in hosts}
+
+
+def test_what_a_dead_host_had_goes_to_the_others_once_and_that_is_said_once(path):
+    clock, said = Clock(), []
+    hosts = fleet(clock)
+    hosts[1].down = (clock() + 0.1, float("inf"))
+    found = flown(path, hosts, said=said)
+    assert sorted(each.label for each, _ in found) == sorted(each.label for each in UNITS)
+    assert len([line for line in said if "is left out for 15 min" in line and "goes to the others" in line]) == 1
+    assert len(said) == 2
+    assert set(sent(hosts).values()) <= {1, 2}
+    assert sum(sent(hosts).values()) == len(UNITS) + 2
+
+
+def test_the_others_do_not_wait_for_a_silent_host(path):
+    clock = Clock()
+    hosts = fleet(clock)
+    hosts[1].down = (clock() + 0.1, float("inf"))
+    began, when = clock(), []
+    ledger = Ledger(path, "run", clock)
+    for _ in JobsInFlight(hosts, ledger, 2, 300, clock=clock, sleep=clock.sleep)(UNITS):
+        when.append(clock() - began)
+    assert sum(at < 10 for at in when) == len(UNITS) - 2
+    assert 300 <= max(when) < 320
+
+
+@pytest.mark.parametrize("silent", [20, 2000])
+def test_a_host_that_comes_back_is_used_again_and_its_jobs_are_taken_up(path, silent):
+    clock, said = Clock(), []
+    hosts = fleet(clock, outcomes=["slow"] * 60)
+    hosts[1].down = (clock() + 5, clock() + 5 + silent)
+    flown(path, hosts, [unit(i, i + 1) for i in range(20)], said=said)
+    assert any("host-1 answers again" in line for line in said) is (silent > 900)
+    again = sum(count - 1 for count in sent(hosts).values())
+    assert again == (2 if silent > 900 else 0)
+    assert len([job for job in hosts[1].jobs.values() if job.done > hosts[1].down[1] + 60]) > 2
+
+
+def test_all_dead_is_the_end_and_the_same_run_goes_on_later(path):
+    clock = Clock()
+    hosts = fleet(clock)
+    for host in hosts:
+        host.down = (clock() + 0.35, clock() + 5000)
+    with pytest.raises(Incomplete, match=r"Connection refused(.|\n)*units of work are missing") as error:
+        flown(path, hosts)
+    assert error.value.exit_code == 75
+    clock.sleep(6000)
+    assert flown(path, hosts)
+
+
+def test_each_job_is_taken_up_at_its_host(path):
+    clock = Clock()
+    hosts = fleet(clock, outcomes=["slow"] * 10)
+    hosts[0].kill_at = 14
+    with pytest.raises(Killed):
+        flown(path, hosts)
+    before = sent(hosts)
+    assert len(before) == 4
+    assert len(flown(path, hosts[::-1])) == len(UNITS)
+    assert set(sent(hosts).values()) == {1}
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_jobs_of_a_host_that_was_not_noted_or_has_another_address_are_found(path, old):
+    """As in the ledgers of earlier versions; and where a tunnel ends at another port."""
+    clock = Clock()
+    hosts = fleet(clock, outcomes=["slow"] * 10)
+    hosts[1].kill_at = 14
+    with pytest.raises(Killed):
+        flown(path, hosts[1:], UNITS[:2])
+    if old:
+        stripped = [{k: v for k, v in each.items() if k != "host"} for each in lines(path)]
+        path.write_text("".join(json.dumps(each) + "\n" for each in stripped))
+    hosts[1].name = "http://another"
+    flown(path, hosts)
+    assert set(sent(hosts).values()) == {1}
+
+
+def test_jobs_of_a_host_that_is_no_longer_named_are_sent_to_the_others(path):
+    clock = Clock()
+    hosts = fleet(clock, 3, outcomes=["slow"] * 10)
+    hosts[0].kill_at = 14
+    with pytest.raises(Killed):
+        flown(path, hosts[:1], UNITS[:2])
+    assert len(flown(path, hosts[1:], UNITS[:2])) == 2
+    assert sum(len(host.sent) for host in hosts[1:]) == 2
+
+
+def test_what_fails_at_one_host_is_tried_at_another(path):
+    hosts = fleet(Clock())
+    hosts[0].outcomes = ["Internal server error"] * 100
+    flown(path, hosts)
+    assert max(sent(hosts).values()) <= 2
+    assert len(hosts[1].sent) == len(UNITS)
+
+
+@pytest.mark.parametrize("kind", ["key", "differs", "version"])
+def test_a_host_that_refuses_is_left_out_and_the_last_one_ends_the_run(path, kind):
+    hosts, said = fleet(Clock()), []
+
+    def refuse(request, job):
+        raise Fault(kind, "no")
+
+    hosts[1].send = refuse
+    assert len(flown(path, hosts, said=said)) == len(UNITS)
+    assert len([line for line in said if "http://host-1 is left out" in line]) == 1
+    hosts[0].send = refuse
+    with pytest.raises(Fault):
+        flown(path, hosts, [unit(20, 21)])
+
+
+DOWN = st.tuples(st.floats(0, 600), st.floats(1, 2000))
+OUTCOMES = st.sampled_from(["ok", "ok", "slow", "in doubt", "vanishes", "forgotten", "expired", "refused", "never"])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    outcomes=st.lists(OUTCOMES, max_size=8),
+    downs=st.lists(DOWN, min_size=3, max_size=3),
+    kills=st.lists(st.integers(0, 80), max_size=4),
+)
+def test_whatever_dies_everything_comes_back(tmp_path_factory, outcomes, downs, kills):
+    path, clock, stored = tmp_path_factory.mktemp("fleet") / "jobs.jsonl", Clock(), {}
+    hosts = fleet(clock, 3)
+    for host, (start, length) in zip(hosts, downs, strict=True):
+        host.outcomes, host.down = list(outcomes), (clock() + start, clock() + start + length)
+    for kill in [*kills, *[None] * 12]:
+        hosts[0].kill_at = None if kill is None else hosts[0].steps + kill
+        flight = JobsInFlight(hosts, Ledger(path, "run", clock), 2, 300, clock=clock, sleep=clock.sleep)
+        try:
+            for each, found in flight([u for u in UNITS if u.label not in stored]):
+                assert each.label not in stored
+                stored[each.label] = found
+        except (Killed, Incomplete):
+            clock.sleep(120)
+    for each in UNITS:
+        assert_right(each, stored[each.label])
+
+
+# ---------------------------------------------------------------- who they are
+
+
+GREETING = {"host": "http://a", "torch": "2.9.1", "transformers": "5.23.0", "dtype": "float32", "revision": "x"}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"dtype": "bfloat16"}, ["dtype bfloat16, not float32"]),
+        ({"transformers": "5.22.0"}, ["transformers 5.22.0, not 5.23.0"]),
+        ({"revision": "y", "torch": "2.9.2"}, ["revision y, not x"]),
+        ({"torch": "2.9.4+cpu", "host": "http://b", "ndif": "0.1.3"}, []),
+        ({"configuration": "what only one of them says"}, []),
+    ],
+)
+def test_two_greetings_differ_in_what_numbers_depend_on(other, said):
+    assert differences(GREETING, GREETING | other) == said
+
+
+@pytest.mark.parametrize(
+    ("given_", "kept"),
+    [
+        ("http://a:1", ("http://a:1",)),
+        (["http://a:1", "http://b"], ("http://a:1", "http://b")),
+        (None, ()),
+    ],
+)
+def test_hosts_as_they_are_given(given_, kept):
+    assert Options(host=given_).host == kept
+    assert Options(host=given_).served == bool(kept)
+
+
+@pytest.mark.parametrize(
+    ("given_", "said"),
+    [
+        (["http://a", "http://A/"], "named twice"),
+        (["http://a", "b"], "'b' is not an address"),
+        (["http://a", "http://u:secret@b"], "must not hold a name or a password"),
+        ([], "is empty"),
+        ([5], "must be a text"),
+    ],
+)
+def test_hosts_that_cannot_be(given_, said):
+    with pytest.raises(UsageError, match=said):
+        Options(host=given_)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(connection, "BACKOFF", lambda state: 0.01)
+    monkeypatch.setattr(in_flight, "pause_before", lambda attempt: 0.01)
+    monkeypatch.setattr(fake_ndif.ServedModel, "pack", fake_ndif.named)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    source, prompts = saved(folder / "m"), ids(folder / "p.npy", 8)
+    choices = ["--prompts", prompts, "--layers", "0:2", "--batch-size", 1]
+    with pytest.MonkeyPatch.context() as patched, FakeNdif(load(str(source))) as fake:
+        patched.setattr(fake_ndif.ServedModel, "pack", fake_ndif.named)
+        undisturbed = ["run", "heads", "--model", source, "--host", fake.url, "--out", folder / "u.zarr"]
+        assert selfrepair(*undisturbed, *choices).code == 0
+    return source, choices, fake.model, folder / "u.zarr"
+
+
+def command(tiny, out, *hosts, more=()):
+    named = [each for host in hosts for each in ("--host", host.url)]
+    return ["run", "heads", "--model", tiny[0], *named, "--out", out, *tiny[1], *more]
+
+
+def test_a_host_that_dies_in_the_middle_of_a_run_loses_nothing(tiny, quick, tmp_path):
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one, FakeNdif(load(str(tiny[0]))) as other:
+        taken = other._result
+        other._result = lambda job: (len(other.sent()) > 2 and other.broken.append(job), taken(job))[1]
+        other.fault = lambda what, job: "reset" if other.broken else None
+        ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 1]))
+        assert ended.code == 0, ended.err
+        assert f"{other.url} is left out for 1 s" in ended.err
+        assert min(len(one.sent()), len(other.sent())) > 2
+    assert_same_numbers(store, tiny[3])
+    attributes = json.loads((store / "zarr.json").read_text())["attributes"]
+    assert [each["host"] for each in json.loads(attributes["servers"])] == [one.url, other.url]
+    sending = [each for each in lines(ledger_path(store)) if each["event"] == "sending"]
+    assert {each["host"] for each in sending} == {one.url, other.url}
+
+
+def test_all_hosts_dead_is_resumable_with_the_same_hosts(tiny, quick, tmp_path):
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one, FakeNdif(load(str(tiny[0]))) as other:
+        for host in (one, other):
+            taken = host._result
+            host._result = lambda job, t=taken: (len(one.sent()) > 4 and one.broken.append(job), t(job))[1]
+            host.fault = lambda what, job: "reset" if one.broken else None
+        ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 1]))
+        assert ended.code == 75, ended.err
+        assert resume_command(ended.err).count("--host") == 2
+        one.fault = other.fault = lambda what, job: None
+        one._result, other._result = (lambda job, h=h: FakeNdif._result(h, job) for h in (one, other))
+        assert selfrepair(*resume_command(ended.err)).code == 0
+    assert_same_numbers(store, tiny[3])
+
+
+def test_a_host_that_serves_something_else_gets_no_job_of_the_run(tiny, quick, tmp_path):
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one, FakeNdif(load(str(tiny[0])), packages={"transformers": "4.57.0"}) as other:
+        ended = selfrepair(*command(tiny, store, one, other))
+        assert ended.code == 1
+        assert f"{other.url} serves something else than {one.url}: transformers 4.57.0, not" in ended.err
+        assert len(other.sent()) == len(one.sent()) == 1
+        (found,) = [each for each in doctor([one.url, other.url]) if each.what == "hosts"]
+    assert found.right is False
+    assert "transformers 4.57.0" in found.seen
+
+
+def test_a_host_that_is_not_there_at_the_beginning_is_left_out(tiny, quick, tmp_path):
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one, FakeNdif(None, deployments={}) as other:
+        other.fault = lambda what, job: "reset"
+        ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 1]))
+    assert ended.code == 0, ended.err
+    assert f"{other.url} is left out until it answers" in ended.err
+    assert_same_numbers(store, tiny[3])

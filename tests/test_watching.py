@@ -1,0 +1,168 @@
+"""How jobs stand: in the server's terms, once or again and again until the run has finished."""
+
+import json
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+import terminal
+from fake_ndif import FakeNdif
+from fake_service import Clock, FakeService, unit
+from terminal import ids, saved, selfrepair
+
+import selfrepair_nn as sr
+from selfrepair_nn.backends.ndif import history
+from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
+from selfrepair_nn.backends.ndif.ledger import FAILED, FETCHED, SENDING, SENT, TAKEN, Ledger, ledger_path
+from selfrepair_nn.backends.ndif.server import Answer
+from selfrepair_nn.backends.ndif.standing import in_words
+from selfrepair_nn.store import Store
+
+
+@pytest.mark.parametrize(
+    ("status", "description", "words"),
+    [
+        ("QUEUED", "Added to Queue at position 3.", "queued at place 3"),
+        ("QUEUED", "Moved to position 12 in Queue.", "queued at place 12"),
+        ("PROVISIONING", "Model Provisioning...", "cold start: a place for the model is being found"),
+        ("DEPLOYING", "Model Deploying...", "cold start: the model is being loaded"),
+        ("RUNNING", "Your job has started running.", "running"),
+        ("PAUSED", "lunch\nat noon", "paused (lunch)"),
+    ],
+)
+def test_a_status_in_words(status, description, words):
+    assert in_words(status, description) == words
+
+
+def test_the_bar_shows_a_cold_start_a_place_in_the_queue_and_for_how_long(tmp_path):
+    said = [("DEPLOYING", "Model Deploying..."), ("QUEUED", "Added to Queue at position 2."), ("RUNNING", "It runs.")]
+    service, shown = FakeService(Clock(), ["slow"]), []
+    ask = service.ask
+
+    def telling(job):
+        at = (service.clock() - 1.7e9) / 200
+        return Answer(*said[int(at)], "") if at < 3 else ask(job)
+
+    service.ask = telling
+    flight = JobsInFlight(service, Ledger(tmp_path / "x", "r"), 1, 1800, clock=service.clock, sleep=service.clock.sleep)
+    flight.watch = shown.append
+    list(flight([unit(0, 2)]))
+    for words in ("cold start: the model is being loaded for 3 min", "queued at place 2 for ", "running for 1 min"):
+        assert any(each.startswith(f"1 {words}") for each in shown), words
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ran")
+    source, prompts = saved(folder / "m"), ids(folder / "p.npy")
+    sr.run(model=source, prompts=prompts, layers=0, heads="0.0", out=folder / "s.zarr", progress=False)
+    Store(folder / "s.zarr").annotate(run="r")
+    return folder / "s.zarr"
+
+
+@pytest.fixture
+def store(ran):
+    """A store whose run is on a server, as far as `jobs` looks."""
+    ledger_path(ran).unlink(missing_ok=True)
+    return ran
+
+
+@pytest.fixture
+def fake():
+    with FakeNdif(None, deployments={"m": {}}) as running:
+        yield running
+
+
+def test_jobs_says_what_the_server_says_now(store, fake):
+    ledger = Ledger(ledger_path(store), "r")
+    for part, job in (("one", "a"), ("two", "b")):
+        ledger.write(SENDING, part, job=job, host=fake.url, bytes=1)
+        ledger.write(SENT, part, job=job)
+    ledger.write(SENDING, "three", job="c", host="http://127.0.0.1:9", bytes=1)
+    fake.jobs["a"] = {"status": "QUEUED", "description": "Added to Queue at position 4."}
+    out = selfrepair("jobs", store).out.splitlines()
+    assert out[0].startswith("one  on the server: queued at place 4, sent 0 s ago")
+    assert fake.url in out[0]
+    assert "not known there (yet)" in out[1]
+    assert "not known: " in out[2]
+    assert "refused" in out[2]
+    told = json.loads(selfrepair("jobs", store, "--json").out)
+    assert told["parts"][0]["server_says"].startswith("queued at place 4")
+
+
+def finishing(store, fake, monkeypatch):
+    """A run that goes on between two looks."""
+    ledger = Ledger(ledger_path(store), "r")
+    steps = iter(
+        [
+            lambda: ledger.write(SENDING, "one", job="a", host=fake.url, bytes=1),
+            lambda: fake.jobs.update(a={"status": "RUNNING", "description": "x"}),
+            lambda: None,
+            lambda: ledger.write(FAILED, "one", job="a", kind="busy", text="full"),
+            lambda: [ledger.write(event, "one", job="b", bytes=1) for event in (SENDING, FETCHED, TAKEN)],
+            lambda: attributes.update(finished="now"),
+        ]
+    )
+    attributes = {"run": "r"}
+    monkeypatch.setattr(history, "contents_of", lambda path: SimpleNamespace(attributes=attributes))
+    wait = history.watched.__defaults__
+    monkeypatch.setattr(history.watched, "__defaults__", (wait[0], lambda seconds: next(steps)()))
+
+
+def test_watching_prints_each_change_until_the_run_has_finished(store, fake, monkeypatch):
+    finishing(store, fake, monkeypatch)
+    ended = selfrepair("jobs", store, "--watch")
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert [each.split("  ")[1].partition(",")[0] for each in lines[:4]] == [
+        "not known there (yet)",
+        "running",
+        "failed",
+        "done",
+    ]
+    assert lines[4].startswith("2 jobs sent for 1 parts")
+
+
+def test_watching_as_json_gives_a_line_for_each_change(store, fake, monkeypatch):
+    finishing(store, fake, monkeypatch)
+    found = [json.loads(each) for each in selfrepair("jobs", store, "--watch", "--json").out.splitlines()]
+    assert [each.get("state") for each in found] == [
+        "sent, not acknowledged",
+        "sent, not acknowledged",
+        "failed, to be sent again",
+        "done",
+        None,
+    ]
+    assert found[-1] == {"store": str(store), "jobs": 2, "finished": True}
+
+
+class Tty(StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_redrawn(store, fake, monkeypatch):
+    finishing(store, fake, monkeypatch)
+    monkeypatch.setattr(terminal, "StringIO", Tty)
+    drawn = selfrepair("jobs", store, "--watch").out.split("\x1b[J")
+    assert "run in this process" in drawn[0]
+    assert drawn[0].endswith("\x1b[1F")
+    assert drawn[2].startswith("one  sent, not acknowledged: running")
+    assert drawn[2].endswith("\x1b[4F")
+    assert drawn[-1].startswith("one  done")
+
+
+def test_ctrl_c_ends_it_in_one_line(store, fake, monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    finishing(store, fake, monkeypatch)
+    monkeypatch.setattr(history.watched, "__defaults__", (1.0, interrupted))
+    ended = selfrepair("jobs", store, "--watch")
+    assert (ended.code, ended.err.strip()) == (130, "selfrepair: interrupted")
+
+
+def test_a_store_that_has_finished_is_looked_at_once(store):
+    assert "run in this process" in selfrepair("jobs", store, "--watch").out
+
+
