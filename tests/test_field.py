@@ -4,6 +4,7 @@ The server is `fake_ndif`, on loopback. After each fault the store is that of an
 """
 
 import json
+from types import SimpleNamespace
 
 import fake_ndif
 import pytest
@@ -19,6 +20,7 @@ from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
 from selfrepair_nn.backends.ndif.server import Server
 from selfrepair_nn.models.load import load
+from selfrepair_nn.running.run import _tell_changed
 
 KEY = "d0f1a2b3-4c5d-6e7f-8091-a2b3c4d5e6f7"
 DEPLOYED = {"m": {"model_key": "m", "application_state": "RUNNING", "repo_id": "m", "dtype": "float32"}}
@@ -301,6 +303,17 @@ def test_places_of_versions():
     assert place("0.8.1", "0.8.1+cu128") is None
     assert [place("0.8.1", other) for other in ("0.8.3", "0.9.1", "1.8.1", "0.8")] == [3, 2, 1, 3]
     assert [duration(s) for s in (0.4, 75, 3600, 93600)] == ["0 s", "1 min 15 s", "1 h", "1 d 2 h"]
+
+
+def test_a_server_that_was_updated_meanwhile_is_told_and_both_are_kept(caplog):
+    kept = {"server": json.dumps({"host": "http://a", "nnsight": "0.8.1", "torch": "2.9"})}
+    store = SimpleNamespace(path="s.zarr", attributes=kept, annotate=kept.update)
+    _tell_changed(store, {"server": {"host": "http://b", "nnsight": "0.8.3", "torch": "2.9"}})
+    assert "(nnsight 0.8.1 then, 0.8.3 now)" in caplog.text
+    assert kept["earlier_servers"] == [json.loads(kept["server"])]
+    caplog.clear()
+    _tell_changed(store, {"server": json.loads(kept["server"]) | {"host": "http://b"}})
+    assert not caplog.text
 
 
 # ---------------------------------------------------------------- whole runs

@@ -1,5 +1,6 @@
 """The ledger: every line is on the disk when it is written, and no process killed within one spoils the rest."""
 
+import json
 import os
 
 import pytest
@@ -122,6 +123,41 @@ def test_what_is_no_line_is_passed_over(path, text):
     path.write_text(text)
     assert lines(path) == []
     assert begun(path)[PART].open
+
+
+def test_a_long_ledger_is_made_compact_and_says_the_same(path):
+    """Lines of other runs stay, what comes afterwards is added, and a short one is left as it is."""
+    begun(path, "other")
+    ledger = Ledger(path, "run")
+    for number in range(120):
+        for event in (SENDING, SENT, FAILED, SENDING, FETCHED, TAKEN):
+            more = {"host": "http://a", "bytes": 5, "kind": "busy", "text": "why"}
+            ledger.write(event, f"part {number}", job=f"{number}", **more)
+    ledger.write(SPLIT, "part 7", into=["a", "b"])
+    ledger.write(SENDING, "part 8", job="open", bytes=3, host="http://b")
+    size, records = path.stat().st_size, Ledger(path, "run").records
+    Ledger(path, "run").compact()
+    assert path.stat().st_size < size / 3
+    assert Ledger(path, "run").records == records
+    assert Ledger(path, "other")[PART].open
+    Ledger(path, "run").write(FETCHED, "part 8", job="open", bytes=9)
+    assert Ledger(path, "run")["part 8"].bytes_returned == records["part 8"].bytes_returned + 9
+    assert len(lines(path)) == 122
+
+
+def test_a_short_ledger_keeps_all_its_lines(path):
+    before = begun(path).path.read_bytes()
+    Ledger(path, "run").compact()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"failures": {"a": "x"}}, {"failures": {}, "jobs": "x"}, {"failures": {}, "y": 1}]
+)
+def test_a_record_that_says_what_none_does_is_passed_over(path, record):
+    line = {"time": "2026-01-01T00:00:00+00:00", "run": "run", "event": "record", "part": PART, "record": record}
+    path.write_text(json.dumps(line) + "\n")
+    assert lines(path) == []
 
 
 def test_a_ledger_that_cannot_be_written_says_so(path):

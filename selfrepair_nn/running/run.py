@@ -350,7 +350,7 @@ def _tell_changed(store: Store, facts: dict[str, Any]) -> None:
         if name not in ("host", "apart") and before.get(name, now) != now
     ]
     if changed:
-        said = f"the server has changed since {str(store.path)!r} was begun ({', '.join(changed)})"
+        said = f"the server is not as when {str(store.path)!r} was last filled ({', '.join(changed)})"
         tell(f"{said}: numbers may round otherwise")
         earlier = json.loads(store.attributes.get("earlier_servers", "[]"))
         store.annotate(earlier_servers=[*earlier, before])

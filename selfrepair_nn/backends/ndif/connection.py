@@ -55,11 +55,13 @@ class Connection:
 
     def __init__(self, host: str, notify: Callable[[str], None]) -> None:
         self.host, self._notify = host, notify
+        self.headers = _headers()
+        """What goes to the server with every question."""
         self.ahead: float | None = None
         self.doubt = ""
         timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
         limits = httpx.Limits(keepalive_expiry=IDLE_SECONDS)
-        self._own = httpx.Client(timeout=timeout, limits=limits, headers=_headers())
+        self._own = httpx.Client(timeout=timeout, limits=limits, headers=self.headers)
         self._elsewhere = httpx.Client(timeout=timeout)  # no key goes there
         for client in (self._own, self._elsewhere):
             finalize(self, client.close)
