@@ -168,6 +168,7 @@ def _common(ds: xr.Dataset, found: xr.Dataset, store: str | None, drawn: Drawn) 
         "banner": _banners(found),
         "figures": "".join(_figure(each, figure) for each, figure in drawn),
         "counted": ".where(ds.counted)" if "counted" in ds else "",
+        "top": escape(TOP) if "threshold" in ds and "counted" in ds else "",
         "store": _safe(repr(store or _called(ds))),
         "variables": _variables(ds),
         "provenance": _provenance(ds.attrs),
@@ -397,12 +398,15 @@ $figures
 $every
 </details>
 """
+TOP = """
+top = ds.counted & (ds.direct_effect >= ds.threshold)  # the top share of each head or case
+ds.self_repair.where(top).mean(("prompt", "position"), dtype=float)"""
 TAIL = """
 <h2>Open the store</h2>
 <p>The numbers open with xarray alone:</p>
 <pre>import xarray as xr
 ds = xr.open_zarr($store, consolidated=False)
-ds.self_repair.sel($place)$counted.mean()  # what is not computed is NaN</pre>
+ds.self_repair.sel($place)$counted.mean()  # what is not computed is NaN$top</pre>
 <details class="words"><summary>What it holds</summary>
 $variables
 </details>

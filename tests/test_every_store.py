@@ -140,6 +140,10 @@ def test_the_pages_snippet_opens_the_store(stored, name, tmp_path):
     page = html.unescape(sr.write_report(ds, tmp_path / "page.html").read_text())
     snippet = re.search(r"^ds\.self_repair\.sel\(.*\)\.where\(ds\.counted\)\.mean\(\)", page, re.MULTILINE)[0]
     found = eval(snippet, {"ds": xr.open_zarr(ds.encoding["source"])})
+    page = page[page.index("\ntop = ") :]
+    names = {"ds": xr.open_zarr(ds.encoding["source"])}
+    exec(page[: page.index("\nds.")], names)
+    assert (names["top"].any(("prompt", "position")) == ds.selected).all()
     first = ds.self_repair[(0,) * (ds.self_repair.ndim - 2)].values[ds.counted.values]
     assert float(found) == pytest.approx(float(first.mean(dtype=float)), rel=1e-5)
 
