@@ -1,6 +1,16 @@
 """Linear maps, learned by calling them on known vectors: the weights themselves may be hidden, sharded or quantised.
 
-What `probe` returns, by name (told here, for the text of a function travels with each request, a module's does not):
+What `probe` takes and returns (told here, for the text of a function travels with each request, a module's does not):
+
+Args:
+    layers: decoder layers whose output projection is wanted.
+    targets: token ids [prompt, position] whose logits are measured.
+    others: token ids [prompt, position] whose logits are subtracted, for the target "difference".
+    neurons: layers whose MLP's output projection is wanted.
+    where: {layer: device} of those that may lie elsewhere than the final norm.
+    known: Weights, of which only what is new is probed.
+
+Returns, by name:
 
     output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
     post_gain {layer: [d_model]}             gamma of the norm behind the attention, where there is one
@@ -48,18 +58,7 @@ class Weights(Bundle):
 
 
 def probe(model, plan, layers, targets, others=None, neurons=(), where=(), known=None):
-    """What direct effects need of the weights.
-
-    Args:
-        layers: decoder layers whose output projection is wanted.
-        targets: token ids [prompt, position] whose logits are measured.
-        others: token ids [prompt, position] whose logits are subtracted, for the target "difference".
-        neurons: layers whose MLP's output projection is wanted.
-        where: {layer: device} of those that may lie elsewhere than the final norm.
-        known: Weights, of which only what is new is probed.
-
-    Returns what the module lists.
-    """
+    """What direct effects need of the weights. What it takes and returns is told at the top."""
     known = Weights() if known is None else known
     found, wanted = known.of(plan), targets if others is None else torch.cat([targets, others])
     layers = [layer for layer in layers if layer not in found["output_projection"]]
