@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from importlib.util import find_spec
 
 import families
@@ -307,10 +308,13 @@ def test_as_many_bytes_cross_as_a_plan_says(embedded, choices):
     options = Options(model=path, tokens=512, length=64, batch_size=8, host="http://127.0.0.1:1", **choices)
     experiment = prepare("heads", options)
     (unit,) = Sweep(experiment, plans(experiment, model.layout), {}, None).units(experiment.work.units)
+    began = time.perf_counter()
     sandbox.run(unit.job, unit.arrays, unit.plan)
+    seconds = time.perf_counter() - began
     expected = crossing_bytes(experiment.work, itemsize=4)
     tokens = len(unit.plan["cases"]) * experiment.prompts.n * (experiment.prompts.length - 1)
     print(
-        f"{sandbox.crossed} bytes crossed, {sandbox.crossed / tokens:.0f} a head and token; {expected} planned"
+        f"{choices}: {sandbox.crossed} bytes crossed, {sandbox.crossed / tokens:.0f} a head and token; "
+        f"{expected} planned; {1000 * seconds / tokens:.3f} ms a head and token"
     )
     assert abs(sandbox.crossed / expected - 1) < 0.05

@@ -14,6 +14,7 @@ from selfrepair_nn.estimating.traffic import crossing_bytes
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.replacements import Reinforce, Scale
+from selfrepair_nn.tracing.cases import needs, read_out, realised
 from selfrepair_nn.tracing.jobs import ablation_job
 from selfrepair_nn.tracing.session import run_session
 
@@ -128,3 +129,21 @@ def test_what_reads_more_than_the_end_is_refused():
     for more in ({"neurons": 1}, {"replacement": Reinforce(1.0)}):
         with pytest.raises(UsageError, match="final residual stream alone"):
             Graph(ablate=sweep([Head(0, 0)]), record="total", **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "probed"),
+    [
+        ("llama-gqa", "total", {1}),
+        ("llama-gqa", "sums", {1}),
+        ("llama-gqa", "full", {0, 1, 2}),
+        ("glm4", "sums", {1, 2}),
+    ],
+)
+def test_weights_are_asked_for_of_no_more_layers_than_are_told_apart(wrapped, name, record, probed):
+    """Of the sums over later heads what their attention writes is enough, unless a norm stands behind it."""
+    model = wrapped(name)
+    plan = realised(Graph(ablate=sweep([Head(1, 0)]), record=record).plan(model.layout))
+    assert read_out(plan, plan["cases"]) == probed
+    compared = {"total": set(), "sums": {2}, "full": {0, 2}}[record]
+    assert needs(plan, plan["cases"])["attention"] == {1} | (compared - probed)

@@ -73,22 +73,22 @@ def crossing_bytes(work: Work, itemsize: int) -> int:
 
 def crossing(plan: dict[str, Any], runs: int) -> tuple[int, int]:
     """Numbers that cross in a job, with so many partners: once, and for each token of its prompts."""
-    from selfrepair_nn.tracing.cases import begins, needs, realised
+    from selfrepair_nn.tracing.cases import begins, needs, read_out, realised
 
     plan = realised(plan)
     cases, width = plan["cases"], _widths(plan["model"])
-    kept = needs(plan, cases)
+    kept, told = needs(plan, cases), read_out(plan, cases) - {*plan["model"]["headless"]}
     count = READ * sum(len(layers) * width[what] for what, layers in kept.items())
     if plan["replacement"].text is not None:
         lent = {(site.kept, site.layer) for case in cases for site in case if site.kept}
         count += runs * READ * sum(width[what] for what, _ in lent)
     for (start, inside), group in groupby(cases, lambda case: begins(case, plan)):
-        count += runs * len(list(group)) * _pass(plan, start, inside)
-    return _probe(plan, len(kept["z"])), count
+        count += runs * len(list(group)) * _pass(plan, told, start, inside)
+    return _probe(plan, len(told)), count
 
 
-def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:
-    """Numbers that cross for each token of a pass that begins at a layer."""
+def _pass(plan: dict[str, Any], told: set[int], start: int, inside: bool) -> int:
+    """Numbers that cross for each token of a pass that begins at a layer; z is read of `told` layers alone."""
     from selfrepair_nn.tracing.routing import routing_needs
 
     model = plan["model"]
@@ -98,7 +98,8 @@ def _pass(plan: dict[str, Any], start: int, inside: bool) -> int:
     routed = READ * sum(layer >= start for layer in routing_needs(plan)) * _widths(model)["routing"]
     if plan["record"] == "total":
         return begun + routed + READ * model["d_model"]
-    z = READ * (layers - inside - headless) * model["n_heads"] * model["d_head"]
+    heads = [n for n in range(start + inside, model["n_layers"]) if n not in model["headless"]]
+    z = READ * sum(model["n_heads"] * model["d_head"] if n in told else model["d_model"] for n in heads)
     read = layers + 1 + headless + (layers if "post_norm" in model["places"] else 0)
     return begun + routed + z + READ * read * model["d_model"]
 

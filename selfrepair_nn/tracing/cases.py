@@ -1,4 +1,9 @@
-"""A case: the sites that one ablated run replaces together, and what must be known before it can run."""
+"""A case: the sites that one ablated run replaces together, and what must be known before it can run.
+
+Heads are told apart, by the directions that are pulled back through their weights, in the layers of the ablated sites,
+and in all layers that are compared where each component is recorded, or a norm stands behind the attention; of the
+others what the attention writes is compared as a whole, for which nothing is probed.
+"""
 
 import torch
 
@@ -86,20 +91,21 @@ def compared(plan, first):
 
 
 def read_out(plan, cases):
-    """The layers whose heads' direct effects are read: those of the sites, and those that are compared."""
+    """The layers whose heads are told apart."""
     own = {site.layer for case in cases for site in case}
-    return own | compared(plan, min(own))
+    apart = plan["terms"] or plan["words"] or "post_norm" in plan["model"]["places"]
+    return own | compared(plan, min(own)) if apart else own
 
 
 def needs(plan, cases):
     """What must be kept of a clean pass to prepare the cases and to compare their passes with: {what: layers}."""
     count, starts = plan["model"]["n_layers"], [begins(case, plan) for case in cases]
-    headless, later = {*plan["model"]["headless"]}, compared(plan, min(starts)[0])
-    keep = {"z": later - headless, "mixer": later & headless, "mlp": set(later)}
+    headless, later, told = {*plan["model"]["headless"]}, compared(plan, min(starts)[0]), read_out(plan, cases)
+    keep = {"z": later & told - headless, "mixer": later & headless, "mlp": {*later}}
     for what, frozen in (("z", "frozen_heads"), ("mixer", "frozen_mixers"), ("mlp", "frozen_mlps")):
         keep[what] |= {layer for layer in plan[frozen] if layer >= min(starts)[0]}
     keep["input"] = {layer for layer, _ in starts} | {count}
-    keep["attention"] = {layer for layer, inside in starts if inside}
+    keep["attention"] = {layer for layer, inside in starts if inside} | later - told - headless
     keep["neurons"], keep["routing"] = set(), routing_needs(plan)
     if plan["neurons"] is not None:
         keep["neurons"].add(plan["neurons"])
@@ -111,7 +117,7 @@ def needs(plan, cases):
     for norm in ("attention", "mlp", "post"):
         keep[f"{norm}_scale"] = {layer for layer, which in plan["frozen_norms"] if which == norm}
     if "post_norm" in plan["model"]["places"]:
-        keep["post_scale"] |= read_out(plan, cases)
+        keep["post_scale"] |= told
     return keep
 
 

@@ -122,7 +122,7 @@ def _of_clean_run(state, probed, plan):
 
 def effects_job(model, arrays, plan, tick=None, known=None):
     """Direct effect of every case's sites, nothing ablated: {"direct_effect": [case, prompt, position]}."""
-    same = plan | {"replacement": Identity(), "record": "sums", "neurons": None, "attention": None, "words": None}
+    same = plan | {"replacement": Identity(), "record": "total", "neurons": None, "attention": None, "words": None}
     cases = plan["cases"]
     block = block_of(model, same, arrays, cases, known)
     scale = norm_scale(block.clean["input"][plan["model"]["n_layers"]], plan)

@@ -97,7 +97,8 @@ def _through_heads(block, layer, batch, changes):
     edited, frozen = ("z", layer) in batch.replaced, plan["frozen_heads"].get(layer, ())
     if not (compared or edited or frozen):
         return
-    z = part(block.model, plan, layer, "output_projection").input
+    projection, told = part(block.model, plan, layer, "output_projection"), layer in block.probed["pullback"]
+    z = projection.input if told or frozen else None
     for rows, case, prompts in batch.each() if frozen else ():
         heads = [h for h in frozen if Head(layer, h) not in case.edits]
         if heads:
@@ -105,7 +106,8 @@ def _through_heads(block, layer, batch, changes):
             per_head(z, plan)[rows, :, heads] = clean[:, :, heads]
     _replace(z, "z", layer, batch, plan)
     if compared:
-        changes["heads"][layer] = compare(z, "z", layer, block, batch, changes)
+        x, what = (z, "z") if told else (projection.output, "attention")
+        changes["heads"][layer] = compare(x, what, layer, block, batch, changes)
 
 
 def _through_mixer(block, layer, batch, changes):

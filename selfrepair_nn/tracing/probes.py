@@ -1,6 +1,6 @@
 """Linear maps, learned by calling them on known vectors: the weights themselves may be hidden, sharded or quantised.
 
-Of `probe` (told here, for the text of a function travels with each request, a module's does not):
+What `probe` takes and returns (told here, for the text of a function travels with each request, a module's does not):
 
 Args:
     layers: decoder layers whose output projection is wanted.
@@ -10,7 +10,7 @@ Args:
     where: {layer: device} of those that may lie elsewhere than the final norm.
     known: Weights, of which only what is new is probed.
 
-It returns, by name:
+Returns, by name:
 
     output_projection {layer: [heads, d_head, d_model]}, output_bias {layer: [d_model]}
     post_gain {layer: [d_model]}             gamma of the norm behind the attention, where there is one
