@@ -22,7 +22,7 @@ OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:(?:\.\./)+|(?=docs/))([\w./-]+)(#[\w-]+)
 FORMULAS = ("definitions.md", "engine.md")
 INLINE = re.compile(r"(?<![\\$`\w])\$(?![\s(])([^$\n`]+?)\$")
 TOPICS = {
-    "Run": ("run", "preview", "Options", "load", "wrap", "check", "list_recipes"),
+    "Run": ("run", "audit", "preview", "Options", "load", "wrap", "check", "list_recipes"),
     "Look": ("summary", "plot", "view", "write_report", "figure", "compare_paper"),
     "Read stores": ("open_store", "verify", "push", "only", "choose_tokens", "in_nats", "simulate_heads", "sites_of"),
     "Compare stores": ("model_differences",),

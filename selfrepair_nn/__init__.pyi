@@ -25,6 +25,7 @@ from selfrepair_nn.analysis import (
     in_nats,
     induction_by_head,
     interactions,
+    masking,
     most_repaired,
     name_movers,
     neuron_changes,
@@ -46,6 +47,7 @@ from selfrepair_nn.analysis import (
     who_repairs,
     words_in_context,
 )
+from selfrepair_nn.auditing import audit
 from selfrepair_nn.case_sites import sites_of
 from selfrepair_nn.choosing import choose_tokens
 from selfrepair_nn.components import (
@@ -141,6 +143,7 @@ __all__ = [
     "Variants",
     "ZeroValues",
     "attribution",
+    "audit",
     "backup_roc",
     "backups",
     "by_case",
@@ -175,6 +178,7 @@ __all__ = [
     "layer_numbers",
     "list_recipes",
     "load",
+    "masking",
     "model_differences",
     "most_repaired",
     "name_movers",

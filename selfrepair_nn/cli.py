@@ -29,6 +29,7 @@ from selfrepair_nn.flags import (
     TAIL,
     Group,
     choices,
+    choices_of_a_model,
     views,
 )
 from selfrepair_nn.options import Options
@@ -61,7 +62,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         interrupted()
-        resumable = sys.argv[1:2] == ["run"]
+        resumable = sys.argv[1:2] in (["run"], ["audit"])
         _say(f"interrupted; to go on:\n  {_command_line()}" if resumable else "interrupted")
         sys.exit(Incomplete.exit_code if resumable else INTERRUPTED)
     except BrokenPipeError:
@@ -140,6 +141,41 @@ def plan(recipe: str, calibrate: bool, machine: bool, **chosen: Any) -> None:
 
 
 @cli.command()
+@click.argument("model", shell_complete=COMPLETED["model"])
+@click.option(
+    "--small",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Not masked is a head whose self-repair is surely below this part of what was removed.",
+)
+@click.option("--progress/--no-progress", default=None, help="Show a bar on stderr; default: on a terminal.")
+@JSON
+@choices_of_a_model
+def audit(model: str, small: float, progress: bool | None, machine: bool, **chosen: Any) -> None:
+    """Say of each of MODEL's --heads whether what its ablation shows is masked by self-repair.
+
+    Ablates them on --prompts, as `selfrepair run heads` does, into a store that the same command resumes; of a store in
+    MODEL's place nothing is run. Exit code 0 whatever is found.
+    """
+    for number in heard():
+        signal.signal(number, _interrupt)
+    if not model.rstrip("/").endswith(".zarr"):
+        _knock("heads", {**chosen, "model": model})
+    _quiet_libraries()
+    from selfrepair_nn.auditing import audit as look
+
+    confirm = _confirm if sys.stdin.isatty() else None
+    found = look(model, small=small, progress=progress, command=_command_line(), confirm=confirm, **chosen)
+    told = {name: found.attrs[name] for name in ("answer", "store")}
+    if machine:
+        _print_json({**told, "heads": found.records(), "notes": [*found.attrs["above"], *found.attrs["below"]]})
+    else:
+        _print(found)
+        _print(f"\nstore   {told['store']}")
+
+
+@cli.command()
 @STORES
 @click.option(
     "--out", default=None, help="Directory for the figures; default: the first store's name without .zarr."
@@ -147,10 +183,12 @@ def plan(recipe: str, calibrate: bool, machine: bool, **chosen: Any) -> None:
 @FORMAT
 @SIZE
 @CAPTION
+@JSON
 @views
 def plot(
     stores: tuple[str, ...],
     out: str | None,
+    machine: bool,
     names: tuple[str, ...],
     layers: str | None,
     heads: str | None,
@@ -166,17 +204,18 @@ def plot(
 
     datasets, found = _chosen(stores, layers, heads, names, recipe)
     wanted = names or (own(datasets[0], found) if shown_as["outcome"] == "logit" else None)
-    for path in draw(datasets, out or beside(datasets[0]), wanted, recipe=recipe, **shown_as):
-        _print(path)
+    _wrote(machine, draw(datasets, out or beside(datasets[0]), wanted, recipe=recipe, **shown_as))
 
 
 @cli.command()
 @STORE
 @click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
+@JSON
 @views
 def report(
     store: str,
     out: str | None,
+    machine: bool,
     names: tuple[str, ...],
     layers: str | None,
     heads: str | None,
@@ -187,7 +226,7 @@ def report(
     from selfrepair_nn.report import report as write
 
     [dataset], _ = _chosen([store], layers, heads, names, recipe)
-    _print(write(dataset, out, recipe=recipe, names=names or None, **shown_as))
+    _wrote(machine, [write(dataset, out, recipe=recipe, names=names or None, **shown_as)])
 
 
 def _chosen(
@@ -224,7 +263,10 @@ def _note_mixed(datasets: Sequence[Any]) -> None:
 )
 @click.option("--serve", is_flag=True, help="Serve it too, on this machine alone, until interrupted.")
 @click.option("--port", type=int, default=0, show_default=True, help="Port to serve at; 0: one that is free.")
-def view(stores: tuple[str, ...], out: str | None, share: float | None, serve: bool, port: int) -> None:
+@JSON
+def view(
+    stores: tuple[str, ...], out: str | None, share: float | None, serve: bool, port: int, machine: bool
+) -> None:
     """Write one HTML page to look at STORE: its heads, their tokens, the text, who repairs what.
 
     Of two STORES they stand side by side. The page needs no network, and no server.
@@ -237,9 +279,10 @@ def view(stores: tuple[str, ...], out: str | None, share: float | None, serve: b
     datasets = [open_store(path) for path in stores]
     _note_mixed(datasets)
     page = write(datasets, out, share=share)
-    _print(page)
+    told = {"address": server.address} if server else {}
+    _wrote(machine, [page], **told)
     if server:
-        server.run(page, _print)
+        server.run(page, lambda _: None)
 
 
 @cli.command("compare-paper")
@@ -248,18 +291,22 @@ def view(stores: tuple[str, ...], out: str | None, share: float | None, serve: b
 @click.option(
     "--out", default=None, help="Directory for the figure; default: the store's name without .zarr."
 )
-def compare_paper(store: str, reference: str | None, out: str | None) -> None:
+@JSON
+def compare_paper(store: str, reference: str | None, out: str | None, machine: bool) -> None:
     """Print STORE's means of each layer beside those that the paper's authors published, and draw both."""
+    from selfrepair_nn.analysis import compare_paper as compared
     from selfrepair_nn.figures import beside, paper_comparison, save
     from selfrepair_nn.store import open_store
+    from selfrepair_nn.table import of_grid
     from selfrepair_nn.text import comparison
 
     dataset = open_store(store)
-    _print(comparison(dataset, reference))
-    figure = paper_comparison.draw(dataset, reference=reference)
-    click.echo()
-    for path in save(figure, out or beside(dataset), "paper_comparison"):
-        _print(path)
+    if not machine:
+        _print(comparison(dataset, reference))
+        click.echo()
+    paths = save(paper_comparison.draw(dataset, reference=reference), out or beside(dataset), "paper_comparison")
+    found = compared(dataset, reference)
+    _wrote(machine, paths, store=store, reference=found.attrs["reference"], means=of_grid(found, "source", "layer"))
 
 
 @cli.command()
@@ -275,7 +322,8 @@ def compare_paper(store: str, reference: str | None, out: str | None) -> None:
 @click.option(
     "--out", default=None, help="Directory for the figure; default: the store's name without .zarr."
 )
-def attribution(store: str, model: str | None, small: float, out: str | None) -> None:
+@JSON
+def attribution(store: str, model: str | None, small: float, out: str | None, machine: bool) -> None:
     """Set attribution patching, which takes the model as linear, against STORE's exact effects of every head.
 
     Prints the heads that it misses, with what their exact effect is made of, and draws both.
@@ -285,14 +333,17 @@ def attribution(store: str, model: str | None, small: float, out: str | None) ->
     from selfrepair_nn.figures import beside, save
     from selfrepair_nn.patching import attribution as attributed
     from selfrepair_nn.store import open_store
+    from selfrepair_nn.table import of_grid
     from selfrepair_nn.text import missed
 
     dataset = open_store(store)
     found = attributed(dataset, model, small=small)
-    _print(missed(found))
-    click.echo()
-    for path in save(figure.draw(found), out or beside(dataset), "attribution"):
-        _print(path)
+    if not machine:
+        _print(missed(found))
+        click.echo()
+    paths = save(figure.draw(found), out or beside(dataset), "attribution")
+    told = {name: found.attrs[name] for name in ("rank_correlation", "linear_correlation")}
+    _wrote(machine, paths, store=store, **told, heads=of_grid(found, "layer", "head"))
 
 
 @cli.command()
@@ -318,7 +369,8 @@ def info(store: str, machine: bool, **tokens: Any) -> None:
 
 @cli.command()
 @STORE
-def verify(store: str) -> None:
+@JSON
+def verify(store: str, machine: bool) -> None:
     """Read every file of STORE and list what is missing or damaged.
 
     Exit code 1 if anything is, 75 if nothing is but the run has not finished.
@@ -329,13 +381,17 @@ def verify(store: str) -> None:
 
     path = at_hand(store)
     found, attributes = damaged(path), contents_of(path).attributes
-    for each in found:
+    if machine:
+        damage = [asdict(each) for each in found]
+        _print_json({"store": store, "damaged": damage, "finished": "finished" in attributes})
+    for each in () if machine else found:
         _print(str(each))
     remedy = f"run the command that made it:\n  {attributes.get('command', 'not recorded')}"
     if found:
         count = f"{len(found)} file{'s' * (len(found) > 1)}"
         raise SelfRepairError(f"{count} of {store!r} missing or damaged; to compute again, {remedy}")
-    _print(f"{store}: every file is as it was written")
+    if not machine:
+        _print(f"{store}: every file is as it was written")
     if "finished" not in attributes:
         _say(f"{store!r} is whole as far as it goes, but the run has not finished; to go on, {remedy}")
         sys.exit(Incomplete.exit_code)
@@ -562,6 +618,15 @@ def _command_line() -> str:
 def _print(text: object) -> None:
     """A result, on stdout. What is in it may have been written by others."""
     click.echo(shown(text))
+
+
+def _wrote(machine: bool, paths: Sequence[Any], **told: Any) -> None:
+    """The files that a command wrote; for a script with what else there is to tell."""
+    if machine:
+        _print_json({**told, "files": [*map(str, paths)]})
+    else:
+        for path in (*paths, *([told["address"]] if "address" in told else [])):
+            _print(path)
 
 
 def _print_json(value: Any) -> None:

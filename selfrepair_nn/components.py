@@ -367,8 +367,9 @@ def select_heads(
     """The heads that two specifications leave, in order of layer and head.
 
     `layers` is a list of numbers and half-open ranges ("8:12", "0,5,-1"), a number, a range, or several of these;
-    `heads` a list of "layer.head", "layer.*" or "L9H6", a Head, a pair (layer, head), or several. Both None means
-    every head. `headless` are the layers that have none, as `structure.headless` says.
+    `heads` a list of "layer.head", "layer.*" or "L9H6", a Head, a pair (layer, head), or several, and what other tools
+    call a head ("a9.h6", "blocks.9.attn.hook_z[6]"). Both None means every head.
+    `headless` are the layers that have none, as `structure.headless` says.
 
     Raises:
         UsageError: a specification is misspelt, names a place the model does not have, or leaves nothing.

@@ -110,8 +110,8 @@ class Group(click.Group):
     command_class = Command
 
 
-def choices(command: Callable) -> Callable:
-    """Give a command one option for each field of Options, and one that is not shown for each old name."""
+def choices(command: Callable, but: tuple[str, ...] = ()) -> Callable:
+    """Give a command one option for each field of Options `but` these, and one that is not shown for each old name."""
 
     @wraps(command)
     def called(**given: Any) -> None:
@@ -120,9 +120,14 @@ def choices(command: Callable) -> Callable:
     offered = {each.name: each for each in fields(Options)}
     for old, new in RENAMED.items():
         called = click.option(flag(old), old, type=_kind(offered[new]), hidden=True)(called)
-    for each in reversed(offered.values()):
+    for each in reversed([each for name, each in offered.items() if name not in but]):
         called = _click_option(each)(called)
     return called
+
+
+def choices_of_a_model(command: Callable) -> Callable:
+    """The same for a command whose argument is the model."""
+    return choices(command, but=("model",))
 
 
 def _kind(each: Any) -> type:

@@ -96,6 +96,13 @@ def of_layer(layer: xr.Dataset) -> dict[str, Any]:
     return named | means | counts | {"tested": tested, "under_noise": bool(layer.under_noise)}
 
 
+def of_grid(found: xr.Dataset, *dims: str) -> list[dict[str, Any]]:
+    """What a summary has of each place along these dimensions, as plain dicts."""
+    named = [str(name) for name, each in found.data_vars.items() if {*each.dims} <= {*dims} and each.ndim]
+    rows = found[named].reset_coords(drop=True).to_dataframe().reset_index().to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
+
+
 def of_responses(found: xr.Dataset, kind: str, count: int) -> list[dict[str, Any]]:
     """Rows of the heads that answer most to their own write: the slope at each scale, and the ends of its interval.
 

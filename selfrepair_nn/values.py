@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selfrepair_nn.errors import UsageError, one_line
+from selfrepair_nn.head_names import plain
 from selfrepair_nn.paths import require_possible
 
 MOST = 10**12
@@ -153,7 +154,12 @@ def layers(name: str, value: Any) -> str:
 
 
 def heads(name: str, value: Any) -> str:
-    """Heads as "9.6,10.*": from such a text, a Head, a pair (layer, head), or several of these."""
+    """Heads as "9.6,10.*": from such a text, other tools' names, a Head, a pair (layer, head), or several of these.
+
+    A mapping has the heads of each layer: {9: [6, 9]}.
+    """
+    if isinstance(value, Mapping):
+        value = [(layer, head) for layer, held in value.items() for head in several(held) or [held]]
     one = _head(value) if isinstance(value, str | tuple) or hasattr(value, "head") else None
     found = [one] if one is not None else [_head(each) for each in several(value) or [None]]
     if isinstance(value, list) and not value:
@@ -169,7 +175,7 @@ def heads(name: str, value: Any) -> str:
 
 def _head(value: Any) -> str | None:
     if isinstance(value, str):
-        return value
+        return plain(value)
     pair = [value.layer, value.head] if hasattr(value, "head") and hasattr(value, "layer") else several(value)
     numbers = [number for each in pair or () if (number := _integer(each)) is not None]
     if pair is None or not len(pair) == len(numbers) == 2 or max(map(abs, numbers)) > MOST:

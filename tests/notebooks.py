@@ -72,5 +72,6 @@ def alike(one: str, other: str, apart: float = 2e-3) -> bool:
 
 
 if __name__ == "__main__":
-    subprocess.run = lambda *_, **__: None  # what another process makes is there already
+    run = subprocess.run  # but for ours, whose store is there already
+    subprocess.run = lambda command, *a, **k: None if "selfrepair_nn" in command else run(command, *a, **k)
     print(json.dumps(play(sys.argv[1], tuple(sys.argv[2:]))))

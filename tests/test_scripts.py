@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -168,3 +170,45 @@ def test_report_takes_what_plot_takes(ran, tmp_path):
     assert "L6H0" not in text.split("All 8 heads")[1].split("</details>")[0]
     assert selfrepair("report", ran[0], "--figure", "nonsense").code == 2
     assert "logprob" in selfrepair("report", ran[0], "--outcome", "logprob", "--out", page).err
+
+
+def test_what_is_drawn_and_written_is_told_to_a_script(ran, tmp_path):
+    store = ran[0]
+    for command in (("plot", "--figure", "self_repair_by_layer"), ("report", "--figure", "norm_share"), ("view",)):
+        out = tmp_path / ("figures" if command[0] == "plot" else f"{command[0]}.html")
+        files = answer(command[0], store, *command[1:], "--out", out)["files"]
+        assert len(files) == (2 if command[0] == "plot" else 1)
+        assert all(Path(file).stat().st_size for file in files)
+
+
+def test_verify_tells_a_script_what_is_damaged(ran, tmp_path):
+    store = tmp_path / "s.zarr"
+    shutil.copytree(ran[0], store)
+    assert answer("verify", store) == {"store": str(store), "damaged": [], "finished": True}
+    (chunk,) = [path for path in (store / "self_repair" / "c").rglob("*") if path.is_file()][:1]
+    chunk.write_bytes(b"rubbish")
+    ended = selfrepair("verify", store, "--json")
+    assert ended.code == 1
+    [damage] = json.loads(ended.out)["damaged"]
+    assert (damage["array"], damage["block"]) == ("self_repair", 0)
+
+
+def test_comparisons_are_told_to_a_script(ran, tmp_path):
+    found = answer("compare-paper", ran[0], "--reference", "gpt2-small", "--out", tmp_path / "p")
+    ds = sr.compare_paper(ran[0], "gpt2-small")
+    assert len(found["means"]) == 2 * ds.sizes["layer"]
+    one = next(row for row in found["means"] if (row["source"], row["layer"]) == ("store", 6))
+    assert one["direct_effect"] == pytest.approx(float(ds.direct_effect.sel(source="store", layer=6)))
+    found = answer("attribution", ran[0], "--out", tmp_path / "a")
+    heads = sr.attribution(ran[0])
+    assert [row["attributed_change"] for row in found["heads"] if row["layer"] == 7] == pytest.approx(
+        heads.attributed_change.sel(layer=7).values.tolist()
+    )
+    assert found["files"]
+
+
+@pytest.mark.parametrize("command", sorted({*cli.commands} - {"completion"}))
+def test_every_command_has_json_and_its_exit_codes_are_told(command):
+    assert "--json" in [name for each in cli.commands[command].params for name in each.opts]
+    page = (Path(__file__).parents[1] / "docs" / "scripts.md").read_text()
+    assert f"`{command}`" in page

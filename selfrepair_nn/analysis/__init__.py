@@ -13,6 +13,7 @@ from selfrepair_nn.analysis.induction import KINDS, LEAST, by_kind, induction_by
 from selfrepair_nn.analysis.interactions import clamped, interactions
 from selfrepair_nn.analysis.ioi import backups, name_movers
 from selfrepair_nn.analysis.layers import by_layer, most_repaired
+from selfrepair_nn.analysis.masking import AMPLIFIED, MASKED, PLAIN, SMALL, UNKNOWN, masking
 from selfrepair_nn.analysis.neurons import (
     erasure_neurons,
     neuron_changes,
@@ -45,6 +46,7 @@ from selfrepair_nn.analysis.words import changes_in_context, frequent_words, wor
 from selfrepair_nn.quantities import SHARE
 
 __all__ = [
+    "AMPLIFIED",
     "CONCENTRATED",
     "CONFIDENCE",
     "FATES",
@@ -53,13 +55,17 @@ __all__ = [
     "KINDS",
     "KNOWN_BACKUPS",
     "LEAST",
+    "MASKED",
     "MEANS",
     "OPTIMAL",
     "OWN",
+    "PLAIN",
     "QUANTITIES",
     "SHARE",
+    "SMALL",
     "SOFTMAXES",
     "STAGES",
+    "UNKNOWN",
     "among",
     "axis_of",
     "backup_roc",
@@ -89,6 +95,7 @@ __all__ = [
     "in_nats",
     "induction_by_head",
     "interactions",
+    "masking",
     "most_repaired",
     "name_movers",
     "neuron_changes",
