@@ -404,14 +404,19 @@ def verify(store: str, machine: bool) -> None:
 @click.option("--path-in-repo", default=None, help="Where in the repository; default: the store's own name.")
 @click.option("--license", default=None, help="What the card says of it, such as cc-by-4.0.")
 @click.option("--as-it-is", is_flag=True, help="Publish a store that has not finished, or is damaged, too.")
-def push(store: str, name: str, **choices: Any) -> None:
+@JSON
+def push(store: str, name: str, machine: bool, **choices: Any) -> None:
     """Publish STORE as the dataset NAME (owner/name) of the Hugging Face Hub, with a card, and print its address.
 
     It is verified first. The token is HF_TOKEN, or that of `hf auth login`; it is never shown or stored.
     """
     from selfrepair_nn.publishing import push as published
 
-    _print(published(store, name, **choices))
+    address = published(store, name, **choices)
+    if machine:
+        _print_json({"store": store, "address": address})
+    else:
+        _print(address)
 
 
 @cli.command()
