@@ -48,7 +48,7 @@ def test_analysis_is_a_room_too(name):
 # Options, for people and checkers
 
 
-@pytest.mark.parametrize("function", [sr.run, sr.preview, sr.Options], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [sr.run, sr.audit, sr.preview, sr.Options], ids=lambda f: f.__name__)
 def test_signature_and_help_have_every_option(function):
     shown, said = inspect.signature(function).parameters, " ".join(inspect.getdoc(function).split())
     for option in fields(Options):
