@@ -402,10 +402,22 @@ def test_figure_of_induction(induction):
     figure, heads = figures.draw("induction", ds), sr.induction_by_head(ds)
     left, right = figure.axes
     assert_allclose(dots(left), pairs(heads.previous_token, heads.induction))
-    assert_allclose(dots(right), pairs(heads.direct_effect, heads.logit_change))
     kinds = sr.by_kind(ds)
+    labels = [label.get_text() for label in right.get_yticklabels()]
     for kind in kinds.kind.values:
-        assert f"{kind}: {int(kinds.heads.sel(kind=kind)) or 'none'}" in words(figure)
+        count = int(kinds.heads.sel(kind=kind))
+        assert f"{kind}: {count}" in words(figure)
+        assert any(label.startswith(f"mean of {count}\n{kind} head") for label in labels) == (count > 0)
+    values = {sr.Head(i, j).label: heads.isel(layer=i, head=j) for i, j in np.ndindex(heads.kind.shape)}
+    named = [(label, kind) for label in labels for kind in kinds.kind.values if f"\n{kind} head" in label]
+    values |= {label: kinds.sel(kind=kind) for label, kind in named}
+    for bars, name in zip(right.containers, ("removed", "logit_change", "self_repair"), strict=True):
+        x, y = bars.lines[0].get_data()
+        rows = np.round(y).astype(int)
+        assert_allclose(x, [float(values[labels[row]][name]) for row in rows])
+        beyond = {*range(len(labels))} - {*rows.tolist()}
+        told = [text.get_text().replace("\N{MINUS SIGN}", "-").split(" ")[0] for text in right.texts]
+        assert all(f"{float(values[labels[row]][name]):+.2g}" in told for row in beyond)
 
 
 def test_figure_of_the_contrast(contrast):
