@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn import values
 from selfrepair_nn.analysis import (
     AMPLIFIED,
     HALF_WIDTH,
@@ -134,7 +135,7 @@ def _options(audited: Any, choices: Any) -> Any:
 
 def told(ds: xr.Dataset, share: Any = None, small: float = SMALL) -> Summary:
     """The frame of a store of single heads; see `audit`."""
-    heads = masking(legible(restored(ds)), None if share is None else float(share), small=small)
+    heads = masking(legible(restored(ds)), None if share is None else values.number("share", share), small=small)
     rows = [_row(one, heads) for one in _each(heads)]
     answer = _answer(rows, heads)
     loud = warnings(heads)

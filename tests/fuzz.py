@@ -99,7 +99,8 @@ def _safe(name: str) -> tuple[str, ...]:
 
 def _of_command(name: str, command: click.Command, place: Place) -> Iterator[Case]:
     given = [place.model if name == "check" else place.store]
-    out = ["--out", place.folder / "drawn"] if any(p.name == "out" for p in command.params) else []
+    writes = name != "audit" and any(p.name == "out" for p in command.params)  # a store is audited as it is
+    out = ["--out", place.folder / "drawn"] if writes else []
     for word in WORDS:
         yield _typed([name, *out, "--", word])
     for parameter in command.params:
@@ -134,10 +135,10 @@ def calls(place: Place) -> Iterator[Case]:
         public = getattr(sr, name)
         if isinstance(public, type) and issubclass(public, Exception):
             continue
-        usual = _usual(name, public, place)
+        usual, first = _usual(name, public, place), (place.dataset,) if name == "audit" else ()
         for odd in usual:
             for make in OBJECTS:
-                yield _called(name, public, (), lambda u=usual, o=odd, m=make: u | {o: m()})
+                yield _called(name, public, first, lambda u=usual, o=odd, m=make: u | {o: m()})
         yield _called(name, public, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14), dict)
         yield _called(name, public, (), lambda: {"nonsense": 1})
 
@@ -146,6 +147,8 @@ def _usual(name: str, public: Any, place: Place) -> dict[str, Any]:
     """Something plausible for each argument: what is odd is then odd alone."""
     if name in ("run", "preview", "Options"):
         return {"recipe": "heads"} if name != "Options" else {}
+    if name == "audit":  # of a store: nothing is run
+        return {"small": 0.1, "share": 0.02, "layers": None, "heads": None, "tokens": None}
     found = {}
     for each in inspect.signature(public).parameters.values():
         if each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL):

@@ -216,6 +216,7 @@ def test_what_cannot_be_audited_is_refused_in_words(ran, tmp_path):
         ({"audited": "tiny-neox", "model": "tiny-neox"}, "given twice"),
         ({"audited": "tiny-neox", "revisions": "a,b"}, "one model"),
         ({"audited": out, "small": 2}, "small 2.0 is a part"),
+        ({"audited": out, "share": 10**400}, "share must be a number"),
         ({"audited": "tiny-neox", "headz": "1.1"}, "heads"),
         ({"audited": out, "heads": "1.1"}, "holds no head"),
     ):
