@@ -23,6 +23,7 @@ from benchmarks.counts import counts
 from benchmarks.fewer import fewer
 from benchmarks.footprint import by_depth, by_heads, child, footprint
 from benchmarks.gpu import on_gpu
+from benchmarks.plans import as_table, plans
 from benchmarks.speed import measure, through_transformerlens
 from benchmarks.table import table
 from benchmarks.waiting import waiting
@@ -30,7 +31,7 @@ from benchmarks.wide import PROMPTS, store_at_scale
 from selfrepair_nn.provenance import machine, now, versions
 from tests.smollm2 import Unavailable, smollm2
 
-PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting", "fewer", "store", "counts", "gpu")
+PARTS = ("tiny-neox", "smollm2", "transformerlens", "waiting", "fewer", "store", "counts", "gpu", "plans")
 SIZES = [16, 64, 256]
 QUICK = {"layers": "3,11,18,26", "prompts": 8}
 """Four of SmolLM2's thirty layers, of the mean depth of all, and half the prompts."""
@@ -55,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(sys.stderr):
         found = {"when": now(), "machine": machine(), "versions": versions()} | collected(asked)
-    print(table(found))
+    print("\n\n".join([table(found), *([as_table(found["plans"])] if "plans" in found else [])]))
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -68,6 +69,8 @@ def collected(asked: argparse.Namespace) -> dict[str, Any]:
         found["store"] = store_at_scale(prompts=PROMPTS // 16 if asked.quick else PROMPTS)
     if "counts" in parts:
         found["counts"] = counts()
+    if "plans" in parts:
+        found["plans"] = plans()
     if "gpu" in parts:
         found["gpu"] = on_gpu(asked.quick)
     found["models"] = models = {}

@@ -30,7 +30,7 @@ CROSSED = 5e7, 2.5e8
 class Cost:
     """What a job takes: floating-point operations, and bytes that cross into its sandbox and out, of all processes.
 
-    `once` are those bytes that would cross too if the job were smaller: of the maps that it probes.
+    `once` are those bytes that cross however small the job is cut: of the maps that one case needs.
     """
 
     flops: float
@@ -152,22 +152,27 @@ class Costs:
         flops = structure.layer_parameters * tokens * passes + structure.d_model * structure.vocab_size * unembedded
         crossed = plan.once + wanted * plan.of_token * tokens + size * unembedded
         itemsize = self._degree * SERVED_ITEMSIZE
-        return Cost(2 * flops, itemsize * crossed, itemsize * plan.once)
+        return Cost(2 * flops, itemsize * crossed, itemsize * plan.least)
 
     def _of_plan(self, plan: dict[str, Any]) -> "_OfPlan":
         if id(plan) not in self._known:
-            self._known[id(plan)] = _OfPlan(plan, depth(plan), *crossing(plan, plan.get("resamples", 1)))
+            least = crossing(plan | {"cases": plan["cases"][-1:]}, 1)[0]
+            self._known[id(plan)] = _OfPlan(plan, depth(plan), *crossing(plan, plan.get("resamples", 1)), least)
         return self._known[id(plan)]
 
 
 @dataclass(frozen=True)
 class _OfPlan:
-    """Of a plan, which is kept so that its id stays its own: layers that all its cases go through, and what crosses."""
+    """Of a plan, which is kept so that its id stays its own: layers that all its cases go through, and what crosses.
+
+    `least` is what crosses once where there is only one case.
+    """
 
     plan: dict[str, Any]
     depth: int
     once: int
     of_token: int
+    least: int
 
 
 def depth(plan: dict[str, Any]) -> int:
