@@ -23,6 +23,7 @@ from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.greeting import greeting_of
 from selfrepair_nn.models.model import Model
 from selfrepair_nn.options import Options
+from selfrepair_nn.shown import LOG
 from selfrepair_nn.tracing.session import RESULT, hand_over
 
 SHARED = ("python", "torch", "transformers", "nnsight", "ndif")
@@ -277,9 +278,9 @@ def _require_alike(first: dict[str, Any], others: Sequence[dict[str, Any]]) -> N
 
 
 def _tell_apart(server: Server, apart: list[tuple[str, str, int]]) -> None:
-    """Tell what should agree and does not; what is another version in its third place only, the store alone keeps."""
+    """Tell of clocks; of versions, which doctor compares and the store keeps, only where more than usual is told."""
     if differing := [f"{name} {said}" for name, said, place in apart if place < 3]:
-        tell(f"{server.host} has other versions ({', '.join(differing)}): modules and rounding may differ")
+        LOG.info("%s has other versions (%s): modules and rounding may differ", server.host, ", ".join(differing))
     if clocks := clocks_apart(server.ahead):
         tell(f"the clock of {server.host} is {clocks}: set the one that is wrong; nothing here goes by it")
 
