@@ -136,7 +136,9 @@ def _draw_scores(axes: Axes, heads: xr.Dataset) -> None:
 
 def _draw_rows(axes: Axes, rows: list[tuple[str, str, Mapping]]) -> None:
     every = _values(rows)
-    low, high = beyond.ends(every)
+    x, y, width, full = (np.concatenate([getattr(each, n) for each in every]) for n in ("x", "y", "width", "full"))
+    together = beyond.Dots(x, y, width, [], "", full, every[0].means)
+    low, high = beyond.ends([together])
     for shift, (name, (label, colour, marker)), dots in zip(
         (-SHIFT, 0, SHIFT), SHOWN.items(), every, strict=True
     ):
