@@ -55,7 +55,7 @@ def _run(model, out, **choices):
 
 def readme() -> str:
     """The README's lines without this package."""
-    text = (ROOT / "README.md").read_text().split("without this package")[1]
+    text = (ROOT / "README.md").read_text().split("And without this package")[1]
     return re.sub(r"^    ", "", re.search(r"(?:^    .*\n|^\n)+", text, re.MULTILINE)[0], flags=re.MULTILINE)
 
 

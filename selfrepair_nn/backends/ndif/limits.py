@@ -38,7 +38,7 @@ def limits_of(options: Options) -> Limits:
     """The limits before the server was asked: as chosen, else the hosted service's, which runs jobs in a sandbox."""
     chosen = {"seconds": options.job_seconds, "degree": options.tensor_parallel}
     known = {name: value for name, value in chosen.items() if value is not None}
-    return Limits(sandboxed=True if options.host is None else None, **known)
+    return Limits(sandboxed=None if options.host else True, **known)
 
 
 def told(limits: Limits, options: Options, replicas: Iterable[Mapping[str, Any]]) -> Limits:
