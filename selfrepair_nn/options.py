@@ -163,7 +163,7 @@ class Options:
     components: str = option("none", "Store every component's change too; alone: all.", choices=COMPONENTS, alone="all")
     logprob: str = option("none", "Measure log-probability too; alone: top.", choices=LOGPROBS, alone="top")
     words: int = option(0, "Store the tokens that each head, and what reacts to its ablation, promote and demote most: so many of each, of each head's top share of tokens.", _words)
-    split: str = option("sums", "Into which parts the self-repair is split (of a dataset: --dataset-split).", choices=SPLITS)
+    split: str = option("sums", "Into which parts the self-repair is split (of a dataset: --dataset-split); 'total' where --ci-of layers asks a server.", choices=SPLITS)
     share: float | None = option(None, "Share of tokens that 'top' and 'top-share' mean, by direct effect; default: 0.02, or 1 where the prompts say which tokens count.", _share)
     select: str | None = option(None, "Tokens to ablate and store; default: all, or top-share with --until-ci.", choices=SELECTS)
     until_ci: float | None = option(None, "Stop where the mean self-repair on the top share is known to +- this many logits.", _width)
@@ -206,6 +206,8 @@ class Options:
             object.__setattr__(self, each.name, _kept(each, named.get(each.name)))
         if self.alone and named.get("ablation") is None:
             object.__setattr__(self, "ablation", "mean")
+        if self.of_trends and named.get("split") is None:
+            object.__setattr__(self, "split", "total")
         self._require_fitting()
 
     def _require_fitting(self) -> None:
@@ -312,6 +314,12 @@ class Options:
     def alone(self) -> bool:
         """Whether there is one text alone, with no other to lend it anything: it is then ablated by its mean."""
         return self.rows == "texts" and isinstance(self.prompts, tuple) and len(self.prompts) == 1
+
+    @property
+    def of_trends(self) -> bool:
+        """Whether nothing but layers' means is asked of a server: it is then not split, and little crosses there."""
+        whole = self.components == "none" and not self.words
+        return self.served and self.until_ci is not None and self.ci_of == "layers" and whole
 
     @property
     def served(self) -> bool:

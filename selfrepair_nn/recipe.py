@@ -110,6 +110,7 @@ class Recipe:
         """Which of these choices were made, and not looked at."""
         usual = {each.name: each.default for each in fields(Options)} | dict(self.defaults)
         usual |= {"ablation": "mean"} if options.alone else {}
+        usual |= {"split": "total"} if options.of_trends and options.split == "total" else {}
         chosen = {name: getattr(options, name) for name in names if name not in read}
         return [n for n, v in chosen.items() if type(v) is not type(usual[n]) or v != usual[n]]
 

@@ -74,7 +74,7 @@ class FakeService:
     doubt = ""
     name = "http://fake"
 
-    def greet(self) -> None:
+    def greet(self, anew: bool = False) -> None:
         self.step()
 
     def step(self) -> None:

@@ -5,13 +5,14 @@ from collections import Counter
 
 import fake_ndif
 import pytest
+import torch
 from fake_ndif import FakeNdif
 from fake_service import Clock, FakeService, Killed, assert_right, unit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from terminal import assert_same_numbers, ids, resume_command, saved, selfrepair
 
-from selfrepair_nn.backends.ndif import connection, in_flight
+from selfrepair_nn.backends.ndif import connection, hosts, in_flight
 from selfrepair_nn.backends.ndif.agreement import differences
 from selfrepair_nn.backends.ndif.doctor import doctor
 from selfrepair_nn.backends.ndif.faults import Fault
@@ -348,4 +349,35 @@ def test_a_host_that_is_not_there_at_the_beginning_is_left_out(tiny, quick, tmp_
         ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 1]))
     assert ended.code == 0, ended.err
     assert f"{other.url} is left out until it answers" in ended.err
+    assert_same_numbers(store, tiny[3])
+
+
+@pytest.fixture
+def strange(tiny):
+    """The same model, but for one weight of its last MLP."""
+    model = load(str(tiny[0]))
+    with torch.no_grad():
+        model.nn._module.transformer.h[-1].mlp.c_proj.weight[3, 2] += 0.1
+    return model
+
+
+def test_hosts_with_other_weights_are_no_fleet(tiny, strange, quick, tmp_path):
+    with FakeNdif(tiny[2]) as one, FakeNdif(strange) as other:
+        ended = selfrepair(*command(tiny, tmp_path / "s.zarr", one, other))
+    assert ended.code == 1
+    assert f"{other.url} serves something else than {one.url}: other weights: the MLP of layer 2" in ended.err
+
+
+def test_a_host_that_comes_back_with_other_weights_gets_nothing(tiny, strange, quick, tmp_path, monkeypatch):
+    """Its words are the same; what its weights make of known vectors is not."""
+    monkeypatch.setattr(hosts, "LATE", 0.1)
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one, FakeNdif(strange) as other:
+        other.fault = lambda what, job: "reset" if len(one.sent()) < 4 else None
+        ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 1, "--in-flight", 1]))
+    assert ended.code == 0, ended.err
+    assert f"{other.url} is left out until it answers" in ended.err
+    assert f"{other.url} is left out: " in ended.err
+    assert "other weights: the MLP of layer 2" in ended.err
+    assert len(other.sent()) == 1
     assert_same_numbers(store, tiny[3])

@@ -13,6 +13,7 @@ from selfrepair_nn.errors import UsageError
 from selfrepair_nn.estimating.traffic import crossing_bytes
 from selfrepair_nn.graph import Graph, sweep
 from selfrepair_nn.layout.plan import Work
+from selfrepair_nn.options import Options
 from selfrepair_nn.replacements import Reinforce, Scale
 from selfrepair_nn.tracing.cases import needs, read_out, realised
 from selfrepair_nn.tracing.jobs import ablation_job
@@ -147,3 +148,27 @@ def test_weights_are_asked_for_of_no_more_layers_than_are_told_apart(wrapped, na
     assert read_out(plan, plan["cases"]) == probed
     compared = {"total": set(), "sums": {2}, "full": {0, 2}}[record]
     assert needs(plan, plan["cases"])["attention"] == {1} | (compared - probed)
+
+
+# ---------------------------------------------------------------- what is chosen where nobody chose
+
+
+SERVED = {"model": "m", "host": "http://127.0.0.1:1"}
+TRENDS = {"until_ci": 0.05, "ci_of": "layers"}
+
+
+@pytest.mark.parametrize(
+    ("choices", "split"),
+    [
+        (SERVED | TRENDS, "total"),
+        (SERVED | TRENDS | {"split": "sums"}, "sums"),
+        (SERVED | TRENDS | {"components": "top"}, "sums"),
+        (SERVED | TRENDS | {"words": 3}, "sums"),
+        (SERVED | {"until_ci": 0.05}, "sums"),
+        (SERVED, "sums"),
+        ({"model": "m"} | TRENDS, "sums"),
+    ],
+    ids=str,
+)
+def test_layer_trends_of_a_server_are_not_split_unless_asked(choices, split):
+    assert Options(**choices).split == split

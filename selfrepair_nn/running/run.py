@@ -57,6 +57,11 @@ ALONE = (
     "more texts, or choose zero"
 )
 
+OF_TRENDS = (
+    "the means of layers are all that is asked of the server: self-repair is not split (--split total), and little "
+    "crosses there; --split sums tells heads, MLPs and norm apart"
+)
+
 
 def run(
     recipe: str | os.PathLike[str] = "heads",
@@ -98,6 +103,8 @@ def run(
         _told(recipe, experiment)
         if options.alone and choices.get("ablation") is None and experiment.ablation == options.ablation:
             tell(ALONE)
+        if options.of_trends and choices.get("split") is None and experiment.graph.record == "total":
+            tell(OF_TRENDS)
         if experiment.options.served:
             _require_consent(experiment, confirm)
         _into_store(experiment, shared, command or _call(recipe, options), bar)

@@ -25,8 +25,8 @@ class Service(Protocol):
         """What came in place of an answer to the last request, if something did."""
         ...
 
-    def greet(self) -> None:
-        """Raises Fault if the host does not answer, or is no more what it was."""
+    def greet(self, anew: bool = False) -> None:
+        """Raises Fault if the host does not answer, or is no more what it was; `anew`: ask its weights, too."""
 
     def pack(self, unit: Unit) -> bytes:
         """The request, ready to be sent."""

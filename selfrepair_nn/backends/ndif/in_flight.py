@@ -128,7 +128,7 @@ class _Round:
         """Send to a host what it has room for, and look at what it has; whether there was anything new."""
         try:
             if host.silent is not None:
-                host.service.greet()
+                host.service.greet(host.out)
             moved = False
             while piece := self._next(host):
                 moved |= self._start(piece, host)

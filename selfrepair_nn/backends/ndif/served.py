@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from nnsight import register
@@ -29,6 +31,9 @@ from selfrepair_nn.tracing.session import RESULT, hand_over
 SHARED = ("python", "torch", "transformers", "nnsight", "ndif")
 """Packages of the server whose versions are kept with the numbers."""
 
+AGAIN_SECONDS = 30.0
+"""A host that was away has so long to say whose weights answer there."""
+
 UNTOLD = ("_name_or_path", "transformers_version")
 """What a configuration holds that is not the model's."""
 
@@ -45,10 +50,19 @@ class ServedModel:
     def name(self) -> str:
         return self.server.host
 
-    def greet(self) -> None:
+    def greet(self, anew: bool = False) -> None:
         self.server.greet()
-        if found := self.expected and differences(self.expected, self.facts()):
+        asked = {"greeting": self._greeting()} if anew and self.expected else {}
+        if found := self.expected and differences(self.expected, self.facts() | asked):
             raise Fault("differs", f"{self.name}: {'; '.join(found)}")
+
+    def _greeting(self) -> dict[str, Any]:
+        """Whose weights answer now; a host that takes long to say so counts as silent, for others wait meanwhile."""
+        try:
+            with TemporaryDirectory() as folder:
+                return greeted(self, Ledger(Path(folder) / "jobs.jsonl", "greeting"), AGAIN_SECONDS)
+        except Incomplete as error:
+            raise Fault("unreachable", str(error)) from error
 
     def facts(self) -> dict[str, Any]:
         """What the host says of itself and of the model there: versions, and of a deployed model what identifies it."""
@@ -244,7 +258,7 @@ def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFli
     _require_alike(first, others)
     jobs = JobsInFlight(services, ledger, options.in_flight, options.patience, tell)
     for served in services:
-        served.expected = _kept(first)
+        served.expected = first
         if len(services) > 1:
             served.server.patience = 0  # who waits for one would keep the others waiting
         if error := absent.get(served.name):
