@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from selfrepair_nn.layout.plan import default_block
 from selfrepair_nn.simulate import simulate_heads
 from selfrepair_nn.store import Store
@@ -18,7 +16,7 @@ def write_large_store(path: Path) -> None:
     """Write a complete store of TOKENS tokens and LAYERS x HEADS heads to `path`."""
     labels = simulate_heads(1, 1, PROMPTS, POSITIONS)
     some = simulate_heads(LAYERS, HEADS, 2, POSITIONS)
-    axes = {"layer": np.arange(LAYERS), "head": np.arange(HEADS)}
+    axes = {name: some[name].values for name in ("layer", "head", "head_label")}
     store = Store.create(
         path,
         {name: values.values for name, values in labels.coords.items()} | axes,
