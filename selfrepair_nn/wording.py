@@ -82,7 +82,7 @@ def change(heads: xr.Dataset) -> str:
 
 def basis(heads: xr.Dataset, top: bool = True) -> str:
     """What the means of a summary are over: heads, tokens, top share, target; and how much is done."""
-    dims = [d for d in heads.tokens.dims if d not in ("case", "layer", "head")]
+    dims = [d for d in heads.tokens.dims if d not in ("case", "layer", "head", "rank")]
     number = int((heads.tokens > 0).any(dims).sum())
     site = "case" if "case" in heads.dims else "head"
     some = heads.attrs.get("counted_share", 1) < 1

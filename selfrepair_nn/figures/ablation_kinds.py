@@ -27,6 +27,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     found = style.summaries(datasets, share, _loudest)
     columns = max(tokens.sizes["ablation"] for tokens in found.values())
     figure = style.new_figure(0.4 + 3.6 * columns, 1 + 4 * len(found))
+    style.space(figure, h_pad=0.1, w_pad=0.08)
     grid = figure.subplots(len(found), columns, squeeze=False, sharex="row", sharey="row")
     for row, (name, head) in zip(grid, found.items(), strict=True):
         tokens = head.isel(rank=0)
