@@ -59,7 +59,9 @@ class Dots(Values):
 
     @property
     def near(self) -> np.ndarray:
-        """What is not far from the most of these values; all where most are the same."""
+        """What is not far from the most of these values; all where most are the same, or there are none."""
+        if not self.y.size:
+            return self.every
         middle = np.median(self.y)
         reach = FENCE * np.median(abs(self.y - middle)) or np.inf
         return self.every[abs(self.every - middle) <= reach]

@@ -125,10 +125,9 @@ def _draw_heads(
     low, high = beyond.ends(dots)
     if beside:
         _draw_means(axes, found, share, beside)
-        further = [
-            depth.means_of(heads, each, share, True).ends for each in beside for heads in found.values()
-        ]
-        low, high = min(low, *map(np.min, further)), max(high, *map(np.max, further))
+        means = [depth.means_of(heads, each, share, True) for each in beside for heads in found.values()]
+        further = np.concatenate([[low, high], *(each.ends for each in means)])
+        low, high = further.min(), further.max()
     if name in SHARES:
         low, high = max(low, -LARGEST), min(high, LARGEST)
     return axes, dots, beyond.settle(axes, dots, (low, high), name in SHARES)
