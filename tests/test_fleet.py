@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import fake_ndif
+import numpy as np
 import pytest
 import torch
 from fake_ndif import FakeNdif
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from terminal import assert_same_numbers, ids, resume_command, saved, selfrepair
 
+import selfrepair_nn as sr
 from selfrepair_nn.backends.ndif import connection, hosts, in_flight
 from selfrepair_nn.backends.ndif.agreement import differences
 from selfrepair_nn.backends.ndif.doctor import doctor
@@ -381,3 +383,16 @@ def test_a_host_that_comes_back_with_other_weights_gets_nothing(tiny, strange, q
     assert "other weights: the MLP of layer 2" in ended.err
     assert len(other.sent()) == 1
     assert_same_numbers(store, tiny[3])
+
+
+def test_an_audit_asks_the_server_that_it_is_given(tiny, quick, tmp_path):
+    given_ = {"prompts": tiny[1][1], "heads": "1.0,2.1", "progress": False}
+    with FakeNdif(tiny[2]) as one:
+        there = sr.audit(str(tiny[0]), host=one.url, out=tmp_path / "there.zarr", **given_)
+        assert len(one.sent()) > 1
+    here = sr.audit(str(tiny[0]), out=tmp_path / "here.zarr", **given_)
+    for name, column in here.items():
+        if column.dtype == float:
+            np.testing.assert_allclose(there[name], column, atol=1e-5, err_msg=name)
+    assert list(there.verdict) == list(here.verdict)
+    assert list(there.sentence) == list(here.sentence)
