@@ -395,4 +395,3 @@ def test_an_audit_asks_the_server_that_it_is_given(tiny, quick, tmp_path):
         if column.dtype == float:
             np.testing.assert_allclose(there[name], column, atol=1e-5, err_msg=name)
     assert list(there.verdict) == list(here.verdict)
-    assert list(there.sentence) == list(here.sentence)
