@@ -52,7 +52,7 @@ from selfrepair_nn.wording import (
     worst_closure,
 )
 
-LABEL, RANKED, ROWS = 14, 4, 40
+LABEL, RANKED, ROWS = 14, 4, 36
 QUANTITY_NAMES = {
     "direct_effect": "direct effect",
     "ablated_direct_effect": "ablated DE",
@@ -196,7 +196,7 @@ def _of_reinforced(ds: xr.Dataset) -> Said:
     told = f"Slope of the change of direct effect on the direct effect, at scales {scales}, and its interval:"
     lines = [line for kind, count in RESPONSES.items() for line in _responses(found, kind, count)]
     records = [each for kind, count in RESPONSES.items() for each in of_responses(found, kind, count)]
-    below = ["", intervals(found, "slope"), noise(found)]
+    below = ["", *textwrap.wrap(intervals(found, "slope"), WIDTH), noise(found)]
     return Said(found, [*opening, "", told], lines, below, "head", records)
 
 
@@ -225,7 +225,8 @@ def _of_nulls(ds: xr.Dataset) -> Said:
         beyond = {f"beyond_{null}": count for null, count in zip((*nulls, "all_nulls"), counts, strict=True)}
         records.append({"kind": word, "heads": int(own.sum()), "tested": known, **beyond})
     above = [*opening, "", *textwrap.wrap(told, WIDTH), ""]
-    return Said(found, above, lines, ["", intervals(found, "slope"), noise(found)], "kind", records)
+    below = ["", *textwrap.wrap(intervals(found, "slope"), WIDTH), noise(found)]
+    return Said(found, above, lines, below, "kind", records)
 
 
 def _responses(found: xr.Dataset, kind: str, count: int) -> list[str]:
