@@ -882,7 +882,7 @@ def test_variants_are_the_single_runs(stored):
 
 CLEAN_ONLY = ("done", "selected", "noise_floor", "logit", "mean_logit", "target_constant", "norm_scale")
 CLEAN_ONLY += ("direct_effect", "residual_norm", "component_direct_effect", "mlp_direct_effect")
-CLEAN_ONLY += ("neuron_direct_effect",)
+CLEAN_ONLY += ("neuron_direct_effect", "threshold")
 
 
 @pytest.mark.parametrize(

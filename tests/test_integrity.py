@@ -301,10 +301,9 @@ def test_only_what_is_damaged_is_computed_again(store, command):
     removed(store / "self_repair/c/0/0/1/0")
     assert selfrepair(*command, "--out", store).code == 0
     after = files(store)
-    changed = {name for name in before if after[name] != before[name] and "/c/" in name}
-    assert {
-        name.split("/")[1:][1 + QUANTITIES[name.split("/")[0]].dims.index("prompt")] for name in changed
-    } == {"1"}
+    changed = {tuple(name.split("/")) for name in before if after[name] != before[name] and "/c/" in name}
+    at = {name: QUANTITIES[name].dims.index("prompt") for name, *_ in changed if name != "threshold"}
+    assert {each[2 + at[each[0]]] for each in changed if each[0] in at} == {"1"}
 
 
 def test_a_mending_that_is_interrupted_goes_on(store, ran, asked, monkeypatch):
