@@ -1,14 +1,18 @@
-"""Some fifty jobs with faults on both sides: the numbers, the sendings, memory and ledger of a campaign."""
+"""Some ninety jobs with faults on both sides: the numbers, the sendings, memory and ledger of a campaign."""
 
 import pytest
 from soak import KILLS, soak
 
-UNITS = 48
+from selfrepair_nn.backends.ndif import ledger
+
+UNITS = 90
 
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory):
-    return soak(tmp_path_factory.mktemp("soak"), UNITS)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ledger, "LONG", 2**14)
+        return soak(tmp_path_factory.mktemp("soak"), UNITS)
 
 
 def test_each_unit_is_stored_once_and_the_store_is_that_of_an_undisturbed_run(counts):

@@ -78,6 +78,8 @@ class Contents:
     @cached_property
     def variants(self) -> list[xr.Dataset]:
         """Every variant as a store of its own, the last axis fastest; of several partners first the mean over them."""
+        if not self.axes:
+            return [self.ds]
         places = product(*((*([ALL] if d == AXIS else []), *range(self.ds.sizes[d])) for d in self.axes))
         return [self._variant(dict(zip(self.axes, at, strict=True))) for at in places]
 
