@@ -81,7 +81,7 @@ def _device(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.device:
     here = [_of(x) for x in tensors if isinstance(x, Pretended) or x.dim()]
     if func is torch.Tensor.copy_ or _copies(func, args):
         return here[0]
-    allowed = {here[0], CPU} if func in INDEXED else {*here[:1]}
+    allowed = {*here[:1], *([CPU] if func in INDEXED else [])}
     if not {*here} <= allowed:
         found = ", ".join(sorted(map(str, {*here})))
         raise RuntimeError(f"{func.__name__}: expected all tensors to be on the same device, but found {found}")

@@ -204,5 +204,5 @@ def test_the_null_is_in_the_figures(neurons, tmp_path):
     text = " ".join(t.get_text() for axes in figures.draw("erasure_neurons", neurons).axes for t in (axes.texts))
     inset = [t.get_text() for a in figures.draw("erasure_neurons", neurons).axes for c in a.child_axes for t in c.texts]
     assert any("shuffled target" in each for each in [text, *inset])
-    labels = figures.draw("norm_share", made(0, linked=True).assign_attrs(recipe="norm_share"), share=0.1).axes[2]
-    assert "of a shuffled target" in [t.get_text() for t in labels.get_legend().get_texts()]
+    labels = figures.draw("norm_share", made(0, linked=True).assign_attrs(recipe="norm_share"), share=0.1).axes[3]
+    assert "clipped, of a shuffled target" in [t.get_text() for t in labels.get_legend().get_texts()]

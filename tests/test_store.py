@@ -189,7 +189,7 @@ def test_a_run_holds_what_the_contract_lists_and_all_its_provenance(tmp_path, mo
     assert set(found.data_vars) == {"done", "selected", "noise_floor", "threshold", *CLEAN, *SWEPT, *COMPONENT}
     tokens = {"token", "target", "token_text", "target_text", "counted", "document", "partner", "ablation"}
     terms = {"component", "component_kind", "component_layer", "component_head"}
-    assert set(found.coords) == {"layer", "head", "prompt", "position"} | tokens | terms
+    assert set(found.coords) == {"layer", "head", "head_label", "prompt", "position"} | tokens | terms
     assert found.sizes == {"layer": 2, "head": 5, "prompt": 6, "position": 6, "component": 3 * 7 + 2}
     assert found.component_change.sel(component="L2H4").notnull().all()
     assert found.done.all()
