@@ -192,7 +192,7 @@ def _why(row: dict[str, Any], heads: xr.Dataset) -> str:
     if warnings(heads):
         return "but its parts do not add up"
     if row["self_repair_low"] is None:
-        return f"in {row['tokens']} tokens, {_few(heads)}"
+        return f"in {row['tokens']} token{'s' * (row['tokens'] != 1)}, {_few(heads)}"
     if row["removed_low"] <= 0 <= row["removed_high"]:
         return "but what was taken cannot be told from 0, so that nothing could be masked"
     n, small = int(heads.selected.sum()), percent(heads.attrs["small"])

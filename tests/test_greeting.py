@@ -17,7 +17,7 @@ from selfrepair_nn.errors import Incomplete, StoreError, UsageError
 from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.models.alike import mixed
 from selfrepair_nn.models.apart import compared
-from selfrepair_nn.models.greeting import described
+from selfrepair_nn.models.greeting import described, greeting_of
 from selfrepair_nn.models.load import load, wrap
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.first_job import drawn
@@ -404,3 +404,18 @@ def test_attribution_of_a_store_of_a_server_takes_the_same_model_alone(directory
     with pytest.raises(StoreError, match=r"another model .*the MLP of layer 1"):
         sr.attribution(there, wrap(edited()))
 
+
+
+@pytest.mark.parametrize("letters", [[1e30], [-5.0], [65.0], [*b"eager x float32"], [*b"\x1b[31m 1 float32"]], ids=str)
+def test_what_no_model_says_of_itself_is_not_known(letters):
+    """A server answers as it likes."""
+    sums = {part: torch.ones(1, 3) for part in ("embedding", "mixing", "mlp", "final_norm", "unembedding")}
+    found = sums | {"dtype": torch.zeros(1), "weights": torch.zeros(1), "told": torch.tensor(letters, dtype=torch.float64)}
+    greeting = greeting_of(found)
+    assert [greeting[name] for name in ("weights_in", "attention", "tensor_parallel")] == [None, "fused", None]
+
+
+def test_a_greeting_that_was_changed_by_hand_is_a_mistake_in_words():
+    ds = sr.simulate_heads().assign_attrs(identity="{}", greeting="{not json")
+    with pytest.raises(UsageError, match="is no JSON"):
+        sr.model_differences(ds, ds)

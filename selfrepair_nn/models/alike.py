@@ -63,7 +63,11 @@ def _recorded(ds: xr.Dataset, name: str) -> dict[str, Any]:
             "a store does not say whose numbers it holds: it is of several revisions, or of an earlier version, or its "
             "server has not answered yet"
         )
-    return json.loads(ds.attrs[name])
+    try:
+        return json.loads(ds.attrs[name])
+    except ValueError as error:
+        said = f"what a store says of its model ({name}) is no JSON: it was changed by other hands"
+        raise UsageError(said) from error
 
 
 def _anywhere(record: Mapping[str, Any]) -> dict[str, Any]:

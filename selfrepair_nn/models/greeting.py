@@ -29,8 +29,7 @@ def greeting_of(found: Mapping[str, Any], told: Mapping[str, Any] | None = None)
     `told` is what somebody else says of the last three: a server of its deployment. A quantisation has no name inside
     the model, so of the weights that is believed first.
     """
-    known = "".join(chr(int(letter)) for letter in found["told"].tolist()).split()
-    name, degree, held = known or (None, None, None)
+    name, degree, held = _read(found["told"].tolist())
     told = told or {}
     return {
         "vectors": VECTORS,
@@ -38,7 +37,7 @@ def greeting_of(found: Mapping[str, Any], told: Mapping[str, Any] | None = None)
         "computes_in": str(found["dtype"].dtype).removeprefix("torch."),
         "weights_in": told.get("weights_in") or (held and held.removeprefix("torch.")),
         "attention": name or ("eager" if found["weights"].item() else FUSED),
-        "tensor_parallel": int(degree) if degree else told.get("tensor_parallel"),
+        "tensor_parallel": degree or told.get("tensor_parallel"),
     }
 
 
@@ -70,6 +69,15 @@ def split_said(greeting: Mapping[str, Any]) -> str:
     degree = greeting["tensor_parallel"]
     said = {None: "whether layers are split among processes is not told", 1: "layers are not split (tensor parallel 1)"}
     return said.get(degree) or f"each layer is split among {degree} processes (tensor parallel {degree})"
+
+
+def _read(letters: list[float]) -> tuple[str | None, int | None, str | None]:
+    """Attention's name, the degree and the weights' format; of what no model says, for a server may, nothing."""
+    try:
+        name, degree, held = "".join(chr(int(letter)) for letter in letters).split()
+        return (name, int(degree), held) if (name + held).isprintable() else (None, None, None)
+    except (ValueError, OverflowError):
+        return None, None, None
 
 
 def _digits(values: Any) -> Any:
