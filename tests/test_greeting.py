@@ -410,8 +410,8 @@ def test_attribution_of_a_store_of_a_server_takes_the_same_model_alone(directory
 def test_what_no_model_says_of_itself_is_not_known(letters):
     """A server answers as it likes."""
     sums = {part: torch.ones(1, 3) for part in ("embedding", "mixing", "mlp", "final_norm", "unembedding")}
-    found = sums | {"dtype": torch.zeros(1), "weights": torch.zeros(1), "told": torch.tensor(letters, dtype=torch.float64)}
-    greeting = greeting_of(found)
+    said = torch.tensor(letters, dtype=torch.float64)
+    greeting = greeting_of(sums | {"dtype": torch.zeros(1), "weights": torch.zeros(1), "told": said})
     assert [greeting[name] for name in ("weights_in", "attention", "tensor_parallel")] == [None, "fused", None]
 
 
