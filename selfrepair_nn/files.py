@@ -102,7 +102,15 @@ class Files(LocalStore):
 
     async def _draft(self, files: Mapping[str, Any]) -> None:
         for key, value in files.items():
+            _make_room(self.root, key)
             await super().set(key, Buffer.from_bytes(value) if isinstance(value, bytes) else value)
+
+
+def _make_room(root: Path, key: str) -> None:
+    """A file's directories; never the store's own: one that was removed does not come back in pieces."""
+    root.stat()
+    for directory in sorted(_above(root, [key])):
+        directory.mkdir(exist_ok=True)
 
 
 def _above(root: Path, keys: Iterable[str]) -> set[Path]:

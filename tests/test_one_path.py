@@ -107,6 +107,14 @@ def test_a_store_that_is_removed_in_the_middle_of_a_write_leaves_nothing(asked, 
     sr.run(out=path, **asked())
 
 
+def test_a_removed_store_does_not_come_back_even_for_a_moment(tmp_path):
+    """Another run may look at the path just then: it would find neither nothing nor a store."""
+    for key in ("zarr.json", "logit/c/0/0"):
+        with pytest.raises(FileNotFoundError):
+            Files(tmp_path / "runs" / "s.zarr").put({key: b"1"})
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("harm", [lambda file: file.unlink(), emptied], ids=["lost", "empty"])
 def test_a_run_never_takes_back_what_is_only_damaged(
     asked, before_block, tmp_path, undisturbed, monkeypatch, harm
