@@ -14,6 +14,7 @@ import nnsight
 import torch
 from ndif.services.ray.sandbox import host
 from ndif.services.ray.sandbox.driver import SandboxDriver
+from ndif_server.inside.crossings import Crossings
 from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
@@ -56,30 +57,15 @@ class Sandbox(Backend):
         connection = self.runner.connection()
         try:
             connection.send((blob, True, str(dtype), None, {}))
-            self._count(connection)
+            crossings = Crossings(connection)
             data, _ = SandboxDriver(self.model, dtype, on_log=self.printed.append).pump(connection)
         finally:
             connection.close()
-        self.crossed -= len(data)
+        self.crossed = crossings.bytes - len(data)
         found = torch.load(io.BytesIO(data), weights_only=False)
         for value in found.values():
             save(value)
         push(tracer.info.frame, found)
-
-    def _count(self, connection) -> None:
-        """From now on, what goes through the connection."""
-        self.crossed, send, receive = 0, connection.send_raw, connection.recv_raw
-
-        def sending(data):
-            self.crossed += len(data)
-            send(data)
-
-        def receiving(*timeout):
-            data = receive(*timeout)
-            self.crossed += len(data)
-            return data
-
-        connection.send_raw, connection.recv_raw = sending, receiving
 
     def close(self) -> None:
         """Stop the runner."""

@@ -29,6 +29,7 @@ from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
 from selfrepair_nn.backends.ndif.served import ServedModel, greeted
 from selfrepair_nn.backends.ndif.server import Server
+from selfrepair_nn.estimating.traffic import crossing_bytes
 from selfrepair_nn.layout.experiment import prepare
 from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.layout.units import Unit
@@ -111,6 +112,19 @@ def job_seconds(store):
     return sum((when[part, "fetched"] - when[part, "sending"]).total_seconds() for part in parts)
 
 
+def assert_as_planned(server, store, model, choices):
+    """Of a run that has just ended in the sandbox: what its ablation jobs moved is what a plan says."""
+    jobs = len({each["part"] for each in lines(ledger_path(store)) if each["part"].startswith("ablation")})
+    crossed = server.crossed()[-jobs:]
+    moved, seconds = (sum(each[what] for each in crossed) for what in ("bytes", "seconds"))
+    experiment = prepare("heads", sr.Options(model=model, host=server.url, **named(choices)))
+    expected = crossing_bytes(experiment.work, itemsize=4)
+    found = xr.open_zarr(store)
+    pairs = int(found.selected.sum()) * found.logit.size
+    print(f"{choices}: {moved / pairs:.0f} bytes and {1000 * seconds / pairs:.3f} ms in the sandbox a head and token")
+    assert abs(moved / expected - 1) < 0.05
+
+
 def assert_same(there, here, limit=RELATIVE):
     """Every number within `limit` of the logits' spread of the local one."""
     with xr.open_zarr(there) as far_away, xr.open_zarr(here) as close:
@@ -152,6 +166,17 @@ def test_a_served_model_fills_the_same_store(far, server, here, loaded, tmp_path
     assert 0 < np.abs(found.closure).max() <= RELATIVE * float(found.logit.std())
     moved = json.loads(found.attrs["traffic"])
     print(f"{model} {components}, the whole command: {rate(tmp_path / 's.zarr', seconds)}; {moved}")
+    if key == server.key:
+        assert_as_planned(server, tmp_path / "s.zarr", loaded(model), choices)
+
+
+@pytest.mark.parametrize("model", [NEOX, LLAMA])
+def test_totals_alone_cross_into_the_sandbox_as_planned(far, server, here, loaded, tmp_path, model):
+    choices = [*CHOICES[model], "--split", "total"]
+    ended = remotely(far, server, model, tmp_path / "s.zarr", *choices, key=server.key)
+    assert (ended.code, ended.err) == (0, "")
+    assert_same(tmp_path / "s.zarr", here(model, *choices))
+    assert_as_planned(server, tmp_path / "s.zarr", loaded(model), choices)
 
 
 def test_identity_changes_nothing_there(far, server, tmp_path, key, model):

@@ -186,6 +186,11 @@ class Ndif:
                 states.setdefault(each.get("repo_id"), []).append(each["application_state"])
         return states
 
+    def crossed(self) -> list[dict[str, float]]:
+        """Of each request that ended in the sandbox, in order: the "bytes" that crossed, both ways, and "seconds"."""
+        notes = self.place.directory / "crossed.jsonl"
+        return [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+
     def wait_for_models(self) -> None:
         """Until each model of `deploy` is running. Raises RuntimeError after some minutes."""
         wanted = self.place.deploy

@@ -87,6 +87,7 @@ def environment(place: Place) -> dict[str, str]:
         "NDIF_AUTOSCALING_MAX_REPLICAS": "1",
         "NDIF_STATUS_TTL_S": "1",
         "NDIF_KEYS": str(place.directory / "keys.json"),
+        "NDIF_CROSSED": str(place.directory / "crossed.jsonl"),
     } | place.settings
 
 

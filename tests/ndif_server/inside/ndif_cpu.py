@@ -12,10 +12,12 @@ import time
 from functools import partial, partialmethod
 
 import ray
+from crossings import noted
 from ndif.common.schema.controller import DeploymentConfig
 from ndif.services.ray.deployments.controller.controller import _ControllerActor
 from ndif.services.ray.deployments.modeling.base import KILL_REASON_PREEMPTED, BaseModelDeployment
 from ndif.services.ray.sandbox import host
+from ndif.services.ray.sandbox.driver import SandboxDriver
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.remotable import Remotable
@@ -27,6 +29,8 @@ PATIENCE = 180
 host.spawn = partial(host.spawn, timeout=PATIENCE)
 host.Pool.acquire = partialmethod(host.Pool.acquire, timeout=PATIENCE)
 """A busy machine can need more than NDIF's half minute to start a sandbox's process."""
+
+SandboxDriver.pump = partialmethod(noted, SandboxDriver.pump, os.environ["NDIF_CROSSED"])
 
 
 class CPUDeployment(BaseModelDeployment):
