@@ -385,14 +385,19 @@ def test_rounds_grow_by_a_share_of_what_was_used():
 
 
 @pytest.mark.parametrize(
-    "choices",
-    [{"select": "top-share"}, {"until_ci": GOAL}, {"until_ci": LAYER_GOAL, "ci_of": "layers"}],
+    ("whole", "choices"),
+    [
+        ("selected", {"select": "top-share"}),
+        ("estimated", {"until_ci": GOAL}),
+        ("of_layers", {"until_ci": LAYER_GOAL, "ci_of": "layers"}),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("writes", [3, 45, 60])
-def test_a_run_that_is_interrupted_ends_with_the_same_numbers(asked, tmp_path, monkeypatch, choices, writes):
-    whole, path = tmp_path / "whole.zarr", tmp_path / "s.zarr"
-    sr.run(out=whole, **asked | choices)
+def test_a_run_that_is_interrupted_ends_with_the_same_numbers(
+    request, asked, tmp_path, monkeypatch, whole, choices, writes
+):
+    path = tmp_path / "s.zarr"
     write, count = Store.write_prompts, iter(range(writes))
 
     def interrupted(*arguments):
@@ -406,7 +411,7 @@ def test_a_run_that_is_interrupted_ends_with_the_same_numbers(asked, tmp_path, m
             sr.run(out=path, **asked | choices)
     assert "finished" not in sr.open_store(path).attrs
     sr.run(out=path, **asked | choices)
-    assert_same_numbers(path, whole)
+    assert_same_numbers(path, request.getfixturevalue(whole).encoding["source"])
 
 
 def test_other_settings_are_another_run(asked, tmp_path):
