@@ -1,9 +1,11 @@
 """What the tests share: one thread, quiet libraries, the models of `families` wrapped once for the whole session."""
 
 import os
+import shutil
 import signal
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A store is many small files, each synced: where memory has room for them, tests need not wait for a disk.
+MEMORY, ROOM = Path("/dev/shm"), 8e9
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 # In the background, or under nohup, these are ignored, and so they would be in what the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
