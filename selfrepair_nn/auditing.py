@@ -55,7 +55,21 @@ NAMES = {
     "from_post_norms": "the norms behind attention",
     "from_norm": "the final norm",
 }
+SAID = {
+    MASKED: "masked by self-repair",
+    AMPLIFIED: "amplified",
+    PLAIN: "not masked",
+    UNKNOWN: "cannot be told",
+}
+SAID_OF_ONE = {
+    MASKED: "What ablating {} shows is masked by self-repair",
+    AMPLIFIED: "What ablating {} shows is amplified: more is lost than was taken",
+    PLAIN: "What ablating {} shows is not masked by self-repair",
+    UNKNOWN: "Whether what ablating {} shows is masked by self-repair cannot be told",
+}
 OF_STORES = ("layers", "heads", "share")
+OF_SHARES = ("select", "until_ci", "components", "logprob", "words")
+"""Choices of a run in which its share decides; else only what is told of it afterwards."""
 
 
 def audit(
@@ -128,9 +142,11 @@ def _options(audited: Any, choices: Any) -> Any:
     if audited is not None and choices.get("model") is not None:
         raise UsageError("the model is given twice: write audit(model, …) or audit(model=…)")
     found = choices if audited is None else choices | {"model": audited}
-    if Options(**found).revisions is not None:
+    options = Options(**found)
+    if options.revisions is not None:
         raise UsageError("an audit is of one model: give each revision by itself, revision=…, with an out of its own")
-    return found
+    decides = any(getattr(options, name) != getattr(Options, name) for name in OF_SHARES)
+    return found if decides else {name: value for name, value in found.items() if name != "share"}
 
 
 def told(ds: xr.Dataset, share: Any = None, small: float = SMALL) -> Summary:
@@ -192,7 +208,7 @@ def _why(row: dict[str, Any], heads: xr.Dataset) -> str:
     if warnings(heads):
         return "but its parts do not add up"
     if row["self_repair_low"] is None:
-        return f"in {row['tokens']} token{'s' * (row['tokens'] != 1)}, {_few(heads)}"
+        return f"in {_counted(row['tokens'], 'token')}, {_few(heads)}"
     if row["removed_low"] <= 0 <= row["removed_high"]:
         return "but what was taken cannot be told from 0, so that nothing could be masked"
     n, small = int(heads.selected.sum()), percent(heads.attrs["small"])
@@ -225,19 +241,15 @@ def _answer(rows: Sequence[dict[str, Any]], heads: xr.Dataset) -> str:
     """All heads in one sentence, with what it rests on."""
     if warnings(heads):
         return "Nothing can be told: the parts do not add up."
+    if not rows:
+        return "Nothing is done yet."
     by = {v: [row["head"] for row in rows if row["verdict"] == v] for v in (MASKED, AMPLIFIED, PLAIN, UNKNOWN)}
-    names = {
-        MASKED: "masked by self-repair",
-        AMPLIFIED: "amplified",
-        PLAIN: "not masked",
-        UNKNOWN: "cannot be told",
-    }
-    parts = [f"{len(found)} {names[v]} ({_listed(found)})" for v, found in by.items() if found]
-    n = len(rows)
+    n, found = len(rows), {verdict: labels for verdict, labels in by.items() if labels}
+    parts = [f"{len(labels)} {SAID[verdict]} ({_listed(labels)})" for verdict, labels in found.items()]
+    said = f"Of {n} heads {', '.join(parts)}" if n > 1 else SAID_OF_ONE[next(iter(found))].format(rows[0]["head"])
     tokens = [row["tokens"] for row in rows]
-    over = f"on {each_heads(heads)}, {_span(tokens)} tokens each" if tokens else "nothing is done yet"
-    clusters = f"{heads.attrs.get('clusters', 0):,} {heads.attrs.get('clustered_by', 'prompt')}s"
-    return f"Of {n} head{'s' * (n != 1)} {', '.join(parts)}; {over}, from {clusters}."
+    clusters = _counted(heads.attrs.get("clusters", 0), heads.attrs.get("clustered_by", "prompt"))
+    return f"{said}; on {each_heads(heads)}, {_span(tokens)}{' each' * (n > 1)}, from {clusters}."
 
 
 def _listed(labels: Sequence[str], most: int = 6) -> str:
@@ -246,7 +258,11 @@ def _listed(labels: Sequence[str], most: int = 6) -> str:
 
 def _span(counts: Sequence[int]) -> str:
     low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return _counted(high, "token") if low == high else f"{low:,} to {high:,} tokens"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _known(heads: xr.Dataset) -> list[str]:

@@ -453,7 +453,8 @@ def _heads(spec: str, n_layers: int, n_heads: int) -> set[Head]:
         match = re.fullmatch(r"L?(\d+)[.H](\d+|\*)", part)
         if not match:
             raise UsageError(
-                f"head {values.brief(part)} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6"
+                f"head {values.brief(part)} is not understood: write layer.head (9.6), layer.* (10.*) or L9H6, of "
+                f"layers 0 to {n_layers - 1} and heads 0 to {n_heads - 1}"
             )
         layer = _index(int(match[1]), n_layers, "layer", part)
         named = range(n_heads) if match[2] == "*" else [_index(int(match[2]), n_heads, "head", part)]

@@ -23,7 +23,7 @@ class Bar:
             file=sys.stderr,
             disable=not shown,
             leave=False,
-            bar_format="{desc} [{elapsed}]",
+            bar_format="{desc} [{elapsed}{postfix}]",
         )
 
     def __enter__(self) -> "Bar":

@@ -4,6 +4,7 @@ Each function takes the name of what is given and the value, and raises UsageErr
 """
 
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from inspect import Signature, signature
@@ -177,10 +178,18 @@ def _head(value: Any) -> str | None:
     if isinstance(value, str):
         return plain(value)
     pair = [value.layer, value.head] if hasattr(value, "head") and hasattr(value, "layer") else several(value)
-    numbers = [number for each in pair or () if (number := _integer(each)) is not None]
-    if pair is None or not len(pair) == len(numbers) == 2 or max(map(abs, numbers)) > MOST:
+    known = [_index_of(each) for each in pair or ()]
+    if len(known) != 2 or None in known or known[0] == "*":
         return None
-    return f"{numbers[0]}.{numbers[1]}"
+    return f"{known[0]}.{known[1]}"
+
+
+def _index_of(value: Any) -> str | None:
+    """A layer or a head by its number, which a JSON's names hold as text; all heads are "*"."""
+    if isinstance(value, str):
+        return value.strip() if re.fullmatch(r"\s*(\d{1,9}|\*)\s*", value, re.ASCII) else None
+    found = _integer(value)
+    return None if found is None or abs(found) > MOST else str(found)
 
 
 def prompts(name: str, value: Any) -> Any:

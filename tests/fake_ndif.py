@@ -48,8 +48,8 @@ class FakeNdif:
     """A server of `model` (a loaded one), at `url`; a context manager.
 
     Faults: "page", "login" (a redirect to a page), "502" to "504", "reset" (no answer), "cut" (half of one), "short"
-    (half of one, said to be whole), "none" (no such job), "expired", "skewed", "307", "lost" (a request), and of a job
-    "fails" and "late" (it never ends).
+    (half of one, said to be whole), "null" (JSON that names nothing), "gzip" (what cannot be unpacked), "429", "none"
+    (no such job), "expired", "skewed", "307", "lost" (a request), and of a job "fails" and "late" (it never ends).
     """
 
     def __init__(self, model, fault: Fault = lambda what, job: None, **said) -> None:
@@ -131,13 +131,14 @@ class FakeNdif:
         envelope, blob = (part.get_payload(decode=True) for part in message.get_payload())
         job = json.loads(envelope).get("id") or uuid.uuid4().hex
         fault = self.fault("request", job)
-        if fault in ("503", "307", "login"):
+        if fault in ("503", "307", "login", "429"):
             return self._broken(fault, "api", "/request")
         self.asked.append(("request", job, "api"))
-        lost = fault in ("lost", "page", "502", "504")
+        lost = fault in ("lost", "page", "502", "504", "null", "gzip")
+        unit = UNITS.pop(blob.decode(), None)
         if not lost:
             queued = {"status": "QUEUED", "description": "Added to Queue at position 1."}
-            self.jobs[job] = queued | {"unit": UNITS.pop(blob.decode()), "fault": fault}
+            self.jobs[job] = queued | {"unit": unit, "fault": fault}
             self._todo.put(job)
         answer = self._broken(fault, "api", "/request") or _json({"id": job, "status": "RECEIVED"})
         return _cut("reset" if fault == "lost" else fault, *answer)
@@ -147,6 +148,12 @@ class FakeNdif:
             return _page(int(fault), f"{fault} from a gateway")
         if fault == "page":
             return _page(200, "Sign in")
+        if fault == "null":
+            return _json(None)
+        if fault == "gzip":
+            return 200, {"Content-Encoding": "gzip"}, b"no such thing"
+        if fault == "429":
+            return 429, {"Retry-After": "0"}, b"slower"
         if fault == "login":
             return 302, {"Location": f"{self.store_url}/login"}, b""
         if fault == "307":

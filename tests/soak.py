@@ -7,6 +7,7 @@ goes on; the servers break in every way that `fake_ndif` knows. What is stored m
 import gc
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -35,12 +36,12 @@ from selfrepair_nn.store import Store
 
 HOSTS, KILLS, SHARE = 2, 4, 0.08
 FAULTS = {
-    "ping": ("502", "page", "reset"),
-    "status": ("503", "page", "reset", "cut"),
-    "env": ("504", "page", "cut"),
-    "request": ("503", "lost", "502", "page", "fails", "login"),
-    "response": ("page", "504", "reset", "cut", "none", "login", "307"),
-    "result": ("page", "307", "expired", "short", "cut", "reset"),
+    "ping": ("502", "page", "reset", "gzip"),
+    "status": ("503", "page", "reset", "cut", "null"),
+    "env": ("504", "page", "cut", "429"),
+    "request": ("503", "lost", "502", "page", "fails", "login", "429", "null"),
+    "response": ("page", "504", "reset", "cut", "none", "login", "307", "null", "429", "gzip"),
+    "result": ("page", "307", "expired", "short", "cut", "reset", "429", "gzip"),
 }
 HASTE = {(connection, "BACKOFF"): lambda state: 0.01, (in_flight, "pause_before"): lambda attempt: 0.01}
 HASTE |= {(in_flight, "UNKNOWN_SECONDS"): 0.3, (in_flight, "LONGEST_PAUSE"): 0.03, (hosts, "SOON"): 0.01}
@@ -81,6 +82,7 @@ class _Dice:
     def write(self, write, ledger, event, part, **facts) -> None:
         """A line of the ledger; the client may die before it or after it."""
         self.lines += 1
+        self.taken += event == TAKEN and part.startswith("ablation")  # also what is taken as the client dies
         dies = bool(self.kills) and self.lines >= self.kills[0]
         if dies:
             self.kills.pop(0)
@@ -90,7 +92,6 @@ class _Dice:
         write(ledger, event, part, **facts)
         if dies:
             raise Killed
-        self.taken += event == TAKEN and part.startswith("ablation")
         if event == TAKEN and self.looks and self.taken >= self.looks[0]:
             self.looks.pop(0)
             self.counts.held.append(_held())
@@ -98,6 +99,7 @@ class _Dice:
 
 def _held() -> dict[str, int]:
     """What this process holds, the servers' part included: objects, tensors, bytes."""
+    re.purge()  # the server compiles a pattern for the boundary of each request
     gc.collect()
     every = gc.get_objects()
     tensors = sum(issubclass(type(each), torch.Tensor) for each in every)
@@ -142,6 +144,7 @@ def _until_done(counts: Counts, store: Path, choices: dict) -> None:
             return
         except (Killed, Incomplete):
             assert counts.starts < 10 * KILLS
+            fake_ndif.UNITS.clear()  # what a killed client had packed and not sent
         except sr.SelfRepairError:  # at the very beginning somebody may not answer
             assert counts.starts < 10 * KILLS
 

@@ -58,6 +58,26 @@ def test_planted_heads_are_told():
     assert "960 tokens each, from 80 documents" in found.attrs["answer"]
 
 
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("0.0", "What ablating L0H0 shows is masked by self-repair; on"),
+        ("0.1", "What ablating L0H1 shows is not masked by self-repair; on"),
+        ("0.2", "What ablating L0H2 shows is amplified: more is lost than was taken; on"),
+        ("1.1", "Whether what ablating L1H1 shows is masked by self-repair cannot be told; on"),
+    ],
+)
+def test_of_one_head_the_question_is_answered(head, said):
+    answer = sr.audit(planted(), heads=head, share=1).attrs["answer"]
+    assert answer.startswith(said)
+    assert answer.endswith("960 tokens, from 80 documents.")
+
+
+def test_one_token_is_one_token():
+    found = sr.audit(planted((2, 1)), share=0.01, heads="0.0")
+    assert found.attrs["answer"].endswith("1 token, from 2 prompts.")
+
+
 def test_numbers_are_those_of_by_head():
     ds = simulate_heads(3, 4, 60, 20, seed=2)
     found, heads = sr.audit(ds, share=0.2), sr.by_head(ds, 0.2)
@@ -143,6 +163,8 @@ def test_nothing_is_claimed_where_the_parts_do_not_add_up():
         "model.layers.9.self_attn.o_proj[6]",
         "transformer.h.9.attn.c_proj[6]",
         "gpt_neox.layers.9.attention.dense[6]",
+        "(9, 6)",
+        "[9,6]",
     ],
 )
 def test_heads_are_known_by_what_tools_call_them(name):
@@ -153,6 +175,23 @@ def test_heads_are_known_by_what_tools_call_them(name):
 
 def test_heads_of_each_layer_are_a_mapping():
     assert sr.select_heads(None, {9: [6, 9], 10: 0}, 12, 12) == (sr.Head(9, 6), sr.Head(9, 9), sr.Head(10, 0))
+    assert sr.select_heads(None, {"9": ["6", 9], "10": "*"}, 12, 2 + 8) == (
+        sr.Head(9, 6),
+        sr.Head(9, 9),
+        *(sr.Head(10, head) for head in range(10)),
+    )
+
+
+def test_heads_as_a_file_of_json_holds_them():
+    wanted = (sr.Head(9, 6), sr.Head(10, 0))
+    for held in ('[["9", "6"], [10, 0]]', '["(9, 6)", "[10, 0]"]', '{"9": [6], "10": [0]}', '["L9H6", "10.0"]'):
+        assert sr.select_heads(None, json.loads(held), 12, 12) == wanted
+
+
+@pytest.mark.parametrize("heads", ["-1.3", (-1, 3), [(0, -1)], {-1: 0}])
+def test_heads_are_not_counted_from_the_end(heads):
+    with pytest.raises(UsageError, match="of layers 0 to 11 and heads 0 to 7"):
+        sr.select_heads(None, heads, 12, 8)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +220,15 @@ def test_a_model_is_audited_and_its_store_kept(ran):
     last = found.loc["L7H5"]
     assert last.self_repair == pytest.approx(last.from_norm, abs=1e-5)
     assert json.loads(json.dumps(found.records()))[1]["head"] == "L7H5"
+
+
+def test_a_share_is_what_the_audit_is_of(ran, capsys):
+    """Nothing that is run depends on it, and what is told does; so nobody is told that it is idle."""
+    out, found = ran
+    again = sr.audit("tiny-neox", out=out, share=0.5, **SMALL)
+    assert (again.tokens == 240).all()
+    assert (found.tokens < 240).all()
+    assert "nothing in this run depends" not in capsys.readouterr().err
 
 
 def test_the_command_tells_a_script_the_same(ran):

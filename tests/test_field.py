@@ -353,6 +353,13 @@ ONCE = [
     ("result", "short"),
     ("result", "cut"),
     ("request", "fails"),
+    ("request", "429"),
+    ("request", "null"),
+    ("response", "null"),
+    ("response", "gzip"),
+    ("response", "429"),
+    ("result", "gzip"),
+    ("result", "429"),
 ]
 
 

@@ -354,6 +354,57 @@ def test_a_host_that_is_not_there_at_the_beginning_is_left_out(tiny, quick, tmp_
     assert_same_numbers(store, tiny[3])
 
 
+def test_a_host_that_refuses_from_the_beginning_is_left_out_by_name(tiny, quick, tmp_path):
+    """One key goes to all of them, and one of them does not know it; where none does, each is named."""
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one, FakeNdif(load(str(tiny[0]))) as other:
+        refusal = 401, {"Content-Type": "application/json"}, b'{"detail": "Invalid API key."}'
+        other.post = lambda *_: refusal
+        ended = selfrepair(*command(tiny, store, one, other))
+        assert ended.code == 0, ended.err
+        assert f"{other.url} is left out: the server does not accept the API key (HTTP 401" in ended.err
+        assert_same_numbers(store, tiny[3])
+        one.post = other.post
+        ended = selfrepair(*command(tiny, tmp_path / "n.zarr", one, other))
+        assert ended.code == 1
+        assert all(f"{each.url}: the server does not accept the API key" in ended.err for each in (one, other))
+        found = [each for each in doctor([one.url, other.url], model=str(tiny[0]), trip=True) if each.right is False]
+    assert [each.seen.partition(": ")[0] for each in found] == [one.url, other.url]
+
+
+def test_a_cold_start_is_shown_from_the_first_job_on(tiny, quick, tmp_path, monkeypatch):
+    """The greeting is the first job that a model which is not deployed has to be loaded for."""
+    shown, place = [], [2]
+    monkeypatch.setattr("selfrepair_nn.progress.Bar.note", lambda self, state: shown.append(state))
+    with FakeNdif(tiny[2]) as one:
+        told = one._response
+
+        def queued(job, fault):
+            if not place:
+                return told(job, fault)
+            said = {"id": job, "status": "QUEUED", "description": f"Moved to position {place.pop()} in Queue."}
+            return fake_ndif._json(said)
+
+        one._response = queued
+        assert selfrepair(*command(tiny, tmp_path / "s.zarr", one)).code == 0
+        assert len(one.sent()) > 1
+    assert any("queued at place 2" in each for each in shown)
+
+
+def test_a_host_that_wants_to_be_asked_later_is_not_asked_sooner(path):
+    clock, said, asked = Clock(), [], []
+    hosts = fleet(clock, outcomes=["slow"] * 8)
+
+    def full(request, job):
+        asked.append(clock())
+        raise Fault("crowded", "HTTP 429: full", after=100)
+
+    hosts[1].send = full
+    assert len(flown(path, hosts, said=said)) == len(UNITS)
+    assert min(np.diff(asked)) >= 100
+    assert "has more requests than it takes (HTTP 429: full)" in said[0]
+
+
 @pytest.fixture
 def strange(tiny):
     """The same model, but for one weight of its last MLP."""

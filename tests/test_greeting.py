@@ -312,7 +312,7 @@ def far(monkeypatch):
 
     there = {}
 
-    def connected(options, model, ledger):
+    def connected(options, model, ledger, watch):
         jobs = Flight()
         jobs.run = backend("local", there["model"])
         return jobs, {"dtype": "float32", "server": {"host": "http://h"}, "greeting": greeted_here(there["model"])}

@@ -139,3 +139,13 @@ def test_what_follows_from_the_rest_is_not_asked_for():
     ablated = ("ablated_direct_effect", "logit_change", "from_heads", "from_mlps", "ablated_norm_scale")
     measured = {name: np.ones((1, 1)) for name in (*clean, *ablated)}
     assert complete(measured).keys() - measured.keys() == {each.name for each in recorded(("always",), "derived")}
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.to_sparse, lambda x: x.to("meta"), lambda x: x + 0j, torch.Tensor.tolist, torch.Tensor.int]
+)
+def test_a_result_that_is_no_plain_tensor_is_a_flaw(change):
+    whole = unit(0, 2)
+    found = computed(*described(whole))
+    assert whole.flaw(found) is None
+    assert "logit is no tensor" in whole.flaw(found | {"logit": change(found["logit"])})

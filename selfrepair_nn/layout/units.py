@@ -181,6 +181,8 @@ def _problem(name: str, value: Any, wanted: tuple[int, ...]) -> str | None:
     whole = name in QUANTITIES and QUANTITIES[name].kind == "int"
     if not isinstance(value, torch.Tensor) or value.is_floating_point() == whole:
         return f"{name} is no tensor of {'whole' if whole else 'floating-point'} numbers"
+    if value.layout != torch.strided or value.is_meta or value.is_complex():
+        return f"{name} is no tensor of numbers, each in its place"
     if tuple(value.shape) != wanted:
         return f"{name} has shape {tuple(value.shape)}, not {wanted}"
     return None

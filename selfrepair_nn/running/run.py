@@ -332,7 +332,7 @@ def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Bac
         return backend(experiment.options.backend, model, experiment.vocabulary, _measuring(store, experiment))
     from selfrepair_nn.backends.ndif.served import connected, limits_there
 
-    jobs, facts = connected(experiment.options, model, _ledger(store))
+    jobs, facts = connected(experiment.options, model, _ledger(store), bar.note)
     known = store.attributes["dtype"]
     if known not in (model.dtype, facts["dtype"]):
         raise StoreError(
@@ -341,7 +341,6 @@ def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Bac
         )
     _tell_changed(store, facts)
     store.annotate(**facts | {"greeting": require_same_answers(store, model, facts["greeting"])})
-    jobs.watch = bar.note
     planned = jobs_of(experiment, limits_there(jobs, experiment.options))
     require_workable(planned)
     jobs.cutter = Cutting(planned, tell)

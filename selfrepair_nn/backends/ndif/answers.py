@@ -1,6 +1,7 @@
 """What an answer over HTTP holds: JSON, a result, or what came in its place, a web page or a store's refusal."""
 
 import io
+import json
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -15,6 +16,9 @@ from selfrepair_nn.shown import line
 LONGEST_SAID, LONGEST_TITLE = 300, 80
 LOOKED_AT = 20_000
 """Bytes of a page in which its title is looked for."""
+
+LARGEST = 2.0**63
+"""No count and no time that a server tells is larger."""
 
 _HOW = re.IGNORECASE | re.DOTALL
 _PAGE = re.compile(r"\W*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b", _HOW)
@@ -40,35 +44,70 @@ def detail(answer: httpx.Response) -> str:
         return found
     if code := of_store(answer):
         return line(f"{code}: {_between('Message', answer)}", LONGEST_SAID)
+    if (found := said(answer)) is None:
+        return line(_text(answer).strip(), LONGEST_SAID) or answer.reason_phrase
+    return str(found.get("detail", found))
+
+
+def said(answer: httpx.Response) -> dict[str, Any] | None:
+    """What an answer says in JSON, by name, without what no file can hold; None for one that names nothing."""
     try:
-        found = answer.json()
-    except ValueError:
-        return line(answer.text.strip(), LONGEST_SAID) or answer.reason_phrase
-    return str(found.get("detail", found) if isinstance(found, dict) else found)
+        found = json.loads(_text(answer))
+        return _writable(found) if isinstance(found, dict) else None
+    except (ValueError, RecursionError):
+        return None
 
 
-def is_json(answer: httpx.Response) -> bool:
-    """Whether an answer can be the server's own: JSON, whatever it says."""
-    try:
-        answer.json()
-    except ValueError:
-        return False
-    return True
+def replicas_in(found: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What a server says of each replica, by what is READ; None if that is no server's."""
+    every = found.get("deployments") or {}
+    if not isinstance(every, dict) or not all(isinstance(each, dict) for each in every.values()):
+        return None
+    return [{n: each[n] for n, read in READ.items() if read(each.get(n)) is not None} for each in every.values()]
 
 
-def parsed(answer: httpx.Response) -> dict[str, Any]:
-    """An answer in JSON. Raises Fault "not ndif" for one that names nothing."""
-    found = answer.json() if is_json(answer) else None
-    if not isinstance(found, dict):
-        raise Fault("not ndif", f"HTTP {answer.status_code}: {line(answer.text, LONGEST_SAID)}")
-    return found
+def versions_in(found: dict[str, Any]) -> dict[str, str] | None:
+    """Versions of python, and of every package by its import name; None if they are no server's."""
+    python, packages = text(found.get("python_version")), found.get("packages")
+    if not python or not python.strip() or not isinstance(packages, dict):
+        return None
+    return {"python": python.split()[0]} | {name: v for name, v in packages.items() if text(v)}
 
 
-def named(found: dict[str, Any], *names: str) -> list[Any]:
-    """Parts of an answer that an NDIF server always gives. Raises Fault "not ndif" if one is missing."""
-    if missing := [name for name in names if name not in found]:
-        raise Fault("not ndif", f"an answer without {', '.join(missing)}")
-    return [found[name] for name in names]
+def text(value: Any) -> str | None:
+    """A text; None for anything else."""
+    return value if isinstance(value, str) else None
+
+
+def number(value: Any) -> float | None:
+    """A number of a size that numbers have; None for anything else."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if plain and abs(value) < LARGEST else None
+
+
+def amount(value: Any) -> float | None:
+    """A number above 0; None for anything else."""
+    return value if (number(value) or 0) > 0 else None
+
+
+AMOUNTS = ("n_params", "gpus", "execution_timeout_seconds")
+NAMES = ("model_key", "repo_id", "revision", "application_state", "deployment_level", "dtype", "actor_class", "config")
+READ = dict.fromkeys(AMOUNTS, amount) | dict.fromkeys(NAMES, text)
+"""What is read of what a server says of a replica; what it says in another form is not said."""
+
+
+def _writable(value: Any) -> Any:
+    """The same without halves of surrogate pairs, which JSON can spell and no file holds."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, dict):
+        return {_writable(name): _writable(each) for name, each in value.items()}
+    return [_writable(each) for each in value] if isinstance(value, list) else value
+
+
+def _text(answer: httpx.Response) -> str:
+    """In UTF-8, as a server writes, whatever the answer calls it."""
+    return answer.content.decode(errors="replace")
 
 
 def of_store(answer: httpx.Response) -> str:
@@ -82,14 +121,30 @@ def _between(name: str, answer: httpx.Response) -> str:
     return unescape(found[1]) if found else ""
 
 
+def pause_of(answer: httpx.Response) -> float:
+    """After how many seconds, or when by its clock, an answer says to ask again: in seconds, 0 if it does not."""
+    wanted = answer.headers.get("retry-after", "").strip()
+    if wanted.isascii() and wanted.isdigit():
+        return float(wanted[:9])
+    try:
+        until = _seconds(wanted)
+    except (TypeError, ValueError):
+        return 0.0
+    return max(0.0, until - (clock_of(answer) or now()))
+
+
 def clock_of(answer: httpx.Response) -> float | None:
     """The time at which an answer was given by its sender's clock, in seconds; None if it does not say, or is kept."""
     if "age" in answer.headers:
         return None
     try:
-        found = parsedate_to_datetime(answer.headers["date"])
+        return _seconds(answer.headers["date"])
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _seconds(date: str) -> float:
+    found = parsedate_to_datetime(date)
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
@@ -108,6 +163,9 @@ def loaded(content: bytes) -> dict[str, Any]:
 
     try:
         unpacked = zstandard.ZstdDecompressor().decompress(content)
-        return torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
+        found = torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
     except Exception as error:
         raise Fault("result", f"{type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise Fault("result", f"a {type(found).__name__}, which names nothing")
+    return found

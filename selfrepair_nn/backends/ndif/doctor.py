@@ -77,17 +77,24 @@ def _each(hosts: Sequence[str | None], model: str | None, trip: bool) -> Iterato
     """Every host in turn; what is found of several bears their names, and they are compared."""
     said = dict[str, dict[str, Any]]()
     for host in hosts:
-        try:
-            for found in _there(host, model, trip, said):
-                yield found if len(hosts) == 1 else replace(found, seen=f"{host}: {found.seen}")
-        except (SelfRepairError, Incomplete) as error:
-            yield Finding("server", str(error), False)
+        for found in _asked_all(host, model, trip, said):
+            yield found if len(hosts) == 1 else replace(found, seen=f"{host}: {found.seen}")
     first, *others = said.values() or [{}]
     for other in others:
         found = "; ".join(differences(first, other))
         agree = f"{other['host']} is as {first['host']}"
         seen = f"{other['host']} differs from {first['host']}: {found}" if found else agree
         yield Finding("hosts", seen, not found)
+
+
+def _asked_all(
+    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]]
+) -> Iterator[Finding]:
+    """All there is to be found of a host; where it fails, that."""
+    try:
+        yield from _there(host, model, trip, said)
+    except (SelfRepairError, Incomplete) as error:
+        yield Finding("server", str(error), False)
 
 
 def _there(

@@ -27,6 +27,7 @@ class Kind:
 # fmt: off
 KINDS = {
     "unreachable": Kind("the server does not answer", "check --host and that it is up (`selfrepair doctor --host URL`)", passes=True),
+    "crowded": Kind("the server has more requests than it takes", "try again later, with fewer jobs at a time (--in-flight)", passes=True),
     "moved": Kind("the server's address leads to another one", "give that as --host if it is the server's: the key goes nowhere else by itself", passes=True),
     "between": Kind("something else answered in the server's place", "look at what stands between: a proxy (HTTPS_PROXY, NO_PROXY), a page to log in at; and check --host", passes=True),
     "differs": Kind("the host is not what it was, or not what the others are", "leave it out, or run it apart"),
@@ -69,10 +70,13 @@ PATTERNS = {
 
 
 class Fault(SelfRepairError):
-    """Something went wrong with a server or a job there; `text` is what it said, keys removed."""
+    """Something went wrong with a server or a job there; `text` is what it said, keys removed.
 
-    def __init__(self, kind: str, text: str = "") -> None:
-        self.kind, self.text = kind, shown(text)[-LONGEST:]
+    `after` is in how many seconds a server that passes wants to be asked again.
+    """
+
+    def __init__(self, kind: str, text: str = "", after: float = 0.0) -> None:
+        self.kind, self.text, self.after = kind, shown(text)[-LONGEST:], after
         meaning = KINDS[kind]
         said = f" ({brief(self.text)})" if self.text else ""
         super().__init__(f"{meaning.meaning}{said}: {meaning.advice}")

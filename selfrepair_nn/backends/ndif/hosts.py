@@ -67,10 +67,10 @@ class Host:
         self.silent, self.out, self.pause = None, False, SOON
         return was
 
-    def said_nothing(self, now: float, patience: float) -> bool:
-        """Take note that it does not answer; whether that has lasted too long, since now."""
+    def said_nothing(self, now: float, patience: float, after: float = 0.0) -> bool:
+        """Take note that it does not answer, or wants to be asked later; whether that lasts too long, since now."""
         self.silent = now if self.silent is None else self.silent
-        self.again, self.pause = now + self.pause, min(2 * self.pause, LATE)
+        self.again, self.pause = now + max(self.pause, after), min(2 * self.pause, LATE)
         late = not self.out and now - self.silent >= patience
         self.out = self.out or late
         return late
@@ -111,7 +111,7 @@ class Hosts:
         """Those to be asked now."""
         return [host for host in self.every if not host.refused and (host.silent is None or host.again <= now)]
 
-    def without(self, name: str, now: float) -> None:
-        """Begin without one that did not answer."""
+    def without(self, name: str, now: float, refused: Fault | None = None) -> None:
+        """Begin without one that did not answer, or that `refused`."""
         host = next(host for host in self.every if host.name == name)
-        host.silent, host.out, host.again = now, True, now + LATE
+        host.silent, host.out, host.again, host.refused = now, True, now + LATE, refused

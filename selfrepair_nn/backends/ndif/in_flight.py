@@ -25,6 +25,14 @@ HOPELESS = 3
 SHOWN = 10
 
 
+Watch = Callable[[str], None]
+"""Takes how the jobs stand, whenever they were looked at."""
+
+
+def unwatched(state: str) -> None:
+    """For nobody who watches."""
+
+
 class Cutter(Protocol):
     """What knows how long jobs take: estimating.fitting.Cutting, or a test's stand-in."""
 
@@ -69,8 +77,7 @@ class JobsInFlight:
         every = services if isinstance(services, Sequence) else [services]
         self.hosts, self.ledger, self.notify = Hosts(every, patience), ledger, notify
         self.in_flight, self.patience, self.clock, self.sleep = in_flight, patience, clock, sleep
-        self.watch: Callable[[str], None] = lambda state: None
-        """Takes how the jobs stand, whenever they were looked at."""
+        self.watch: Watch = unwatched
         self.cutter: Cutter | None = None
 
     def __call__(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[Any, Any]]]:
@@ -145,7 +152,7 @@ class _Round:
         """Wait for a silent host, or give what it has to the others. Raises what ends the run, if none is left."""
         passes, now = KINDS[fault.kind].passes, self._flight.clock()
         before = host.silent
-        if passes and not host.said_nothing(now, self._hosts.patience):
+        if passes and not host.said_nothing(now, self._hosts.patience, fault.after):
             if before is None:
                 self._flight.notify(f"{fault}; the others go on, and it is tried again")
             return

@@ -1,7 +1,7 @@
 """A model on an NDIF server as a backend: its requests, what is asked of it before the first, what is kept of it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ from nnsight.tracing.backend import Backend as Tracing
 from selfrepair_nn.backends.local import only, tell
 from selfrepair_nn.backends.ndif.agreement import clocks_apart, differences, versions_apart
 from selfrepair_nn.backends.ndif.faults import KINDS, Fault
-from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
+from selfrepair_nn.backends.ndif.in_flight import JobsInFlight, Watch, unwatched
 from selfrepair_nn.backends.ndif.ledger import Ledger
 from selfrepair_nn.backends.ndif.limits import Limits, limits_of, told
 from selfrepair_nn.backends.ndif.server import Answer, Server
@@ -209,13 +209,16 @@ def deployed(served: ServedModel) -> dict[str, Any]:
     return dict(zip(("weights_in", "tensor_parallel"), said.pop(), strict=True)) if len(said) == 1 else {}
 
 
-def greeted(served: ServedModel, ledger: Ledger, patience: float) -> dict[str, Any]:
+def greeted(served: ServedModel, ledger: Ledger, patience: float, watch: Watch = unwatched) -> dict[str, Any]:
     """Which model answers there: the greeting that `models.greeting` says, and `models.apart` compares with another.
+
+    `watch` takes how the job stands, which may wait for the model to be loaded, or for others' jobs.
 
     Raises:
         Fault, Incomplete: as the server says, or does not say.
     """
     jobs = JobsInFlight(served, ledger, 1, patience, tell)
+    jobs.watch = watch
     found = only(jobs, first_unit(served.model.layout))
     return greeting_of(found, deployed(served))
 
@@ -233,11 +236,13 @@ def jobs_in_flight(options: Options, model: Model, ledger: Ledger) -> JobsInFlig
     return JobsInFlight(served, ledger, options.in_flight, options.patience, tell)
 
 
-def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFlight, dict[str, Any]]:
+def connected(
+    options: Options, model: Model, ledger: Ledger, watch: Watch = unwatched
+) -> tuple[JobsInFlight, dict[str, Any]]:
     """The backend, once each host has answered and run the model, or is left out; and what is to be kept of them.
 
     That is dtype, what they compute in; server: address and versions of one, and of several, servers: those of each;
-    and the greeting of the first.
+    and the greeting of the first. `watch` takes how the jobs stand, from the first on.
 
     Raises:
         Fault, Incomplete: as the hosts say, or do not say.
@@ -247,31 +252,43 @@ def connected(options: Options, model: Model, ledger: Ledger) -> tuple[JobsInFli
     found, absent = dict[str, dict[str, Any]](), dict[str, Fault | Incomplete]()
     for served in services:
         try:
-            found[served.name] = introduced(served, ledger, options)
+            found[served.name] = introduced(served, ledger, options, watch)
         except (Fault, Incomplete) as error:
-            if isinstance(error, Fault) and not KINDS[error.kind].passes:
-                raise
             absent[served.name] = error
     if not found:
-        raise next(iter(absent.values()))
+        raise _of_all(absent)
     first, *others = found.values()
     _require_alike(first, others)
     jobs = JobsInFlight(services, ledger, options.in_flight, options.patience, tell)
+    jobs.watch = watch
     for served in services:
         served.expected = first
         if len(services) > 1:
             served.server.patience = 0  # who waits for one would keep the others waiting
         if error := absent.get(served.name):
-            jobs.hosts.without(served.name, jobs.clock())
-            tell(f"{served.name} is left out until it answers: {error}")
+            _begin_without(jobs, served.name, error)
     facts = {"dtype": first["greeting"]["computes_in"], "server": _kept(first), "greeting": first["greeting"]}
     return jobs, facts | ({"servers": [_kept(each) for each in found.values()]} if len(services) > 1 else {})
 
 
-def introduced(served: ServedModel, ledger: Ledger, options: Options) -> dict[str, Any]:
+def _of_all(absent: Mapping[str, Fault | Incomplete]) -> Fault | Incomplete:
+    """What is wrong where no host is left; of several, each is told of."""
+    if len(absent) > 1:
+        for name, error in absent.items():
+            tell(f"{name}: {error}")
+    return next(iter(absent.values()))
+
+
+def _begin_without(jobs: JobsInFlight, name: str, error: Fault | Incomplete) -> None:
+    refused = error if isinstance(error, Fault) and not KINDS[error.kind].passes else None
+    jobs.hosts.without(name, jobs.clock(), refused)
+    tell(f"{name} is left out{'' if refused else ' until it answers'}: {error}")
+
+
+def introduced(served: ServedModel, ledger: Ledger, options: Options, watch: Watch) -> dict[str, Any]:
     """What a host is by its own words, and, with greeting, by a small job to the model, once it runs there."""
     require_ready(served, served.model.name)
-    greeting = greeted(served, ledger, options.patience)
+    greeting = greeted(served, ledger, options.patience, watch)
     facts = served.facts()
     apart = [*versions_apart(facts)]
     _tell_apart(served.server, apart)

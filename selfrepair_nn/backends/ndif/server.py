@@ -4,17 +4,31 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from tenacity import RetryCallState, Retrying, wait_exponential_jitter
 
-from selfrepair_nn.backends.ndif.answers import detail, is_json, loaded, named, of_store, page, parsed
-from selfrepair_nn.backends.ndif.connection import Again, Connection
+from selfrepair_nn.backends.ndif.answers import (
+    amount,
+    detail,
+    loaded,
+    of_store,
+    page,
+    replicas_in,
+    said,
+    text,
+    versions_in,
+)
+from selfrepair_nn.backends.ndif.connection import READ_SECONDS, Again, Connection, leads_somewhere
 from selfrepair_nn.backends.ndif.faults import Fault, refusal
 from selfrepair_nn.options import require_address
 from selfrepair_nn.settings import require_ndif
 
 GREETING_SECONDS, INQUIRY_SECONDS = 10.0, 30.0
+SHORTEST_READ = 10.0
+"""So many seconds a server has for an answer, however little patience there is."""
+
 BETWEEN_JOBS = wait_exponential_jitter(initial=2, max=60, jitter=2)
 NOT_YET = ("RequestTimeTooSkewed", "RequestNotYetValid")
 SOON = ("RequestTimeout", "SlowDown", "InternalError")
@@ -67,21 +81,20 @@ class Server:
 
     def greet(self) -> None:
         """Find out, within seconds, whether an NDIF server answers at all."""
-        answer = self._http.patiently(min(GREETING_SECONDS, self.patience), self._http.ping)
-        said = f"HTTP {answer.status_code} at {self.host}/ping"
+        answer = self._http.patiently(min(GREETING_SECONDS, self.patience), self._http.ping, GREETING_SECONDS)
+        where = f"HTTP {answer.status_code} at {self.host}/ping"
         if found := page(answer):
-            raise Fault("between", f"{said}: {found}")
-        if answer.status_code != 200 or answer.text.strip().strip('"') != "pong":
-            raise Fault("not ndif", said)
+            raise Fault("between", f"{where}: {found}")
+        if answer.status_code != 200 or answer.content.strip().strip(b'"') != b"pong":
+            raise Fault("not ndif", where)
 
     def status(self) -> list[dict[str, Any]]:
         """What is deployed there: model_key, repo_id, revision, application_state, dtype … for each replica."""
-        return list(self._json("/status").get("deployments", {}).values())
+        return self._told("/status", replicas_in)
 
     def environment(self) -> dict[str, str]:
         """Versions there: python, and every package by its import name."""
-        python, packages = named(self._json("/env"), "python_version", "packages")
-        return {"python": python.split()[0]} | packages
+        return self._told("/env", versions_in)
 
     def send(self, blob: bytes, model_key: str, environment: dict[str, Any], job: str) -> str | None:
         """Submit a serialised request under the id `job`.
@@ -99,17 +112,12 @@ class Server:
             return None
         if answer.status_code != 200:
             raise refusal(answer.status_code, detail(answer))
-        return named(parsed(answer), "id")[0]
+        return (said(answer) or {})["id"]
 
     def ask(self, job: str) -> Answer | None:
         """The latest status of a job, or None if the server knows no job of that id (any more, or not yet)."""
-        answer = self._http.patiently(self.patience, self._asked, f"{self.host}/response/{job}")
-        if answer.status_code == 404:
-            return None
-        found = parsed(answer)
-        (status,) = named(found, "status")
-        said = found.get("description") or "", found.get("data") or "", _runtime(found)
-        return Answer(str(status), *said) if status else None
+        address = f"{self.host}/response/{quote(job, safe='')}"
+        return self._http.patiently(self.patience, self._asked, address, _job_in, True)
 
     def fetch(self, address: str) -> tuple[dict[str, Any], int]:
         """A result and the bytes that it took. What arrives broken is asked for once more.
@@ -118,7 +126,7 @@ class Server:
         what lies there is none, "store" if it is not handed out.
         """
         address = f"{self.host}{address}" if address.startswith("/") else address
-        if not address.startswith(("http://", "https://")):
+        if not leads_somewhere(address):
             raise Fault("result", f"it lies nowhere: {address!r}")
         try:
             return self._result(address)
@@ -144,21 +152,22 @@ class Server:
         gone = answer.status_code in (404, 410) or code in GONE or (not code and answer.status_code == 403)
         raise Fault("expired" if gone or "expired" in said else "store", said)
 
-    def _asked(self, address: str) -> httpx.Response:
-        """The server's answer in JSON, or one with which it says that there is none."""
-        answer = self._http.get(address)
-        if answer.status_code == 200 and not is_json(answer):
-            raise Again(f"HTTP 200, but no JSON: {detail(answer)!r}", "between")
-        if answer.status_code not in (200, 404):
-            raise refusal(answer.status_code, detail(answer))
-        return answer
-
-    def _json(self, path: str) -> dict[str, Any]:
+    def _told(self, path: str, read: Callable[[dict[str, Any]], Any]) -> Any:
         patience = min(INQUIRY_SECONDS, self.patience)
-        answer = self._http.patiently(patience, self._asked, f"{self.host}{path}")
-        if answer.status_code != 200:
-            raise refusal(answer.status_code, detail(answer))
-        return parsed(answer)
+        return self._http.patiently(patience, self._asked, f"{self.host}{path}", read)
+
+    def _asked(self, address: str, read: Callable[[dict[str, Any]], Any], may_lack: bool = False) -> Any:
+        """What `read` makes of the server's answer; None where it says that there is none, if it may."""
+        answer = self._http.get(address, min(READ_SECONDS, max(SHORTEST_READ, self.patience)))
+        found = said(answer)
+        if may_lack and answer.status_code == 404 and found is not None and "detail" in found:
+            return None
+        told = read(found) if answer.status_code == 200 and found is not None else None
+        if told is not None:
+            return told
+        if answer.status_code in (200, 404):
+            raise Again(f"HTTP {answer.status_code}, not what a server says: {detail(answer)!r}", "between")
+        raise refusal(answer.status_code, detail(answer))
 
 
 def pause_before(attempt: int) -> float:
@@ -168,8 +177,10 @@ def pause_before(attempt: int) -> float:
     return BETWEEN_JOBS(state)
 
 
-def _runtime(found: dict[str, Any]) -> float | None:
-    """Seconds that a job ran, as NDIF tells them with its end."""
+def _job_in(found: dict[str, Any]) -> Answer | None:
+    """How a job stands, and the seconds that it ran, as NDIF tells them with its end; None if that is no job's."""
     meta = found.get("meta")
-    seconds = meta.get("runtime") if isinstance(meta, dict) else None
-    return float(seconds) if isinstance(seconds, int | float) else None
+    seconds = amount(meta.get("runtime")) if isinstance(meta, dict) else None
+    description, result = (text(found.get(name)) or "" for name in ("description", "data"))
+    status = text(found.get("status"))
+    return Answer(status, description, result, None if seconds is None else float(seconds)) if status else None
