@@ -128,9 +128,10 @@ def _options(audited: Any, choices: Any) -> Any:
     if audited is not None and choices.get("model") is not None:
         raise UsageError("the model is given twice: write audit(model, …) or audit(model=…)")
     found = choices if audited is None else choices | {"model": audited}
-    if Options(**found).revisions is not None:
+    options = Options(**found)
+    if options.revisions is not None:
         raise UsageError("an audit is of one model: give each revision by itself, revision=…, with an out of its own")
-    return found
+    return found | {"prompts": options.prompts}  # what gives texts one by one has given them
 
 
 def told(ds: xr.Dataset, share: Any = None, small: float = SMALL) -> Summary:

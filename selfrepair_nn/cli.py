@@ -57,7 +57,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SelfRepairError as error:
         if isinstance(error, NotAgreed):
-            _print(error.plan)
+            _print_json({"plan": error.plan}) if "--json" in sys.argv else _print(error.plan)
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -210,6 +210,8 @@ def plot(
 @cli.command()
 @STORE
 @click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
+@SIZE
+@CAPTION
 @JSON
 @views
 def report(

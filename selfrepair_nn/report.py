@@ -39,6 +39,7 @@ from selfrepair_nn.explorer.contents import Contents, has_tokens
 from selfrepair_nn.explorer.rendering import page
 from selfrepair_nn.face import public
 from selfrepair_nn.figures import style, suiting
+from selfrepair_nn.figures.look import looking
 from selfrepair_nn.hub import is_address
 from selfrepair_nn.paths import local
 from selfrepair_nn.quantities import OUTCOMES, TOKEN
@@ -72,19 +73,21 @@ def render(
     tail: str | None = None,
     split_selection: bool | None = None,
     against: str | None = None,
+    size: Any = None,
+    caption: bool = True,
 ) -> str:
     """The report of a store as HTML; `store` is its directory's name, by default where `ds` came from.
 
     `recipe` is a recipe's name or the path of your own: the figures that its file defines are on the page too.
     `names` are figures, by default all that suit the store. `outcome` "logprob" draws them in nats; tables stay in
-    logits. `tail`, `split_selection` and `against` as in `plot`.
+    logits. `tail`, `split_selection`, `against`, `size` and `caption` as in `plot`.
 
     Of single heads, each ablated in one way, it has tables of layers and heads; of cases, of several variants and of
     heads that read their own write, one of what the store has instead.
 
     Raises:
         UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet; a figure that there is not,
-            or that the store does not suit; an outcome that it does not hold.
+            or that the store does not suit; an outcome that it does not hold; a size that cannot be.
     """
     one_of("outcome", outcome, OUTCOMES)
     found = None if recipe is None else find_recipe(recipe)
@@ -93,7 +96,7 @@ def render(
     ds = held(viewed(whole, tail, split_selection, against))
     asked = held(viewed(in_nats(whole), tail, split_selection, against)) if outcome == "logprob" else ds
     figures.note_unknown(ds, found)
-    with remembering():
+    with remembering(), looking(size, caption):
         drawn = figures.drawn(asked, names, share=share, recipe=found)
         return (_of_heads if suiting.grid(ds) else _of_others)(ds, share, store, drawn)
 
@@ -200,6 +203,8 @@ def report(
     tail: str | None = None,
     split_selection: bool | None = None,
     against: str | None = None,
+    size: Any = None,
+    caption: bool = True,
 ) -> Path:
     """Write the report of a store to `path`, by default beside it, and return that.
 
@@ -208,7 +213,7 @@ def report(
     folder = figures.beside(ds)
     path = local(folder.with_name(f"{folder.name}.html") if path is None else path)
     choices: dict[str, Any] = {"tail": tail, "split_selection": split_selection, "against": against}
-    choices |= {"names": names, "outcome": outcome}
+    choices |= {"names": names, "outcome": outcome, "size": size, "caption": caption}
     text = render(ds, share=share, store=store, recipe=recipe, **choices)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

@@ -141,6 +141,20 @@ def test_a_part_and_an_unfinished_run(ds):
     assert one["sites"] == {"layer": [1], "head": [0, 1]}
 
 
+@pytest.mark.parametrize("at", [{"layer": 1}, {"layer": 2, "head": 1}, {"prompt": 5}, {"prompt": 5, "position": 3}])
+def test_a_part_without_a_dimension_is_the_part_with_one_of_it(ds, at):
+    alone = Contents.of(ds.isel(at)).data()
+    assert alone == Contents.of(ds.isel({dim: [place] for dim, place in at.items()})).data()
+    assert len(alone["tokens"]["fields"]) == len(entries.fields_of(ds))
+
+
+def test_one_case_alone(ds):
+    cases = ds.isel(layer=2).drop_vars("layer").rename(head="case").assign(noise_floor=("case", [1e-6] * 2))
+    cases = cases.assign_coords(case=["L2H0", "L2H1"], case_layer=("case", [2, 2]))
+    assert Contents.of(cases.isel(case=1)).data() == Contents.of(cases.isel(case=[1])).data()
+    assert Contents.of(cases).data()["repairs"]["tokens"][0]["cases"][1][0]
+
+
 def test_summaries_are_those_of_analysis(ds):
     data = Contents.of(ds).data()
     heads, fields = sr.by_head(ds), [f["name"] for f in data["summary"]["fields"]]

@@ -163,6 +163,25 @@ def test_top_tokens_lead_to_the_text_and_all_numbers(opened, ds):
     tab.wait_for_selector(f".tops tbody tr:first-child[data-token='{least}']")
 
 
+@pytest.mark.parametrize(("tail", "ranked"), [("bottom", lambda v: -v), ("absolute", np.abs)])
+def test_tokens_of_another_tail_are_in_its_order(opened, ds, tail, ranked):
+    tab, effects = opened(sr.choose_tokens(ds, tail=tail), at="#L1H0"), ds.direct_effect.values[1, 0].ravel()
+    tab.wait_for_selector(".head h3:has-text('L1H0')")
+    rows = tab.locator(".tops tbody tr").evaluate_all("rows => rows.map(r => Number(r.dataset.token))")
+    assert rows == np.argsort(-ranked(effects), kind="stable")[: len(rows)].tolist()
+    name = {"bottom": "lowest", "absolute": "largest"}[tail]
+    assert tab.inner_text(".tops select option >> nth=0") == f"{name} direct effect"
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW])
+def test_the_chosen_one_of_many_heads_is_seen(opened, size):
+    tab = opened(simulate_heads(2, 40, 30, 11, seed=4), size, at="#L1H39")
+    cell, card = (tab.locator(where).bounding_box() for where in (".cell[aria-selected=true]", ".heads"))
+    assert card["x"] <= cell["x"] < cell["x"] + cell["width"] <= card["x"] + card["width"]
+    assert tab.evaluate("scrollY") == 0
+    assert card["width"] > 0.9 * size["width"]
+
+
 def test_colours_say_the_sign(opened, ds):
     tab = opened(ds)
     tab.click(".cell[aria-label^=L1H0]")

@@ -66,10 +66,7 @@ def _means(ds: xr.Dataset, share: float) -> list | None:
 
 def _tokens(ds: xr.Dataset, top: blocks.Top) -> dict[str, Any]:
     """Of each token the components of largest change, by case: tokens, indices, changes, and the sum of the others."""
-    array = ds.component_change
-    if "case" in ds.dims:
-        array = array.rename(case="layer")
-    parts = [*blocks.stored_rows(array, top)]
+    parts = [*blocks.stored_rows(ds.component_change, top)]
     entry = np.concatenate([np.empty(0, int), *(entries for entries, _ in parts)])
     change = np.concatenate([np.empty((0, ds.sizes["component"])), *(values for _, values in parts)])
     case, token = top.case[entry], top.token[entry]

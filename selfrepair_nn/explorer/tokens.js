@@ -3,13 +3,19 @@
 const CONTEXT = 10;
 const LISTED = 12;
 const PAGE = 700;
+/** By which tail of the direct effects a store's share is: how its tokens are ordered first, and in words. */
+const FIRST_ORDER = {
+  top: { value: "direct_effect", text: "highest direct effect" },
+  bottom: { value: "-direct_effect", text: "lowest direct effect" },
+  absolute: { value: "|direct_effect", text: "largest direct effect" },
+};
 
 /** A piece of text; the end of a line is seen, and in whole texts it ends one. */
 function word(text, lines = false) {
   return text.replace(/\n/g, lines ? "⏎\n" : "⏎");
 }
 
-/** The tokens of a head's share: the highest direct effects, or most or least self-repair. */
+/** The tokens of a head's share: the direct effects furthest at its tail, or most or least self-repair. */
 class Tops {
   constructor(pane) {
     this.pane = pane;
@@ -20,15 +26,15 @@ class Tops {
   draw() {
     const { store, state, tokens } = this.pane;
     const orders = [
-      { value: "direct_effect", text: "highest direct effect" },
+      FIRST_ORDER[store.data.tail],
       { value: "self_repair", text: "most self-repair" },
       { value: "-self_repair", text: "least self-repair" },
     ];
     const select = choice("ordered by", orders, state.order, (value) => this.pane.set({ order: value }));
-    const sign = state.order.startsWith("-") ? -1 : 1;
-    const by = tokens.columns[state.order.replace("-", "")];
+    const column = tokens.columns[state.order.replace(/^\W/, "")];
+    const by = column.map({ "-": (v) => -v, "|": Math.abs }[state.order[0]] ?? ((v) => v));
     const own = [...tokens.token.keys()].filter((i) => tokens.top[i] && !Number.isNaN(by[i]));
-    own.sort((a, b) => sign * (by[b] - by[a]) || a - b);
+    own.sort((a, b) => by[b] - by[a] || a - b);
     const shown = own.slice(0, this.count);
     const names = ["direct_effect", "logit_change", "self_repair"].filter((name) => name in tokens.columns);
     const fields = names.map((name) => store.fields.find((f) => f.name === name));
