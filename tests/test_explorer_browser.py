@@ -297,7 +297,11 @@ def test_it_is_first_on_a_report(opened, ds, monkeypatch):
 
 
 def test_it_prints(opened, ds):
-    assert opened(ds).pdf()[:4] == b"%PDF"
+    """On paper, whatever the screen is."""
+    tab = opened(ds, scheme="dark")
+    assert tab.pdf()[:4] == b"%PDF"
+    tab.emulate_media(media="print")
+    assert tab.evaluate("getComputedStyle(document.querySelector('.card')).backgroundColor") == "rgb(255, 255, 255)"
 
 
 def test_cases_are_tiles(opened, ds):

@@ -195,3 +195,15 @@ def test_a_page_is_the_same_whether_or_not_anything_is_remembered(ds, monkeypatc
     page = render(ds)
     monkeypatch.setattr("selfrepair_nn.analysis.summaries.once", lambda _, ds, compute: compute())
     assert render(ds) == page
+
+
+def test_figures_of_a_page_have_the_size_and_the_small_print_that_were_asked_for(ds):
+    def svg(**choices):
+        found = re.search(r"data:image/svg\+xml;base64,([^\"]+)", render(ds, names="norm_share", **choices))
+        return base64.b64decode(found[1]).decode()
+
+    usual, chosen = svg(), svg(size="9x5", caption=False)
+    assert 'width="648pt" height="360pt"' in chosen
+    assert usual.count("<use") > chosen.count("<use")
+    with pytest.raises(UsageError, match="width and height in inches"):
+        render(ds, names="norm_share", size="large")
