@@ -273,11 +273,11 @@ def view(
 
     Of two STORES they stand side by side. The page needs no network, and no server.
     """
+    from selfrepair_nn.explorer import server_at
     from selfrepair_nn.explorer import view as write
-    from selfrepair_nn.explorer.serving import Server
     from selfrepair_nn.store import open_store
 
-    server = Server(port) if serve else None
+    server = server_at(port, serve)
     datasets = [open_store(path) for path in stores]
     _note_mixed(datasets)
     page = write(datasets, out, share=share)

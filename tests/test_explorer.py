@@ -407,4 +407,7 @@ def test_log_probability_is_shown_where_it_is_held(tmp_path):
 def test_a_port_without_a_server_is_refused(tmp_path):
     with pytest.raises(UsageError, match="port 8000 is of a page that is served"):
         sr.view(simulate_heads(2, 2, 4, 9), tmp_path / "x.html", port=8000)
-    assert not (tmp_path / "x.html").exists()
+    ended = selfrepair("view", tmp_path / "x.zarr", "--port", 8000)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "port 8000 is of a page that is served" in ended.err
+    assert not [*tmp_path.iterdir()]

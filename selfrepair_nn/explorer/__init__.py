@@ -40,9 +40,7 @@ def view(
         UsageError: a dataset is not a store with tokens, nothing of it is done, `share` is not in (0, 1], there are
             more than two, or the port cannot be had.
     """
-    if port and not serve:
-        raise UsageError(f"port {port!r} is of a page that is served: give serve too, or leave it out")
-    server = Server(port) if serve else None
+    server = server_at(port, serve)
     try:
         written = _write(datasets, path, share)
     except BaseException:
@@ -52,6 +50,13 @@ def view(
     if server:
         server.run(written, lambda address: tell(f"{written} is at {address} until interrupted"))
     return written
+
+
+def server_at(port: int, serve: bool) -> Server | None:
+    """The server of a page that is to be served, which has its port from here on. UsageError for a port of none."""
+    if port and not serve:
+        raise UsageError(f"port {port!r} is of a page that is served: give serve too, or leave it out")
+    return Server(port) if serve else None
 
 
 def _write(datasets: Datasets, path: str | Path | None, share: float | None) -> Path:
