@@ -2,8 +2,11 @@
 
 import base64
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -369,6 +372,21 @@ def test_the_parts_of_the_page_are_in_the_wheel():
     assert not tracked  # hatch leaves out what git ignores
     for name in rendering.FILES:
         assert (root / "selfrepair_nn" / "explorer" / name).is_file()
+
+
+def test_scripts_are_linted(tmp_path):
+    """As one, which they are on the page: no name is missing, none is left over. `make lint` does the same."""
+    root = Path(__file__).parents[1]
+    made = (root / "Makefile").read_text()
+    assert re.search(r"explorer/%\.js,(.*)\)", made)[1].split() == [n.removesuffix(".js") for n in rendering.SCRIPTS]
+    linter = shutil.which("oxlint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("no oxlint to lint the page's scripts with")
+    whole, rules = tmp_path / "whole.js", ["-c", str(root / ".oxlintrc.json")]
+    for more, code in (("", 0), ("\nlost(1);", 1), ("\n{ const unused = 1; }", 1)):
+        whole.write_text(rendering.joined(rendering.SCRIPTS) + more)
+        ended = subprocess.run([linter, *rules, str(whole)], capture_output=True, text=True)
+        assert ended.returncode == code, ended.stdout
 
 
 def test_scripts_are_whole(tmp_path):

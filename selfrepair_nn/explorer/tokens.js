@@ -15,6 +15,11 @@ function word(text, lines = false) {
   return text.replace(/\n/g, lines ? "⏎\n" : "⏎");
 }
 
+/** A piece of text of which no number is told. */
+function untold(text) {
+  return [text, ""];
+}
+
 /** The tokens of a head's share: the direct effects furthest at its tail, or most or least self-repair. */
 class Tops {
   constructor(pane) {
@@ -229,7 +234,6 @@ class Details {
   promoted(words) {
     if (!words) return [];
     const told = (rows) => rows.map(([text, effect]) => [text, stepped(effect, words.step)]);
-    const bare = (list) => list.map((text) => [text, ""]);
     return [
       make("h4", {}, "What the head writes, in words"),
       wordsOf("promotes", told(words.own[0])),
@@ -237,8 +241,8 @@ class Details {
       words.changes.length > 0 && make("h4", {}, "What the changes of components promote"),
       ...words.changes.flatMap(({ component, effect, promoted, demoted }) => [
         make("p", { class: "links" }, this.pane.linkTo(this.pane.store.data.promoted.labels[component]), ` ${stepped(effect, words.step)}`),
-        wordsOf("promotes", bare(promoted)),
-        wordsOf("demotes", bare(demoted)),
+        wordsOf("promotes", promoted.map(untold)),
+        wordsOf("demotes", demoted.map(untold)),
       ]),
     ].filter(Boolean);
   }
