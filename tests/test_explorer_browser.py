@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,6 +296,29 @@ def test_it_is_first_on_a_report(opened, ds, monkeypatch):
     tab.wait_for_selector(".head h3:has-text('L0H1')")
     assert tab.locator("h1").bounding_box()["y"] < tab.locator("#explorer").bounding_box()["y"] < 250
     assert tab.locator("#explorer h2").first.is_hidden()
+
+
+def test_a_notebook_shows_it_within_itself(opened, ds, tmp_path, monkeypatch):
+    shown, shell = [], SimpleNamespace(config={"IPKernelApp": {}})
+    module = SimpleNamespace(display=shown.append, get_ipython=lambda: shell, HTML=str)
+    for name in ("IPython", "IPython.display"):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.chdir(tmp_path)
+    assert sr.view(ds, "given.html", share=0.1).exists()
+    assert not shown
+
+    def cell(stores, path, share):
+        sr.view(stores, share=share)
+        path.write_text(f"<!DOCTYPE html><html data-ready>{shown.pop()}")
+        return path
+
+    tab = opened(ds, write=cell)
+    within = tab.frame_locator("iframe")
+    within.locator(".cell[aria-label^=L0H1]").click()
+    within.locator(".head h3:has-text('L0H1')").wait_for()
+    within.locator(".token[data-token='0']").click()
+    within.locator(".details h3", has_text="<img src=x").wait_for()
+    assert tab.evaluate("[typeof hacked, document.images.length]") == ["undefined", 0]
 
 
 def test_it_prints(opened, ds):

@@ -147,7 +147,7 @@ class Page {
   keep() {
     const parts = this.panes.map(({ state, store }) => [store.labels[state.site], state.at.join("."), state.tint, state.token ?? ""].map(encodeURIComponent).join("~"));
     this.kept = `#${parts.join("&")}`;
-    if (location.hash !== this.kept) history.replaceState(null, "", this.kept);
+    if (location.protocol !== "about:" && location.hash !== this.kept) history.replaceState(null, "", this.kept);
   }
 
   /** Show what the address says, as far as these stores have it. */
