@@ -208,14 +208,14 @@ def plot(
 
 
 @cli.command()
-@STORE
-@click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
+@STORES
+@click.option("--out", default=None, help="File to write; default: beside the first store, ending in .html.")
 @SIZE
 @CAPTION
 @JSON
 @views
 def report(
-    store: str,
+    stores: tuple[str, ...],
     out: str | None,
     machine: bool,
     names: tuple[str, ...],
@@ -224,11 +224,11 @@ def report(
     recipe: str | None,
     **shown_as: Any,
 ) -> None:
-    """Write one HTML page about STORE: figures, tables and where the numbers come from."""
+    """Write one HTML page about one or several STORES: figures, tables and where the numbers come from."""
     from selfrepair_nn.report import report as write
 
-    [dataset], _ = _chosen([store], layers, heads, names, recipe)
-    _wrote(machine, [write(dataset, out, recipe=recipe, names=names or None, **shown_as)])
+    datasets, _ = _chosen(stores, layers, heads, names, recipe)
+    _wrote(machine, [write(datasets, out, recipe=recipe, names=names or None, **shown_as)])
 
 
 def _chosen(

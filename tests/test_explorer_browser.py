@@ -296,6 +296,8 @@ def test_it_is_first_on_a_report(opened, ds, monkeypatch):
     tab.wait_for_selector(".head h3:has-text('L0H1')")
     assert tab.locator("h1").bounding_box()["y"] < tab.locator("#explorer").bounding_box()["y"] < 250
     assert tab.locator("#explorer h2").first.is_hidden()
+    two = opened({"mine": ds, "theirs": ds}, write=sr.write_report)
+    assert [name.is_visible() for name in two.locator("#explorer h2").all()] == [True, True]
 
 
 def test_a_notebook_shows_it_within_itself(opened, ds, tmp_path, monkeypatch):

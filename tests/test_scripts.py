@@ -167,10 +167,8 @@ def test_recipes_models_figures_layers_and_heads_are_completed(ran):
 
 
 def test_report_takes_what_plot_takes(ran, tmp_path):
-    def flags(command):
-        return {o.name for o in cli.commands[command].params if o.name != "stores"}
-
-    assert flags("plot") - {"formats"} == flags("report") - {"store"}  # its figures are in it
+    plot, report = ({each.name for each in cli.commands[name].params} for name in ("plot", "report"))
+    assert plot - {"formats"} == report  # its figures are in it
     page = tmp_path / "page.html"
     chosen = ("--figure", "norm_share", "--layers", "7", "--share", "0.1", "--size", "9x5", "--no-caption")
     ended = selfrepair("report", ran[0], *chosen, "--out", page)
@@ -180,6 +178,8 @@ def test_report_takes_what_plot_takes(ran, tmp_path):
     assert "L7H0" in text
     assert "L6H0" not in text.split("All 8 heads")[1].split("</details>")[0]
     assert selfrepair("report", ran[0], "--figure", "nonsense").code == 2
+    both = selfrepair("report", ran[0], ran[0], "--figure", "norm_share")
+    assert (both.code, both.out) == (0, f"{ran[0].with_name('s-s.html')}\n")
     assert "logprob" in selfrepair("report", ran[0], "--outcome", "logprob", "--out", page).err
 
 
