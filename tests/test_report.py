@@ -11,6 +11,7 @@ import xarray as xr
 
 from selfrepair_nn.analysis import by_head, by_layer, most_repaired
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.figures.look import captioned, new_figure
 from selfrepair_nn.report import render, report
 from selfrepair_nn.simulate import simulate_heads, unfinished
 from selfrepair_nn.text import number, summary
@@ -208,7 +209,7 @@ def test_several_stores_have_a_page_together(ds):
     assert "<i>" not in text
     data = re.search(r'id="explorer-stores">(.*?)</script>', text, re.DOTALL)[1]
     assert [each["name"] for each in json.loads(data)] == [*stores]
-    three = render([*stores.values(), ds], **chosen)
+    three = render([*stores.values(), ds], share=0.1, names=())
     assert len(json.loads(re.search(r'id="explorer-stores">(.*?)</script>', three, re.DOTALL)[1])) == 2
     assert three.count("Open it, and where") == 3
     with pytest.raises(UsageError, match="leave it out"):
@@ -217,13 +218,15 @@ def test_several_stores_have_a_page_together(ds):
         report([])
 
 
-def test_figures_of_a_page_have_the_size_and_the_small_print_that_were_asked_for(ds):
-    def svg(**choices):
-        found = re.search(r"data:image/svg\+xml;base64,([^\"]+)", render(ds, names="norm_share", **choices))
-        return base64.b64decode(found[1]).decode()
+def test_figures_of_a_page_have_the_size_and_the_small_print_that_were_asked_for(ds, monkeypatch):
+    def drawn(*_, **__):
+        seen.append((captioned(), *new_figure(3, 2).get_size_inches()))
+        return ()
 
-    usual, chosen = svg(), svg(size="9x5", caption=False)
-    assert 'width="648pt" height="360pt"' in chosen
-    assert usual.count("<use") > chosen.count("<use")
+    seen = []
+    monkeypatch.setattr("selfrepair_nn.report.figures.drawn", drawn)
+    render(ds)
+    render(ds, size="9x5", caption=False)
+    assert seen == [(True, 3, 2), (False, 9, 5)]
     with pytest.raises(UsageError, match="width and height in inches"):
-        render(ds, names="norm_share", size="large")
+        render(ds, size="large")

@@ -166,7 +166,7 @@ def test_recipes_models_figures_layers_and_heads_are_completed(ran):
     assert offered("run", "heads", "--model", "no/such", "--layers", "") == []
 
 
-def test_report_takes_what_plot_takes(ran, tmp_path):
+def test_report_takes_what_plot_takes(ran, tmp_path, monkeypatch):
     plot, report = ({each.name for each in cli.commands[name].params} for name in ("plot", "report"))
     assert plot - {"formats"} == report  # its figures are in it
     page = tmp_path / "page.html"
@@ -178,9 +178,11 @@ def test_report_takes_what_plot_takes(ran, tmp_path):
     assert "L7H0" in text
     assert "L6H0" not in text.split("All 8 heads")[1].split("</details>")[0]
     assert selfrepair("report", ran[0], "--figure", "nonsense").code == 2
-    both = selfrepair("report", ran[0], ran[0], "--figure", "norm_share")
-    assert (both.code, both.out) == (0, f"{ran[0].with_name('s-s.html')}\n")
     assert "logprob" in selfrepair("report", ran[0], "--outcome", "logprob", "--out", page).err
+    monkeypatch.setattr("selfrepair_nn.report.render", lambda stores, **_: f"{len(stores)} stores")
+    both = selfrepair("report", ran[0], ran[0])
+    assert (both.code, both.out) == (0, f"{ran[0].with_name('s-s.html')}\n")
+    assert ran[0].with_name("s-s.html").read_text() == "2 stores"
 
 
 def test_what_is_drawn_and_written_is_told_to_a_script(ran, tmp_path):
