@@ -8,6 +8,8 @@ ONE_FAMILY = not test_engine or gpt2
 
 BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls secrets resume executors families edits every_store store texts field fleet soak hub examples spread sandbox)
 
+SCRIPTS = $(patsubst %,selfrepair_nn/explorer/%.js,data parts heads tokens pane)
+
 .PHONY: demo docs notebooks check test lint test-served test-alone test-beside env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
@@ -23,8 +25,9 @@ notebooks: env server ## run the notebooks of examples/ and keep what they show
 check: env lint      ## in under two minutes: style, types, and the tests that are quick and telling
 	$(BIN)/python -m pytest -x -m "$(QUICK_ONLY)" -k "$(ONE_FAMILY)" $(QUICK:%=tests/test_%.py)
 
-lint: env            ## style, and types of the package
+lint: env            ## style, types of the package, and the explorer's scripts, which are one on the page
 	$(BIN)/ruff check .
+	mkdir -p build && cat $(SCRIPTS) > build/explorer.js && $(BIN)/oxlint --no-ignore -c .oxlintrc.json build/explorer.js
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: env server lint ## set up, then pass all tests, in three processes side by side

@@ -145,6 +145,7 @@ def _options(audited: Any, choices: Any) -> Any:
     options = Options(**found)
     if options.revisions is not None:
         raise UsageError("an audit is of one model: give each revision by itself, revision=…, with an out of its own")
+    found = found | {"prompts": options.prompts}  # what gives texts one by one has given them
     decides = any(getattr(options, name) != getattr(Options, name) for name in OF_SHARES)
     return found if decides else {name: value for name, value in found.items() if name != "share"}
 

@@ -80,7 +80,7 @@ ABOUT = (
 BARE = """import xarray as xr
 
 dataset = xr.open_zarr({address!r})
-top = dataset.counted & (dataset.direct_effect >= dataset.threshold)  # each head's top 2% of tokens
+top = dataset.counted & (dataset.direct_effect >= dataset.threshold)  # the top share of each head or case
 dataset.self_repair.where(top).mean(("prompt", "position"), dtype=float)  # the paper's statistic
 """
 OURS = """selfrepair info {address}

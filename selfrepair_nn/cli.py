@@ -57,7 +57,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SelfRepairError as error:
         if isinstance(error, NotAgreed):
-            _print(error.plan)
+            _print_json({"plan": error.plan}) if "--json" in sys.argv else _print(error.plan)
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -208,12 +208,14 @@ def plot(
 
 
 @cli.command()
-@STORE
-@click.option("--out", default=None, help="File to write; default: beside the store, ending in .html.")
+@STORES
+@click.option("--out", default=None, help="File to write; default: beside the first store, ending in .html.")
+@SIZE
+@CAPTION
 @JSON
 @views
 def report(
-    store: str,
+    stores: tuple[str, ...],
     out: str | None,
     machine: bool,
     names: tuple[str, ...],
@@ -222,11 +224,11 @@ def report(
     recipe: str | None,
     **shown_as: Any,
 ) -> None:
-    """Write one HTML page about STORE: figures, tables and where the numbers come from."""
+    """Write one HTML page about one or several STORES: figures, tables and where the numbers come from."""
     from selfrepair_nn.report import report as write
 
-    [dataset], _ = _chosen([store], layers, heads, names, recipe)
-    _wrote(machine, [write(dataset, out, recipe=recipe, names=names or None, **shown_as)])
+    datasets, _ = _chosen(stores, layers, heads, names, recipe)
+    _wrote(machine, [write(datasets, out, recipe=recipe, names=names or None, **shown_as)])
 
 
 def _chosen(
@@ -271,11 +273,11 @@ def view(
 
     Of two STORES they stand side by side. The page needs no network, and no server.
     """
+    from selfrepair_nn.explorer import server_at
     from selfrepair_nn.explorer import view as write
-    from selfrepair_nn.explorer.serving import Server
     from selfrepair_nn.store import open_store
 
-    server = Server(port) if serve else None
+    server = server_at(port, serve)
     datasets = [open_store(path) for path in stores]
     _note_mixed(datasets)
     page = write(datasets, out, share=share)

@@ -312,8 +312,8 @@ class Options:
 
     @property
     def alone(self) -> bool:
-        """Whether there is one text alone, with no other to lend it anything: it is then ablated by its mean."""
-        return self.rows == "texts" and isinstance(self.prompts, tuple) and len(self.prompts) == 1
+        """Whether there is one text alone that is not empty, with no other to lend it anything: it is then ablated by its mean."""
+        return self.rows == "texts" and isinstance(self.prompts, tuple) and sum(map(bool, self.prompts)) == 1
 
     @property
     def of_trends(self) -> bool:

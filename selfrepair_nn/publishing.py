@@ -57,6 +57,7 @@ def push(
     address = _address(name, path.name if path_in_repo is None else path_in_repo)
     found = contents_of(path)
     require_hub()
+    _require_online()
     token = hub_token()
     if token is None:
         raise SelfRepairError(
@@ -67,6 +68,13 @@ def push(
     with answered(f"cannot publish {str(path)!r} as {address.name!r}"):
         _upload(found, address, text, token, private)
     return str(address)
+
+
+def _require_online() -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise SelfRepairError("nothing is published while HF_HUB_OFFLINE is set: unset it")
 
 
 def _address(name: str, where: str) -> Address:

@@ -1,4 +1,4 @@
-"""A report of one store as one HTML file: its explorer, figures, tables, how to read them, where the numbers come from.
+"""A report of a store, or of several, as one HTML file: explorer, figures, tables, where the numbers come from.
 
 The file needs nothing else: no network, no font, and no script but the explorer's own.
 """
@@ -29,16 +29,17 @@ from selfrepair_nn.analysis import (
     reinforcement_by_head,
     reinforcement_nulls,
     remembering,
-    restored,
 )
 from selfrepair_nn.choosing import viewed
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.explorer import MOST
 from selfrepair_nn.explorer.contents import Contents, has_tokens
 from selfrepair_nn.explorer.rendering import page
 from selfrepair_nn.face import public
-from selfrepair_nn.figures import style, suiting
+from selfrepair_nn.figures import Datasets, style, suiting
+from selfrepair_nn.figures.look import looking
 from selfrepair_nn.hub import is_address
 from selfrepair_nn.paths import local
 from selfrepair_nn.quantities import OUTCOMES, TOKEN
@@ -62,7 +63,7 @@ HEAD_COLUMNS = {
 
 
 def render(
-    ds: xr.Dataset,
+    ds: Datasets,
     *,
     share: float | None = None,
     store: str | None = None,
@@ -72,30 +73,39 @@ def render(
     tail: str | None = None,
     split_selection: bool | None = None,
     against: str | None = None,
+    size: Any = None,
+    caption: bool = True,
 ) -> str:
     """The report of a store as HTML; `store` is its directory's name, by default where `ds` came from.
 
     `recipe` is a recipe's name or the path of your own: the figures that its file defines are on the page too.
     `names` are figures, by default all that suit the store. `outcome` "logprob" draws them in nats; tables stay in
-    logits. `tail`, `split_selection` and `against` as in `plot`.
+    logits. `tail`, `split_selection`, `against`, `size` and `caption` as in `plot`.
 
     Of single heads, each ablated in one way, it has tables of layers and heads; of cases, of several variants and of
-    heads that read their own write, one of what the store has instead.
+    heads that read their own write, one of what the store has instead. Of several stores, as in `plot`, it has figures
+    of all together, the summary of each, and the first two side by side.
 
     Raises:
         UsageError: `ds` is not a store, `share` is not in (0, 1], or nothing is done yet; a figure that there is not,
-            or that the store does not suit; an outcome that it does not hold.
+            or that the store does not suit; an outcome that it does not hold; a size that cannot be; a `store` of
+            several.
     """
     one_of("outcome", outcome, OUTCOMES)
     found = None if recipe is None else find_recipe(recipe)
     figures.require_figures(names or (), found)
-    whole = wording.legible(restored(ds))
-    ds = held(viewed(whole, tail, split_selection, against))
-    asked = held(viewed(in_nats(whole), tail, split_selection, against)) if outcome == "logprob" else ds
-    figures.note_unknown(ds, found)
-    with remembering():
+    wholes = style.named(ds)
+    stores = {name: held(viewed(each, tail, split_selection, against)) for name, each in wholes.items()}
+    asked = stores
+    if outcome == "logprob":
+        asked = {n: held(viewed(in_nats(each), tail, split_selection, against)) for n, each in wholes.items()}
+    first = next(iter(stores.values()))
+    figures.note_unknown(first, found)
+    with remembering(), looking(size, caption):
         drawn = figures.drawn(asked, names, share=share, recipe=found)
-        return (_of_heads if suiting.grid(ds) else _of_others)(ds, share, store, drawn)
+        if len(stores) > 1:
+            return _of_several(stores, share, store, drawn)
+        return (_of_heads if suiting.grid(first) else _of_others)(first, share, store, drawn)
 
 
 Drawn = Iterable[tuple[Drawing, Figure]]
@@ -128,10 +138,7 @@ def _of_heads(ds: xr.Dataset, share: float | None, store: str | None, drawn: Dra
 
 def _of_others(ds: xr.Dataset, share: float | None, store: str | None, drawn: Drawn) -> str:
     """The page of a store of cases, of variants, or of reinforced heads."""
-    own = reinforced(ds) or has_nulls(ds)
-    found = _of_edits(ds) if own else _summed_up(ds, share)
-    if not (found.tokens > 0).any():
-        raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to report")
+    own, found = _edits(ds), _found(ds, share)
     dims = [str(d) for d in ds.self_repair.dims if d not in TOKEN]
     parts = _common(ds, found, store, drawn) | {
         "basis": _safe(wording.basis(found, top=not own)),
@@ -146,10 +153,38 @@ def _of_others(ds: xr.Dataset, share: float | None, store: str | None, drawn: Dr
     return _page(ds, share, PAGE_OF_OTHERS, parts)
 
 
+def _of_several(stores: Mapping[str, xr.Dataset], share: float | None, store: str | None, drawn: Drawn) -> str:
+    """The page of several stores: two of them side by side, figures of all, and what is found in each."""
+    if store is not None:
+        raise UsageError(f"store {store!r} is one store's name, and there are {len(stores)}: leave it out")
+    title, head, each = _safe(" and ".join(stores)), [], []
+    for name, ds in stores.items():
+        found = _found(ds, share)
+        parts = _common(ds, found, None, ()) | {"name": _safe(name), "basis": _safe(wording.basis(found))}
+        head.append(BASIS.substitute(parts))
+        each.append(SECTION.substitute(parts, summary=escape(str(text.summary(ds, share)))))
+    shown = "".join(_figure(drawing, figure) for drawing, figure in drawn)
+    looked_at = [Contents(ds, share, name).data() for name, ds in stores.items() if has_tokens(ds)][:MOST]
+    rest = f"<h2>Figures</h2>{shown}" + "".join(each)
+    return page(looked_at, title=unescape(title), head=f"<h1>Self-repair: {title}</h1>{''.join(head)}", rest=rest)
+
+
 def _page(ds: xr.Dataset, share: float | None, body: Template, parts: dict[str, str]) -> str:
     """The explorer of a store, which a summary has none of, and what there is to read."""
     stores = [Contents(ds, share).data()] if has_tokens(ds) else []
     return page(stores, title=unescape(parts["title"]), head=HEAD.substitute(parts), rest=body.substitute(parts))
+
+
+def _found(ds: xr.Dataset, share: float | None) -> xr.Dataset:
+    """The summary of a store of cases, of variants, of reinforced heads, or of single heads."""
+    found = _of_edits(ds) if _edits(ds) else _summed_up(ds, share)
+    if not (found.tokens > 0).any():
+        raise UsageError(f"{wording.title(found)!r} has nothing done yet: there is nothing to report")
+    return found
+
+
+def _edits(ds: xr.Dataset) -> bool:
+    return reinforced(ds) or has_nulls(ds)
 
 
 def _of_edits(ds: xr.Dataset) -> xr.Dataset:
@@ -189,7 +224,7 @@ def _summed_up(ds: xr.Dataset, share: float | None) -> xr.Dataset:
 
 @public
 def report(
-    ds: xr.Dataset,
+    ds: Datasets,
     path: str | Path | None = None,
     *,
     share: float | None = None,
@@ -200,19 +235,29 @@ def report(
     tail: str | None = None,
     split_selection: bool | None = None,
     against: str | None = None,
+    size: Any = None,
+    caption: bool = True,
 ) -> Path:
-    """Write the report of a store to `path`, by default beside it, and return that.
+    """Write the report of a store, or of several, to `path`, by default beside the first, and return that.
 
     Other arguments and errors as in `render`.
     """
-    folder = figures.beside(ds)
-    path = local(folder.with_name(f"{folder.name}.html") if path is None else path)
+    path = local(_beside(ds) if path is None else path)
     choices: dict[str, Any] = {"tail": tail, "split_selection": split_selection, "against": against}
-    choices |= {"names": names, "outcome": outcome}
+    choices |= {"names": names, "outcome": outcome, "size": size, "caption": caption}
     text = render(ds, share=share, store=store, recipe=recipe, **choices)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _beside(ds: Datasets) -> Path:
+    """Where the page of these stores goes."""
+    stores = [ds] if isinstance(ds, xr.Dataset) else ds.values() if isinstance(ds, Mapping) else ds
+    found = [*map(figures.beside, stores)]
+    if not found:
+        raise UsageError("no dataset was given: a page is of one store, or of several")
+    return found[0].with_name("-".join(each.name for each in found) + ".html")
 
 
 def _banners(heads: xr.Dataset) -> str:
@@ -341,6 +386,19 @@ HEAD = Template("""<h1>Self-repair: $title</h1>
 <p class="basis">$basis</p>
 $task
 $banner
+""")
+BASIS = Template("""<p class="basis">$name: $basis</p>
+$task
+$banner
+""")
+SECTION = Template("""
+<h2>$name</h2>
+<pre>$summary</pre>
+<details class="words"><summary>Open it, and where its numbers come from</summary>
+<pre>import xarray as xr
+ds = xr.open_zarr($store, consolidated=False)$top</pre>
+$provenance
+</details>
 """)
 OF_HEADS = """
 <div class="facts">$facts</div>

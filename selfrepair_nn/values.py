@@ -5,7 +5,7 @@ Each function takes the name of what is given and the value, and raises UsageErr
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import Signature, signature
 from math import log10
@@ -198,12 +198,23 @@ def prompts(name: str, value: Any) -> Any:
         return place(name, value)
     if hasattr(value, "tokens") and hasattr(value, "document"):
         return value
+    value = _listed(value)
     if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
         return tuple(value)
     if isinstance(value, list | tuple) and ragged(value):
         rows = (ids(f"row {number} of {name}", row, "token ids") for number, row in enumerate(value))
         return tuple(tuple(row.tolist()) for row in rows)
     return ids(name, value, "a path, a dataset's name, a list of texts, rows of token ids, or Prompts")
+
+
+def _listed(value: Any) -> Any:
+    """What gives one thing after the other, and what holds texts in a row, such as a table's column, as a list."""
+    if isinstance(value, Iterator):
+        return list(value)
+    in_a_row = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+    if isinstance(value, list | tuple | bytes) or not in_a_row:
+        return value
+    return [*map(str, value)] if len(value) and all(isinstance(each, str) for each in value) else value
 
 
 def ragged(rows: Any) -> bool:

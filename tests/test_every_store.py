@@ -15,7 +15,9 @@ from terminal import selfrepair
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
+from selfrepair_nn.analysis.repairers import repairs_of_cases
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.explorer.contents import Contents
 from selfrepair_nn.recipe import find_recipe, recipe_paths
 from selfrepair_nn.store import Store
 
@@ -163,6 +165,20 @@ def test_bare_xarray_gives_every_stores_statistic_by_its_threshold(stored, name)
         here = dict(zip(axes, place, strict=True))
         known = one(ds.isel(here).assign_attrs(half="whole"))
         np.testing.assert_allclose(repair.isel(here), known.top_self_repair, rtol=0, atol=1e-6, err_msg=str(here))
+
+
+@pytest.mark.parametrize("name", ["hydra", "interactions", "ioi"])
+def test_what_components_do_for_each_case_adds_up(stored, name):
+    """Equation 2, of heads together, whole layers, attention and MLPs: what is ablated itself is told apart exactly."""
+    ds = stored(name)
+    found = repairs_of_cases(ds)
+    total = found.repair.where(~found.own, 0).sum("component") + found.top_from_norm
+    np.testing.assert_allclose(total, found.top_self_repair, rtol=0, atol=1e-5)
+    told = Contents.of(ds).data()["repairs"]
+    for case, means in enumerate(told["means"][0]):
+        shown = [told["labels"][index] for index, *_ in means["rows"]]
+        assert shown
+        assert not {*shown} & {*found.component.values[found.own.values[case]]}
 
 
 @pytest.mark.parametrize("name", ["own_axis", "own_doses", "own_cases"])

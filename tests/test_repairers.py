@@ -9,6 +9,9 @@ import xarray as xr
 from made import hand_made
 
 from selfrepair_nn.analysis import by_head, strongest_repairs, top_share, who_repairs
+from selfrepair_nn.analysis.repairers import ablated_itself
+from selfrepair_nn.case_sites import written
+from selfrepair_nn.components import Attention, Head, Layers, Mlp, Neuron
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.simulate import simulate_heads, unfinished
 
@@ -137,3 +140,15 @@ def test_lazily_opened_equals_in_memory_and_is_never_held_whole(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < big.component_change.nbytes / 3
+
+
+def test_what_each_kind_of_case_is_made_of():
+    cases = [(Head(0, 1),), (Attention(1),), (Mlp(0),), (Neuron(1, 3), Neuron(1, 5)), (Layers(0, 2),)]
+    cases.append((Head(1, 0), Mlp(1)))
+    labels = ["embedding", "L0H0", "L0H1", "L0.mlp", "L1H0", "L1H1", "L1.mlp", "L2H0"]
+    layer, head = [-1, 0, 0, 0, 1, 1, 1, 2], [-1, 0, 1, -1, 0, 1, -1, 0]
+    about = {"component": labels, "component_layer": ("component", layer), "component_head": ("component", head)}
+    about |= {"case": range(6), "case_sites": ("case", [*map(written, cases)])}
+    ds = xr.Dataset({"x": ("case", np.zeros(6))}, about)
+    found = [[labels[i] for i in np.flatnonzero(row)] for row in ablated_itself(ds)]
+    assert found == [["L0H1"], ["L1H0", "L1H1"], ["L0.mlp"], ["L1.mlp"], labels[1:7], ["L1H0", "L1.mlp"]]

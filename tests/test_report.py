@@ -11,9 +11,10 @@ import xarray as xr
 
 from selfrepair_nn.analysis import by_head, by_layer, most_repaired
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.figures.look import captioned, new_figure
 from selfrepair_nn.report import render, report
 from selfrepair_nn.simulate import simulate_heads, unfinished
-from selfrepair_nn.text import number
+from selfrepair_nn.text import number, summary
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -195,3 +196,37 @@ def test_a_page_is_the_same_whether_or_not_anything_is_remembered(ds, monkeypatc
     page = render(ds)
     monkeypatch.setattr("selfrepair_nn.analysis.summaries.once", lambda _, ds, compute: compute())
     assert render(ds) == page
+
+
+def test_several_stores_have_a_page_together(ds):
+    """Figures of both, the summary of each, and the explorer of two: a third has none."""
+    stores = {"mine <i>": ds, "theirs": simulate_heads(4, 3, 30, 13, model="other", seed=5)}
+    chosen = {"names": "self_repair_by_layer", "share": 0.1}
+    text = render(stores, **chosen)
+    said = "".join(Page(text).text)
+    assert text.count("<figure>") == 1
+    assert all(str(summary(each, 0.1)) in said for each in stores.values())
+    assert "<i>" not in text
+    data = re.search(r'id="explorer-stores">(.*?)</script>', text, re.DOTALL)[1]
+    assert [each["name"] for each in json.loads(data)] == [*stores]
+    three = render([*stores.values(), ds], share=0.1, names=())
+    assert len(json.loads(re.search(r'id="explorer-stores">(.*?)</script>', three, re.DOTALL)[1])) == 2
+    assert three.count("Open it, and where") == 3
+    with pytest.raises(UsageError, match="leave it out"):
+        render(stores, store="s.zarr", **chosen)
+    with pytest.raises(UsageError, match="no dataset was given"):
+        report([])
+
+
+def test_figures_of_a_page_have_the_size_and_the_small_print_that_were_asked_for(ds, monkeypatch):
+    def drawn(*_, **__):
+        seen.append((captioned(), *new_figure(3, 2).get_size_inches()))
+        return ()
+
+    seen = []
+    monkeypatch.setattr("selfrepair_nn.report.figures.drawn", drawn)
+    render(ds)
+    render(ds, size="9x5", caption=False)
+    assert seen == [(True, 3, 2), (False, 9, 5)]
+    with pytest.raises(UsageError, match="width and height in inches"):
+        render(ds, size="large")

@@ -13,6 +13,7 @@ from terminal import selfrepair
 
 import selfrepair_nn as sr
 from selfrepair_nn.cli import cli
+from selfrepair_nn.errors import NotAgreed
 from selfrepair_nn.figures import FIGURES
 from selfrepair_nn.progress import Bar, in_notebook
 from selfrepair_nn.recipe import recipe_paths
@@ -76,6 +77,17 @@ def test_a_failure_is_words_on_stderr_and_no_json(tmp_path):
     ended = selfrepair("info", tmp_path / "nothing.zarr", "--json")
     assert (ended.code, ended.out) == (1, "")
     assert "no store at" in ended.err
+
+
+def test_a_plan_that_nobody_agreed_to_is_json_where_that_is_asked_for(monkeypatch):
+    def refuse(*_, **__):
+        raise NotAgreed("units  9\nrequests  9", "add --yes")
+
+    monkeypatch.setattr("selfrepair_nn.running.run.run", refuse)
+    ended = selfrepair("run", "heads", "--json")
+    assert (ended.code, json.loads(ended.out)) == (2, {"plan": "units  9\nrequests  9"})
+    assert ended.err == "selfrepair: error: nothing was sent: add --yes\n"
+    assert selfrepair("run", "heads").out == "units  9\nrequests  9\n"
 
 
 def test_json_has_no_number_that_is_none(monkeypatch):
@@ -154,14 +166,11 @@ def test_recipes_models_figures_layers_and_heads_are_completed(ran):
     assert offered("run", "heads", "--model", "no/such", "--layers", "") == []
 
 
-def test_report_takes_what_plot_takes(ran, tmp_path):
-    def flags(command):
-        return {o.name for o in cli.commands[command].params if o.name != "stores"}
-
-    of_files = {"formats", "size", "caption"}
-    assert flags("plot") - of_files == flags("report") - {"store"}
+def test_report_takes_what_plot_takes(ran, tmp_path, monkeypatch):
+    plot, report = ({each.name for each in cli.commands[name].params} for name in ("plot", "report"))
+    assert plot - {"formats"} == report  # its figures are in it
     page = tmp_path / "page.html"
-    chosen = ("--figure", "norm_share", "--layers", "7", "--share", "0.1")
+    chosen = ("--figure", "norm_share", "--layers", "7", "--share", "0.1", "--size", "9x5", "--no-caption")
     ended = selfrepair("report", ran[0], *chosen, "--out", page)
     assert (ended.code, ended.err) == (0, "")
     text = page.read_text()
@@ -170,6 +179,10 @@ def test_report_takes_what_plot_takes(ran, tmp_path):
     assert "L6H0" not in text.split("All 8 heads")[1].split("</details>")[0]
     assert selfrepair("report", ran[0], "--figure", "nonsense").code == 2
     assert "logprob" in selfrepair("report", ran[0], "--outcome", "logprob", "--out", page).err
+    monkeypatch.setattr("selfrepair_nn.report.render", lambda stores, **_: f"{len(stores)} stores")
+    both = selfrepair("report", ran[0], ran[0])
+    assert (both.code, both.out) == (0, f"{ran[0].with_name('s-s.html')}\n")
+    assert ran[0].with_name("s-s.html").read_text() == "2 stores"
 
 
 def test_what_is_drawn_and_written_is_told_to_a_script(ran, tmp_path):

@@ -6,17 +6,20 @@ from itertools import pairwise
 import families
 import numpy as np
 import oracle
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from datasets import Dataset
 from numpy.testing import assert_allclose, assert_array_equal
 
 import selfrepair_nn as sr
-from selfrepair_nn import report, wording
+from selfrepair_nn import auditing, report, wording
 from selfrepair_nn.analysis.words import _Contexts
 from selfrepair_nn.blocks import Top
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.explorer.contents import Contents
+from selfrepair_nn.options import Options
 from selfrepair_nn.padding import alike, padded
 from selfrepair_nn.prompts import several_partners
 from selfrepair_nn.quantities import QUANTITIES
@@ -326,6 +329,32 @@ def test_what_cannot_be_a_row_of_its_own_is_told_or_refused(go, capfd, tmp_path)
         go(prompts=SHORT, rows_are="packed")
     with pytest.raises(UsageError, match=r"wrap\(module, tokenizer\)"):
         go(prompts=SHORT, tokenizer=None)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [iter, lambda t: (each for each in t), np.array, pd.Series, lambda t: Dataset.from_dict({"text": t})["text"]],
+)
+def test_texts_come_from_whatever_gives_them_one_by_one(given, monkeypatch):
+    """Once: an audit, which looks at them before it runs, passes them on."""
+    texts, seen = ["The dog ran.", "", "Once there was"], []
+    assert Options(prompts=given(texts)) == Options(prompts=tuple(texts))
+    assert Options(prompts=given(texts)).rows == "texts"
+    monkeypatch.setattr(auditing, "run", lambda *_, **choices: seen.append(choices["prompts"]))
+    monkeypatch.setattr(auditing, "told", lambda *_: None)
+    sr.audit("tiny-neox", prompts=given(texts))
+    assert seen == [tuple(texts)]
+
+
+@pytest.mark.parametrize("given", [pd.DataFrame({"a": ["x"]}), {"x"}, {"text": ["x"]}, b"x", iter([])])
+def test_what_only_holds_texts_somewhere_is_refused(given):
+    with pytest.raises(UsageError, match="give a path, a dataset's name, a list of texts"):
+        Options(prompts=given)
+
+
+def test_one_text_beside_empty_ones_is_one_text():
+    assert Options(prompts=["", "The dog ran."]).alone
+    assert not Options(prompts=["The dog", "The dog ran."]).alone
 
 
 def test_rows_of_ids_of_unequal_length_are_asked_about(go):

@@ -1,19 +1,22 @@
 """Who repairs whom: what each component does when a head is ablated."""
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from selfrepair_nn.analysis.checks import HEADS, among, of_heads, percent, require_top, share_of
-from selfrepair_nn.analysis.summaries import by_head
+from selfrepair_nn.analysis.checks import HEADS, among, of_cases, of_heads, percent, require_top, share_of
+from selfrepair_nn.analysis.summaries import by_case, by_head
 from selfrepair_nn.analysis.tokens import batches, clusters
-from selfrepair_nn.blocks import Top, component_sums, direct_effects, done_cases
+from selfrepair_nn.blocks import Top, component_sums, direct_effects, done_cases, sites
+from selfrepair_nn.case_sites import sites_of
+from selfrepair_nn.components import Attention, Head, Mlp, Neuron
 from selfrepair_nn.confidence import RATE, Tally, q_values
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 
-PAIRS = (*HEADS, "component")
 COUNT = 24
 NORMS = {"top_from_post_norms": "norms behind attention", "top_from_norm": "final norm"}
 CANCELS = 8
@@ -39,13 +42,19 @@ def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
     Raises:
         UsageError: the store holds no component changes, or only those of a smaller share; else as by_head.
     """
-    if "repair" in ds:
-        return by_head(ds, share)
-    ds = of_heads(ds)
+    return by_head(ds, share) if "repair" in ds else _summed_up(of_heads(ds), share, by_head)
+
+
+def repairs_of_cases(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
+    """The same of a store of cases, with the summary of `by_case`, over (case, component): `own` is what is ablated."""
+    return _summed_up(of_cases(ds), share, by_case)
+
+
+def _summed_up(ds: xr.Dataset, share: float | None, by: Callable[..., xr.Dataset]) -> xr.Dataset:
     share = share_of(ds, share)
     check_components(ds, share)
     _, top = direct_effects(ds, done_cases(ds), share)
-    found = by_head(ds, share).assign(_pairs(ds, top))
+    found = by(ds, share).assign(_pairs(ds, top))
     found = found.assign_coords({n: c for n, c in ds.coords.items() if c.dims == ("component",)})
     told = f"mean change of direct effect, {among(share, ds)}"
     names = {
@@ -63,16 +72,17 @@ def who_repairs(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
 
 
 def _pairs(ds: xr.Dataset, top: Top) -> dict[str, tuple]:
-    """What is said of every pair of an ablated head and a component."""
-    shape, joined = [ds.sizes[d] for d in PAIRS], batches(clusters(ds))
-    repair, width, p = np.full((3, *shape), np.nan)
-    tokens = np.zeros(shape[:2], int)
+    """What is said of every pair of what is ablated and a component."""
+    dims, joined = (*sites(ds), "component"), batches(clusters(ds))
+    n_heads, n = ds.sizes.get("head", 1), ds.sizes["component"]
+    repair, width, p = np.full((3, ds.sizes[dims[0]], n_heads, n), np.nan)
+    tokens = np.zeros(repair.shape[:2], int)
     for layer, sums, counts in component_sums(ds, top, joined):
-        known = Tally(sums.reshape(-1, sums.shape[-1]), np.repeat(counts, shape[2], axis=0)).estimate
+        known = Tally(sums.reshape(-1, sums.shape[-1]), np.repeat(counts, n, axis=0)).estimate
         for found, values in ((repair, known.mean), (width, known.half_width), (p, known.p_value)):
-            found[layer] = values.reshape(shape[1:])
+            found[layer] = values.reshape(n_heads, n)
         tokens[layer] = counts.sum(1)
-    own = _own(ds)
+    own = ablated_itself(ds).reshape(repair.shape)
     unreached = (repair == 0) & (width == 0)  # what comes before the ablated head
     q = q_values(np.where(own | unreached, np.nan, p))
     found = {
@@ -82,7 +92,9 @@ def _pairs(ds: xr.Dataset, top: Top) -> dict[str, tuple]:
         "repair_known": q <= RATE,
         "own": own,
     }
-    return {name: (PAIRS, values) for name, values in found.items()} | {"repair_tokens": (HEADS, tokens)}
+    shape = [ds.sizes[d] for d in dims]
+    pairs = {name: (dims, values.reshape(shape)) for name, values in found.items()}
+    return pairs | {"repair_tokens": (dims[:-1], tokens.reshape(shape[:-1]))}
 
 
 @public
@@ -167,11 +179,25 @@ def _changes(pairs: xr.Dataset, layer: int, head: int, place: int) -> list[dict]
     return found
 
 
-def _own(ds: xr.Dataset) -> np.ndarray:
-    """bool [layer, head, component]"""
-    layer, head = (ds[d].values for d in HEADS)
-    same_layer = ds.component_layer.values == layer[:, None, None]
-    return same_layer & (ds.component_head.values == head[:, None])
+def ablated_itself(ds: xr.Dataset) -> np.ndarray:
+    """Which components each ablated head or case is made of: bool [case, component]."""
+    layer, head = ds.component_layer.values, ds.component_head.values
+    if "case" not in ds.dims:
+        at = np.meshgrid(*(ds[d].values for d in HEADS), indexing="ij")
+        return (layer == at[0].ravel()[:, None]) & (head == at[1].ravel()[:, None])
+    labels, none = ds.component.values.astype(object), np.zeros(layer.size, bool)
+    cases = ([_is(site, labels, layer, head) for site in case] for case in sites_of(ds))
+    return np.array([np.any([none, *case], axis=0) for case in cases])
+
+
+def _is(site: Any, labels: np.ndarray, layer: np.ndarray, head: np.ndarray) -> np.ndarray:
+    if isinstance(site, Head):
+        return (layer == site.layer) & (head == site.head)
+    if isinstance(site, Attention):
+        return (layer == site.layer) & (head >= 0)
+    if hasattr(site, "stop"):
+        return (layer >= site.layer) & (layer < site.stop)
+    return labels == (Mlp(site.layer) if isinstance(site, Neuron) else site).label
 
 
 def check_components(ds: xr.Dataset, share: float) -> None:

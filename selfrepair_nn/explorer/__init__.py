@@ -1,6 +1,8 @@
 """The explorer: one page on which the heads of a store, its text and every token's numbers are looked at."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import import_module
 from pathlib import Path
 
 import xarray as xr
@@ -13,10 +15,13 @@ from selfrepair_nn.explorer.serving import Server
 from selfrepair_nn.face import public
 from selfrepair_nn.figures import beside
 from selfrepair_nn.paths import local
+from selfrepair_nn.progress import in_notebook
 from selfrepair_nn.shown import tell
 
 Datasets = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
 MOST = 2
+HEIGHT = 760
+"""Pixels of a page within a notebook."""
 
 
 @public
@@ -33,6 +38,7 @@ def view(
     It goes to `path`, by default beside the first store, its name ending in -explorer.html. The file needs nothing
     else: no network, no server. Numbers of single tokens are rounded, as the page says. Of a large store it holds every
     head's summary, the text, all numbers of the first prompts, and of the others those of each head's top `share`.
+    Where no `path` is given a notebook shows it, too, and then keeps it.
 
     With `serve` it is also served, on this machine alone, at `port` (0: one that is free) until interrupted.
 
@@ -40,9 +46,7 @@ def view(
         UsageError: a dataset is not a store with tokens, nothing of it is done, `share` is not in (0, 1], there are
             more than two, or the port cannot be had.
     """
-    if port and not serve:
-        raise UsageError(f"port {port!r} is of a page that is served: give serve too, or leave it out")
-    server = Server(port) if serve else None
+    server = server_at(port, serve)
     try:
         written = _write(datasets, path, share)
     except BaseException:
@@ -51,7 +55,24 @@ def view(
         raise
     if server:
         server.run(written, lambda address: tell(f"{written} is at {address} until interrupted"))
+    elif path is None and in_notebook():
+        _show(written)
     return written
+
+
+def server_at(port: int, serve: bool) -> Server | None:
+    """The server of a page that is to be served, which has its port from here on. UsageError for a port of none."""
+    if port and not serve:
+        raise UsageError(f"port {port!r} is of a page that is served: give serve too, or leave it out")
+    return Server(port) if serve else None
+
+
+def _show(page: Path) -> None:
+    """A page within a notebook's, which it cannot reach, nor be reached by: its scripts see nothing but itself."""
+    shell = import_module("IPython.display")
+    inside = escape(page.read_text(encoding="utf-8"))
+    look = f'title="{escape(page.name)}" style="width: 100%; height: {HEIGHT}px; border: 0"'
+    shell.display(shell.HTML(f'<div><iframe sandbox="allow-scripts" {look} srcdoc="{inside}"></iframe></div>'))
 
 
 def _write(datasets: Datasets, path: str | Path | None, share: float | None) -> Path:

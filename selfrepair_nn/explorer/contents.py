@@ -122,6 +122,7 @@ class Contents:
             "name": line(self.name or wording.title(self.ds), wording.WIDTH),
             "basis": wording.basis(first),
             "over": among(first.attrs["share"], first),
+            "tail": tail_of(first),
             "notes": self._notes(),
             "level": LEVEL,
             "axes": [{"name": line(d), "labels": [line(v) for v in self._labels(d)]} for d in self.axes],

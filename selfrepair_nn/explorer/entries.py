@@ -1,6 +1,6 @@
 """Which tokens of each head a page holds numbers of, and these numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from selfrepair_nn import blocks
 from selfrepair_nn.analysis.partners import BY_PARTNER
 from selfrepair_nn.choosing import ranked_by, tail_of
 from selfrepair_nn.explorer.packing import FINE, levels, packed, plain, rounded, step_for
-from selfrepair_nn.quantities import TOKEN, VARIANCE, WIDE
+from selfrepair_nn.quantities import QUANTITIES, TOKEN, VARIANCE, WIDE
 
 DENSE = 1_600_000
 """Numbers of whole prompts."""
@@ -28,15 +28,22 @@ FIRST = ("direct_effect", "logit_change", "self_repair", "self_repair_logprob")
 def fields_of(ds: xr.Dataset) -> list[str]:
     """The variables that have a number for each token of each head or case, those to look at first before others."""
     dims = {*blocks.sites(ds), *TOKEN}
-    own = [str(n) for n, a in ds.data_vars.items() if dims <= {*a.dims} and a.dtype.kind == "f"]
+    own = [n for n, found in _numbers(ds) if dims <= found and found.isdisjoint({*WIDE, "rank", "distance"})]
     own = [n for n in own if not n.endswith((VARIANCE, BY_PARTNER))]
-    own = [name for name in own if {*WIDE, "rank", "distance"}.isdisjoint(ds[name].dims)]
     return sorted(own, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
 def clean_fields_of(ds: xr.Dataset) -> list[str]:
     """The variables that have one number for each token."""
-    return [str(n) for n, a in ds.data_vars.items() if {*a.dims} == {*TOKEN} and a.dtype.kind == "f"]
+    return [name for name, found in _numbers(ds) if found == {*TOKEN}]
+
+
+def _numbers(ds: xr.Dataset) -> Iterator[tuple[str, set]]:
+    """Variables of numbers and their dimensions, also those that a selection such as ds.sel(layer=6) took."""
+    for name, array in ds.data_vars.items():
+        own = QUANTITIES[str(name)].dims_in("case" not in ds.dims) if name in QUANTITIES else ()
+        if array.dtype.kind == "f":
+            yield str(name), {*own, *array.dims}
 
 
 @dataclass(frozen=True)

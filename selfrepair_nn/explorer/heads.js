@@ -1,5 +1,8 @@
 // The heads, or cases, as a grid: each coloured by one number of it, chosen by click or by the arrow keys.
 
+/** Heads of a layer that have no room beside other things. */
+const MANY = 24;
+
 class Grid {
   constructor(pane) {
     this.pane = pane;
@@ -18,6 +21,7 @@ class Grid {
     const cases = Boolean(store.data.sites.case);
     const select = choice(cases ? "cases by" : "heads by", options, state.field, (value) => this.pane.set({ field: Number(value) }));
     this.cells.clear();
+    this.element.classList.toggle("wide", store.data.sites.head?.length > MANY);
     const table = make("div", { class: cases ? "grid cases" : "grid", role: "grid", "aria-label": `${field.label} of each head` });
     if (!cases) table.append(this.header());
     for (const { layer, cases: row } of store.rows) {
@@ -111,7 +115,16 @@ class Grid {
       const chosen = site === this.pane.state.site;
       cell.setAttribute("aria-selected", chosen);
       cell.tabIndex = chosen ? 0 : -1;
+      if (chosen) this.reveal(cell);
     }
+  }
+
+  /** Move a grid that is too wide, and not the page, to where a cell is seen. */
+  reveal(cell) {
+    const view = cell.closest(".scroll");
+    const [at, seen] = [cell, view].map((each) => each.getBoundingClientRect());
+    if (at.left < seen.left) view.scrollLeft -= seen.left - at.left + at.width;
+    if (at.right > seen.right) view.scrollLeft += at.right - seen.right + at.width;
   }
 }
 

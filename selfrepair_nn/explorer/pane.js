@@ -4,7 +4,7 @@ class Pane {
   constructor(page, store, id) {
     Object.assign(this, { page, store, id });
     const { axes, summary } = store.data;
-    this.state = { at: axes.map(() => 0), variant: 0, field: 0, site: this.first(summary.variants[0]), order: "direct_effect", tint: store.fields[0].name, prompt: 0, token: null };
+    this.state = { at: axes.map(() => 0), variant: 0, field: 0, site: this.first(summary.variants[0]), order: FIRST_ORDER[store.data.tail].value, tint: store.fields[0].name, prompt: 0, token: null };
     this.grid = new Grid(this);
     this.head = new Head(this);
     this.tops = new Tops(this);
@@ -147,7 +147,7 @@ class Page {
   keep() {
     const parts = this.panes.map(({ state, store }) => [store.labels[state.site], state.at.join("."), state.tint, state.token ?? ""].map(encodeURIComponent).join("~"));
     this.kept = `#${parts.join("&")}`;
-    if (location.hash !== this.kept) history.replaceState(null, "", this.kept);
+    if (location.protocol !== "about:" && location.hash !== this.kept) history.replaceState(null, "", this.kept);
   }
 
   /** Show what the address says, as far as these stores have it. */

@@ -53,12 +53,11 @@ def promoted(variants: Sequence[xr.Dataset], share: float, top: blocks.Top) -> d
 def _read(ds: xr.Dataset, top: blocks.Top, count: int) -> dict[str, np.ndarray]:
     """Of the entries whose words are stored: case, token, words and effects."""
     names = (*WORDS, *EFFECTS, "changed_component")
-    arrays = {n: ds[n].rename(case="layer") if "case" in ds[n].dims else ds[n] for n in names}
     found = {"case": top.case, "token": top.token}
-    for name, array in arrays.items():
-        beyond = [size for d, size in array.sizes.items() if d in ("changed", "word")]
+    for name in names:
+        beyond = [size for d, size in ds[name].sizes.items() if d in ("changed", "word")]
         found[name] = np.full((top.token.size, *beyond), np.nan)
-        for entries, values in blocks.rows(array, top):
+        for entries, values in blocks.rows(ds[name], top):
             found[name][entries] = values
     stored = np.isfinite(found["promoted_effect"]).all(-1)
     found = {name: values[stored] for name, values in found.items()}

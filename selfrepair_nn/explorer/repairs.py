@@ -8,9 +8,8 @@ import xarray as xr
 
 from selfrepair_nn import blocks
 from selfrepair_nn.analysis import who_repairs
-from selfrepair_nn.case_sites import sites_of
+from selfrepair_nn.analysis.repairers import ablated_itself, repairs_of_cases
 from selfrepair_nn.choosing import ranked_by, tail_of
-from selfrepair_nn.components import Attention, Head
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.explorer.packing import levels, packed, plain, rounded, significant, step_for
 from selfrepair_nn.shown import line
@@ -40,11 +39,9 @@ def repairs(
 
 
 def _means(ds: xr.Dataset, share: float) -> list | None:
-    """Of each head the components of largest mean change: index, mean, half-width, whether it is surely not 0."""
-    if "case" in ds.dims:
-        return None
+    """Of each head or case the components of largest mean change: index, mean, half-width, whether surely not 0."""
     try:
-        pairs = who_repairs(ds, share)
+        pairs = (repairs_of_cases if "case" in ds.dims else who_repairs)(ds, share)
     except UsageError:  # of a smaller share than is looked at
         return None
     n = ds.sizes["component"]
@@ -66,14 +63,11 @@ def _means(ds: xr.Dataset, share: float) -> list | None:
 
 def _tokens(ds: xr.Dataset, top: blocks.Top) -> dict[str, Any]:
     """Of each token the components of largest change, by case: tokens, indices, changes, and the sum of the others."""
-    array = ds.component_change
-    if "case" in ds.dims:
-        array = array.rename(case="layer")
-    parts = [*blocks.stored_rows(array, top)]
+    parts = [*blocks.stored_rows(ds.component_change, top)]
     entry = np.concatenate([np.empty(0, int), *(entries for entries, _ in parts)])
     change = np.concatenate([np.empty((0, ds.sizes["component"])), *(values for _, values in parts)])
     case, token = top.case[entry], top.token[entry]
-    change = np.where(_own(ds)[case], 0, change)
+    change = np.where(ablated_itself(ds)[case], 0, change)
     most = np.argsort(-np.abs(change), axis=1, kind="stable")[:, :SHOWN]
     largest = np.take_along_axis(change, most, 1)
     rest = change.sum(1) - largest.sum(1)
@@ -87,25 +81,6 @@ def _tokens(ds: xr.Dataset, top: blocks.Top) -> dict[str, Any]:
             [at.size, packed(plain(gaps), plain(most[at].astype(np.uint16)), *map(plain, numbers))]
         )
     return {"step": step, "shown": most.shape[1], "cases": by_case}
-
-
-def _own(ds: xr.Dataset) -> np.ndarray:
-    """Which components each case ablates itself: bool [case, component]."""
-    layer, head = ds.component_layer.values, ds.component_head.values
-    if "case" not in ds.dims:
-        at = np.meshgrid(ds["layer"].values, ds["head"].values, indexing="ij")
-        return (layer == at[0].ravel()[:, None]) & (head == at[1].ravel()[:, None])
-    labels, none = ds.component.values.astype(object), np.zeros(layer.size, bool)
-    cases = ([_is(site, labels, layer, head) for site in case] for case in sites_of(ds))
-    return np.array([np.any([none, *case], axis=0) for case in cases])
-
-
-def _is(site: Any, labels: np.ndarray, layer: np.ndarray, head: np.ndarray) -> np.ndarray:
-    if isinstance(site, Head):
-        return (layer == site.layer) & (head == site.head)
-    if isinstance(site, Attention):
-        return (layer == site.layer) & (head >= 0)
-    return labels == getattr(site, "label", "")
 
 
 def shared_out(top: blocks.Top, count: int, tail: str) -> blocks.Top:

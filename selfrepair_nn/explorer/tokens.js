@@ -3,13 +3,24 @@
 const CONTEXT = 10;
 const LISTED = 12;
 const PAGE = 700;
+/** By which tail of the direct effects a store's share is: how its tokens are ordered first, and in words. */
+const FIRST_ORDER = {
+  top: { value: "direct_effect", text: "highest direct effect" },
+  bottom: { value: "-direct_effect", text: "lowest direct effect" },
+  absolute: { value: "|direct_effect", text: "largest direct effect" },
+};
 
 /** A piece of text; the end of a line is seen, and in whole texts it ends one. */
 function word(text, lines = false) {
   return text.replace(/\n/g, lines ? "⏎\n" : "⏎");
 }
 
-/** The tokens of a head's share: the highest direct effects, or most or least self-repair. */
+/** A piece of text of which no number is told. */
+function untold(text) {
+  return [text, ""];
+}
+
+/** The tokens of a head's share: the direct effects furthest at its tail, or most or least self-repair. */
 class Tops {
   constructor(pane) {
     this.pane = pane;
@@ -20,15 +31,15 @@ class Tops {
   draw() {
     const { store, state, tokens } = this.pane;
     const orders = [
-      { value: "direct_effect", text: "highest direct effect" },
+      FIRST_ORDER[store.data.tail],
       { value: "self_repair", text: "most self-repair" },
       { value: "-self_repair", text: "least self-repair" },
     ];
     const select = choice("ordered by", orders, state.order, (value) => this.pane.set({ order: value }));
-    const sign = state.order.startsWith("-") ? -1 : 1;
-    const by = tokens.columns[state.order.replace("-", "")];
+    const column = tokens.columns[state.order.replace(/^\W/, "")];
+    const by = column.map({ "-": (v) => -v, "|": Math.abs }[state.order[0]] ?? ((v) => v));
     const own = [...tokens.token.keys()].filter((i) => tokens.top[i] && !Number.isNaN(by[i]));
-    own.sort((a, b) => sign * (by[b] - by[a]) || a - b);
+    own.sort((a, b) => by[b] - by[a] || a - b);
     const shown = own.slice(0, this.count);
     const names = ["direct_effect", "logit_change", "self_repair"].filter((name) => name in tokens.columns);
     const fields = names.map((name) => store.fields.find((f) => f.name === name));
@@ -223,7 +234,6 @@ class Details {
   promoted(words) {
     if (!words) return [];
     const told = (rows) => rows.map(([text, effect]) => [text, stepped(effect, words.step)]);
-    const bare = (list) => list.map((text) => [text, ""]);
     return [
       make("h4", {}, "What the head writes, in words"),
       wordsOf("promotes", told(words.own[0])),
@@ -231,8 +241,8 @@ class Details {
       words.changes.length > 0 && make("h4", {}, "What the changes of components promote"),
       ...words.changes.flatMap(({ component, effect, promoted, demoted }) => [
         make("p", { class: "links" }, this.pane.linkTo(this.pane.store.data.promoted.labels[component]), ` ${stepped(effect, words.step)}`),
-        wordsOf("promotes", bare(promoted)),
-        wordsOf("demotes", bare(demoted)),
+        wordsOf("promotes", promoted.map(untold)),
+        wordsOf("demotes", demoted.map(untold)),
       ]),
     ].filter(Boolean);
   }

@@ -1,5 +1,6 @@
 """What a figure is drawn on and how it looks: our settings, what of the caller's is kept, size, small print, files."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -177,7 +178,22 @@ def width_of(figure: Figure) -> float:
 def lay_out(figure: Figure) -> None:
     """Find the places of everything, as drawing does, so that labels can be set clear of it."""
     root: Any = figure if isinstance(figure, Figure) else figure.get_figure(root=True)
-    root.draw_without_rendering()
+    with _room():
+        root.draw_without_rendering()
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Within, a figure is laid out. UsageError where the size that was chosen has no room for its panels."""
+    size = _LOOK.get().size
+    with warnings.catch_warnings():
+        if size is not None:
+            warnings.filterwarnings("error", message="constrained_layout not applied", category=UserWarning)
+        try:
+            yield
+        except UserWarning as told:
+            asked = "x".join(f"{inches:g}" for inches in size or ())
+            raise UsageError(f"size {asked} inches has no room for this figure's panels: give a larger one") from told
 
 
 def captioned() -> bool:
@@ -199,7 +215,7 @@ def save(
     directory = local(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.{ending}" for ending in formats]
-    with settings():
+    with settings(), _room():
         for path in paths:
             _WRITERS[path.suffix](figure, path)
     return paths
@@ -223,7 +239,7 @@ _WRITERS: dict[str, Callable[[Figure, Path], None]] = {".png": _png, ".svg": _sv
 def on_screen(figure: Figure) -> tuple[bytes, int]:
     """The figure as PNG, and how wide a notebook shows it. A kernel draws none before pyplot is set up in it."""
     buffer = BytesIO()
-    with settings():
+    with settings(), _room():
         _png(figure, buffer)
     return buffer.getvalue(), round(figure.get_figwidth() * SCREEN)
 
@@ -231,6 +247,6 @@ def on_screen(figure: Figure) -> tuple[bytes, int]:
 def outlined_svg(figure: Figure) -> bytes:
     """The figure as SVG with letters as outlines, for a page whose reader may lack the font."""
     buffer = BytesIO()
-    with settings(**{"svg.fonttype": "path"}):
+    with settings(**{"svg.fonttype": "path"}), _room():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
