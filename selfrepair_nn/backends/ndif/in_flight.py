@@ -308,12 +308,13 @@ class _Round:
         return "\n".join([f"{counted}:", *lines[:SHOWN], *rest])
 
 
-def _fetched(service: Service, job: str, address: str) -> tuple[dict[Any, Any], int]:
-    """A result; where its address has expired, from the one that the server gives when asked again, if it does."""
+def _fetched(service: Service, job: str, result: str | bytes) -> tuple[dict[Any, Any], int]:
+    """A result; where its address has expired, or what came with the answer is broken, by asking the server again."""
     try:
-        return service.fetch(address)
+        return service.fetch(result)
     except Fault as fault:
-        answer = service.ask(job) if fault.kind == "expired" else None
-        if not answer or answer.result in ("", address):
+        mended = fault.kind == "expired" or (fault.kind == "result" and isinstance(result, bytes))
+        answer = service.ask(job) if mended else None
+        if not answer or answer.result in ("", result):
             raise
         return service.fetch(answer.result)

@@ -88,7 +88,7 @@ class ServedModel:
     def ask(self, job: str) -> Answer | None:
         return self.server.ask(job)
 
-    def fetch(self, address: str) -> tuple[Any, int]:
+    def fetch(self, address: str | bytes) -> tuple[Any, int]:
         found, size = self.server.fetch(address)
         return found.get(RESULT), size
 

@@ -8,11 +8,23 @@ from typing import Any
 import httpx
 from tenacity import RetryCallState, Retrying, wait_exponential_jitter
 
-from selfrepair_nn.backends.ndif.answers import detail, is_json, loaded, named, of_store, page, parsed
+from selfrepair_nn.backends.ndif.answers import (
+    LONGEST_SAID,
+    carried,
+    detail,
+    is_json,
+    loaded,
+    named,
+    of_store,
+    page,
+    parsed,
+    result_in,
+)
 from selfrepair_nn.backends.ndif.connection import Again, Connection
 from selfrepair_nn.backends.ndif.faults import Fault, refusal
 from selfrepair_nn.options import require_address
 from selfrepair_nn.settings import require_ndif
+from selfrepair_nn.shown import line
 
 GREETING_SECONDS, INQUIRY_SECONDS = 10.0, 30.0
 BETWEEN_JOBS = wait_exponential_jitter(initial=2, max=60, jitter=2)
@@ -24,14 +36,15 @@ GONE = ("AccessDenied", "ExpiredToken", "TokenRefreshRequired", "NoSuchKey", "No
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server says of a job: its status, a sentence, and the result's address once it is completed.
+    """What the server says of a job: its status, a sentence, and once it is completed the result's address.
 
-    `seconds` is how long the job ran there, if the server tells.
+    A small result may come with the answer, in place of its address. `seconds` is how long the job ran there, if the
+    server tells.
     """
 
     status: str
     description: str
-    result: str
+    result: str | bytes
     seconds: float | None = None
 
 
@@ -108,18 +121,20 @@ class Server:
             return None
         found = parsed(answer)
         (status,) = named(found, "status")
-        said = found.get("description") or "", found.get("data") or "", _runtime(found)
+        said = str(found.get("description") or ""), result_in(found.get("data")), _runtime(found)
         return Answer(str(status), *said) if status else None
 
-    def fetch(self, address: str) -> tuple[dict[str, Any], int]:
-        """A result and the bytes that it took. What arrives broken is asked for once more.
+    def fetch(self, address: str | bytes) -> tuple[dict[str, Any], int]:
+        """A result, at its address or here already, and the bytes that it took. What arrives broken is fetched again.
 
         Raises Fault also for what another job may mend: "expired" if the result is not kept there any more, "result" if
         what lies there is none, "store" if it is not handed out.
         """
+        if isinstance(address, bytes):
+            return loaded(address), len(address)
         address = f"{self.host}{address}" if address.startswith("/") else address
         if not address.startswith(("http://", "https://")):
-            raise Fault("result", f"it lies nowhere: {address!r}")
+            raise Fault("result", f"it lies nowhere: {line(address, LONGEST_SAID)!r}")
         try:
             return self._result(address)
         except Fault as fault:
@@ -147,7 +162,7 @@ class Server:
     def _asked(self, address: str) -> httpx.Response:
         """The server's answer in JSON, or one with which it says that there is none."""
         answer = self._http.get(address)
-        if answer.status_code == 200 and not is_json(answer):
+        if answer.status_code == 200 and not is_json(answer) and carried(answer) is None:
             raise Again(f"HTTP 200, but no JSON: {detail(answer)!r}", "between")
         if answer.status_code not in (200, 404):
             raise refusal(answer.status_code, detail(answer))
