@@ -601,9 +601,11 @@ def _described(dataset: Any) -> str:
     )
     lines = [f"{name:<12}{line(dataset.attrs[name])}" for name in fields if name in dataset.attrs]
     if "greeting" in dataset.attrs:
-        from selfrepair_nn.models.greeting import described
+        from selfrepair_nn.models.greeting import described, kept
 
-        lines.append(f"{'model':<12}{line(described(json.loads(dataset.attrs['greeting'])))}")
+        known = kept(dataset.attrs["greeting"])
+        said = described(known) if known else "not known: what is said of it (greeting) was changed by other hands"
+        lines.append(f"{'model':<12}{line(said)}")
     sizes = ", ".join(f"{name} {size}" for name, size in dataset.sizes.items())
     lines.append(f"{'dimensions':<12}{line(sizes)}")
     provenance = json.loads(dataset.attrs.get("provenance", "{}"))
