@@ -26,6 +26,10 @@ CROSSED = 5e7, 2.5e8
 """Bytes a second into and out of a sandbox: what processors of a test server were seen to do, slow and fast."""
 
 
+KEPT = 1000
+"""Plans whose cost is kept at a time: where cuts are looked for, many are tried."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a job takes: floating-point operations, and bytes that cross into its sandbox and out, of all processes.
@@ -154,6 +158,8 @@ class Costs:
         return Cost(2 * flops, self._itemsize * crossed, self._itemsize * plan.least)
 
     def _of_plan(self, plan: dict[str, Any]) -> "_OfPlan":
+        if len(self._known) > KEPT:
+            self._known.clear()
         if id(plan) not in self._known:
             least = crossing(plan | {"cases": plan["cases"][-1:]}, 1)[0]
             self._known[id(plan)] = _OfPlan(plan, depth(plan), *crossing(plan, plan.get("resamples", 1)), least)
