@@ -471,12 +471,13 @@ def check(model: str, dtype: str, device: str, revision: str | None, machine: bo
 
 @cli.command()
 @STORE
-@click.option("--watch", "again", is_flag=True, help="Look again and again, until the run has finished.")
+@click.option("--watch", "again", is_flag=True, help="Look again and again, until the run has ended.")
 @JSON
 def jobs(store: str, again: bool, machine: bool) -> None:
     """Print what was sent to a server for STORE: what is there and how it stands, what failed and why, bytes each way.
 
-    With --watch a terminal is redrawn; elsewhere every change is a line, with --json one of JSON.
+    With --watch a terminal is redrawn; elsewhere every change is a line, with --json one of JSON. Exit code 75 if the
+    run has not finished, but nobody is at work on it, nor a server on its jobs.
     """
     if again:
         _watch(store, machine)
@@ -518,14 +519,17 @@ def doctor(host: tuple[str, ...], remote: bool, model: str | None, trip: bool, m
 
 
 def _watch(store: str, machine: bool) -> None:
-    """How STORE's jobs stand until its run has finished."""
+    """How STORE's jobs stand until its run has finished, or nobody is at work on it."""
     from selfrepair_nn.backends.ndif.history import changed, watched
+    from selfrepair_nn.integrity import contents_of
     from selfrepair_nn.paths import local
+    from selfrepair_nn.running.holding import held
     from selfrepair_nn.store import open_store
 
     open_store(store)
+    path = local(store, "store")
     terminal, drawn, before, text = sys.stdout.isatty() and not machine, 0, dict[str, Any](), ""
-    for text, now in watched(local(store, "store")):
+    for text, now in watched(path, held=lambda: held(path)):
         if terminal:
             click.echo(f"\x1b[{drawn}F\x1b[J" * bool(drawn) + shown(text))
             drawn = text.count("\n") + 1
@@ -537,9 +541,13 @@ def _watch(store: str, machine: bool) -> None:
                 _print("  ".join(line(each) for each in (part["part"], said, part["said"]) if each))
         before = now
     if machine:
-        _print_json({"store": store, "jobs": before["jobs"], "finished": True})
+        _print_json({"store": store, "jobs": before["jobs"], "finished": before["finished"]})
     elif not terminal:
         _print(text.splitlines()[-2] if before["jobs"] else text)
+    if not before["finished"]:
+        remedy = f"run the command that made it:\n  {contents_of(path).attributes.get('command', 'not recorded')}"
+        _say(f"no run is at work on {store!r}, which has not finished; to go on, {remedy}")
+        sys.exit(Incomplete.exit_code)
 
 
 def _knock(recipe: str, chosen: dict[str, Any]) -> None:
@@ -603,9 +611,11 @@ def _described(dataset: Any) -> str:
     )
     lines = [f"{name:<12}{line(dataset.attrs[name])}" for name in fields if name in dataset.attrs]
     if "greeting" in dataset.attrs:
-        from selfrepair_nn.models.greeting import described
+        from selfrepair_nn.models.greeting import described, kept
 
-        lines.append(f"{'model':<12}{line(described(json.loads(dataset.attrs['greeting'])))}")
+        known = kept(dataset.attrs["greeting"])
+        said = described(known) if known else "not known: what is said of it (greeting) was changed by other hands"
+        lines.append(f"{'model':<12}{line(said)}")
     sizes = ", ".join(f"{name} {size}" for name, size in dataset.sizes.items())
     lines.append(f"{'dimensions':<12}{line(sizes)}")
     provenance = json.loads(dataset.attrs.get("provenance", "{}"))

@@ -1,6 +1,5 @@
 """Attribution patching of every head beside the exact effect of its ablation, and the heads that it misses."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,15 +121,15 @@ def _model_of(ds: xr.Dataset, given: Any) -> Any:
 def _differences(ds: xr.Dataset, model: Any) -> list[str]:
     """What the store's model and this one differ in, in words; one on a server by what it made of known vectors."""
     from selfrepair_nn.backends.local import greeted_here
-    from selfrepair_nn.models.alike import records_differ
+    from selfrepair_nn.models.alike import recorded, records_differ
     from selfrepair_nn.models.identity import identity
 
     if "identity" not in ds.attrs:
         return []
-    there, here = json.loads(ds.attrs["identity"]), identity(model)
+    there, here = recorded(ds.attrs, "identity"), identity(model)
     greetings = None
     if "weights" not in there and "greeting" in ds.attrs:
-        greetings = json.loads(ds.attrs["greeting"]), greeted_here(model)
+        greetings = recorded(ds.attrs, "greeting"), greeted_here(model)
     return records_differ(there, here, greetings, model.dtype)
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from email.parser import BytesParser
 from email.utils import formatdate
@@ -19,6 +20,7 @@ from importlib.metadata import version
 
 import torch
 import zstandard
+from nnsight.schema.response import ResponseModel
 
 from selfrepair_nn.backends.ndif.served import ServedModel
 from selfrepair_nn.tracing.readouts import to_cpu
@@ -50,6 +52,8 @@ class FakeNdif:
     Faults: "page", "login" (a redirect to a page), "502" to "504", "reset" (no answer), "cut" (half of one), "short"
     (half of one, said to be whole), "null" (JSON that names nothing), "gzip" (what cannot be unpacked), "429", "none"
     (no such job), "expired", "skewed", "307", "lost" (a request), and of a job "fails" and "late" (it never ends).
+    Results come with the answer to a question where that is "within" (in JSON), "torn" (half of one), or "carried" (as
+    nnsight itself writes an answer that has bytes).
     """
 
     def __init__(self, model, fault: Fault = lambda what, job: None, **said) -> None:
@@ -182,6 +186,8 @@ class FakeNdif:
         if known is None:
             return 404, {}, json.dumps({"detail": f"No response for request {job}."}).encode()
         found = {"id": job} | {name: known[name] for name in ("status", "description")}
+        if found["status"] == "COMPLETED" and fault in ("within", "torn", "carried"):
+            return _with_result(found, known["blob"], fault)
         signed = f"{self.store_url}/result/{job}?X-Amz-Signature={uuid.uuid4().hex}"
         return _json(found | {"data": signed if found["status"] == "COMPLETED" else None})
 
@@ -240,6 +246,13 @@ def _cut(fault: str | None, status: int, headers: dict, body: bytes) -> tuple[in
 
 def _json(value: object) -> tuple[int, dict, bytes]:
     return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+def _with_result(found: dict, blob: bytes, how: str) -> tuple[int, dict, bytes]:
+    if how == "carried":
+        answer = ResponseModel(**found, data=blob, meta={"runtime": 1.5})
+        return 200, {"Content-Type": "application/octet-stream"}, answer.pickle()
+    return _json(found | {"data": urlsafe_b64encode(blob if how == "within" else blob[: len(blob) // 2]).decode()})
 
 
 def _page(status: int, title: str) -> tuple[int, dict, bytes]:

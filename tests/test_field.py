@@ -3,17 +3,23 @@
 The server is `fake_ndif`, on loopback. After each fault the store is that of an undisturbed run, bit for bit.
 """
 
+import base64
+import io
 import json
 from types import SimpleNamespace
+from typing import ClassVar
 
 import fake_ndif
 import pytest
+import torch
+import zstandard
 from fake_ndif import FakeNdif
 from fake_service import Clock, FakeService, unit
 from terminal import assert_same_numbers, ids, resume_command, saved, selfrepair
 
 from selfrepair_nn.backends.ndif import connection, in_flight
 from selfrepair_nn.backends.ndif.agreement import duration, place
+from selfrepair_nn.backends.ndif.answers import result_in
 from selfrepair_nn.backends.ndif.doctor import doctor
 from selfrepair_nn.backends.ndif.faults import KINDS, Fault
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
@@ -62,11 +68,6 @@ def only_at(endpoint, fault, times=10**9):
 
 
 def result_of(values):
-    import io
-
-    import torch
-    import zstandard
-
     buffer = io.BytesIO()
     torch.save(values, buffer)
     return zstandard.ZstdCompressor().compress(buffer.getvalue())
@@ -209,6 +210,74 @@ def test_a_result_that_arrives_broken_is_fetched_again_before_its_job_is_run_aga
     assert asked(client, fake, "result")[0] == {"x": 1}
 
 
+# ---------------------------------------------------------------- results that come with the answer
+
+
+@pytest.mark.parametrize("how", ["within", "carried"])
+def test_a_result_may_come_with_the_answer(serving, how):
+    fake, client = serving(only_at("response", how))
+    fake.jobs["j"] = DONE | {"blob": result_of({"x": 1})}
+    answer = client.ask("j")
+    assert (answer.status, answer.description) == ("COMPLETED", "done")
+    assert answer.seconds == (1.5 if how == "carried" else None)
+    assert client.fetch(answer.result) == ({"x": 1}, len(fake.jobs["j"]["blob"]))
+    assert not [what for what, *_ in fake.asked if what == "result"]
+
+
+@pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode])
+def test_both_alphabets_of_base64_are_read(alphabet):
+    every = bytes(range(256))
+    assert result_in(alphabet(every).decode()) == every
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [(None, ""), ("", ""), ({"a": 1}, ""), ([1], ""), (7, ""), ("no base 64!", "no base 64!")]
+    + [(each, each) for each in ("http://a/b", "https://a/b", "/result/j", b"x")],
+)
+def test_what_is_no_result_is_an_address_or_nothing(data, found):
+    assert result_in(data) == found
+
+
+NO_RESULTS = [{"a": 1}, [1], 7, True, "no base 64!", "eA==", base64.b64encode(result_of([1])).decode()]
+
+
+@pytest.mark.parametrize("data", NO_RESULTS)
+def test_what_comes_in_a_results_place_is_no_result(serving, monkeypatch, data):
+    """A mistake in words, of a job that is sent again: never a traceback."""
+    _, client = serving()
+    said = fake_ndif._json({"id": "j", "status": "COMPLETED", "description": ["x"], "data": data})
+    monkeypatch.setattr(FakeNdif, "_response", lambda self, job, fault: said)
+    answer = client.ask("j")
+    assert answer.description == "['x']"
+    with pytest.raises(Fault) as error:
+        client.fetch(answer.result)
+    assert error.value.kind == "result"
+    assert len(str(error.value)) < 500
+
+
+class Code:
+    """What runs where it is unpickled."""
+
+    ran: ClassVar[list[str]] = []
+
+    def __reduce__(self):
+        return Code.ran.append, ("x",)
+
+
+@pytest.mark.parametrize("found", [{"status": "COMPLETED", "data": Code()}, Code(), [1], {"status": Code()}])
+def test_nothing_that_an_answer_carries_is_run(serving, monkeypatch, found):
+    buffer = io.BytesIO()
+    torch.save(found, buffer)
+    body = 200, {"Content-Type": "application/octet-stream"}, buffer.getvalue()
+    _, client = serving()
+    monkeypatch.setattr(FakeNdif, "_response", lambda self, job, fault: body)
+    with pytest.raises(Fault) as error:
+        client.ask("j")
+    assert error.value.kind == "between"
+    assert not Code.ran
+
+
 def flown(path, service, units, wall=None):
     ledger = Ledger(path, "run", wall or service.clock)
     flight = JobsInFlight(service, ledger, 2, 1800, clock=service.clock, sleep=service.clock.sleep)
@@ -347,6 +416,9 @@ ONCE = [
     ("response", "reset"),
     ("response", "cut"),
     ("response", "none"),
+    ("response", "within"),
+    ("response", "torn"),
+    ("response", "carried"),
     ("result", "page"),
     ("result", "307"),
     ("result", "expired"),

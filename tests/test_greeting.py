@@ -17,8 +17,9 @@ from selfrepair_nn.errors import Incomplete, StoreError, UsageError
 from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.models.alike import mixed
 from selfrepair_nn.models.apart import compared
-from selfrepair_nn.models.greeting import described, greeting_of
+from selfrepair_nn.models.greeting import PARTS, described, greeting_of, is_greeting
 from selfrepair_nn.models.load import load, wrap
+from selfrepair_nn.running.opening import require_same_answers
 from selfrepair_nn.store import Store
 from selfrepair_nn.tracing.first_job import drawn
 
@@ -419,3 +420,93 @@ def test_a_greeting_that_was_changed_by_hand_is_a_mistake_in_words():
     ds = sr.simulate_heads().assign_attrs(identity="{}", greeting="{not json")
     with pytest.raises(UsageError, match="is no JSON"):
         sr.model_differences(ds, ds)
+
+
+def damaged(greeting, **changed):
+    return json.loads(json.dumps(greeting)) | changed
+
+
+def with_sums(greeting, **changed):
+    return damaged(greeting, sums=greeting["sums"] | changed)
+
+
+GREETING = greeting_of(
+    {part: torch.ones(*([2] if part in ("mixing", "mlp") else []), 5) for part in PARTS}
+    | {"dtype": torch.zeros(1), "weights": torch.zeros(1), "told": torch.zeros(0)}
+)
+
+MALFORMED = {
+    "no mapping": [1, 2],
+    "a number": 7,
+    "nothing": None,
+    "empty": {},
+    "without vectors": {name: value for name, value in GREETING.items() if name != "vectors"},
+    "without what it computes in": {name: value for name, value in GREETING.items() if name != "computes_in"},
+    "without sums": damaged(GREETING, sums={}),
+    "sums that are a list": damaged(GREETING, sums=[1]),
+    "a part that is text": with_sums(GREETING, mlp="many"),
+    "a part that is nothing": with_sums(GREETING, mlp=None),
+    "a part that is a mapping": with_sums(GREETING, mixing={"0": 1}),
+    "a part of one number": with_sums(GREETING, embedding=[1.0]),
+    "a part that is ragged": with_sums(GREETING, mlp=[[1.0, 2.0], [1.0]]),
+    "a part that is deeper": with_sums(GREETING, mlp=[[[1.0, 2.0]]]),
+    "a part with text in it": with_sums(GREETING, final_norm=["x", "y"]),
+    "a part that is not finite": with_sums(GREETING, final_norm=[float("nan"), 1.0]),
+    "attention that is a list": damaged(GREETING, attention=["sdpa"]),
+    "attention that is nothing": damaged(GREETING, attention=None),
+    "a degree in words": damaged(GREETING, tensor_parallel="two"),
+    "weights in a number": damaged(GREETING, weights_in=16),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_greeting_that_makes_no_sense_is_not_known(kind, tmp_path):
+    """Wherever it is met: a line in words, never a traceback, and never the same."""
+    said = json.dumps(MALFORMED[kind])
+    for one, other in ((MALFORMED[kind], GREETING), (GREETING, MALFORMED[kind])):
+        found = compared(one, other)
+        assert (found.kind, found.differences) == ("unknown", [])
+        assert "makes no sense" in found.notes[0]
+    ds = sr.simulate_heads().assign_attrs(identity="{}", greeting=said)
+    with pytest.raises(UsageError, match=r"\(greeting\) makes no sense: it was changed by other hands"):
+        sr.model_differences(ds, ds)
+    store = SimpleNamespace(path=tmp_path / "s.zarr", attributes={"greeting": said})
+    with pytest.raises(UsageError, match=r"\(greeting\) makes no sense"):
+        require_same_answers(store, SimpleNamespace(name="m"), GREETING)
+
+
+def test_what_makes_sense_is_known():
+    assert is_greeting(GREETING)
+    assert is_greeting(damaged(GREETING, tensor_parallel=2, weights_in="int8"))
+    assert compared(GREETING, GREETING).kind == "same"
+
+
+def test_sums_of_other_numbers_are_of_another_model():
+    """Some were taken away by other hands."""
+    fewer = with_sums(GREETING, mixing=GREETING["sums"]["mixing"][:1])
+    found = compared(fewer, GREETING)
+    assert found.kind == "other"
+    assert "other numbers of sums (mixing)" in found.differences[0]
+
+
+@pytest.mark.parametrize("identity", ["[1]", "7", "null", '"x"'])
+def test_an_identity_that_makes_no_sense_is_a_mistake_in_words(identity):
+    ds = sr.simulate_heads().assign_attrs(identity=identity, greeting=json.dumps(GREETING))
+    with pytest.raises(UsageError, match=r"\(identity\) makes no sense"):
+        sr.model_differences(ds, ds)
+
+
+def test_a_run_whose_greeting_makes_no_sense_says_so(directory, tmp_path, far, monkeypatch):
+    """When it is looked at, when it goes on, and when the numbers are compared with a model here."""
+    far(built())
+    interrupted(monkeypatch, directory, tmp_path / "s.zarr")
+    store = Store(tmp_path / "s.zarr")
+    for said in (json.dumps(MALFORMED["a part that is text"]), "{not json", "[" * 10**5):
+        store.annotate(greeting=said)
+        ended = selfrepair("info", tmp_path / "s.zarr")
+        assert ended.code == 0, ended.err
+        assert "not known: what is said of it (greeting) was changed by other hands" in ended.out
+        with pytest.raises(UsageError, match=r"\(greeting\) (makes no sense|is no JSON): it was changed by other"):
+            run(directory, tmp_path / "s.zarr")
+        with pytest.raises(UsageError, match=r"\(greeting\)"):
+            sr.attribution(sr.open_store(tmp_path / "s.zarr"), directory)

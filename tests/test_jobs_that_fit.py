@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 from fake_service import Clock, FakeService, Killed, assert_right, unit
@@ -11,14 +12,16 @@ from shapes import save_ids, save_shape
 
 import selfrepair_nn as sr
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
-from selfrepair_nn.backends.ndif.ledger import Ledger, lines
+from selfrepair_nn.backends.ndif.ledger import SPLIT, Ledger, lines
 from selfrepair_nn.backends.ndif.limits import Limits, limits_of, told
+from selfrepair_nn.backends.ndif.served import limits_there
 from selfrepair_nn.backends.ndif.server import Answer
 from selfrepair_nn.errors import UsageError
+from selfrepair_nn.estimating.cutting import cheapest, jobs_for
 from selfrepair_nn.estimating.fitting import Cutting, Jobs, fitted, jobs_of
 from selfrepair_nn.estimating.pace import SAFETY, Cost, Pace, Rates, assumed, measured
 from selfrepair_nn.estimating.preview import preview_text
-from selfrepair_nn.estimating.timetable import blocks_of, hours_of
+from selfrepair_nn.estimating.timetable import hours_of
 from selfrepair_nn.estimating.workable import Here, kept_bytes, require_workable
 from selfrepair_nn.layout.experiment import prepare
 from selfrepair_nn.models.load import describe
@@ -31,8 +34,8 @@ RECORDS = {"sums": {}, "total": {"split": "total"}, "components": {"components":
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    """planned(shape, **choices): the experiment on a hosted server, in blocks that fit it."""
+def prepared(tmp_path_factory):
+    """prepared(shape, **choices): the experiment on a hosted server."""
     folder = tmp_path_factory.mktemp("shapes")
     ids = save_ids(folder / "ids.npy", prompts=24)
 
@@ -43,9 +46,15 @@ def planned(tmp_path_factory):
     def made(shape, **choices):
         place = {} if "host" in choices else {"remote": True}
         options = {"prompts": ids, "out": str(folder / "out"), **place, **choices}
-        return fitted(prepare("heads", Options(model=described(shape), **options)))
+        return prepare("heads", Options(model=described(shape), **options))
 
     return made
+
+
+@pytest.fixture(scope="module")
+def planned(prepared):
+    """The same in blocks that fit it."""
+    return lambda shape, **choices: fitted(prepared(shape, **choices))
 
 
 LATE = {"Llama-3.1-8B": "24:", "Llama-3.1-70B": "78:", "Llama-3.1-405B": "125:"}
@@ -59,7 +68,7 @@ def test_no_job_of_a_plan_comes_near_the_limit(planned, shape, layers, record):
     jobs = jobs_of(experiment)
     require_workable(jobs, ROOM)
     asked = Counter()
-    for count, units in blocks_of(jobs):
+    for count, units in jobs.blocks:
         for each in units:
             asked["pairs"] += count * len(each.plan["cases"]) * (each.prompts.stop - each.prompts.start)
             cost = jobs.cost(each)
@@ -89,12 +98,123 @@ def test_what_crosses_is_multiplied_by_the_degree(planned):
     assert eight.cost(other).flops == one.cost(first).flops
 
 
-def test_blocks_are_cut_only_where_they_must_be(planned):
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("said by none", 2), ("nn", 2)])
+def test_what_crosses_is_as_wide_as_the_server_computes(planned, dtype, size):
+    experiment = planned("Llama-3.1-8B", heads="31.*")
+    nobody = SimpleNamespace(hosts=SimpleNamespace(left=[]))
+    limits = limits_there(nobody, experiment.options, dtype)
+    (_, (job, *_)), *_ = (jobs := jobs_of(experiment)).blocks
+    assert jobs_of(experiment, limits).cost(job).crossing == size / 2 * jobs.cost(job).crossing
+    assert limits == replace(limits_of(experiment.options), itemsize=size)
+
+
+def test_what_fits_is_not_cut(planned):
     roomy = planned("Llama-3.1-8B", heads="31.*")
     assert roomy.work.block == roomy.prompts.n
-    tight = planned("Llama-3.1-8B", heads="31.*", job_seconds=90)
-    assert 1 <= tight.work.block < roomy.work.block
+    assert [len(units) for _, units in jobs_of(roomy).blocks] == [1]
     assert planned("Llama-3.1-8B", heads="31.*", job_seconds=90, batch_size=24).work.block == 24
+
+
+def halved(jobs, unit):
+    """The jobs of a unit that is halved until all fit, its prompts first."""
+    halves = () if jobs.fits(unit) else unit.halves()
+    return [piece for half in halves for piece in halved(jobs, half)] or [unit]
+
+
+CUT = {
+    "8B": ("Llama-3.1-8B", {"heads": "31.*", "job_seconds": 90}),
+    "70B": ("Llama-3.1-70B", {"layers": "78:", "tensor_parallel": 4}),
+    "70B, total": ("Llama-3.1-70B", {"layers": "70:", "split": "total", "tensor_parallel": 4}),
+    "405B": ("Llama-3.1-405B", {"layers": "125:", "tensor_parallel": 8}),
+}
+
+
+@pytest.mark.parametrize("which", CUT)
+def test_no_number_of_prompts_in_a_block_takes_less_time(prepared, planned, which):
+    """Nor does halving, of as many prompts as a job may be asked for. Every pair is asked for once."""
+    shape, choices = CUT[which]
+    experiment = planned(shape, **choices)
+    jobs = jobs_of(experiment)
+    pairs = (n * len(u.plan["cases"]) * (u.prompts.stop - u.prompts.start) for n, us in jobs.blocks for u in us)
+    assert sum(pairs) == len(experiment.graph.ablate) * experiment.prompts.n
+    taken = hours_of(jobs)["hours"][1]
+    others = {}
+    most = prepared(shape, **choices).work.block
+    for block in [size for size in (1, 2, 3, 6) if size <= most]:
+        other = jobs_of(planned(shape, batch_size=block, **choices))
+        others[block] = hours_of(other)["hours"][1]
+        pieces = halved(other, other._units(slice(0, block))[0])
+        assert others[block] <= 24 / block * sum(map(other.seconds, pieces)) / 3600 * (1 + 1e-9)
+    assert taken <= min(others.values()) * (1 + 1e-9)
+    assert taken < 0.95 * max(others.values())
+
+
+def test_a_block_is_stored_while_the_server_still_keeps_all_of_it(prepared):
+    """What takes longer is no block, however cheap, unless it is one prompt."""
+    experiment = prepared("Llama-3.1-8B", heads="31.*", job_seconds=90)
+
+    def best(hours):
+        return jobs_of(experiment, Limits(seconds=90, sandboxed=True, kept_hours=hours)).best_block
+
+    def taken(block):
+        jobs = jobs_of(experiment.in_units_of(block), Limits(seconds=90, sandboxed=True))
+        return sum(map(jobs.seconds, jobs.of(slice(0, block)))) / 3600
+
+    most = best(24)
+    assert most > 1
+    assert best(1.01 * taken(most)) == most
+    assert best(0.99 * taken(most)) < most
+    assert best(0) == 1
+
+
+def test_a_server_that_ends_no_job_gets_whole_blocks(prepared):
+    experiment = prepared("Llama-3.1-405B", heads="100.*", job_seconds=10**7, tensor_parallel=8)
+    assert fitted(experiment).work.block == experiment.work.block
+    assert jobs_of(experiment, Limits(seconds=10**7, sandboxed=True, kept_hours=0)).best_block > 1
+
+
+class OfParts:
+    """Costs of a job: a clean pass for each prompt, and one for each pair of case and prompt."""
+
+    def __init__(self, clean):
+        self._clean = clean
+
+    def of(self, each):
+        prompts = each.prompts.stop - each.prompts.start
+        return Cost(prompts * (self._clean + len(each.plan["cases"])), 0)
+
+
+def parted(clean, job):
+    """Jobs of such costs, a second for each, on a server that gives a job 100 seconds, `job` of them for itself."""
+    rates = Rates(job, 1, 0)
+    found = Jobs(None, Limits(seconds=100), Pace(rates, rates))
+    vars(found)["costs"] = OfParts(clean)
+    return found
+
+
+BY_HAND = {
+    "clean passes are dear": (10, 4, [(1, 16)] * 4, 120),
+    "jobs are dear": (1, 40, [(4, 6), (4, 6), (4, 4)], 196),
+    "in between": (4, 20, [(2, 16)] * 2, 120),
+    "a case of all prompts is too much": (20, 4, [(1, 16)] * 4, 160),
+}
+"""Of 4 prompts and 16 cases: what a clean pass and what a job takes, (prompts, cases) of the jobs, and their seconds.
+
+First: jobs may take 48 s beside their 4. Four prompts have room for 2 cases: 8 jobs of 52 s; two for 14, and 2: 52 and
+28 s, twice; one for all 16: 30 s, four times. Second: 30 s beside 40. Four have room for 6; two for 14: 70 and 46 s,
+twice; one for all: 57 s, four times. Third: 40 s beside 20. Four have room for 6: 60, 60 and 52 s; two for all: 60 s,
+twice; one for all: 40 s, four times. Last: 48 s beside 4. Two have room for 4: 52 s, eight times; one for all.
+"""
+
+
+@pytest.mark.parametrize("which", BY_HAND)
+def test_jobs_are_those_found_by_hand(which):
+    clean, job, expected, seconds = BY_HAND[which]
+    jobs = parted(clean, job)
+    whole = unit(0, 4, cases=16)
+    found = jobs_for(whole, jobs)
+    assert [(each.prompts.stop - each.prompts.start, len(each.plan["cases"])) for each in found] == expected
+    assert cheapest(whole, jobs)[0] == sum(map(jobs.seconds, found)) == seconds
 
 
 def test_jobs_in_this_process_have_no_limit():
@@ -281,3 +401,45 @@ def test_a_killed_run_goes_on_with_the_parts_that_it_was_cut_into(tmp_path, kill
     asked = Counter((p, c) for _, prompts, cases in service.sent for p in prompts for c in cases)
     assert set(asked.values()) == {1}
     assert len(asked) == 32
+
+
+def sizes(service):
+    return [(len(prompts), len(cases)) for _, prompts, cases in service.sent]
+
+
+def test_jobs_are_sent_as_they_take_least(tmp_path):
+    """Four prompts with six cases each, and the rest of the cases: as found by hand."""
+    service, cut = FakeService(Clock()), Cutting(parted(1, 40), lambda said: None)
+    whole = unit(0, 4, cases=16)
+    ((each, found),) = flown(tmp_path / "j.jsonl", service, cut, [whole])
+    assert_right(each, found)
+    assert sorted(sizes(service), reverse=True) == BY_HAND["jobs are dear"][2]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("kill_at", [4, 9])
+def test_what_was_cut_is_taken_up_as_it_was_cut(tmp_path, monkeypatch, kill_at, compact):
+    """Whatever is expected of the server by then: what is there is not asked for again."""
+    service = FakeService(Clock(), kill_at=kill_at)
+    with pytest.raises(Killed):
+        flown(tmp_path / "j.jsonl", service, Cutting(parted(1, 40), lambda said: None), [unit(0, 4, cases=16)])
+    if compact:
+        monkeypatch.setattr("selfrepair_nn.backends.ndif.ledger.LONG", 0)
+        Ledger(tmp_path / "j.jsonl", "run").compact()
+    again = Cutting(parted(10, 4), lambda said: None)
+    ((each, found),) = flown(tmp_path / "j.jsonl", service, again, [unit(0, 4, cases=16)])
+    assert_right(each, found)
+    asked = Counter((p, c) for _, prompts, cases in service.sent for p in prompts for c in cases)
+    assert set(asked.values()) == {1}
+    assert len(asked) == 64
+    assert sizes(service)[0] in {(4, 6), (4, 4)}
+
+
+@pytest.mark.parametrize("cases", [0, -1, 4, 10**9])
+def test_a_ledger_that_cuts_nowhere_halves(tmp_path, cases):
+    ledger = Ledger(tmp_path / "j.jsonl", "run")
+    ledger.write(SPLIT, unit(0, 4).label, into=[], cases=cases)
+    service = FakeService(Clock())
+    ((each, found),) = flown(tmp_path / "j.jsonl", service, None, [unit(0, 4)])
+    assert_right(each, found)
+    assert sizes(service) == [(2, 4), (2, 4)]

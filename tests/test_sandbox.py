@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import families
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from selfrepair_nn.backends.local import greeted_here
+from selfrepair_nn.backends.ndif.limits import Limits
 from selfrepair_nn.components import (
     Attention,
     FinalNorm,
@@ -318,3 +320,25 @@ def test_as_many_bytes_cross_as_a_plan_says(embedded, choices):
         f"{expected} planned; {1000 * seconds / tokens:.3f} ms a head and token"
     )
     assert abs(sandbox.crossed / expected - 1) < 0.05
+
+
+@contextmanager
+def computing_in(module, dtype):
+    """Within, a model computes in this number format; its weights and buffers are what they were afterwards."""
+    before = {name: x.clone() for name, x in [*module.named_parameters(), *module.named_buffers()]}
+    module.to(dtype)
+    try:
+        yield
+    finally:
+        for name, x in [*module.named_parameters(), *module.named_buffers()]:
+            x.data = before[name]
+
+
+def test_of_a_server_in_bfloat16_two_bytes_of_a_number_cross(embedded):
+    sandbox, model, path = embedded
+    options = Options(model=path, tokens=512, length=64, batch_size=8, host="http://127.0.0.1:1", layers="3:5")
+    experiment = prepare("heads", options)
+    (unit,) = Sweep(experiment, plans(experiment, model.layout), {}, None).units(experiment.work.units)
+    with computing_in(model.nn._module, torch.bfloat16):
+        sandbox.run(unit.job, unit.arrays, unit.plan)
+    assert abs(sandbox.crossed / crossing_bytes(experiment.work, Limits().itemsize) - 1) < 0.05

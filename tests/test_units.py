@@ -83,6 +83,20 @@ def test_two_halves_give_what_the_whole_gives(wrapped, record, thresholds, singl
         torch.testing.assert_close(joined[name], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("thresholds", [None, 0.5])
+@pytest.mark.parametrize("record", ["full", "neurons"])
+def test_parts_cut_at_any_case_give_what_the_whole_gives(wrapped, record, thresholds):
+    """On all prompts, and one of the parts is halved again by prompts."""
+    model = wrapped("gpt2")
+    each = real(model, record, thresholds)
+    one, other = each.cut(3)
+    halves = [ran(model, half) for half in other.halves()]
+    whole, joined = ran(model, each), each.join(ran(model, one), other.join(*halves), parts=(one, other))
+    assert each.flaw(joined) is None
+    for name, value in whole.items():
+        torch.testing.assert_close(joined[name], value, rtol=1e-9, atol=1e-9)
+
+
 def test_what_cannot_be_halved_has_no_halves():
     assert unit(3, 4, cases=1).halves() == ()
 

@@ -2,6 +2,7 @@
 
 import json
 from io import StringIO
+from shutil import copytree
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,8 @@ from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import FAILED, FETCHED, SENDING, SENT, TAKEN, Ledger, ledger_path
 from selfrepair_nn.backends.ndif.server import Answer
 from selfrepair_nn.backends.ndif.standing import in_words
+from selfrepair_nn.running import holding
+from selfrepair_nn.running.holding import held, only_writer
 from selfrepair_nn.store import Store
 
 
@@ -104,6 +107,7 @@ def finishing(store, fake, monkeypatch):
         ]
     )
     attributes = {"run": "r"}
+    monkeypatch.setattr(holding, "held", lambda path: True)
     monkeypatch.setattr(history, "contents_of", lambda path: SimpleNamespace(attributes=attributes))
     wait = history.watched.__defaults__
     monkeypatch.setattr(history.watched, "__defaults__", (wait[0], lambda seconds: next(steps)()))
@@ -160,6 +164,80 @@ def test_ctrl_c_ends_it_in_one_line(store, fake, monkeypatch):
     monkeypatch.setattr(history.watched, "__defaults__", (1.0, interrupted))
     ended = selfrepair("jobs", store, "--watch")
     assert (ended.code, ended.err.strip()) == (130, "selfrepair: interrupted")
+
+
+@pytest.fixture
+def unfinished(ran, tmp_path):
+    """The same of a run that has not finished."""
+    copytree(ran, tmp_path / "s.zarr")
+    Store(tmp_path / "s.zarr").reopen()
+    Store(tmp_path / "s.zarr").annotate(command="selfrepair run heads --model m")
+    return tmp_path / "s.zarr"
+
+
+def looked(monkeypatch, *steps):
+    """What happens between two looks; then it is enough."""
+    left = iter(steps)
+
+    def wait(seconds):
+        step = next(left, None)
+        if step is None:
+            raise KeyboardInterrupt
+        step()
+
+    monkeypatch.setattr(history.watched, "__defaults__", (0.0, wait))
+
+
+@pytest.mark.parametrize("part", [None, (1, 2)])
+def test_a_store_is_held_as_long_as_a_run_or_a_part_of_one_is_at_work(tmp_path, part):
+    """Also by a path that leads there; asking keeps nobody off."""
+    path, link = tmp_path / "s.zarr", tmp_path / "elsewhere.zarr"
+    path.mkdir()
+    link.symlink_to(path)
+    assert held(path) is held(link) is False
+    with only_writer(path, part) as hold:
+        assert held(path) is held(link) is True
+        if part:
+            hold.share()
+            assert held(path) is True
+    assert held(path) is False
+    (tmp_path / ".s.zarr.lock").touch()  # as after kill -9
+    assert held(path) is False
+    with only_writer(path, part):
+        assert held(path) is True
+
+
+def test_whose_lock_cannot_be_looked_at_may_be_held(tmp_path, monkeypatch):
+    def refused(*given):
+        raise PermissionError
+
+    (tmp_path / ".s.zarr.lock").touch()
+    monkeypatch.setattr(holding.os, "open", refused)
+    assert held(tmp_path / "s.zarr") is None
+
+
+@pytest.mark.parametrize("machine", [False, True])
+def test_watching_ends_where_nobody_is_at_work(unfinished, fake, monkeypatch, machine):
+    """But not as long as a server is at a job, or another run may go on."""
+    ledger = Ledger(ledger_path(unfinished), "r")
+    ledger.write(SENDING, "one", job="a", host=fake.url, bytes=1)
+    fake.jobs["a"] = {"status": "RUNNING", "description": "x"}
+    done = {"status": "COMPLETED", "description": "x"}
+    looked(monkeypatch, lambda: None, lambda: fake.jobs.update(a=done), lambda: pytest.fail("it has ended"))
+    ended = selfrepair("jobs", unfinished, "--watch", *["--json"] * machine)
+    assert ended.code == 75
+    assert "no run is at work on" in ended.err
+    assert ended.err.endswith("selfrepair run heads --model m\n")
+    if machine:
+        assert json.loads(ended.out.splitlines()[-1])["finished"] is False
+
+
+def test_watching_goes_on_while_a_run_is_at_work(unfinished, monkeypatch):
+    looked(monkeypatch, lambda: None, lambda: None)
+    with only_writer(unfinished, None):
+        assert selfrepair("jobs", unfinished, "--watch").code == 130
+    looked(monkeypatch, lambda: pytest.fail("it has ended"))
+    assert selfrepair("jobs", unfinished, "--watch").code == 75
 
 
 def test_a_store_that_has_finished_is_looked_at_once(store):

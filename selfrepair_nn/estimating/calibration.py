@@ -31,7 +31,7 @@ def pace_of(experiment: Experiment, runner: Backend, limits: Limits) -> Pace:
 
     Each is run twice. A first one, which has much to load, is not counted.
     """
-    unit, costs = _first(experiment), Costs(experiment, limits.degree)
+    unit, costs = _first(experiment), Costs(experiment, limits)
     step = -(-len(unit.plan["cases"]) // CASES)
     few, one = slice(None, None, step), slice(0, 1)
     _seconds(runner, _with(unit, one))
@@ -55,8 +55,8 @@ def trial(experiment: Experiment) -> Iterator[tuple[Backend, Limits]]:
     from selfrepair_nn.backends.ndif.served import connected, limits_there
 
     with TemporaryDirectory() as folder:
-        jobs = connected(experiment.options, model, Ledger(Path(folder) / "jobs.jsonl", "trial"))[0]
-        yield jobs, limits_there(jobs, experiment.options)
+        jobs, facts = connected(experiment.options, model, Ledger(Path(folder) / "jobs.jsonl", "trial"))
+        yield jobs, limits_there(jobs, experiment.options, facts["dtype"])
 
 
 def _first(experiment: Experiment) -> Unit:

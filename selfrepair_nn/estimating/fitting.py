@@ -6,11 +6,15 @@ from functools import cached_property
 from typing import Any
 
 from selfrepair_nn.backends.ndif.limits import Limits, limits_of
+from selfrepair_nn.estimating.cutting import cheapest, jobs_for, parts_of
 from selfrepair_nn.estimating.pace import Cost, Costs, Pace, assumed
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.sweep import Sweep, plans
 from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.model import layout_of
+
+ROUNDING = 1e-9
+"""Shares of time that are no reason for a larger block."""
 
 JOINED = 2**30
 """Bytes of a block's results, beyond which it is cut further: they are put together in this machine's memory."""
@@ -26,21 +30,57 @@ class Jobs:
 
     @cached_property
     def costs(self) -> Costs:
-        return Costs(self.experiment, self.limits.degree)
+        return Costs(self.experiment, self.limits)
 
     def of(self, block: slice) -> list[Unit]:
         """The jobs that ablate on this block of prompts, one or several for each variant."""
-        return [piece for unit in self._units(block) for piece in self._pieces(unit)]
+        return [job for unit in self._units(block) for job in jobs_for(unit, self)]
 
-    def whole(self, block: slice) -> bool:
-        """Whether the block needs no more than a job for each variant, and its results fit here."""
-        size = (block.stop - block.start) * self.bytes_of_prompt
-        return size <= JOINED and all(self.fits(unit) for unit in self._units(block))
+    @cached_property
+    def blocks(self) -> list[tuple[int, list[Unit]]]:
+        """The jobs of a block, and of how many blocks they are those: all are alike but the last."""
+        units = self.experiment.work.units
+        first, last = (units[at].stop - units[at].start for at in (0, -1))
+        if first == last:
+            return [(len(units), self.of(units[0]))]
+        return [(len(units) - 1, self.of(units[0])), (1, self.of(units[-1]))]
+
+    @property
+    def best_block(self) -> int:
+        """Prompts in a block with which all jobs together take the least time.
+
+        What it gives fits here, and all of it comes back while the server still keeps the first of it, one job after
+        the other: a block is stored when it is whole. One prompt is always a block.
+        """
+        work, taken = self.experiment.work, dict[int, float]()
+        if self._whole(work.block):
+            return work.block
+        for block in _even(work.prompts, work.block):
+            seconds = self._seconds_of(block)
+            if block == 1 or (self._fits_here(block) and seconds <= 3600 * self.limits.kept_hours):
+                whole, rest = divmod(work.prompts, block)
+                taken[block] = whole * seconds + (self._seconds_of(rest) if rest else 0)
+            if block in taken and self._whole(block):
+                break
+        least = min(taken.values()) * (1 + ROUNDING)
+        return min(size for size, seconds in taken.items() if seconds <= least)
+
+    def _whole(self, block: int) -> bool:
+        """Whether so many prompts need no more than a job for each variant."""
+        return self._fits_here(block) and all(map(self.fits, self._units(slice(0, block))))
+
+    def _fits_here(self, block: int) -> bool:
+        return block * self.bytes_of_prompt <= JOINED
 
     def fits(self, unit: Unit) -> bool:
         """Whether a job stays clear of the time limit."""
         cost = self.costs.of(unit)
         return cost is None or self.pace.fits(cost, self.limits)
+
+    def seconds(self, unit: Unit) -> float:
+        """What a job takes at most; nothing is known of one that ablates nothing."""
+        cost = self.costs.of(unit)
+        return 0.0 if cost is None else self.pace.slow.seconds(cost)
 
     @property
     def bytes_of_prompt(self) -> int:
@@ -73,12 +113,8 @@ class Jobs:
     def _plans(self) -> list[dict[str, Any]]:
         return plans(self.experiment, layout_of(self.experiment.work.structure))
 
-    def _pieces(self, unit: Unit) -> Iterator[Unit]:
-        halves = () if self.fits(unit) else unit.halves()
-        if not halves:
-            yield unit
-        for half in halves:
-            yield from self._pieces(half)
+    def _seconds_of(self, prompts: int) -> float:
+        return sum(cheapest(unit, self)[0] for unit in self._units(slice(0, prompts)))
 
 
 class Cutting:
@@ -87,18 +123,27 @@ class Cutting:
     def __init__(self, jobs: Jobs, notify: Callable[[str], None]) -> None:
         self.jobs, self._notify, self._told = jobs, notify, False
 
-    def fits(self, unit: Unit) -> bool:
-        """Whether a job stays clear of the time limit, as far as is known now."""
-        fits = self.jobs.fits(unit)
-        if not fits and not self._told and unit.halves():
+    def cut(self, unit: Unit) -> tuple[Unit, ...]:
+        """The two parts of a job that would come near the time limit, as far as is known now; none of one that fits."""
+        parts = parts_of(unit, self.jobs)
+        if parts and not self._told:
             given, self._told = duration(self.jobs.limits.seconds), True
             self._notify(f"jobs are cut so that none comes near the {given} that the server gives each")
-        return fits
+        return parts
 
     def took(self, unit: Unit, seconds: float) -> None:
         """Learn from a job."""
         if cost := self.jobs.costs.of(unit):
             self.jobs = replace(self.jobs, pace=self.jobs.pace.learned(cost, seconds))
+
+
+def _even(prompts: int, block: int) -> Iterator[int]:
+    """Prompts in a block, from so many down to one: each time in twice as many blocks, about as large."""
+    count = -(-prompts // block)
+    while (size := -(-prompts // count)) > 1:
+        yield size
+        count *= 2
+    yield 1
 
 
 def _layer(case: list[Any]) -> int:
@@ -115,17 +160,14 @@ def jobs_of(experiment: Experiment, limits: Limits | None = None, pace: Pace | N
 
 
 def fitted(experiment: Experiment) -> Experiment:
-    """The experiment in blocks of as many prompts as a job can be given, unless their number was chosen.
+    """The experiment in blocks of as many prompts as make it cheapest on a server, unless their number was chosen.
 
     It follows from what is chosen alone, not from what a server says: the same command cuts alike each time.
     """
-    o, work = experiment.options, experiment.work
+    o = experiment.options
     if not o.served or o.batch_size:
         return experiment
-    jobs, block = jobs_of(experiment), work.block
-    while block > 1 and not jobs.whole(slice(0, block)):
-        block = -(-block // 2)
-    return experiment.in_units_of(block)
+    return experiment.in_units_of(jobs_of(experiment).best_block)
 
 
 def duration(seconds: float) -> str:

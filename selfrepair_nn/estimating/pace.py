@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from selfrepair_nn.backends.ndif.limits import Limits
-from selfrepair_nn.estimating.traffic import SERVED_ITEMSIZE, crossing
+from selfrepair_nn.estimating.traffic import crossing, depth
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.units import Unit
 
@@ -24,6 +24,10 @@ FLOPS = 5e13, 3e14
 
 CROSSED = 5e7, 2.5e8
 """Bytes a second into and out of a sandbox: what processors of a test server were seen to do, slow and fast."""
+
+
+KEPT = 1000
+"""Plans whose cost is kept at a time: where cuts are looked for, many are tried."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,10 @@ def _flop(rates: Rates) -> float:
 
 
 class Costs:
-    """What the units of an experiment cost on a server of this degree of tensor parallelism."""
+    """What the units of an experiment cost on a server with these limits: its processes, and bytes of a number."""
 
-    def __init__(self, experiment: Experiment, degree: int = 1) -> None:
-        self._experiment, self._degree = experiment, degree
+    def __init__(self, experiment: Experiment, limits: Limits) -> None:
+        self._experiment, self._itemsize = experiment, limits.degree * limits.itemsize
         self._known: dict[int, _OfPlan] = {}
 
     def of(self, unit: Unit) -> Cost | None:
@@ -151,10 +155,11 @@ class Costs:
         passes = 2 + runs * wanted * plan.depth / structure.n_layers
         flops = structure.layer_parameters * tokens * passes + structure.d_model * structure.vocab_size * unembedded
         crossed = plan.once + wanted * plan.of_token * tokens + size * unembedded
-        itemsize = self._degree * SERVED_ITEMSIZE
-        return Cost(2 * flops, itemsize * crossed, itemsize * plan.least)
+        return Cost(2 * flops, self._itemsize * crossed, self._itemsize * plan.least)
 
     def _of_plan(self, plan: dict[str, Any]) -> "_OfPlan":
+        if len(self._known) > KEPT:
+            self._known.clear()
         if id(plan) not in self._known:
             least = crossing(plan | {"cases": plan["cases"][-1:]}, 1)[0]
             self._known[id(plan)] = _OfPlan(plan, depth(plan), *crossing(plan, plan.get("resamples", 1)), least)
@@ -173,14 +178,6 @@ class _OfPlan:
     once: int
     of_token: int
     least: int
-
-
-def depth(plan: dict[str, Any]) -> int:
-    """Layers that a plan's ablated cases go through, summed."""
-    from selfrepair_nn.tracing.cases import begins, realised
-
-    found, model = realised(plan), plan["model"]
-    return sum(model["n_layers"] - start - model["parallel"] for start, _ in (begins(c, found) for c in found["cases"]))
 
 
 def _ablates(unit: Unit) -> bool:

@@ -7,13 +7,12 @@ import numpy as np
 from selfrepair_nn.estimating.fitting import Jobs
 from selfrepair_nn.estimating.pace import CROSSED, FLOPS
 from selfrepair_nn.estimating.traffic import at_the_end_alone, request_bytes, result_bytes
-from selfrepair_nn.layout.units import Unit
 
 
 def hours_of(jobs: Jobs) -> dict[str, Any]:
     """How long jobs take, one after the other: hours, job_seconds of the longest, and what that is based on."""
     found, longest = np.zeros(2), np.zeros(2)
-    for count, units in blocks_of(jobs):
+    for count, units in jobs.blocks:
         seconds = np.array([jobs.pace.seconds(jobs.cost(unit)) for unit in units])
         found, longest = found + count * seconds.sum(0), np.maximum(longest, seconds.max(0))
     return {
@@ -21,14 +20,6 @@ def hours_of(jobs: Jobs) -> dict[str, Any]:
         "job_seconds": tuple(longest.tolist()),
         "assumed": None if jobs.pace.measured else assumption(jobs),
     }
-
-
-def blocks_of(jobs: Jobs) -> list[tuple[int, list[Unit]]]:
-    """The jobs of a block, and of how many blocks they are those: all are alike but the last."""
-    work = jobs.experiment.work
-    first, last = work.units[0], work.units[-1]
-    alike = [(len(work.units) - 1, jobs.of(first))] if len(work.units) > 1 else []
-    return [*alike, (1, jobs.of(last))]
 
 
 def assumption(jobs: Jobs) -> str:
@@ -43,7 +34,7 @@ def assumption(jobs: Jobs) -> str:
 def of_server(jobs: Jobs) -> dict[str, Any]:
     """What goes to a server, comes back and crosses there, and its limits."""
     limits, experiment = jobs.limits, jobs.experiment
-    every = [(count, unit) for count, units in blocks_of(jobs) for unit in units]
+    every = [(count, unit) for count, units in jobs.blocks for unit in units]
     number = sum(count for count, _ in every)
     results = [(count, result_bytes(unit, experiment.precision)) for count, unit in every]
     return {
@@ -57,7 +48,7 @@ def of_server(jobs: Jobs) -> dict[str, Any]:
         "result_bytes": sum(count * size for count, size in results),
         "job_result_bytes": max(size for _, size in results),
         "crossing_bytes": round(sum(count * jobs.cost(unit).crossing for count, unit in every)),
-        **at_the_end_alone(experiment, limits.degree),
+        **at_the_end_alone(experiment, limits),
         "tensor_parallel": limits.degree,
         "kept_hours": limits.kept_hours,
         "link_hours": limits.link_hours,

@@ -1,12 +1,14 @@
 """How many bytes a remote run moves: requests, results, and what crosses into a sandbox that holds no weights."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import groupby
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from selfrepair_nn.backends.ndif.limits import Limits
 from selfrepair_nn.layout.experiment import Experiment
 from selfrepair_nn.layout.plan import Work
 from selfrepair_nn.layout.sweep import Sweep, plans
@@ -21,10 +23,8 @@ READ = 2
 TAKEN_UP_INSIDE, TAKEN_UP = 2, 1
 """Crossings of the residual stream where a pass begins: after the attention of a layer, or between two layers."""
 
-
-SERVED_ITEMSIZE = 2
-"""Bytes of a number where it is not known what a server computes in: most compute in bfloat16."""
-
+INDEXED = "head", "neuron"
+"""Kinds of sites of which a layer has many: what they cost follows from the layer alone."""
 
 def request_bytes(experiment: Experiment) -> int:
     """The size of a request, measured on the first one, which is put together but not sent."""
@@ -36,15 +36,15 @@ def request_bytes(experiment: Experiment) -> int:
     return len(packed(model, sweep.units(experiment.work.units[:1])[0]))
 
 
-def at_the_end_alone(experiment: Experiment, degree: int) -> dict[str, int]:
+def at_the_end_alone(experiment: Experiment, limits: Limits) -> dict[str, int]:
     """total_crossing_bytes, if the run reads sums: what crosses if it reads the final residual stream alone."""
     work = experiment.work
     if any(g.record != "sums" or g.neurons is not None or g.words or g.reinforces for g in work.graphs):
         return {}
     structure, graphs = work.structure, {n: replace(g, record="total") for n, g in work.variants.items()}
-    unembedded = SERVED_ITEMSIZE * experiment.unembedded * (structure.d_model + structure.vocab_size)
-    crossed = unembedded + crossing_bytes(replace(work, variants=graphs), SERVED_ITEMSIZE)
-    return {"total_crossing_bytes": degree * crossed}
+    unembedded = limits.itemsize * experiment.unembedded * (structure.d_model + structure.vocab_size)
+    crossed = unembedded + crossing_bytes(replace(work, variants=graphs), limits.itemsize)
+    return {"total_crossing_bytes": limits.degree * crossed}
 
 
 def result_bytes(unit: Unit, precision: str) -> int:
@@ -75,16 +75,39 @@ def crossing(plan: dict[str, Any], runs: int) -> tuple[int, int]:
     """Numbers that cross in a job, with so many partners: once, and for each token of its prompts."""
     from selfrepair_nn.tracing.cases import begins, needs, read_out, realised
 
-    plan = realised(plan)
+    counts = alike(plan["cases"])
+    plan = realised(plan | {"cases": [*counts]})
     cases, width = plan["cases"], _widths(plan["model"])
     kept, told = needs(plan, cases), read_out(plan, cases) - {*plan["model"]["headless"]}
     count = READ * sum(len(layers) * width[what] for what, layers in kept.items())
     if plan["replacement"].text is not None:
         lent = {(site.kept, site.layer) for case in cases for site in case if site.kept}
         count += runs * READ * sum(width[what] for what, _ in lent)
-    for (start, inside), group in groupby(cases, lambda case: begins(case, plan)):
-        count += runs * len(list(group)) * _pass(plan, told, start, inside)
+    for case, times in zip(cases, counts.values(), strict=True):
+        count += runs * times * _pass(plan, told, *begins(case, plan))
     return _probe(plan, len(told)), count
+
+
+def depth(plan: dict[str, Any]) -> int:
+    """Layers that a plan's ablated cases go through, summed."""
+    from selfrepair_nn.tracing.cases import begins, realised
+
+    counts, model = alike(plan["cases"]), plan["model"]
+    found = realised(plan | {"cases": [*counts]})
+    starts = (begins(case, found)[0] for case in found["cases"])
+    return sum(
+        times * (model["n_layers"] - start - model["parallel"])
+        for start, times in zip(starts, counts.values(), strict=True)
+    )
+
+
+def alike(cases: Iterable[Any]) -> Counter[Any]:
+    """How many cases cost alike, by one that stands for them: heads, or neurons, of a layer do."""
+    return Counter(tuple(_standing_for(*entry) for entry in case) for case in cases)
+
+
+def _standing_for(kind: str, *numbers: Any) -> tuple[Any, ...]:
+    return kind, *((numbers[0], 0) if kind in INDEXED else (tuple(n) if isinstance(n, list) else n for n in numbers))
 
 
 def _pass(plan: dict[str, Any], told: set[int], start: int, inside: bool) -> int:

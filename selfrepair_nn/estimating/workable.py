@@ -6,7 +6,7 @@ from shutil import disk_usage
 from typing import Any
 
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.estimating.fitting import Jobs, duration, fitted
+from selfrepair_nn.estimating.fitting import Jobs, duration
 from selfrepair_nn.layout.experiment import Experiment, prepare
 from selfrepair_nn.layout.packing import free_memory
 from selfrepair_nn.models.model import AS_SERVED, Model
@@ -84,7 +84,7 @@ def remedy(jobs: Jobs, here: Here) -> str | None:
     options = replace(experiment.options, model=described, revision=None)
     for changed in choices(experiment):
         try:
-            other = fitted(prepare(_name(experiment), replace(options, **changed)))
+            other = prepare(_name(experiment), replace(options, **changed))
         except UsageError:
             continue  # the recipe does not take that choice
         if amiss(replace(jobs, experiment=other), here) is None:

@@ -1,6 +1,6 @@
 """Units of work: one call of a job each, what it must give, and its halves for a server to which it is too much."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,10 +70,14 @@ class Unit:
         if stop - start > 1:
             middle = (start + stop) // 2
             return tuple(replace(self, prompts=slice(*ends)) for ends in ((start, middle), (middle, stop)))
-        middle = cases // 2
-        return tuple(self._some_cases(*ends) for ends in ((0, middle), (middle, cases))) if cases > 1 else ()
+        return self.cut(cases // 2) if cases > 1 else ()
 
-    def _some_cases(self, first: int, stop: int) -> "Unit":
+    def cut(self, cases: int) -> tuple["Unit", "Unit"]:
+        """Two units that together give the same: on all prompts, the first with so many of the cases."""
+        return self.some_cases(0, cases), self.some_cases(cases, len(self.plan["cases"]))
+
+    def some_cases(self, first: int, stop: int) -> "Unit":
+        """The part of this unit with some of its cases only."""
         before = self.part[0] if self.part else 0
         some = {
             name: None if getattr(self, name) is None else getattr(self, name)[first:stop]
@@ -82,12 +86,13 @@ class Unit:
         plan = self.plan | {"cases": self.plan["cases"][first:stop]}
         return replace(self, plan=plan, part=(before + first, before + stop), **some)
 
-    def join(self, *found: dict[Any, Any]) -> dict[Any, Any]:
-        """The result of this unit from those of its halves."""
-        along = "prompt" if self.prompts.stop - self.prompts.start > 1 else "case"
+    def join(self, *found: dict[Any, Any], parts: Sequence["Unit"] = ()) -> dict[Any, Any]:
+        """The result of this unit from those of its halves, or of the two `parts` that it was cut into."""
+        parts = parts or self.halves()
+        along = "case" if parts[0].prompts == self.prompts else "prompt"
         tokens = []
         if self.thresholds is not None:
-            tokens = [unit._top_tokens(half) for unit, half in zip(self.halves(), found, strict=True)]
+            tokens = [unit._top_tokens(half) for unit, half in zip(parts, found, strict=True)]
         halves = zip(*(dict(_leaves(half)).values() for half in found), strict=True)
         shapes = [shape for _, shape in _leaves(self.shapes)]
         return _nested(

@@ -11,10 +11,13 @@ import xarray as xr
 from selfrepair_nn.equations import TOLERANCE
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.models.apart import compared
+from selfrepair_nn.models.greeting import is_greeting
 from selfrepair_nn.models.identity import differences
 
 ANYWHERE = ("kind", "configuration", "tokenizer")
 """What is known of a model on a server, too."""
+
+BY_OTHERS = "it was changed by other hands; take a copy of before, or make the store anew"
 
 
 def model_differences(known: xr.Dataset, now: xr.Dataset) -> list[str]:
@@ -24,12 +27,13 @@ def model_differences(known: xr.Dataset, now: xr.Dataset) -> list[str]:
     model made of known vectors: the same weights give the same sums but for rounding.
 
     Raises:
-        UsageError: a store does not say whose numbers it holds: it is of several revisions, or of an earlier version.
+        UsageError: a store does not say whose numbers it holds: it is of several revisions, or of an earlier version,
+            or what it says makes no sense.
     """
-    there, here = (_recorded(ds, "identity") for ds in (known, now))
+    there, here = (recorded(ds.attrs, "identity") for ds in (known, now))
     greetings = None
     if "weights" not in there or "weights" not in here:
-        greetings = _recorded(known, "greeting"), _recorded(now, "greeting")
+        greetings = recorded(known.attrs, "greeting"), recorded(now.attrs, "greeting")
     return records_differ(there, here, greetings, str(now.attrs.get("dtype", "")))
 
 
@@ -57,21 +61,30 @@ def mixed(datasets: Sequence[xr.Dataset]) -> Iterator[str]:
                 yield f"{paths} are not of the same {name}: {'; '.join(found)}"
 
 
-def _recorded(ds: xr.Dataset, name: str) -> dict[str, Any]:
-    if name not in ds.attrs:
+def recorded(attributes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a store's attributes say of its model: its "identity", or its "greeting".
+
+    Raises:
+        UsageError: it does not say that, or what it says makes no sense.
+    """
+    if name not in attributes:
         raise UsageError(
             "a store does not say whose numbers it holds: it is of several revisions, or of an earlier version, or its "
             "server has not answered yet"
         )
     try:
-        return json.loads(ds.attrs[name])
-    except ValueError as error:
-        said = f"what a store says of its model ({name}) is no JSON: it was changed by other hands"
-        raise UsageError(said) from error
+        found = json.loads(attributes[name])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"what a store says of its model ({name}) is no JSON: {BY_OTHERS}") from error
+    if not (is_greeting(found) if name == "greeting" else isinstance(found, dict)):
+        raise UsageError(f"what a store says of its model ({name}) makes no sense: {BY_OTHERS}")
+    return found
 
 
 def _anywhere(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a record that needs no weights; of attention the greeting knows more."""
     found = {name: record[name] for name in ANYWHERE if name in record}
     settings = found.get("configuration", {})
+    if not isinstance(settings, Mapping):
+        return found
     return found | {"configuration": {k: v for k, v in settings.items() if k != "attn_implementation"}}

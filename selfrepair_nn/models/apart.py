@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from selfrepair_nn.models.greeting import FUSED, PARTS
+from selfrepair_nn.models.greeting import FUSED, PARTS, is_greeting
 
 SAME, ROUNDED, OTHER, UNKNOWN = "same", "rounded", "other", "unknown"
 
@@ -53,12 +53,17 @@ class Compared:
 
 def compared(known: Mapping[str, Any], now: Mapping[str, Any]) -> Compared:
     """How the greeting `now` differs from the one `known` ("there"), as `models.greeting.greeting_of` gives them."""
+    for greeting, where in ((known, "there"), (now, "here")):
+        if not is_greeting(greeting):
+            return Compared(UNKNOWN, [], [f"what is said of the model {where} makes no sense, and cannot be compared"])
     notes = _noted(known, now)
     if known["vectors"] != now["vectors"]:
         return Compared(UNKNOWN, [], [*notes, "the two were greeted by other versions, and cannot be compared"])
     there, here = _size(known), _size(now)
     if there != here:
         return Compared(OTHER, [f"another model: {there} there, {here} here"], notes)
+    if others := [part for part in PARTS if np.shape(known["sums"][part]) != np.shape(now["sums"][part])]:
+        return Compared(OTHER, [f"another model: it has other numbers of sums ({', '.join(others)})"], notes)
     apart, formats = _apart(known, now), _formats(known, now)
     changed, worst = _changed(apart, known, now), max(apart.values())
     if not changed and worst > EXACT:

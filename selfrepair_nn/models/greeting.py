@@ -9,9 +9,19 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
+
 PARTS = ("embedding", "mixing", "mlp", "final_norm", "unembedding")
 VECTORS = 1
 """Which known vectors; another number, other vectors."""
+
+TOLD = {
+    "computes_in": str,
+    "weights_in": str | None,
+    "attention": str,
+    "tensor_parallel": int | None,
+}
+"""What is told of a model beside its sums, and of which kind that is."""
 
 FUSED = "fused"
 """An attention that gives no weights, of which a process without the model cannot see what it is called."""
@@ -39,6 +49,31 @@ def greeting_of(found: Mapping[str, Any], told: Mapping[str, Any] | None = None)
         "attention": name or ("eager" if found["weights"].item() else FUSED),
         "tensor_parallel": degree or told.get("tensor_parallel"),
     }
+
+
+def kept(text: Any) -> dict[str, Any] | None:
+    """The greeting that a store keeps as JSON; None of what is none: other hands changed it."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return found if is_greeting(found) else None
+
+
+def is_greeting(found: Any) -> bool:
+    """Whether something has all that `greeting_of` gives, each of its kind."""
+    if not isinstance(found, Mapping) or not {"vectors", "sums", *TOLD} <= found.keys():
+        return False
+    kinds = all(isinstance(found[name], kind) for name, kind in TOLD.items())
+    return kinds and isinstance(found["sums"], Mapping) and all(_are_sums(found["sums"].get(part)) for part in PARTS)
+
+
+def _are_sums(values: Any) -> bool:
+    try:
+        found = np.atleast_2d(np.array(values, float))
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return isinstance(values, list) and found.ndim == 2 and found.shape[1] > 1 and bool(np.isfinite(found).all())
 
 
 def fingerprint_of(greeting: Mapping[str, Any]) -> str:

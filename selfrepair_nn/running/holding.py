@@ -91,7 +91,7 @@ def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[Hold]:
     try:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            hold.take(path.with_name(f".{path.name}.lock"), wait=part is not None)
+            hold.take(_lock_of(path), wait=part is not None)
             hold.alone = not _parts_at_work(path)
             if part:
                 hold.take(path.with_name(f".{path.name}.{part[0]}-of-{part[1]}.lock"))
@@ -102,12 +102,51 @@ def only_writer(path: Path, part: tuple[int, int] | None) -> Iterator[Hold]:
         hold.close()
 
 
+def held(path: Path) -> bool | None:
+    """Whether a run, or a part of one, is at work on a store; None where that cannot be told. Nothing is kept from one.
+
+    A lock whose file is gone is held by nobody: a run that has lost its own writes no more.
+    """
+    files = [file for each in {path, path.resolve()} for file in (_lock_of(each), *_locks_of_parts(each))]
+    found = {_is_held(file) for file in files}
+    return True if True in found else None if None in found else False
+
+
+def _is_held(file: Path) -> bool | None:
+    """Whether a lock is held: then it cannot be shared, which is tried for an instant."""
+    try:
+        import fcntl
+
+        descriptor = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _locks_of_parts(path: Path) -> list[Path]:
+    name = rf"\.{re.escape(path.name)}\.\d+-of-\d+\.lock"
+    return [each for each in path.parent.iterdir() if re.fullmatch(name, each.name)]
+
+
 def _parts_at_work(path: Path) -> bool:
     """Whether a part of a run holds its lock; none can begin meanwhile. Locks that nobody holds are removed."""
     found = False
-    for each in path.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+-of-\d+\.lock", each.name):
-            found |= not _left_behind(each)
+    for each in _locks_of_parts(path):
+        found |= not _left_behind(each)
     return found
 
 

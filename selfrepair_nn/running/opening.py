@@ -17,6 +17,7 @@ from selfrepair_nn.errors import StoreError
 from selfrepair_nn.files import sweep_partial
 from selfrepair_nn.integrity import contents_of
 from selfrepair_nn.layout.experiment import Experiment
+from selfrepair_nn.models.alike import recorded
 from selfrepair_nn.models.apart import compared
 from selfrepair_nn.models.identity import differences, fingerprint
 from selfrepair_nn.models.model import Model
@@ -72,7 +73,7 @@ def require_same_model(store: Store, model: Model, record: dict[str, Any]) -> No
             f"{path!r} is of an earlier version, which did not record whose numbers it holds: open it with "
             "selfrepair info or open_store; to compute, choose another --out"
         )
-    differing = differences(json.loads(store.attributes["identity"]), record, TOLERANCE.get(model.dtype, 0))
+    differing = differences(recorded(store.attributes, "identity"), record, TOLERANCE.get(model.dtype, 0))
     if differing:
         raise StoreError(
             f"{path!r} holds the numbers of another model than {model.name!r} is now ({'; '.join(differing)}): "
@@ -90,11 +91,13 @@ def note_resumed(store: Store, command: str) -> None:
 def require_same_answers(store: Store, model: Model, greeting: dict[str, Any]) -> dict[str, Any]:
     """Raise StoreError, naming what differs, unless the model that answers has the weights that the store began with.
 
-    What only rounds otherwise is told. Returns the greeting that the store is to keep: that of its beginning.
+    What only rounds otherwise is told. Returns the greeting that the store is to keep: that of its beginning. Raises
+    UsageError if that makes no sense.
     """
     if "greeting" not in store.attributes:
         return greeting
-    found = compared(json.loads(store.attributes["greeting"]), greeting)
+    known = recorded(store.attributes, "greeting")
+    found = compared(known, greeting)
     if found.differences:
         raise StoreError(
             f"{str(store.path)!r} holds the numbers of another model than {model.name!r} is now on the server "
@@ -102,7 +105,7 @@ def require_same_answers(store: Store, model: Model, greeting: dict[str, Any]) -
         )
     if found.notes:
         tell(f"{model.name} on the server is not in all as it was: {'; '.join(found.notes)}")
-    return json.loads(store.attributes["greeting"])
+    return known
 
 
 def changed_versions(store: Store) -> str | None:

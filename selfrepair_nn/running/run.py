@@ -341,7 +341,7 @@ def _runner(store: Store, experiment: Experiment, model: Model, bar: Bar) -> Bac
         )
     _tell_changed(store, facts)
     store.annotate(**facts | {"greeting": require_same_answers(store, model, facts["greeting"])})
-    planned = jobs_of(experiment, limits_there(jobs, experiment.options))
+    planned = jobs_of(experiment, limits_there(jobs, experiment.options, facts["dtype"]))
     require_workable(planned)
     jobs.cutter = Cutting(planned, tell)
     return jobs

@@ -3,10 +3,13 @@
 import io
 import json
 import re
+from base64 import b64decode
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from html import unescape
+from pickle import Unpickler, UnpicklingError
 from typing import Any
+from zipfile import ZipFile
 
 import httpx
 
@@ -19,6 +22,10 @@ LOOKED_AT = 20_000
 
 LARGEST = 2.0**63
 """No count and no time that a server tells is larger."""
+
+ADDRESSES = "http://", "https://", "/"
+AS_IN_ADDRESSES = str.maketrans("-_", "+/")
+"""Base64 has two alphabets: this turns that of addresses into the other."""
 
 _HOW = re.IGNORECASE | re.DOTALL
 _PAGE = re.compile(r"\W*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b", _HOW)
@@ -72,6 +79,44 @@ def versions_in(found: dict[str, Any]) -> dict[str, str] | None:
     if not python or not python.strip() or not isinstance(packages, dict):
         return None
     return {"python": python.split()[0]} | {name: v for name, v in packages.items() if text(v)}
+
+
+def carried(answer: httpx.Response) -> dict[str, Any] | None:
+    """What an answer says that carries a result with it; None of any other.
+
+    It is what torch.save makes of the same names that JSON has (nnsight.schema.response.ResponseModel.pickle, 0.8), as
+    servers send it over a socket: a pickle of plain values in an archive. Nothing else is ever unpickled.
+    """
+    try:
+        with ZipFile(io.BytesIO(answer.content)) as archive:
+            (pickled,) = [each for each in archive.infolist() if each.filename.endswith("/data.pkl")]
+            whole = pickled.file_size <= len(answer.content)  # it is not compressed
+            found = _Plain(io.BytesIO(archive.read(pickled))).load() if whole else None
+    except Exception:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+class _Plain(Unpickler):
+    """Reads plain values alone, and a Status as the word that it is."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("nnsight.schema.response", "Status"):
+            return str
+        raise UnpicklingError(f"{module}.{name} is no plain value")
+
+
+def result_in(data: Any) -> bytes | str:
+    """The result that an answer holds, or else its address: "" if it has neither.
+
+    In JSON, bytes can only be base64.
+    """
+    if not isinstance(data, str) or not data or data.startswith(ADDRESSES):
+        return data if isinstance(data, str | bytes) else ""
+    try:
+        return b64decode(data.translate(AS_IN_ADDRESSES), validate=True)
+    except ValueError:
+        return data
 
 
 def text(value: Any) -> str | None:

@@ -21,7 +21,7 @@ from selfrepair_nn.backends.ndif.ledger import (
     ledger_path,
 )
 from selfrepair_nn.backends.ndif.server import Server
-from selfrepair_nn.backends.ndif.standing import in_words
+from selfrepair_nn.backends.ndif.standing import WORDS, in_words
 from selfrepair_nn.errors import SelfRepairError
 from selfrepair_nn.integrity import contents_of
 from selfrepair_nn.shown import line
@@ -36,6 +36,8 @@ MEANINGS = {
     GIVEN_UP: "given up",
 }
 
+AT_REST = "not known", WORDS["COMPLETED"], WORDS["ERROR"]
+"""What is said of a job that no longer goes on."""
 
 WATCH_SECONDS = 2.0
 """Between two looks."""
@@ -72,16 +74,30 @@ def history(store: Path, run: str) -> str:
 
 
 def watched(
-    store: Path, pause: float = WATCH_SECONDS, sleep: Callable[[float], None] = time.sleep
+    store: Path,
+    pause: float = WATCH_SECONDS,
+    sleep: Callable[[float], None] = time.sleep,
+    *,
+    held: Callable[[], bool | None] = lambda: None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """How the jobs of a store stand, in words and as plain data, again and again until the run has finished."""
+    """How the jobs of a store stand, in words and as plain data, again and again until the run has finished.
+
+    Or until nobody is at work on it (`held` says so) and no server has a job of it that goes on.
+    """
     while True:
+        busy = held()  # asked first: a run says that it has finished before it lets go
         attributes = contents_of(store).attributes
         run, finished = attributes.get("run", ""), "finished" in attributes
-        yield history(store, run), told(store, run) | {"finished": finished}
-        if finished:
+        now = told(store, run)
+        yield history(store, run), now | {"finished": finished}
+        if finished or (busy is False and not any(map(_goes_on, now["parts"]))):
             return
         sleep(pause)
+
+
+def _goes_on(part: dict[str, Any]) -> bool:
+    """Whether a server says of a part that it is at it, or will be."""
+    return not (part["server_says"] or AT_REST[0]).startswith(AT_REST)
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ class Service(Protocol):
     def ask(self, job: str) -> Answer | None:
         """The latest status, or None if the server knows no such job."""
 
-    def fetch(self, address: str) -> tuple[dict[Any, Any], int]:
+    def fetch(self, address: str | bytes) -> tuple[dict[Any, Any], int]:
         """A result and its size in bytes. Raises Fault "expired" if it is not kept any more."""
         ...
 

@@ -36,8 +36,8 @@ def unwatched(state: str) -> None:
 class Cutter(Protocol):
     """What knows how long jobs take: estimating.fitting.Cutting, or a test's stand-in."""
 
-    def fits(self, unit: Unit) -> bool:
-        """Whether a job stays clear of the server's time limit; else it is split before it is sent."""
+    def cut(self, unit: Unit) -> Sequence[Unit]:
+        """The two parts of a job that would come near the server's time limit; none of one that is sent as it is."""
         ...
 
     def took(self, unit: Unit, seconds: float) -> None:
@@ -112,8 +112,10 @@ class _Round:
 
     def _planned(self, piece: Piece) -> Piece:
         """Split what an earlier process has split."""
-        if self._ledger[piece.unit.label].split:
-            for part in piece.split():
+        unit, record = piece.unit, self._ledger[piece.unit.label]
+        if record.split:
+            along = 0 < record.cases < len(unit.plan.get("cases", ()))
+            for part in piece.split(unit.cut(record.cases) if along else unit.halves()):
                 self._planned(part)
         return piece
 
@@ -198,7 +200,7 @@ class _Round:
             piece.job, piece.heard, piece.status = record.job, self._flight.clock(), ""
             piece.known = record.event in (FETCHED, TAKEN)
             return True
-        if not self._fits(piece.unit) and self._split(piece):
+        if self._flight.cutter and self._split(piece, self._flight.cutter.cut(piece.unit)):
             self._flying.remove(piece)
             return True
         try:
@@ -207,15 +209,13 @@ class _Round:
             self._fail(piece, fault)
         return True
 
-    def _fits(self, unit: Unit) -> bool:
-        return self._flight.cutter is None or self._flight.cutter.fits(unit)
-
-    def _split(self, piece: Piece) -> bool:
-        """Ask for the piece's halves instead, next; False if it has none."""
-        if parts := piece.split():
-            self._ledger.write(SPLIT, piece.unit.label, into=[part.unit.label for part in parts])
-            self._waiting[:0] = parts
-        return bool(parts)
+    def _split(self, piece: Piece, parts: Sequence[Unit]) -> bool:
+        """Ask for these parts of the piece instead, next; False if there are none."""
+        if pieces := piece.split(parts):
+            along = {"cases": len(parts[0].plan["cases"])} if parts[0].prompts == piece.unit.prompts else {}
+            self._ledger.write(SPLIT, piece.unit.label, into=[part.label for part in parts], **along)
+            self._waiting[:0] = pieces
+        return bool(pieces)
 
     def _send(self, piece: Piece, service: Service) -> None:
         """The id goes to the ledger before the request goes out, so that its fate can be asked for."""
@@ -285,7 +285,7 @@ class _Round:
             piece.due = self._flight.clock() + pause_before(failures)
             self._waiting.insert(0, piece)
             self._flight.notify(f"{label}: {fault}; it is sent again")
-        elif kind.split and self._split(piece):
+        elif kind.split and self._split(piece, piece.unit.halves()):
             self._flight.notify(f"{label}: {fault}; it is split in two")
         else:
             self._ledger.write(GIVEN_UP, label, kind=fault.kind)
@@ -315,12 +315,13 @@ class _Round:
         return "\n".join([f"{counted}:", *lines[:SHOWN], *rest])
 
 
-def _fetched(service: Service, job: str, address: str) -> tuple[dict[Any, Any], int]:
-    """A result; where its address has expired, from the one that the server gives when asked again, if it does."""
+def _fetched(service: Service, job: str, result: str | bytes) -> tuple[dict[Any, Any], int]:
+    """A result; where its address has expired, or what came with the answer is broken, by asking the server again."""
     try:
-        return service.fetch(address)
+        return service.fetch(result)
     except Fault as fault:
-        answer = service.ask(job) if fault.kind == "expired" else None
-        if not answer or answer.result in ("", address):
+        mended = fault.kind == "expired" or (fault.kind == "result" and isinstance(result, bytes))
+        answer = service.ask(job) if mended else None
+        if not answer or answer.result in ("", result):
             raise
         return service.fetch(answer.result)

@@ -31,12 +31,16 @@ OF_EVENTS = {
     FAILED: {"kind": str, "text": str},
     RECORD: {"record": dict},
 }
-"""What every line holds, and what those of some events do."""
+OPTIONAL = {"job": str, "host": str, "cases": int}
+"""What every line holds, what those of some events do, and what any may."""
 
 
 @dataclass
 class Record:
-    """What is known of one part: its last event and job, when and to which host that was sent, how its jobs failed."""
+    """What is known of one part: its last event and job, when and to which host that was sent, how its jobs failed.
+
+    `split` says whether it was split, and `cases` how many cases the first part then got: 0 where it was halved.
+    """
 
     part: str
     event: str = ""
@@ -49,6 +53,7 @@ class Record:
     failures: Counter = field(default_factory=Counter)
     text: str = ""
     split: bool = False
+    cases: int = 0
 
     @property
     def open(self) -> bool:
@@ -76,7 +81,8 @@ class Record:
             self.text = line["text"]
         if self.event == GIVEN_UP:
             self.failures.clear()
-        self.split |= self.event == SPLIT
+        if self.event == SPLIT:
+            self.split, self.cases = True, line.get("cases", 0)
 
 
 class Ledger:
@@ -154,7 +160,7 @@ def _fits(line: dict[str, Any]) -> bool:
         return False
     if line["event"] == RECORD and not _is_record(line["record"]):
         return False
-    return isinstance(line.get("job", ""), str) and isinstance(line.get("host", ""), str)
+    return all(isinstance(line.get(name, kind()), kind) for name, kind in OPTIONAL.items())
 
 
 def _is_record(found: dict[str, Any]) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 from selfrepair_nn.options import Options
 
 MIB = 2**20
+ITEMSIZE = 2
+"""Bytes of a number where it is not known what a server computes in."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Limits:
         degree: processes that each layer is split among. In a sandbox each of them sends every value that is read, and
             is sent it back (ndif.services.ray.sandbox.protocol.Fanout).
         sandboxed: whether jobs run in a process of their own, without weights; None where that is not known.
+        itemsize: bytes of a number there, as it crosses into a sandbox: most servers compute in bfloat16.
     """
 
     seconds: float = 3600.0
@@ -32,6 +35,7 @@ class Limits:
     inline_bytes: int = 8 * MIB
     degree: int = 1
     sandboxed: bool | None = None
+    itemsize: int = ITEMSIZE
 
 
 def limits_of(options: Options) -> Limits:

@@ -1,6 +1,6 @@
 """A unit on its way over a server: whole, or in the parts that it was split into."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +30,9 @@ class Piece:
     host: Host | None = None
     failed_at: Host | None = None
 
-    def split(self) -> list["Piece"]:
-        """Its two halves; none at all if it cannot be halved."""
-        self.parts = [Piece(half, self.root or self) for half in self.unit.halves()]
+    def split(self, parts: Sequence[Unit]) -> list["Piece"]:
+        """The pieces of these parts of its unit, which are asked for instead; none at all if there are none."""
+        self.parts = [Piece(part, self.root or self) for part in parts]
         return self.parts
 
     def leaves(self) -> Iterator["Piece"]:
@@ -46,4 +46,6 @@ class Piece:
         return self._joined()
 
     def _joined(self) -> Any:
-        return self.unit.join(*(part._joined() for part in self.parts)) if self.parts else self.result
+        if not self.parts:
+            return self.result
+        return self.unit.join(*(part._joined() for part in self.parts), parts=[part.unit for part in self.parts])

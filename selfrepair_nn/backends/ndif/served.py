@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,7 +88,7 @@ class ServedModel:
     def ask(self, job: str) -> Answer | None:
         return self.server.ask(job)
 
-    def fetch(self, address: str) -> tuple[Any, int]:
+    def fetch(self, address: str | bytes) -> tuple[Any, int]:
         found, size = self.server.fetch(address)
         return found.get(RESULT), size
 
@@ -170,13 +171,17 @@ def _identified(replicas: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return known
 
 
-def limits_there(jobs: JobsInFlight, options: Options) -> Limits:
-    """The limits of the hosts that have the jobs, as far as they tell them of the replicas of their model."""
+def limits_there(jobs: JobsInFlight, options: Options, dtype: str) -> Limits:
+    """The limits of the hosts that have the jobs, as far as they tell them; `dtype` is what they compute in."""
+    import torch
+
     replicas = list[dict[str, Any]]()
     for host in jobs.hosts.left:
         with suppress(Fault):
             replicas += cast(ServedModel, host.service).replicas()
-    return told(limits_of(options), options, replicas)
+    found = told(limits_of(options), options, replicas)
+    known = getattr(torch, dtype, None)
+    return replace(found, itemsize=known.itemsize) if isinstance(known, torch.dtype) else found
 
 
 def require_ready(served: ServedModel, name: str) -> None:

@@ -10,12 +10,15 @@ import httpx
 from tenacity import RetryCallState, Retrying, wait_exponential_jitter
 
 from selfrepair_nn.backends.ndif.answers import (
+    LONGEST_SAID,
     amount,
+    carried,
     detail,
     loaded,
     of_store,
     page,
     replicas_in,
+    result_in,
     said,
     text,
     versions_in,
@@ -24,6 +27,7 @@ from selfrepair_nn.backends.ndif.connection import READ_SECONDS, Again, Connecti
 from selfrepair_nn.backends.ndif.faults import Fault, refusal
 from selfrepair_nn.options import require_address
 from selfrepair_nn.settings import require_ndif
+from selfrepair_nn.shown import line
 
 GREETING_SECONDS, INQUIRY_SECONDS = 10.0, 30.0
 SHORTEST_READ = 10.0
@@ -38,14 +42,15 @@ GONE = ("AccessDenied", "ExpiredToken", "TokenRefreshRequired", "NoSuchKey", "No
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server says of a job: its status, a sentence, and the result's address once it is completed.
+    """What the server says of a job: its status, a sentence, and once it is completed the result's address.
 
-    `seconds` is how long the job ran there, if the server tells.
+    A small result may come with the answer, in place of its address. `seconds` is how long the job ran there, if the
+    server tells.
     """
 
     status: str
     description: str
-    result: str
+    result: str | bytes
     seconds: float | None = None
 
 
@@ -119,15 +124,17 @@ class Server:
         address = f"{self.host}/response/{quote(job, safe='')}"
         return self._http.patiently(self.patience, self._asked, address, _job_in, True)
 
-    def fetch(self, address: str) -> tuple[dict[str, Any], int]:
-        """A result and the bytes that it took. What arrives broken is asked for once more.
+    def fetch(self, address: str | bytes) -> tuple[dict[str, Any], int]:
+        """A result, at its address or here already, and the bytes that it took. What arrives broken is fetched again.
 
         Raises Fault also for what another job may mend: "expired" if the result is not kept there any more, "result" if
         what lies there is none, "store" if it is not handed out.
         """
+        if isinstance(address, bytes):
+            return loaded(address), len(address)
         address = f"{self.host}{address}" if address.startswith("/") else address
         if not leads_somewhere(address):
-            raise Fault("result", f"it lies nowhere: {address!r}")
+            raise Fault("result", f"it lies nowhere: {line(address, LONGEST_SAID)!r}")
         try:
             return self._result(address)
         except Fault as fault:
@@ -159,7 +166,7 @@ class Server:
     def _asked(self, address: str, read: Callable[[dict[str, Any]], Any], may_lack: bool = False) -> Any:
         """What `read` makes of the server's answer; None where it says that there is none, if it may."""
         answer = self._http.get(address, min(READ_SECONDS, max(SHORTEST_READ, self.patience)))
-        found = said(answer)
+        found = said(answer) or carried(answer)
         if may_lack and answer.status_code == 404 and found is not None and "detail" in found:
             return None
         told = read(found) if answer.status_code == 200 and found is not None else None
@@ -181,6 +188,6 @@ def _job_in(found: dict[str, Any]) -> Answer | None:
     """How a job stands, and the seconds that it ran, as NDIF tells them with its end; None if that is no job's."""
     meta = found.get("meta")
     seconds = amount(meta.get("runtime")) if isinstance(meta, dict) else None
-    description, result = (text(found.get(name)) or "" for name in ("description", "data"))
-    status = text(found.get("status"))
-    return Answer(status, description, result, None if seconds is None else float(seconds)) if status else None
+    status, description = (text(found.get(name)) or "" for name in ("status", "description"))
+    ran = None if seconds is None else float(seconds)
+    return Answer(status, description, result_in(found.get("data")), ran) if status else None
