@@ -182,9 +182,9 @@ def line(axes: Axes, x: np.ndarray, y: np.ndarray, half_width: np.ndarray, **loo
 
 
 def shown_share(one: xr.Dataset, name: str, decimals: int = 0) -> str:
-    """ "62% ± 4%" of a share, without the interval where there is none, or where every token said the same."""
+    """ "62% ± 4%" of a share, without the interval where there is none."""
     width = float(one[name + HALF_WIDTH])
-    told = f" ± {width:.{decimals}%}" if 0 < width < np.inf else ""
+    told = f" ± {width:.{decimals}%}" if np.isfinite(width) else ""
     return f"{float(one[name]):.{decimals}%}{told}"
 
 
