@@ -243,3 +243,9 @@ def test_a_head_that_is_not_done_is_left_out():
     [axes] = figures.draw("freeze_norms", store.assign(selected=selected), share=SHARE).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] != []
     assert all(text.get_text().endswith("H0") for text in axes.get_legend().get_texts())
+
+
+def test_doses_are_whole_numbers_of_a_line_and_parts_are_on_lines_of_their_own():
+    doses = variants("dose", ("0.5", "L1.mlp norm", "alone"))
+    labels = figures.draw("variants", doses, share=SHARE).axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["0.5", "L1\nmlp\nnorm", "alone"]

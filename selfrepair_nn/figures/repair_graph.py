@@ -25,7 +25,7 @@ SLOT = 0.74  # inches for each label of a row
 SIDE = 0.36  # half the side of a label at which arrows end, in slots
 ABOVE, BELOW = 0.11, 0.055  # from the middle of a label to an arrow's end, in distances between the rows
 READING = (
-    "Top: the {heads} heads of largest self-repair{surely}, with that net number, in the order of layers. Middle: what "
+    "Top: the {heads} of largest self-repair{surely}, with that net number, in the order of layers. Middle: what "
     "changes its direct effect when they are ablated, in the same order (MLPs and norms grey), and the changes, each "
     "under its arrow: means on the head's {top}.",
     "Arrows: the {count} largest of their changes{known}; width by the square root of size. Bars: 95% intervals.",
@@ -125,7 +125,7 @@ def _reading(graphs: dict[str, Graph], top: str) -> list[str]:
     heads = max(len(graph.net) for graph in graphs.values())
     some = any(arrow.known for graph in graphs.values() for arrow in graph.arrows)
     sure = {"surely": SURELY, "known": KNOWN.format(rate=RATE)} if some else {"surely": "", "known": ""}
-    told = [line.format(count=count, heads=heads, top=top, **sure) for line in READING] + (
+    told = [line.format(count=count, heads=style.counted(heads, "head"), top=top, **sure) for line in READING] + (
         [] if some else [UNSURE]
     )
     cancelled = [label for graph in graphs.values() for label in graph.cancelled]

@@ -21,8 +21,8 @@ from selfrepair_nn.figures.repair_graph import SURELY
 
 ROWS, COLUMNS = 20, 20
 READING = (
-    "Rows: of {done} heads the {rows} of largest self-repair{surely}, alike ones together (average "
-    "linkage). Left: the {columns} components that change most, in order of layers; blue repairs, red breaks: means "
+    "Rows: of {done} the {rows} of largest self-repair{surely}, alike ones together (average "
+    "linkage). Left: the {columns} that change most, in order of layers; blue repairs, red breaks: means "
     "on the head's {top}.",
     "Pale: not known to differ from zero (false discovery rate {rate:.0%} over all pairs; right, 95% intervals, "
     "behind ±). Grey: the ablated head itself. Right: all later heads, MLPs, norms, which add up to the self-repair.",
@@ -45,6 +45,10 @@ TOTALS = {
 KINDS = ("head", "mixer", "mlp")
 SHOWN = 96  # percentile of the sizes at which the colours may end
 CELL, TOTAL, ROW, TREE = 0.25, 0.78, 0.235, 0.5  # inches
+LETTERS = 9
+"""Of a store's name in an inch over the components."""
+FEWEST = 8
+"""Columns for which there is room, and twice the rows, however few there are."""
 
 
 @figure(*suiting.COMPONENTS, name=__name__, about=__doc__)
@@ -57,24 +61,25 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     found = style.summaries(datasets, share, who_repairs)
     parts = {name: _Part(pairs) for name, pairs in found.items()}
     columns, totals = (max(getattr(part, n).shape[1] for part in parts.values()) for n in ("values", "sums"))
-    heights = [1.1 + ROW * len(part.names) for part in parts.values()]
-    widths = [TREE, CELL * max(columns, 4), TOTAL * totals]
+    heights = [1.1 + ROW * max(len(part.names), FEWEST // 2) for part in parts.values()]
+    widths = [TREE, CELL * max(columns, FEWEST), TOTAL * totals]
     figure = style.new_figure(1.6 + sum(widths), 0.8 + sum(heights))
     looks = {"squeeze": False, "gridspec_kw": {"width_ratios": widths, "height_ratios": heights}}
     for row, (name, part) in zip(figure.subplots(len(found), 3, **looks), parts.items(), strict=True):
         image = _draw_store(row, part)
         bar = {"pad": 0.01, "aspect": 40, "extend": "both", "ticks": _ticks(cast(float, image.norm.vmax))}
         figure.colorbar(image, ax=row, label="logits", format=_plain, **bar).outline.set_visible(False)
-        row[1].set_title("single components" if len(found) == 1 else f"{name}: single components")
+        above = "" if len(found) == 1 else f"{style.wrapped(name, int(LETTERS * widths[1]))}\n"
+        row[1].set_title(f"{above}single components")
         row[2].set_title("all of a kind")
     style.heading(figure, found)
     most = max(parts.values(), key=lambda part: len(part.names))
     surely = SURELY if any(pairs.top_p_value.notnull().any() for pairs in found.values()) else ""
     facts = {
         "surely": surely,
-        "done": most.done,
+        "done": style.counted(most.done, "head"),
         "rows": len(most.names),
-        "columns": columns,
+        "columns": style.counted(columns, "component"),
         "top": among(share, *found.values()),
     }
     reading = [line.format(rate=RATE, **facts) for line in READING]
