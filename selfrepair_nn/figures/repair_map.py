@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from scipy.cluster.hierarchy import dendrogram, linkage
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, who_repairs
-from selfrepair_nn.analysis.repairers import clear_heads
+from selfrepair_nn.analysis.repairers import all_sure, clear_heads
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.drawing import figure
@@ -44,7 +44,7 @@ TOTALS = {
 }
 KINDS = ("head", "mixer", "mlp")
 SHOWN = 96  # percentile of the sizes at which the colours may end
-CELL, TOTAL, ROW, TREE = 0.25, 0.78, 0.235, 0.5  # inches
+CELL, TOTAL, ROW, TREE, DIGITS = 0.25, 0.78, 0.235, 0.5, 0.1  # inches
 LETTERS = 9
 """Of a store's name in an inch over the components."""
 FEWEST = 8
@@ -62,7 +62,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     parts = {name: _Part(pairs) for name, pairs in found.items()}
     columns, totals = (max(getattr(part, n).shape[1] for part in parts.values()) for n in ("values", "sums"))
     heights = [1.1 + ROW * max(len(part.names), FEWEST // 2) for part in parts.values()]
-    widths = [TREE, CELL * max(columns, FEWEST), TOTAL * totals]
+    digits = max(style.decimals(part.sums) for part in parts.values()) - style.DECIMALS
+    widths = [TREE, CELL * max(columns, FEWEST), (TOTAL + DIGITS * digits) * totals]
     figure = style.new_figure(1.6 + sum(widths), 0.8 + sum(heights))
     looks = {"squeeze": False, "gridspec_kw": {"width_ratios": widths, "height_ratios": heights}}
     for row, (name, part) in zip(figure.subplots(len(found), 3, **looks), parts.items(), strict=True):
@@ -74,9 +75,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         row[2].set_title("all of a kind")
     style.heading(figure, found)
     most = max(parts.values(), key=lambda part: len(part.names))
-    surely = SURELY if any(pairs.top_p_value.notnull().any() for pairs in found.values()) else ""
     facts = {
-        "surely": surely,
+        "surely": SURELY if all(part.sure for part in parts.values()) else "",
         "done": style.counted(most.done, "head"),
         "rows": len(most.names),
         "columns": style.counted(columns, "component"),
@@ -92,7 +92,7 @@ class _Part:
 
     def __init__(self, pairs: xr.Dataset) -> None:
         heads, _ = clear_heads(pairs, ROWS)
-        heads = heads or clear_heads(pairs.assign(top_p_value=pairs.top_p_value * np.nan), ROWS)[0]
+        self.sure = all_sure(pairs, heads)
         layer, head = np.array(heads, int).reshape(-1, 2).T
         values = np.where(pairs.own.values, np.nan, pairs.repair.values)[layer, head]
         columns = _columns(pairs, values, pairs.repair_known.values[layer, head])
@@ -144,11 +144,11 @@ def _draw_store(panels: np.ndarray, part: _Part) -> AxesImage:
     panels[2].set_xticks(range(len(part.totals)), part.totals, fontsize=7.5)
     panels[2].set_yticks([])
     panels[2].axvline(len(part.totals) - 1.5, color="white", linewidth=3)
+    decimals = style.decimals(part.sums)
     for at in np.ndindex(part.sums.shape):
         value, width = float(part.sums[at]), float(part.widths[at])
-        told = (
-            style.signed(value) + (f" ± {width:.2f}" if np.isfinite(width) else "") if value or width else "0"
-        )
+        known = f" ± {width:.{decimals}f}" if np.isfinite(width) else ""
+        told = style.signed(value, decimals) + known if value or width else "0"
         dark = sure[at] and abs(norm(value) - 0.5) > DARK
         look = {"ha": "center", "va": "center", "fontsize": 6.5, "color": "white" if dark else "black"}
         panels[2].text(at[1], at[0], told, **look)

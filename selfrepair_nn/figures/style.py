@@ -37,7 +37,7 @@ __all__ = ["lay_out", "looking", "new_figure", "outlined_svg", "resize", "save",
 
 CHARACTERS = 19.8  # of small print in an inch
 LINES, LINE = 4, 0.14  # small print for which there is room, and inches of a line
-LAYERS = "viridis"
+LAYERS, DECIMALS = "viridis", 2
 TITLE = 60
 """Characters that fit over a panel."""
 BETWEEN, LAST = 0.15, 1.1
@@ -196,9 +196,15 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def signed(value: float) -> str:
-    """A number in a cell: its sign, two decimals."""
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+def decimals(values: np.ndarray) -> int:
+    """How many tell the largest of these numbers by two digits: at least DECIMALS, and not more than two further."""
+    most = float(np.nanmax(abs(values), initial=0))
+    return int(np.clip(1 - np.floor(np.log10(most)), DECIMALS, DECIMALS + 2)) if 0 < most < np.inf else DECIMALS
+
+
+def signed(value: float, decimals: int = DECIMALS) -> str:
+    """A number in a cell, with its sign."""
+    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def bars(half_width: np.ndarray) -> np.ndarray:
