@@ -81,7 +81,7 @@ def told(pairs: xr.Dataset) -> list[str]:
         counts = [(int((pairs.relation.values == kind).sum()), kind) for kind in RELATIONS]
         where.append("pairs: " + ", ".join(f"{count} {kind}" for count, kind in counts))
     facts = f"{pairs.attrs['prompts']} prompts, {pairs.attrs['tokens_each']} tokens each"
-    task = [f"{line}." for line in wording.task(pairs)]
+    task = [f"{style.capital(line)}." for line in wording.task(pairs)]
     return [
         f"{facts}. {'. '.join(map(style.capital, where))}.",
         f"{style.capital(wording.intervals(pairs, name))}.",

@@ -56,7 +56,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     facts = [
         f"{'' if len(found) == 1 else name + ': '}{fact}"
         for name, (movers, _) in found.items()
-        for fact in (_facts(movers), *(f"{line}." for line in _told(movers)))
+        for fact in (_facts(movers), *(f"{style.capital(line)}." for line in _told(movers)))
     ]
     first = ", ".join(dict.fromkeys(str(movers.case.values[0]) for movers, _ in found.values()))
     shown = {name: movers for name, (movers, _) in found.items()}

@@ -184,7 +184,7 @@ def captions(
 
 def _facts(heads: xr.Dataset, top: bool) -> list[str]:
     basis = f"{wording.basis(heads, top)}; {wording.noise(heads)}"
-    return [basis, *map(capital, wording.selection(heads)), *wording.task(heads)]
+    return [basis, *map(capital, [*wording.selection(heads), *wording.task(heads)])]
 
 
 def capital(sentence: str) -> str:
