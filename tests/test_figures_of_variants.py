@@ -118,7 +118,7 @@ def test_histograms_hold_every_token_and_tell_their_shares():
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     short = (found.residual_ratio.isel(rank=0).values.reshape(3, -1) < 1).mean(1)
     told = zip(KINDS, ratio, short, legend, strict=True)
-    assert all(line.startswith(f"{kind}: median {m:.3f}, shorter on {s:.0%}") for kind, m, s, line in told)
+    assert all(line.startswith(f"{kind}: median {m:.4f}, shorter on {s:.0%}") for kind, m, s, line in told)
 
 
 def test_shares_and_medians_of_tokens_are_known_as_well_as_drawing_documents_anew_says():
@@ -150,7 +150,7 @@ def test_shares_and_medians_of_tokens_are_known_as_well_as_drawing_documents_ane
     told = words(figures.draw("residual_norm", ds, share=0.3))
     one = found.isel(ablation=1)
     median, width = (float(one[f"median_residual_ratio{end}"]) for end in ("", "_half_width"))
-    assert f": median {median:.3f} ± {width:.3f}" in told
+    assert f": median {median:.4f} ± {width:.4f}" in told
 
 
 def test_every_token_of_the_loudest_head_is_a_dot():

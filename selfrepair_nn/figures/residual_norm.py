@@ -42,6 +42,6 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
 
 def _legend(tokens: xr.Dataset) -> str:
     median, width = (float(tokens[f"median_residual_ratio{end}"]) for end in ("", HALF_WIDTH))
-    known = f" ± {width:.3f}" if np.isfinite(width) else ""
+    known = f" ± {width:.4f}" if np.isfinite(width) else ""
     short = style.shown_share(tokens, "shortened")
-    return f"{tokens['ablation'].values}: median {median:.3f}{known}, shorter on {short}"
+    return f"{tokens['ablation'].values}: median {median:.4f}{known}, shorter on {short}"
