@@ -40,7 +40,7 @@ LINES, LINE = 4, 0.14  # small print for which there is room, and inches of a li
 LAYERS, DECIMALS = "viridis", 2
 TITLE = 60
 """Characters that fit over a panel."""
-BETWEEN, LAST = 0.15, 1.1
+BETWEEN, LAST = 0.15, 0.6
 """Inches of a panel that its title leaves free before the next one, and at the edge, as it begins further in."""
 
 Datasets = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
