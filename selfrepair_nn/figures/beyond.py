@@ -217,7 +217,7 @@ def _name_edge(axes: Axes, far: Sequence[Far], up: bool, percent: bool, coloured
     look = {"fontsize": style.LABEL - 0.5, "ha": "center", "va": "top" if up else "bottom", "zorder": 7}
     look |= {"linespacing": 1.05, "transform": across}
     texts = [axes.text(one.x, 0.988 if up else 0.012, one.told(percent), **look) for one in far]
-    gap = GAP * axes.get_figure(root=True).dpi / 72
+    gap = renderer.points_to_pixels(GAP)
     widths = np.array([text.get_window_extent(renderer).width + gap for text in texts])
     wanted = np.array([axes.transData.transform((one.x, 0))[0] for one in far])
     sizes = [np.inf if one.mean else abs(one.y) for one in far]
