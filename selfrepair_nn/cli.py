@@ -344,7 +344,7 @@ def attribution(store: str, model: str | None, small: float, out: str | None, ma
         _print(missed(found))
         click.echo()
     paths = save(figure.draw(found), out or beside(dataset), "attribution")
-    told = {name: found.attrs[name] for name in ("rank_correlation", "linear_correlation")}
+    told = {name: value for name, value in found.attrs.items() if "_correlation" in name}
     _wrote(machine, paths, store=store, **told, heads=of_grid(found, "layer", "head"))
 
 

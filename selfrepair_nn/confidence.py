@@ -144,6 +144,17 @@ class Estimate:
         return np.sqrt(variance), skewness, np.maximum(alike, 2) - 1
 
 
+class Share(Estimate):
+    """Means of marks that are 0 or 1, so that one which never varies is not known for sure."""
+
+    def reach(self, level: float) -> np.ndarray:
+        """As of any mean; where all tokens say the same, as far as Clopper and Pearson's, of its clusters as trials."""
+        alike = (self.mean == 0) | (self.mean == 1)
+        trials = np.maximum((self.shares > 0).sum(1), 1)
+        never = 1 - ((1 - level) / 2) ** (1 / trials)
+        return np.where(alike & self.known, never, super().reach(level))
+
+
 @dataclass(frozen=True)
 class Tally:
     """Sums of a quantity over tokens, and numbers of these tokens, by case and cluster: [case, cluster] each.
@@ -188,6 +199,12 @@ class Tally:
         """Means of the cases' means within each group (`groups` [case] from 0), and their half-widths: [group] each."""
         found = self.estimate.of_groups(groups)
         return found.mean, found.half_width
+
+    @property
+    def share(self) -> "Share":
+        """The same of marks that are 0 or 1: how often they are 1."""
+        known = self.estimate
+        return Share(known.mean, known.influence, known.shares)
 
     @property
     def estimate(self) -> Estimate:

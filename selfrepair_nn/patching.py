@@ -1,6 +1,6 @@
 """Attribution patching of every head beside the exact effect of its ablation, and the heads that it misses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -8,12 +8,13 @@ import xarray as xr
 
 from selfrepair_nn.analysis.checks import HEADS, of_heads
 from selfrepair_nn.analysis.summaries import described_widths
-from selfrepair_nn.analysis.tokens import Tokens, clustering
+from selfrepair_nn.analysis.tokens import HALF_WIDTH, Tokens, clustering
 from selfrepair_nn.blocks import counted_tokens, require_kept, sums
-from selfrepair_nn.confidence import RATE, q_values
+from selfrepair_nn.confidence import RATE, Tally, q_values
 from selfrepair_nn.equations import PARTS
 from selfrepair_nn.errors import StoreError, UsageError
 from selfrepair_nn.face import public
+from selfrepair_nn.order_statistics import bootstrap
 from selfrepair_nn.quantities import QUANTITIES, SWEEP, TOKEN
 from selfrepair_nn.values import number
 
@@ -49,7 +50,8 @@ def attribution(ds: xr.Dataset, model: Any = None, *, small: float = SMALL) -> x
       and the exact change with its interval lies within `small` times removed: self-repair takes the rest;
       false_negative: the same of the attributed change. Neither is said where there is no interval.
 
-    Attributes rank_correlation and linear_correlation: over the heads, of the two mean changes (Spearman's, Pearson's).
+    Attributes rank_correlation and linear_correlation: over the heads, of the two mean changes (Spearman's, Pearson's),
+    with x_half_width of both, for these heads on other text: by the bootstrap over clusters.
 
     Args:
         ds: a store of single heads under resample or zero ablation, with nothing frozen, on every token.
@@ -67,8 +69,9 @@ def attribution(ds: xr.Dataset, model: Any = None, *, small: float = SMALL) -> x
     found = _attributed(ds, _model_of(ds, model))
     made = xr.Dataset({"attribution": (SWEEP, found.reshape([ds.sizes[d] for d in SWEEP]))}, attrs=ds.attrs)
     labels = {name: ds[name].variable for name in (*SWEEP, *TOKEN, "token_text", "document") if name in ds.coords}
-    made = made.assign_coords(labels).assign(_compared(ds, found, small))
-    return _described(made.assign_attrs(clustering(ds)), small)
+    columns, over_heads = _compared(ds, found, small)
+    made = made.assign_coords(labels).assign(columns)
+    return _described(made.assign_attrs(clustering(ds) | over_heads), small)
 
 
 @public
@@ -195,8 +198,11 @@ def _metric(ds: xr.Dataset, model: Any, here: slice) -> Any:
     return told
 
 
-def _compared(ds: xr.Dataset, found: np.ndarray, small: float) -> dict[str, Any]:
-    """The columns over (layer, head): means over tokens with their intervals, and what is said of each head."""
+def _compared(ds: xr.Dataset, found: np.ndarray, small: float) -> tuple[dict[str, Any], dict[str, float]]:
+    """The columns over (layer, head): means over tokens with their intervals, and what is said of each head.
+
+    And what is said of all heads together.
+    """
     tokens, effects = Tokens.of(ds, 1.0)
     attributed = np.where(tokens.done, found.sum(-1), 0)
     each = {"attributed_change": attributed, "logit_change": sums(ds, "logit_change", tokens.done)}
@@ -204,7 +210,8 @@ def _compared(ds: xr.Dataset, found: np.ndarray, small: float) -> dict[str, Any]
     for name in ("self_repair", *PARTS, "from_norm"):
         if name in ds:
             each[name] = sums(ds, name, tokens.done)
-    known = {name: tokens.tally(values).estimate for name, values in each.items()}
+    tallies = {name: tokens.tally(values) for name, values in each.items()}
+    known = {name: tally.estimate for name, tally in tallies.items()}
     columns: dict[str, Any] = {}
     for name, estimate in known.items():
         columns |= tokens.columns(name, estimate)
@@ -216,7 +223,43 @@ def _compared(ds: xr.Dataset, found: np.ndarray, small: float) -> dict[str, Any]
     for name, of in (("cancelled", "logit_change"), ("false_negative", "attributed_change")):
         with np.errstate(invalid="ignore"):
             said[name] = matters & (abs(known[of].mean) + known[of].half_width < small * abs(removed.mean))
-    return columns | {name: (tokens.dims, marks.reshape(tokens.shape)) for name, marks in said.items()}
+    columns |= {name: (tokens.dims, marks.reshape(tokens.shape)) for name, marks in said.items()}
+    return columns, _over_heads(tallies["attributed_change"], tallies["logit_change"])
+
+
+def _over_heads(*tallies: Tally) -> dict[str, float]:
+    """Correlations over the heads of two means over the same tokens, with half the widths of their intervals."""
+    counts = tallies[0].counts
+    some, found = counts.any(1), {}
+    sums = [tally.sums[some].T for tally in tallies]
+
+    def means(drawn: np.ndarray) -> list[np.ndarray]:
+        with np.errstate(invalid="ignore"):
+            return [drawn @ each / (drawn @ counts[some].T) for each in sums]
+
+    once = np.ones((1, counts.shape[1]))
+    for name, of in {"rank_correlation": _ranks, "linear_correlation": np.asarray}.items():
+
+        def correlation(drawn: np.ndarray, of: Callable = of) -> np.ndarray:
+            return _correlations(*map(of, means(drawn)))
+
+        enough = some.sum() > 2
+        found[name] = float(correlation(once)[0]) if enough else np.nan
+        found[name + HALF_WIDTH] = bootstrap(correlation, counts.sum(0) > 0) if enough else np.inf
+    return found
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return rankdata(values, axis=1)
+
+
+def _correlations(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Pearson's, of rows [row, head]: [row]; NaN where either never varies."""
+    one, other = (each - each.mean(1, keepdims=True) for each in (one, other))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
 
 
 def _correlation(one: np.ndarray, other: np.ndarray, done: np.ndarray) -> float:
@@ -227,8 +270,6 @@ def _correlation(one: np.ndarray, other: np.ndarray, done: np.ndarray) -> float:
 
 
 def _described(found: xr.Dataset, small: float) -> xr.Dataset:
-    from scipy.stats import rankdata
-
     told = {
         "attribution": ("logit", "attribution of the change at this position to the prompt's summed logit"),
         "attributed_change": ("logit", "mean attributed logit change"),
@@ -241,8 +282,4 @@ def _described(found: xr.Dataset, small: float) -> xr.Dataset:
     told |= {n: ("logit", f"mean {QUANTITIES[n].long_name}") for n in map(str, found) if n in QUANTITIES}
     for name, (units, text) in told.items():
         found[name].attrs = {"units": units, "long_name": text}
-    known = (found.attributed_change.notnull() & found.logit_change.notnull()).values
-    pair = found.attributed_change.values[known], found.logit_change.values[known]
-    enough = known.sum() > 2
-    linear, ranks = (float(np.corrcoef(*x)[0, 1]) if enough else np.nan for x in (pair, [*map(rankdata, pair)]))
-    return described_widths(found).assign_attrs(rank_correlation=ranks, linear_correlation=linear, small=small)
+    return described_widths(found).assign_attrs(small=small)

@@ -303,6 +303,10 @@ def _closing_of_variants(found: xr.Dataset) -> list[str]:
     return [line for each in told for line in textwrap.wrap(each, WIDTH)]
 
 
+def _correlation(found: xr.Dataset, name: str) -> str:
+    return f"{found.attrs[name]:.2f} {reach(found.attrs[name + HALF_WIDTH])}".strip()
+
+
 def missed(found: xr.Dataset) -> str:
     """What `attribution` gives, in words: how it goes with the exact effects, and the heads that it misses.
 
@@ -312,9 +316,9 @@ def missed(found: xr.Dataset) -> str:
     tested = int(np.isfinite(found.logit_change_half_width).sum())
     count = found.logit_change.count().item()
     lines = [f"{title(found)}: attribution patching beside the exact effect of {count} heads"]
-    ranks, linear = (found.attrs[f"{kind}_correlation"] for kind in ("rank", "linear"))
+    ranks, linear = (_correlation(found, f"{kind}_correlation") for kind in ("rank", "linear"))
     lines.append(
-        f"over heads, of the mean changes: rank correlation {ranks:.2f}, linear {linear:.2f}; over prompts, of one "
+        f"over heads, of the mean changes: rank correlation {ranks}, linear {linear}; over prompts, of one "
         f"head: {float(found.correlation.median()):.2f} (median)"
     )
     if not tested:

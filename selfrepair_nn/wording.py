@@ -115,7 +115,8 @@ def _with_reach(heads: xr.Dataset, name: str) -> str:
     width = heads[f"overall_{name}{HALF_WIDTH}"]
     if width.ndim:
         means = heads[name].mean([d for d in heads[name].dims if d not in width.dims]).values
-        return f"{number(float(means.min()))} to {number(float(means.max()))}"
+        ends = means.argmin(), means.argmax()
+        return " to ".join(f"{number(float(means[i]))} {reach(float(width[i]))}".strip() for i in ends)
     width = float(width)
     return f"{number(float(heads[name].mean()))} {reach(width)}".strip()
 

@@ -554,7 +554,7 @@ def test_a_binomial_interval_says_whether_the_task_is_done(right, of, does):
     said = f"the model prefers the right one in {right} of {of} prompts (chance: {of / 2:g}): {told}"
     assert said in " ".join(str(text.summary(ds)).split())
     assert said in report.render(ds)
-    assert said in figures.draw("self_repair_by_layer", ds).get_supxlabel()
+    assert f"T{said[1:]}" in figures.draw("self_repair_by_layer", ds).get_supxlabel()
 
 
 def test_repeated_tokens_are_seen_against_the_first_time():

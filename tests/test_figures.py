@@ -480,3 +480,19 @@ def test_errors_say_what_to_do(ds):
         figures.draw(LAYER, unfinished(ds, done=False))
     with pytest.raises(UsageError, match="not a store of the heads recipe"):
         figures.draw(LAYER, xr.Dataset())
+
+
+LONG = "organisation/a model of a very long name instruct preview"
+
+
+@pytest.mark.parametrize("name", OF_HEADS)
+@pytest.mark.parametrize("several", [False, True])
+def test_titles_keep_from_one_another_and_from_the_edge(name, several):
+    ds = simulate_heads(3, 3, 22, 9, components=True, model=LONG)
+    figure = figures.draw(name, {f"{LONG} 1": ds, "other": ds} if several else ds)
+    figure.draw_without_rendering()
+    titles = [each for axes in figure.axes for each in axes.get_children()
+              if isinstance(each, Text) and each.get_text() and each.get_text() == axes.get_title("left")]  # fmt: skip
+    boxes = [each.get_window_extent() for each in titles]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)

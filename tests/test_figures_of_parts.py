@@ -359,3 +359,31 @@ def test_what_is_said_of_very_many_tokens_fits_over_its_panel(ds, monkeypatch):
         assert panel.width > 0.3 * figure.bbox.width
         assert axes.title.get_window_extent().y0 > 0
         assert axes._left_title.get_window_extent().y0 >= text.y1 - 2
+
+
+@pytest.fixture(scope="module")
+def unsure():
+    """Enough prompts for intervals, in which no head is surely repaired, and changes are of either sign."""
+    ds, rng = simulate_heads(2, 16, 24, 9, seed=2, components=True), np.random.default_rng(0)
+    names = ("self_repair", "from_heads", "from_mlps", "from_norm")
+    noise = {name: (ds[name].dims, 1e-3 * rng.normal(size=ds[name].shape)) for name in names}
+    change = ds.component_change
+    return ds.assign(noise | {"component_change": (change.dims, 1e-3 * rng.normal(size=change.shape))})
+
+
+@pytest.mark.parametrize("name", ["repair_graph", "repair_map"])
+def test_where_no_head_is_sure_the_largest_are_shown_and_nothing_else_is_said(unsure, name):
+    pairs = who_repairs(unsure, 0.5)
+    assert pairs.top_p_value.notnull().all()
+    assert not (pairs.top_repaired | pairs.top_broken).any()
+    figure = figures.draw(name, pairs, share=0.5)
+    said = " ".join(figure.get_supxlabel().split())
+    assert "surely not 0" not in said
+    if name == "repair_graph":
+        assert len(arrows_of(figure.axes[0])) >= 10
+        assert "the 10 heads of largest self-repair, with" in said
+    else:
+        told = [text.get_text().replace("\N{MINUS SIGN}", "-") for text in figure.axes[2].texts]
+        values = [abs(float(text.split()[0])) for text in told]
+        assert 0 < max(values) < 0.01  # small numbers have digits enough
+        assert all("±" in text for text in told if float(text.split()[0]))

@@ -118,7 +118,39 @@ def test_histograms_hold_every_token_and_tell_their_shares():
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     short = (found.residual_ratio.isel(rank=0).values.reshape(3, -1) < 1).mean(1)
     told = zip(KINDS, ratio, short, legend, strict=True)
-    assert all(line.startswith(f"{kind}: median {m:.3f}, shorter on {s:.0%}") for kind, m, s, line in told)
+    assert all(line.startswith(f"{kind}: median {m:.4f}, shorter on {s:.0%}") for kind, m, s, line in told)
+
+
+def test_shares_and_medians_of_tokens_are_known_as_well_as_drawing_documents_anew_says():
+    """And said with their intervals, a share of none or of all too."""
+    ds = variants("ablation", KINDS, sizes=(3, 2, 60, 14))
+    ds["logit_change"][2] = -abs(ds.logit_change[2])  # under the last no logit rises
+    found, rng = sr.token_variants(ds, 0.3, 1).isel(rank=0), np.random.default_rng(0)
+    _, document = np.unique(ds.document.values, return_inverse=True)
+    prompts = [np.flatnonzero(document == i) for i in range(document.max() + 1)]
+    draws = rng.integers(len(prompts), size=(300, len(prompts)))
+    picks = [np.concatenate([prompts[i] for i in draw]) for draw in draws]
+    for i in range(3):
+        one, top = found.isel(ablation=i), found.top.values
+        rises, above = (np.where(top, x, np.nan) for x in (one.logit_change > 0, one.scale_ratio > 1))
+        values = {"top_over": rises, "top_above_one": above, "shortened": one.residual_ratio.values < 1}
+        drawn = {name: [np.nanmean(each[pick]) for pick in picks] for name, each in values.items()}
+        drawn["median_residual_ratio"] = [np.median(one.residual_ratio.values[pick]) for pick in picks]
+        for name, each in drawn.items():
+            width = float(one[f"{name}_half_width"])
+            low, high = np.quantile(each, [0.025, 0.975])
+            if (i, name) == (2, "top_over"):
+                count = len({*document[top.any(1)]})
+                assert width == pytest.approx(1 - 0.025 ** (1 / count))
+            elif name.startswith("median") or 0 < low < high < 1:
+                assert 0.7 < 2 * width / (high - low) < 1.7, (i, name)
+    told = words(figures.draw("ablation_kinds", ds, share=0.3))
+    for one in (found.isel(ablation=i) for i in range(3)):
+        assert f"logit rises on {float(one.top_over):.0%} ± {float(one.top_over_half_width):.0%}" in told
+    told = words(figures.draw("residual_norm", ds, share=0.3))
+    one = found.isel(ablation=1)
+    median, width = (float(one[f"median_residual_ratio{end}"]) for end in ("", "_half_width"))
+    assert f": median {median:.4f} ± {width:.4f}" in told
 
 
 def test_every_token_of_the_loudest_head_is_a_dot():
@@ -211,3 +243,9 @@ def test_a_head_that_is_not_done_is_left_out():
     [axes] = figures.draw("freeze_norms", store.assign(selected=selected), share=SHARE).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] != []
     assert all(text.get_text().endswith("H0") for text in axes.get_legend().get_texts())
+
+
+def test_doses_are_whole_numbers_of_a_line_and_parts_are_on_lines_of_their_own():
+    doses = variants("dose", ("0.5", "L1.mlp norm", "alone"))
+    labels = figures.draw("variants", doses, share=SHARE).axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["0.5", "L1\nmlp\nnorm", "alone"]

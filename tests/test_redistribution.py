@@ -150,7 +150,7 @@ def test_the_figure_says_how_many_heads_and_what_is_given_back():
     found = sr.edges_by_head(ds, 0.1)
     drawn = figures.draw("attention_edges", ds, share=0.1)
     told = drawn.axes[0].get_title(loc="left")
-    assert told.startswith(f"{int(found.concentrated.sum())} heads that attend to few tokens: ")
+    assert told.startswith(f"{int(found.concentrated.sum())} heads that attend to few tokens:\n")
     assert f"{float(found.concentrated_top_given_back):.0%}" in told
     [blue] = [c for c in drawn.axes[0].containers if c.lines[0].get_color() == figures.style.colour(0)]
     shown = found.concentrated & (found.top_carried > found.top_carried_half_width)

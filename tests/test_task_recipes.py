@@ -127,6 +127,37 @@ def test_backups_rise_most_when_the_name_movers_are_gone(ioi):
         assert_allclose(found.joint[i], after[name], rtol=0, atol=TIGHT)
 
 
+def drawn_again(values):
+    """Half the 95% interval of the mean of values [prompt], by drawing prompts anew."""
+    picks = np.random.default_rng(0).integers(len(values), size=(3000, len(values)))
+    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+    return (high - low) / 2
+
+
+def test_intervals_of_name_movers_and_backups_are_those_of_drawing_prompts_anew(wrapped, tmp_path):
+    model = replace(wrapped("neox-sequential", exact=True), tokenizer=Words())
+    ds = run("ioi", model, tmp_path, param={"count": 40, "movers": 2}).load()
+    movers, rising, last = sr.name_movers(ds), sr.backups(ds, 4), ds.isel(position=-1)
+    clean, change = last.logit.values, last.logit_change.values
+    removed = (last.direct_effect - last.ablated_direct_effect).values
+    whole_run = {"logit_difference": clean, "clean_correct": clean > 0}
+    pairs = [(movers.attrs[f"{name}_half_width"], values) for name, values in whole_run.items()]
+    for name, values in {"removed": removed, "logit_change": change, "correct": clean + change > 0}.items():
+        pairs += zip(movers[f"{name}_half_width"].values, values, strict=True)
+    cases, components, seen = (ds[n].values.tolist() for n in ("case", "component", "case_layer"))
+    for one in (rising.isel(rank=rank) for rank in range(4)):
+        at = components.index(str(one.component.values))
+        changes = last.component_change.values[..., at]
+        pairs.append((one.direct_effect_half_width, last.component_direct_effect.values[:, at]))
+        pairs.append((one.joint_half_width, changes[2]))
+        if one.moved.notnull():
+            pairs.append((one.moved_half_width, changes[cases.index(sr.Layers(seen[0], int(one["layer"])).label)]))
+    ratios = [float(width) / drawn_again(values) for width, values in pairs if len({*values.tolist()}) > 1]
+    assert len(ratios) > 15
+    assert min(ratios) > 0.8
+    assert max(ratios) < 1.5
+
+
 def test_found_on_half_and_reported_on_the_rest(wrapped, tmp_path):
     """Name movers and backups are those of the half that selects, every number is of the other, by plain hooks."""
     model = replace(wrapped("neox-sequential", exact=True), tokenizer=Words())

@@ -22,7 +22,7 @@ from selfrepair_nn.blocks import (
 from selfrepair_nn.case_sites import Case, sites_of
 from selfrepair_nn.choosing import halves, splits
 from selfrepair_nn.components import Head, Layers
-from selfrepair_nn.confidence import Estimate, Tally
+from selfrepair_nn.confidence import Estimate, Share, Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 from selfrepair_nn.quantities import QUANTITIES, TOKEN
@@ -67,7 +67,7 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
         if name in ("logit_change", "self_repair"):
             found[f"{name}_se"] = ("case", known.error)
     clean, correct = _answers(ds, done, groups)
-    found |= {"correct": ("case", correct.mean), f"correct{HALF_WIDTH}": ("case", correct.half_width)}
+    found |= {"correct": ("case", correct.mean[1:]), f"correct{HALF_WIDTH}": ("case", correct.half_width[1:])}
     found |= {"kind": ("case", np.array([*map(_kind, cases)], object))}
     found = xr.Dataset(found, {name: ds[name].variable for name in CASES if name in ds.coords})
     for name in meant(ds):
@@ -75,8 +75,8 @@ def name_movers(ds: xr.Dataset) -> xr.Dataset:
     found.removed.attrs = {"units": "logit", "long_name": "mean direct effect removed"}
     found["correct"].attrs = {"units": "1", "long_name": "tokens on which the indirect object is preferred"}
     clean_run = {}
-    for name, mean, width in zip(("logit_difference", "clean_correct"), clean.mean, clean.half_width, strict=True):
-        clean_run |= {name: float(mean), name + HALF_WIDTH: float(width)}
+    for name, known in {"logit_difference": clean, "clean_correct": correct}.items():
+        clean_run |= {name: float(known.mean[0]), name + HALF_WIDTH: float(known.half_width[0])}
     told = clustering(ds) | closure(ds) | {"prompts": int(done[0].sum())} | verdict(ds)
     if splits(ds):
         selecting = _done(halves(ds)["selecting"])[1]
@@ -147,18 +147,16 @@ def _done(ds: xr.Dataset) -> tuple[xr.Dataset, np.ndarray]:
     return ds, np.broadcast_to(done.all(0), done.shape)
 
 
-def _answers(ds: xr.Dataset, done: np.ndarray, groups: np.ndarray) -> tuple[Estimate, Estimate]:
-    """On the tokens that count: of the clean run its logit difference and how often that is above 0, and how often it
-    is under each case.
-    """
+def _answers(ds: xr.Dataset, done: np.ndarray, groups: np.ndarray) -> tuple[Estimate, Share]:
+    """On the tokens that count the clean run's logit difference, and how often it is above 0: clean, then by case."""
     counted = counted_tokens(ds) & done[0][:, None]
-    clean, right = clean_values(ds, "logit").astype(float), np.zeros(done.shape)
+    clean, right = clean_values(ds, "logit").astype(float), np.zeros((len(done) + 1, done.shape[1]))
+    right[0] = ((clean > 0) & counted).sum(1)
     for here, (change,) in together(ds, ("logit_change",)):
-        right[:, here] = ((clean[here] + change > 0) & counted[here]).sum(2)
-    first = np.stack([np.where(counted, each, 0).sum(1) for each in (clean, clean > 0)])
-    counts = counted.sum(1)
-    known = (Tally.of_prompts(each, np.tile(counts, (len(each), 1)), groups) for each in (first, right))
-    return next(known).estimate, next(known).estimate
+        right[1:, here] = ((clean[here] + change > 0) & counted[here]).sum(2)
+    counts = np.tile(counted.sum(1), (len(right), 1))
+    difference = Tally.of_prompts(np.where(counted, clean, 0).sum(1)[None], counts[:1], groups)
+    return difference.estimate, Tally.of_prompts(right, counts, groups).share
 
 
 def _tallies(ds: xr.Dataset, name: str, done: np.ndarray, heads: np.ndarray) -> list[Tally]:

@@ -20,6 +20,7 @@ from selfrepair_nn.blocks import BLOCK, Top, clean_values, direct_effects, done_
 from selfrepair_nn.confidence import Estimate, Tally
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
+from selfrepair_nn.order_statistics import bootstrap, median_reach
 from selfrepair_nn.quantities import recorded
 
 PLACES = 50
@@ -74,9 +75,9 @@ def erasure_neurons(ds: xr.Dataset, share: float | None = None, count: int = COU
     counts = np.bincount(rank, minlength=n)
     found = {name: (("rank", "entry"), _padded(values, rank, n)) for name, values in (whole | logits).items()}
     for name, marks in shares.items():
-        known = entry_tally(*_at(ds, rank, prompt, marks, n), clusters(ds)).estimate
+        known = entry_tally(*_at(ds, rank, prompt, marks, n), clusters(ds)).share
         found |= {name: ("rank", known.mean), name + HALF_WIDTH: ("rank", known.half_width)}
-    anti = entry_tally(*_at(ds, rank, prompt, shares["anti_erasing"], n), clusters(ds)).estimate
+    anti = entry_tally(*_at(ds, rank, prompt, shares["anti_erasing"], n), clusters(ds)).share
     mirror, other = _mirrored(ds, heads, share, count), _shuffled(ds, heads, share, count)
     nulls = {"mirror": mirror, "excess": anti.minus(mirror)}
     nulls |= {"shuffled": other, "over_shuffled": anti.minus(other)}
@@ -111,7 +112,7 @@ def _of_null(
     _, top, rank = chosen()
     clean, change = (sign * entries_of(ds[name], top) for name in names)
     prompt = top.token // ds.sizes["position"]
-    return entry_tally(*_at(ds, rank, prompt, (clean < 0) & (change > 0), n), clusters(ds)).estimate
+    return entry_tally(*_at(ds, rank, prompt, (clean < 0) & (change > 0), n), clusters(ds)).share
 
 
 def _at(
@@ -151,7 +152,7 @@ def neuron_sparsity(ds: xr.Dataset, share: float | None = None, count: int = COU
         np.add.at(hits, at, (effect > 0) & (most >= np.array(PARTS)[:, None] * effect))
         np.add.at(counts, at, 1)
     each = np.moveaxis(hits, 1, -1).reshape(-1, size)
-    known = Tally(each, np.repeat(counts, len(PARTS) * places, axis=0)).estimate
+    known = Tally(each, np.repeat(counts, len(PARTS) * places, axis=0)).share
     dims, shape = ("rank", "part", "place"), (n, len(PARTS), places)
     found = {"repairs": (dims, known.mean.reshape(shape))}
     found |= {"repairs" + HALF_WIDTH: (dims, known.half_width.reshape(shape))}
@@ -177,7 +178,7 @@ def _first_shuffled(ds: xr.Dataset, share: float | None, count: int) -> Estimate
         marks = (top.effect > 0) & (most >= part * top.effect)
         each.append(entry_tally(*_at(ds, rank, prompt, marks, n), clusters(ds)))
     sums, counts = (np.stack([getattr(tally, name) for tally in each], 1) for name in ("sums", "counts"))
-    return Tally(*(x.reshape(n * len(PARTS), -1) for x in (sums, counts))).estimate
+    return Tally(*(x.reshape(n * len(PARTS), -1) for x in (sums, counts))).share
 
 
 @public
@@ -190,29 +191,32 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     - neuron: which neuron it is; change: the mean change of its direct effect, in logits;
     - change_size: the mean absolute change; cumulative_size: that of all neurons up to this place, as a share of all,
       with cumulative_size_half_width of that order of neurons, as in `who_repairs`;
-    - median_direct_effect: the median of its direct effect in the clean run, in logits.
+    - median_direct_effect: the median of its direct effect in the clean run, in logits, with
+      median_direct_effect_half_width (Woodruff's).
 
-    rising(rank): how many neurons have a mean change above 0. stored_tokens as in `neuron_sparsity`. Medians are exact:
-    where they are over many tokens, the store is read again for every few neurons. Errors as in `neuron_sparsity`.
+    rising(rank): how many neurons have a mean change above 0, with rising_half_width, by the bootstrap over clusters.
+    stored_tokens as in `neuron_sparsity`. Medians are exact: where they are over many tokens, the store is read again
+    for every few neurons. Errors as in `neuron_sparsity`.
     """
     ds = of_heads(ds)
     heads, top, rank = _top_tokens(ds, share, count)
     n, neurons = heads.sizes["rank"], ds.sizes["neuron"]
     joined = batches(clusters(ds))
     width = int(joined.max()) + 1
-    sums, sizes, counts = np.zeros((n, neurons)), np.zeros((n, width, neurons)), np.zeros((n, width), int)
+    sums, sizes, counts = *np.zeros((2, n, width, neurons)), np.zeros((n, width), int)
     for entries, change in stored_rows(ds.neuron_change, top):
         change = change * top.sign[entries, None]
         at = rank[entries], joined[top.token[entries] // ds.sizes["position"]]
-        np.add.at(sums, at[0], change)
-        for total, values in ((sizes, abs(change)), (counts, 1)):
+        for total, values in ((sums, change), (sizes, abs(change)), (counts, 1)):
             np.add.at(total, at, values)
     with np.errstate(invalid="ignore"):
-        change, size = (each / counts.sum(1, keepdims=True) for each in (sums, sizes.sum(1)))
-    medians = [_medians(ds.neuron_direct_effect, top.of(rank == r)) for r in range(n)]
+        change, size = (each.sum(1) / counts.sum(1, keepdims=True) for each in (sums, sizes))
+    medians = [_medians(ds.neuron_direct_effect, top.of(rank == r), joined) for r in range(n)]
+    median, reach = np.moveaxis(np.reshape(medians, (n, 2, neurons)), 1, 0)
     order = np.argsort(-change, axis=1, kind="stable")
-    named = {"change": change, "change_size": size, "median_direct_effect": np.reshape(medians, (n, neurons))}
-    ordered = {name: np.take_along_axis(values, order, 1) for name, values in named.items()}
+    named = {"change": change, "change_size": size, "median_direct_effect": median}
+    known = named | {f"median_direct_effect{HALF_WIDTH}": reach}
+    ordered = {name: np.take_along_axis(values, order, 1) for name, values in known.items()}
     summed = ordered["change_size"].cumsum(1)
     with np.errstate(invalid="ignore"):
         ordered |= {"neuron": order, "cumulative_size": summed / summed[:, -1:]}
@@ -221,6 +225,7 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
     found = heads.assign({name: (("rank", "place"), values) for name, values in ordered.items()})
     found = found.assign(
         rising=("rank", (change > 0).sum(1)),
+        rising_half_width=("rank", [_reach_of_rising(*each) for each in zip(sums, counts, strict=True)]),
         stored_tokens=("rank", counts.sum(1)),
         place=np.arange(1, neurons + 1),
     )
@@ -228,6 +233,11 @@ def neuron_changes(ds: xr.Dataset, share: float | None = None, count: int = COUN
         ("neuron", "cumulative_size", "rising", "stored_tokens"), "1"
     )
     return _described(found, units)
+
+
+def _reach_of_rising(changes: np.ndarray, counts: np.ndarray) -> float:
+    """Half-width of how many neurons have a mean above 0, of summed changes [cluster, neuron] and tokens [cluster]."""
+    return bootstrap(lambda drawn: (drawn @ changes > 0).sum(1), counts > 0)
 
 
 def _reach_of_sums(sizes: np.ndarray) -> np.ndarray:
@@ -315,18 +325,21 @@ def _padded(values: np.ndarray, rank: np.ndarray, n: int) -> np.ndarray:
     return out
 
 
-def _medians(array: xr.DataArray, top: Top) -> np.ndarray:
-    """Each neuron's median over the stored entries of `top`: [neuron]; as many neurons at a time as fit in a block."""
-    neurons = array.sizes["neuron"]
+def _medians(array: xr.DataArray, top: Top, clusters: np.ndarray) -> np.ndarray:
+    """Each neuron's median over the stored entries of `top`, and half its interval: [2, neuron].
+
+    As many neurons at a time as fit in a block; `clusters` names that of each prompt.
+    """
+    neurons, cluster = array.sizes["neuron"], clusters[top.token // array.sizes["position"]]
     width = max(1, BLOCK // max(1, top.token.size))
-    found = np.full(neurons, np.nan)
+    found = np.full((2, neurons), np.nan)
     for start in range(0, neurons, width):
         part = slice(start, start + width)
         values = entries_of(array.isel(neuron=part), top)
         stored = np.isfinite(values).all(1)
-        values = values[stored] * top.sign[stored, None]
+        values = (values[stored] * top.sign[stored, None]).astype(float)
         if len(values):
-            found[part] = np.median(values.astype(float), axis=0)
+            found[:, part] = np.median(values, axis=0), median_reach(values.T, cluster[stored])
     return found
 
 

@@ -75,7 +75,7 @@ def token_noise(
         found |= {f"{prefix}correlation": ("rank", rows), f"{prefix}tokens": ("rank", counted.sum((1, 2)))}
         for name, marks in _fates(axis, change).items():
             sums, counts = (marks & counted).sum(2), counted.sum(2)
-            known = Tally.of_prompts(sums, counts, clusters(ds)).estimate
+            known = Tally.of_prompts(sums, counts, clusters(ds)).share
             found[prefix + name] = ("rank", known.mean)
             found[prefix + name + HALF_WIDTH] = ("rank", known.half_width)
     return _describe(xr.Dataset(found, attrs=heads.attrs | {"against": against}), heads)

@@ -19,7 +19,7 @@ def recurring(
     places = (named * size + cluster[:, None])[rising]
     in_clusters = np.bincount(places, minlength=neurons * size).reshape(neurons, size)
     held = np.bincount(cluster, minlength=size)
-    in_tokens = Tally(in_clusters, np.broadcast_to(held, in_clusters.shape)).estimate
+    in_tokens = Tally(in_clusters, np.broadcast_to(held, in_clusters.shape)).share
     order = np.argsort(-in_clusters.sum(1), kind="stable")
     holding, of_prompts = np.unique(prompt, return_counts=True)
     within = np.bincount(joined[pairs // neurons], tokens * (tokens - 1) / 2, size)

@@ -122,17 +122,26 @@ def strongest_repairs(ds: xr.Dataset, count: int = COUNT, share: float | None = 
 def clear_heads(pairs: xr.Dataset, count: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Places (layer, head) of the heads of largest net self-repair, in the order of the model; and of those left out.
 
-    Of a result of `who_repairs`: heads that are surely repaired or broken, where any has an interval, else all. Left
-    out are those of which hardly anything is left on balance: whose known changes add up, whatever their signs, to more
-    than CANCELS times their net; of them the same number, those of the largest changes first.
+    Of a result of `who_repairs`: heads that are surely repaired or broken, where any is, else all. Left out are those
+    of which hardly anything is left on balance, where there are others: whose known changes add up, whatever their
+    signs, to more than CANCELS times their net; of them the same number, those of the largest changes first.
     """
-    sure = (pairs.top_repaired | pairs.top_broken).values
     done = (pairs.tokens > 0).values & np.isfinite(pairs.top_self_repair.values)
-    some = done & sure if pairs.top_p_value.notnull().any() else done
     net, gross = abs(pairs.top_self_repair.values), _gross(pairs)
     cancelled = done & (gross > CANCELS * net)
-    chosen = _largest(np.where(some & ~cancelled, net, -1), count)
-    return sorted(chosen), _largest(np.where(cancelled, gross, -1), count)
+    choices = (done & _sure(pairs) & ~cancelled, done & ~cancelled, done)
+    some = next((each for each in choices if each.any()), done)
+    chosen = _largest(np.where(some, net, -1), count)
+    return sorted(chosen), _largest(np.where(cancelled & ~some, gross, -1), count)
+
+
+def all_sure(pairs: xr.Dataset, heads: list[tuple[int, int]]) -> bool:
+    """Whether each of these (places) is surely repaired or broken."""
+    return bool(heads) and all(_sure(pairs)[place] for place in heads)
+
+
+def _sure(pairs: xr.Dataset) -> np.ndarray:
+    return (pairs.top_repaired | pairs.top_broken).values
 
 
 def _gross(pairs: xr.Dataset) -> np.ndarray:

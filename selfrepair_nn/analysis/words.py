@@ -50,7 +50,7 @@ def frequent_words(ds: xr.Dataset, count: int = COUNT, share: float | None = Non
             best = np.lexsort((-np.abs(mean), -often))[:count]
             here = (end, case, slice(best.size))
             ids[here], shares[here], effects[here] = found[best], often[best] / at.sum(), mean[best]
-            widths[here] = _often(words[at], found[best], cluster[at]).half_width
+            widths[here] = _often(words[at], found[best], cluster[at]).share.half_width
     dims, grid = ("end", *tokens.dims, "place"), (len(ENDS), *tokens.shape, count)
     over = among(share, ds)
     named = {

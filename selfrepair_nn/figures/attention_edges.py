@@ -1,5 +1,7 @@
 """Attention's own repair: what a live softmax gives back of what the edges carried that are cut."""
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -50,9 +52,15 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         single.set_title("heads that attend to few tokens", fontsize=9)
     models = " and ".join(dict.fromkeys(str(heads.attrs["model"]) for heads in found.values()))
     style.heading(figure, found, f"{models}, attention edges cut: means on {among(share, *found.values())}")
-    lines = [line for heads in found.values() for line in _reading(heads)]
-    style.caption(figure, found, [*style.captions(found, of="top_carried"), *dict.fromkeys(lines)])
+    style.caption(figure, found, [*style.captions(found, of="top_carried"), *_readings(found)])
     return figure
+
+
+def _readings(found: Mapping[str, xr.Dataset]) -> Iterator[str]:
+    """What is said of all stores once, and under its name what is said of each otherwise."""
+    for lines in zip(*map(_reading, found.values()), strict=True):
+        alike = len({*lines}) == 1
+        yield from lines[:1] if alike else map("{}: {}".format, found, lines)
 
 
 def _reading(heads: xr.Dataset) -> list[str]:
@@ -74,7 +82,7 @@ def _told(heads: xr.Dataset) -> str:
     if not count:
         return f"no head pays {heads.attrs['least']:g} along these edges"
     told = style.shown_share(heads, "concentrated_top_given_back")
-    return f"{count} heads that attend to few tokens: {told} is given back"
+    return f"{count} heads that attend to few tokens:\n{told} is given back"
 
 
 def _draw_shares(axes: Axes, heads: xr.Dataset) -> None:

@@ -65,8 +65,9 @@ def _draw_heads(figure: Figure, axes: Axes, found: xr.Dataset) -> None:
     axes.axvline(0, color="black", linewidth=0.6)
     axes.set_xlabel("exact logit change, mean (logits)")
     axes.set_ylabel("attributed logit change, mean (logits)")
-    ranks = f"{found.attrs['rank_correlation']:.2f}".replace("-", "\N{MINUS SIGN}")
-    axes.set_title(f"{int(known.sum())} heads, rank correlation {ranks}")
+    ranks, width = (found.attrs[f"rank_correlation{end}"] for end in ("", HALF_WIDTH))
+    told = f"{ranks:.2f}".replace("-", "\N{MINUS SIGN}") + (f" ± {width:.2f}" if np.isfinite(width) else "")
+    axes.set_title(f"{int(known.sum())} heads, rank correlation {told}")
     figure.colorbar(dots, ax=axes, label="layer")
 
 

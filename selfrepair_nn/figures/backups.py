@@ -94,7 +94,7 @@ def _told(ds: xr.Dataset) -> list[str]:
     told = [facts, *where, f"{lost} {wording.reach(width)}", backups, wording.intervals(ds, "takes_over")]
     return [
         ". ".join(style.capital(each.strip()) for each in told) + ".",
-        *(f"{line}." for line in wording.task(ds)),
+        *(f"{style.capital(line)}." for line in wording.task(ds)),
     ]
 
 

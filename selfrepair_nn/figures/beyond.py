@@ -25,6 +25,8 @@ MARK = 0.13
 USUAL, LONGEST = 80, 0.15
 """Percentile of the intervals' lengths for which there is room, and the most of the axis that this takes."""
 TICKS, INSIDE, BETWEEN = 6, 6, 40
+GAP = 6
+"""Points between names side by side."""
 READING = "Triangles in grey: beyond the axis; names and means of the farthest."
 
 
@@ -215,7 +217,8 @@ def _name_edge(axes: Axes, far: Sequence[Far], up: bool, percent: bool, coloured
     look = {"fontsize": style.LABEL - 0.5, "ha": "center", "va": "top" if up else "bottom", "zorder": 7}
     look |= {"linespacing": 1.05, "transform": across}
     texts = [axes.text(one.x, 0.988 if up else 0.012, one.told(percent), **look) for one in far]
-    widths = np.array([text.get_window_extent(renderer).width for text in texts])
+    gap = renderer.points_to_pixels(GAP)
+    widths = np.array([text.get_window_extent(renderer).width + gap for text in texts])
     wanted = np.array([axes.transData.transform((one.x, 0))[0] for one in far])
     sizes = [np.inf if one.mean else abs(one.y) for one in far]
     places = labels.spread_near(wanted, widths, sizes, frame.x0, frame.x1)

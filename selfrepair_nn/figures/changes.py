@@ -1,5 +1,6 @@
 """What variants change of the strongest heads' self-repair against the first variant, one by one."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -60,7 +61,7 @@ def _draw_store(axes: Axes, heads: xr.Dataset, changes: xr.Dataset) -> None:
 def name_variants(axes: Axes, labels: list[str]) -> None:
     """Labels side by side, a word a line; where they are many, upright."""
     many = len(labels) > MANY
-    shown = labels if many else [label.replace(".", " ").replace(" ", "\n") for label in labels]
+    shown = labels if many else [re.sub(r"\.(?!\d)| ", "\n", label) for label in labels]
     axes.set_xticks(range(len(labels)), shown, rotation=90 if many else 0, fontsize=7.5)
 
 

@@ -58,9 +58,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         )
         bar.outline.set_visible(False)
     style.heading(figure, {name: heads.assign_attrs(ablation="contrastive") for name, heads in found.items()})
-    facts = [
-        fact for heads in found.values() for fact in (_facts(heads), *(f"{line}." for line in task(heads)))
-    ]
+    facts = [style.capital(f"{line}.") for heads in found.values() for line in (_facts(heads)[:-1], *task(heads))]
     style.caption(figure, found, [*facts, f"{style.capital(_known(found))}.", *READING])
     style.lay_out(figure)
     for row, heads in zip(panels, found.values(), strict=True):

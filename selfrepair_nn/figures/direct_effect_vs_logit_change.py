@@ -16,7 +16,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import labels, plane, style, suiting
 
-LABELS = 8
+LABELS, WIDE = 8, 42  # heads that are named, and characters over a panel
 READING = {
     "removed": "Dashed: y = \N{MINUS SIGN}x, no repair: the logit loses what the ablation takes of the head's direct "
     "effect. √2 times the distance from it is self-repair.",
@@ -47,7 +47,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         axes.remove()
     for axes, (name, heads) in zip(panels, found.items(), strict=False):
         _draw_panel(axes, heads)
-        axes.set_title(style.wrapped(wording.title(heads)) if len(found) == 1 else name)
+        axes.set_title(style.wrapped(wording.title(heads), WIDE) if len(found) == 1 else name)
         _colour_bar(figure, axes, heads)
     top = not all(map(every_token, found.values()))
     told = style.captions(found, top, of="top_logit_change" if top else "logit_change")

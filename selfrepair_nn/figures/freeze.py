@@ -67,6 +67,7 @@ def _draw_layers(axes: Axes, heads: xr.Dataset) -> None:
         look["label"] = f"frozen: {label}{most}"
         style.line(axes, layer + shift, values.mean("head").values, width, **look)
     depth.name_axis(axes, True)
+    axes.set_xlim(layer.min() - 0.5, layer.max() + 0.5)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + ROOM * (high - low))
     axes.legend(loc="upper left")

@@ -58,4 +58,4 @@ def draw(axes: Axes, values: Mapping[str, np.ndarray]) -> None:
     axes.axvline(1, color="black", linewidth=1, linestyle=(0, (5, 3)))
     axes.yaxis.set_major_formatter(style.as_percent)
     axes.set_ylim(top=ROOM * axes.get_ylim()[1])
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", frameon=True, framealpha=0.8, edgecolor="none", facecolor="white")

@@ -81,7 +81,7 @@ def told(pairs: xr.Dataset) -> list[str]:
         counts = [(int((pairs.relation.values == kind).sum()), kind) for kind in RELATIONS]
         where.append("pairs: " + ", ".join(f"{count} {kind}" for count, kind in counts))
     facts = f"{pairs.attrs['prompts']} prompts, {pairs.attrs['tokens_each']} tokens each"
-    task = [f"{line}." for line in wording.task(pairs)]
+    task = [f"{style.capital(line)}." for line in wording.task(pairs)]
     return [
         f"{facts}. {'. '.join(map(style.capital, where))}.",
         f"{style.capital(wording.intervals(pairs, name))}.",
@@ -106,10 +106,10 @@ def _draw_pairs(figure: Figure, axes: Axes, pairs: xr.Dataset) -> None:
         marks[place] = marks[place[::-1]] = MARKS[str(relation)]
         widths[place] = widths[place[::-1]] = width
     _map(figure, axes, values, heads, "interaction (logits)")
-    most = np.nanmax(abs(values))
+    most, decimals = np.nanmax(abs(values)), style.decimals(values)
     for row, column in np.argwhere(marks != ""):
         value = values[row, column]
-        text = f"{_cell(value, widths[row, column])}\n{marks[row, column]}"
+        text = f"{_cell(value, widths[row, column], decimals)}\n{marks[row, column]}"
         look = {"ha": "center", "va": "center", "fontsize": _size(heads), "linespacing": 1.0}
         axes.text(column, row, text, color=_ink(float(value), float(most)), **look)
 
@@ -120,11 +120,11 @@ def _draw_responses(figure: Figure, axes: Axes, pairs: xr.Dataset) -> None:
     known = pairs.response_known.values
     image = _map(figure, axes, values, heads, "change of direct effect (logits)")
     image.set_alpha(np.where(known | np.isnan(values), 1.0, 0.3))
-    most = np.nanmax(abs(values)) if np.isfinite(values).any() else 1
+    most, decimals = np.nanmax(abs(values)) if np.isfinite(values).any() else 1, style.decimals(values)
     for row, column in np.argwhere(np.isfinite(values)):
         value, sure = values[row, column], known[row, column]
         ink = _ink(float(value), float(most)) if sure else "#777777"
-        text = _cell(value, pairs[f"response{HALF_WIDTH}"].values[row, column])
+        text = _cell(value, pairs[f"response{HALF_WIDTH}"].values[row, column], decimals)
         look = {"ha": "center", "va": "center", "fontsize": _size(heads), "linespacing": 1.0}
         axes.text(column, row, text, color=ink, **look)
     axes.set_xlabel("changes")
@@ -141,9 +141,9 @@ def _map(figure: Figure, axes: Axes, values: np.ndarray, heads: list[str], label
     return image
 
 
-def _cell(value: Any, width: Any) -> str:
-    known = f"\n± {width:.2f}" if np.isfinite(width) else ""
-    return f"{style.signed(float(value))}{known}"
+def _cell(value: Any, width: Any, decimals: int) -> str:
+    known = f"\n± {width:.{decimals}f}" if np.isfinite(width) else ""
+    return f"{style.signed(float(value), decimals)}{known}"
 
 
 def _size(heads: list[str]) -> float:

@@ -16,7 +16,8 @@ BAR = 0.36
 READING = (
     "Left: the direct effect that is taken away, and what the logit difference loses; if less, the others repair.",
     "Right: the heads that rise most when the name movers are ablated together. Orange: the layers from {first}'s",
-    "to their own are deleted, so that they read what {first} reads. Means on the tokens that count, 95% intervals.",
+    "to their own are deleted, so that they read what {first} reads. Means on the tokens that count, 95% intervals; of "
+    "what is ablated, those of the change against clean.",
 )
 LOOKS = {
     "direct_effect": ("clean", "#8A8A8A", "o"),
@@ -55,7 +56,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     facts = [
         f"{'' if len(found) == 1 else name + ': '}{fact}"
         for name, (movers, _) in found.items()
-        for fact in (_facts(movers), *(f"{line}." for line in _told(movers)))
+        for fact in (_facts(movers), *(f"{style.capital(line)}." for line in _told(movers)))
     ]
     first = ", ".join(dict.fromkeys(str(movers.case.values[0]) for movers, _ in found.values()))
     shown = {name: movers for name, (movers, _) in found.items()}

@@ -35,6 +35,8 @@ OF_MEANS = (
 )
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0.1}
 """Where legends stand."""
+EDGE = 0.04
+"""What part of an axis is left free beyond a layer's mean."""
 LARGEST = 1.25
 """Beyond it a share is shown as a number at the edge."""
 NAMED = 4
@@ -126,8 +128,9 @@ def _draw_heads(
     if beside:
         _draw_means(axes, found, share, beside)
         means = [depth.means_of(heads, each, share, True) for each in beside for heads in found.values()]
-        further = np.concatenate([[low, high], *(each.ends for each in means)])
-        low, high = further.min(), further.max()
+        every = np.concatenate([[low, high], *(each.ends for each in means)])
+        edge = EDGE * np.ptp(every)
+        low, high = np.append(every[every < low] - edge, low).min(), np.append(every[every > high] + edge, high).max()
     if name in SHARES:
         low, high = max(low, -LARGEST), min(high, LARGEST)
     return axes, dots, beyond.settle(axes, dots, (low, high), name in SHARES)

@@ -12,7 +12,7 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, who_repairs
-from selfrepair_nn.analysis.repairers import changes_of, clear_heads
+from selfrepair_nn.analysis.repairers import all_sure, changes_of, clear_heads
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.drawing import figure
@@ -25,7 +25,7 @@ SLOT = 0.74  # inches for each label of a row
 SIDE = 0.36  # half the side of a label at which arrows end, in slots
 ABOVE, BELOW = 0.11, 0.055  # from the middle of a label to an arrow's end, in distances between the rows
 READING = (
-    "Top: the {heads} heads of largest self-repair{surely}, with that net number, in the order of layers. Middle: what "
+    "Top: the {heads} of largest self-repair{surely}, with that net number, in the order of layers. Middle: what "
     "changes its direct effect when they are ablated, in the same order (MLPs and norms grey), and the changes, each "
     "under its arrow: means on the head's {top}.",
     "Arrows: the {count} largest of their changes{known}; width by the square root of size. Bars: 95% intervals.",
@@ -61,9 +61,13 @@ class Arrow:
 
 @dataclass(frozen=True)
 class Graph:
-    """A store's arrows, the strongest first; the heads' net self-repair in words; and heads whose changes cancel."""
+    """A store's arrows, the strongest first; the heads' net self-repair in words; and heads whose changes cancel.
+
+    `sure`: whether each head's net self-repair surely is not 0.
+    """
 
     arrows: list[Arrow]
+    sure: bool
     net: dict[str, str]
     cancelled: list[str]
     slots: Slots
@@ -108,24 +112,26 @@ def _graph(pairs: xr.Dataset) -> Graph:
     rows = zip(*(edges[name].values.tolist() for name in names), strict=True) if edges else []
     arrows = [Arrow(Head(layer, head), *others) for layer, head, *others in rows]
     shown = {arrow.ablated.label for arrow in arrows}
-    net = {label: told for at in chosen for label, told in [_net(pairs, *at)] if label in shown}
-    return Graph(arrows, net, [_net(pairs, *at)[0] for at in cancelled[:3]], _slots(arrows))
+    digits = style.decimals(np.array([pairs.top_self_repair.values[at] for at in chosen]))
+    net = {label: told for at in chosen for label, told in [_net(pairs, *at, digits)] if label in shown}
+    return Graph(arrows, all_sure(pairs, chosen), net, [_net(pairs, *at)[0] for at in cancelled[:3]], _slots(arrows))
 
 
-def _net(pairs: xr.Dataset, layer: int, head: int) -> tuple[str, str]:
+def _net(pairs: xr.Dataset, layer: int, head: int, decimals: int = style.DECIMALS) -> tuple[str, str]:
     """A head's label, and its self-repair in words."""
     one = pairs.isel(layer=layer, head=head)
     value, width = (float(one[f"top_self_repair{end}"]) for end in ("", HALF_WIDTH))
     known = f"\n± {width:.1g}" if np.isfinite(width) else ""
-    return Head(int(one["layer"]), int(one["head"])).label, f"{style.signed(value)}{known}"
+    return Head(int(one["layer"]), int(one["head"])).label, f"{style.signed(value, decimals)}{known}"
 
 
 def _reading(graphs: dict[str, Graph], top: str) -> list[str]:
     count = max(len(graph.arrows) for graph in graphs.values())
     heads = max(len(graph.net) for graph in graphs.values())
     some = any(arrow.known for graph in graphs.values() for arrow in graph.arrows)
-    sure = {"surely": SURELY, "known": KNOWN.format(rate=RATE)} if some else {"surely": "", "known": ""}
-    told = [line.format(count=count, heads=heads, top=top, **sure) for line in READING] + (
+    sure = {"surely": SURELY if all(graph.sure for graph in graphs.values()) else ""}
+    sure |= {"known": KNOWN.format(rate=RATE) if some else ""}
+    told = [line.format(count=count, heads=style.counted(heads, "head"), top=top, **sure) for line in READING] + (
         [] if some else [UNSURE]
     )
     cancelled = [label for graph in graphs.values() for label in graph.cancelled]

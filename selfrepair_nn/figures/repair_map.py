@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from scipy.cluster.hierarchy import dendrogram, linkage
 
 from selfrepair_nn.analysis import HALF_WIDTH, SHARE, among, who_repairs
-from selfrepair_nn.analysis.repairers import clear_heads
+from selfrepair_nn.analysis.repairers import all_sure, clear_heads
 from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.drawing import figure
@@ -21,8 +21,8 @@ from selfrepair_nn.figures.repair_graph import SURELY
 
 ROWS, COLUMNS = 20, 20
 READING = (
-    "Rows: of {done} heads the {rows} of largest self-repair{surely}, alike ones together (average "
-    "linkage). Left: the {columns} components that change most, in order of layers; blue repairs, red breaks: means "
+    "Rows: of {done} the {rows} of largest self-repair{surely}, alike ones together (average "
+    "linkage). Left: the {columns} that change most, in order of layers; blue repairs, red breaks: means "
     "on the head's {top}.",
     "Pale: not known to differ from zero (false discovery rate {rate:.0%} over all pairs; right, 95% intervals, "
     "behind ±). Grey: the ablated head itself. Right: all later heads, MLPs, norms, which add up to the self-repair.",
@@ -44,7 +44,11 @@ TOTALS = {
 }
 KINDS = ("head", "mixer", "mlp")
 SHOWN = 96  # percentile of the sizes at which the colours may end
-CELL, TOTAL, ROW, TREE = 0.25, 0.78, 0.235, 0.5  # inches
+CELL, TOTAL, ROW, TREE, DIGITS = 0.25, 0.78, 0.235, 0.5, 0.1  # inches
+LETTERS = 9
+"""Of a store's name in an inch over the components."""
+FEWEST = 8
+"""Columns for which there is room, and twice the rows, however few there are."""
 
 
 @figure(*suiting.COMPONENTS, name=__name__, about=__doc__)
@@ -57,24 +61,25 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     found = style.summaries(datasets, share, who_repairs)
     parts = {name: _Part(pairs) for name, pairs in found.items()}
     columns, totals = (max(getattr(part, n).shape[1] for part in parts.values()) for n in ("values", "sums"))
-    heights = [1.1 + ROW * len(part.names) for part in parts.values()]
-    widths = [TREE, CELL * max(columns, 4), TOTAL * totals]
+    heights = [1.1 + ROW * max(len(part.names), FEWEST // 2) for part in parts.values()]
+    digits = max(style.decimals(part.sums) for part in parts.values()) - style.DECIMALS
+    widths = [TREE, CELL * max(columns, FEWEST), (TOTAL + DIGITS * digits) * totals]
     figure = style.new_figure(1.6 + sum(widths), 0.8 + sum(heights))
     looks = {"squeeze": False, "gridspec_kw": {"width_ratios": widths, "height_ratios": heights}}
     for row, (name, part) in zip(figure.subplots(len(found), 3, **looks), parts.items(), strict=True):
         image = _draw_store(row, part)
         bar = {"pad": 0.01, "aspect": 40, "extend": "both", "ticks": _ticks(cast(float, image.norm.vmax))}
         figure.colorbar(image, ax=row, label="logits", format=_plain, **bar).outline.set_visible(False)
-        row[1].set_title("single components" if len(found) == 1 else f"{name}: single components")
+        above = "" if len(found) == 1 else f"{style.wrapped(name, int(LETTERS * widths[1]))}\n"
+        row[1].set_title(f"{above}single components")
         row[2].set_title("all of a kind")
     style.heading(figure, found)
     most = max(parts.values(), key=lambda part: len(part.names))
-    surely = SURELY if any(pairs.top_p_value.notnull().any() for pairs in found.values()) else ""
     facts = {
-        "surely": surely,
-        "done": most.done,
+        "surely": SURELY if all(part.sure for part in parts.values()) else "",
+        "done": style.counted(most.done, "head"),
         "rows": len(most.names),
-        "columns": columns,
+        "columns": style.counted(columns, "component"),
         "top": among(share, *found.values()),
     }
     reading = [line.format(rate=RATE, **facts) for line in READING]
@@ -87,7 +92,7 @@ class _Part:
 
     def __init__(self, pairs: xr.Dataset) -> None:
         heads, _ = clear_heads(pairs, ROWS)
-        heads = heads or clear_heads(pairs.assign(top_p_value=pairs.top_p_value * np.nan), ROWS)[0]
+        self.sure = all_sure(pairs, heads)
         layer, head = np.array(heads, int).reshape(-1, 2).T
         values = np.where(pairs.own.values, np.nan, pairs.repair.values)[layer, head]
         columns = _columns(pairs, values, pairs.repair_known.values[layer, head])
@@ -139,11 +144,11 @@ def _draw_store(panels: np.ndarray, part: _Part) -> AxesImage:
     panels[2].set_xticks(range(len(part.totals)), part.totals, fontsize=7.5)
     panels[2].set_yticks([])
     panels[2].axvline(len(part.totals) - 1.5, color="white", linewidth=3)
+    decimals = style.decimals(part.sums)
     for at in np.ndindex(part.sums.shape):
         value, width = float(part.sums[at]), float(part.widths[at])
-        told = (
-            style.signed(value) + (f" ± {width:.2f}" if np.isfinite(width) else "") if value or width else "0"
-        )
+        known = f" ± {width:.{decimals}f}" if np.isfinite(width) else ""
+        told = style.signed(value, decimals) + known if value or width else "0"
         dark = sure[at] and abs(norm(value) - 0.5) > DARK
         look = {"ha": "center", "va": "center", "fontsize": 6.5, "color": "white" if dark else "black"}
         panels[2].text(at[1], at[0], told, **look)

@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from selfrepair_nn.analysis import SHARE, throughout, token_variants
+from selfrepair_nn.analysis import HALF_WIDTH, SHARE, throughout, token_variants
 from selfrepair_nn.drawing import Need, figure
 from selfrepair_nn.figures import histograms, style, suiting
 
@@ -31,7 +31,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     for axes, tokens in histograms.panels(figure, found):
         known = np.isfinite(tokens.direct_effect.values)
         ratios = tokens.residual_ratio.values[:, known]
-        legends = [_legend(tokens.isel(ablation=i), each) for i, each in enumerate(ratios)]
+        legends = [_legend(tokens.isel(ablation=i)) for i in range(tokens.sizes["ablation"])]
         histograms.draw(axes, dict(zip(legends, ratios, strict=True)))
         axes.set_xlabel("ablated / clean length")
         axes.set_ylabel(f"share of {throughout(*found.values())}")
@@ -40,6 +40,8 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     return figure
 
 
-def _legend(tokens: xr.Dataset, ratios: np.ndarray) -> str:
+def _legend(tokens: xr.Dataset) -> str:
+    median, width = (float(tokens[f"median_residual_ratio{end}"]) for end in ("", HALF_WIDTH))
+    known = f" ± {width:.4f}" if np.isfinite(width) else ""
     short = style.shown_share(tokens, "shortened")
-    return f"{tokens['ablation'].values}: median {np.median(ratios):.3f}, shorter on {short}"
+    return f"{tokens['ablation'].values}: median {median:.4f}{known}, shorter on {short}"

@@ -55,6 +55,7 @@ def _draw_layers(axes: Axes, heads: xr.Dataset) -> None:
         width = one[f"layer_top_self_repair{HALF_WIDTH}"]
         _draw_means(axes, heads, one.top_self_repair, width, index, 0.16 * (index - 0.5), label=told)
     depth.name_axis(axes, True)
+    axes.set_xlim(heads["layer"].values.min() - 0.5, heads["layer"].values.max() + 0.5)
     axes.legend(loc="best")
 
 

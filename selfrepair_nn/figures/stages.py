@@ -26,7 +26,7 @@ NORMS = {
     "from_norm": "final norm",
     "self_repair": "all:\nself-repair",
 }
-PALE, DARK = 0.3, 0.55
+PALE, DARK, STAGE = 0.3, 0.55, 14  # the last: characters in a line of a stage's name
 
 
 def _one_by_one(ds: xr.Dataset) -> bool:
@@ -75,16 +75,16 @@ def _draw_stages(figure: Figure, axes: Axes, stages: xr.Dataset) -> None:
     )
     shown = np.where(reached, values, np.nan)
     most = float(np.nanmax(abs(shown), initial=0)) or 1e-6
-    sure = abs(values) > widths
+    sure, decimals = abs(values) > widths, style.decimals(shown)
     look = {"cmap": COLOURS, "vmin": -most, "vmax": most, "aspect": "auto"}
     image = axes.imshow(shown, alpha=np.where(sure | ~reached, 1, PALE), **look)
     for row, column in np.argwhere(reached):
         value, width = values[row, column], widths[row, column]
-        told = style.signed(float(value)) + (f"\n± {width:.3f}" if np.isfinite(width) else "")
+        told = style.signed(float(value), decimals) + (f"\n± {width:.{decimals + 1}f}" if np.isfinite(width) else "")
         ink = "white" if sure[row, column] and abs(value) > DARK * most else "black"
         axes.text(column, row, told, ha="center", va="center", fontsize=7.5, color=ink)
     names = [
-        f"{name}\n(layers {layers})"
+        f"{style.wrapped(str(name), STAGE)}\n(layers {layers})"
         for name, layers in zip(stages.repairing.values, stages.layers.values, strict=True)
     ]
     counts = [

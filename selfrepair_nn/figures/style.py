@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from selfrepair_nn import wording
 from selfrepair_nn.analysis import HALF_WIDTH, by_head, restored
@@ -36,9 +37,11 @@ __all__ = ["lay_out", "looking", "new_figure", "outlined_svg", "resize", "save",
 
 CHARACTERS = 19.8  # of small print in an inch
 LINES, LINE = 4, 0.14  # small print for which there is room, and inches of a line
-LAYERS = "viridis"
+LAYERS, DECIMALS = "viridis", 2
 TITLE = 60
 """Characters that fit over a panel."""
+BETWEEN, LAST = 0.15, 0.6
+"""Inches of a panel that its title leaves free before the next one, and at the edge, as it begins further in."""
 
 Datasets = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
 Summary = Callable[[xr.Dataset, float], xr.Dataset]
@@ -113,7 +116,11 @@ def heading(figure: Figure, found: Mapping[str, xr.Dataset], told: str | None = 
 
 
 def caption(figure: Figure, found: Mapping[str, xr.Dataset], lines: Sequence[str]) -> None:
-    """Small print under the figure; in red, and above all else, what `warnings` says of any of the datasets."""
+    """Small print under the figure; in red, and above all else, what `warnings` says of any of the datasets.
+
+    Titles that are too long for their panels go on further lines: what is over them stands by now.
+    """
+    fit_titles(figure)
     loud = [
         f"{name}: {told}" if len(found) > 1 else told for name, h in found.items() for told in warnings(h)
     ]
@@ -125,6 +132,34 @@ def caption(figure: Figure, found: Mapping[str, xr.Dataset], lines: Sequence[str
     look = {"fontsize": 7, "color": LOUD if loud else MUTED, "linespacing": 1.4}
     if shown:
         figure.supxlabel("\n".join(shown), x=0.01, ha="left", **look)
+
+
+def fit_titles(figure: Figure) -> None:
+    """Titles of panels on as many lines as keep them from the next panel, and from the figure's edge."""
+    for axes in figure.axes:
+        for text in axes.get_children():
+            if isinstance(text, Text) and text.get_text() and text.get_text() == axes.get_title("left"):
+                text.set_text(_fitted(text, _room(figure, axes)))
+
+
+def _room(figure: Figure, axes: Axes) -> float:
+    """For the title of a panel, in inches; without bounds where the panel is part of another."""
+    place = axes.get_subplotspec()
+    if place is None:
+        return np.inf
+    grid, columns = place.get_gridspec(), place.colspan
+    ratios = np.array(grid.get_width_ratios(), float)
+    edge = LAST if columns.stop == grid.ncols else BETWEEN
+    return width_of(figure) * ratios[columns.start : columns.stop].sum() / ratios.sum() - edge
+
+
+def _fitted(text: Text, room: float) -> str:
+    longest = text.get_window_extent().width / text.figure.dpi
+    if longest <= room:
+        return text.get_text()
+    lines = text.get_text().split("\n")
+    fits = max(int(max(map(len, lines)) * room / longest), 8)
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, fits))
 
 
 def captions(
@@ -149,16 +184,27 @@ def captions(
 
 def _facts(heads: xr.Dataset, top: bool) -> list[str]:
     basis = f"{wording.basis(heads, top)}; {wording.noise(heads)}"
-    return [basis, *map(capital, wording.selection(heads)), *wording.task(heads)]
+    return [basis, *map(capital, [*wording.selection(heads), *wording.task(heads)])]
 
 
 def capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def signed(value: float) -> str:
-    """A number in a cell: its sign, two decimals."""
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+def counted(count: int, what: str) -> str:
+    """ "1 head", "2 heads"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def decimals(values: np.ndarray) -> int:
+    """How many tell the largest of these numbers by two digits: at least DECIMALS, and not more than two further."""
+    most = float(np.nanmax(abs(values), initial=0))
+    return int(np.clip(1 - np.floor(np.log10(most)), DECIMALS, DECIMALS + 2)) if 0 < most < np.inf else DECIMALS
+
+
+def signed(value: float, decimals: int = DECIMALS) -> str:
+    """A number in a cell, with its sign."""
+    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def bars(half_width: np.ndarray) -> np.ndarray:
@@ -182,9 +228,9 @@ def line(axes: Axes, x: np.ndarray, y: np.ndarray, half_width: np.ndarray, **loo
 
 
 def shown_share(one: xr.Dataset, name: str, decimals: int = 0) -> str:
-    """ "62% ± 4%" of a share, without the interval where there is none, or where every token said the same."""
+    """ "62% ± 4%" of a share, without the interval where there is none."""
     width = float(one[name + HALF_WIDTH])
-    told = f" ± {width:.{decimals}%}" if 0 < width < np.inf else ""
+    told = f" ± {width:.{decimals}%}" if np.isfinite(width) else ""
     return f"{float(one[name]):.{decimals}%}{told}"
 
 

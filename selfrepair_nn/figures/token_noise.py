@@ -48,7 +48,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     columns = min(most, 2 if alone else 4)
     rows = -(-most // columns) * len(found)
     figure = style.new_figure(0.4 + 4.4 * columns, 1.2 + 4.3 * rows)
-    style.space(figure, h_pad=0.08)
+    style.space(figure, h_pad=0.12)
     panels = figure.subplots(rows, columns, squeeze=False).reshape(len(found), -1)
     for row, (name, tokens) in zip(panels, found.items(), strict=True):
         for rank, axes in enumerate(row):
@@ -128,7 +128,8 @@ def _fitting(line: str) -> list[str]:
 
 def _said(tokens: xr.Dataset, prefix: str, which: str) -> str:
     value, width = (float(tokens[f"{prefix}correlation{end}"]) for end in ("", HALF_WIDTH))
-    correlation = (f"{value:.2f}" + (f" ± {width:.2f}" if np.isfinite(width) else "")).replace("-", "\N{MINUS SIGN}")
+    known = f"{value:.2f}" if np.isfinite(value) else "undefined"
+    correlation = (known + (f" ± {width:.2f}" if np.isfinite(width) else "")).replace("-", "\N{MINUS SIGN}")
     fates = ", ".join(
         f"{name} {style.shown_share(tokens, prefix + name)}" for name in ("broken", "under", "over")
     )

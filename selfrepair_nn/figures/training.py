@@ -25,7 +25,7 @@ READING = (
     "Left: means over heads, with their 95% intervals: what the ablation removes of the direct effect, and what makes "
     "up for it. Each revision is a model of its own: its top tokens are its own, and so is its noise floor.",
     "Right: heads that are repaired, or broken, at a false discovery rate of {rate:.0%} within each revision, of those "
-    "that have an interval.",
+    "that have an interval. These are counts of verdicts, which have none.",
 )
 NEED = Need(
     "several revisions of a model (--revisions)", lambda ds: suiting.axis(ds) == AXIS and AXIS in ds.coords

@@ -61,7 +61,7 @@ def _draw_store(axes: Axes, sites: xr.Dataset) -> None:
     dims = ("case",) if "case" in sites.dims else ("layer", "head")
     mean = sites.top_self_repair.where(sites.tokens > 0).mean(dims).values
     width = sites[f"overall_top_self_repair{HALF_WIDTH}"].values
-    style.line(axes, np.arange(len(labels)), mean, width, color=style.MUTED, linewidth=1, label="mean")
+    style.line(axes, np.arange(len(labels)), mean, width, color=style.MUTED, linewidth=1, marker=".", label="mean")
     flat = sites.stack(site=dims)
     each = flat.direct_effect.where(flat.tokens > 0)  # of revisions in the mean over them
     effects = each.mean([d for d in each.dims if d != "site"]).fillna(-np.inf).values

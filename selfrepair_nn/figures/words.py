@@ -23,7 +23,7 @@ TITLES = {
     "promoted": "most often promoted",
     "demoted": "most often demoted",
     "context": "first word was read before:\nexcess over the null",
-    "repair": "demoted word, read before:\nchange of its logit",
+    "repair": "demoted, read before:\nchange of its logit",
 }
 READING = (
     "Rows: the {count} heads that write most of the target. Cells: a token, and on how many of the head's tokens it is "
