@@ -111,8 +111,8 @@ class Checks:
 
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
-        self._expected = {
-            file: (block, noted)
+        self._expected = {  # tuples of numbers: there may be many, and the garbage collector need not follow them
+            file: (block, None if noted is None else tuple(noted))
             for array, block, file, noted in (_required(contents) if contents.format > 1 else ())
             if array
         }
