@@ -181,10 +181,10 @@ def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_
 def test_a_power_cut_leaves_a_store_that_is_whole_and_resumes(recorded, asked, tmp_path, kind):
     root, recorder = recorded(kind)
     chance = random.Random(1)
-    for stop in range(0, len(recorder.asked), 2 * STEP[kind]):
+    for stop in range(0, len(recorder.asked), 4 * STEP[kind]):
         store = laid_out(after_a_cut(recorder, stop, chance), tmp_path / f"{stop}.zarr")
         assert sr.verify(store) == [], f"{stop}: {recorder.asked[stop - 1][:2]}"
-        if chance.random() < 10 * STEP[kind] / len(recorder.asked):
+        if chance.random() < 20 * STEP[kind] / len(recorder.asked):
             run(store, asked | RUNS[kind])
             assert_same_numbers(store, root)
 
@@ -224,7 +224,7 @@ def campaign(tmp_path_factory):
         "top share": (0.65, 0.85),
         "until an interval": (0.7, 0.97),
         "workers": (0.3, 0.97),
-        "a worker": (0.2, 0.9),
+        "a worker": (0.6,),
     }.items(),
 )
 def test_killed_by_the_system_at_writes_all_along_a_run(campaign, kind, shares):

@@ -322,8 +322,7 @@ def ended_in(folder, *arguments, **settings):
     )
 
 
-@pytest.mark.parametrize("status", [401, 403, 400])
-@pytest.mark.parametrize("what", ["--model", "--prompts"])
+@pytest.mark.parametrize(("what", "status"), [("--model", 401), ("--prompts", 403), ("--model", 400)])
 def test_a_hub_that_repeats_what_it_got(tmp_path, status, what):
     token = "hf_Pl4ntedPlantedPlanted"
     with echo(status) as address:

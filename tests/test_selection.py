@@ -393,7 +393,7 @@ def test_rounds_grow_by_a_share_of_what_was_used():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("writes", [3, 45, 60])
+@pytest.mark.parametrize("writes", [3, 60])
 def test_a_run_that_is_interrupted_ends_with_the_same_numbers(
     request, asked, tmp_path, monkeypatch, whole, choices, writes
 ):
