@@ -33,6 +33,7 @@ from selfrepair_nn.table import Summary
 from selfrepair_nn.wording import (
     WIDTH,
     basis,
+    counted,
     each_heads,
     intervals,
     legible,
@@ -209,7 +210,7 @@ def _why(row: dict[str, Any], heads: xr.Dataset) -> str:
     if warnings(heads):
         return "but its parts do not add up"
     if row["self_repair_low"] is None:
-        return f"in {_counted(row['tokens'], 'token')}, {_few(heads)}"
+        return f"in {counted(row['tokens'], 'token')}, {_few(heads)}"
     if row["removed_low"] <= 0 <= row["removed_high"]:
         return "but what was taken cannot be told from 0, so that nothing could be masked"
     n, small = int(heads.selected.sum()), percent(heads.attrs["small"])
@@ -249,7 +250,7 @@ def _answer(rows: Sequence[dict[str, Any]], heads: xr.Dataset) -> str:
     parts = [f"{len(labels)} {SAID[verdict]} ({_listed(labels)})" for verdict, labels in found.items()]
     said = f"Of {n} heads {', '.join(parts)}" if n > 1 else SAID_OF_ONE[next(iter(found))].format(rows[0]["head"])
     tokens = [row["tokens"] for row in rows]
-    clusters = _counted(heads.attrs.get("clusters", 0), heads.attrs.get("clustered_by", "prompt"))
+    clusters = counted(heads.attrs.get("clusters", 0), heads.attrs.get("clustered_by", "prompt"))
     return f"{said}; on {each_heads(heads)}, {_span(tokens)}{' each' * (n > 1)}, from {clusters}."
 
 
@@ -259,11 +260,7 @@ def _listed(labels: Sequence[str], most: int = 6) -> str:
 
 def _span(counts: Sequence[int]) -> str:
     low, high = min(counts), max(counts)
-    return _counted(high, "token") if low == high else f"{low:,} to {high:,} tokens"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
+    return counted(high, "token") if low == high else f"{low:,} to {high:,} tokens"
 
 
 def _known(heads: xr.Dataset) -> list[str]:

@@ -80,13 +80,18 @@ def change(heads: xr.Dataset) -> str:
     return "log-probability change" if asked_in(heads) == "logprob" else "logit change"
 
 
+def counted(count: int, what: str) -> str:
+    """ "1 head", "2 heads"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def basis(heads: xr.Dataset, top: bool = True) -> str:
     """What the means of a summary are over: heads, tokens, top share, target; and how much is done."""
     dims = [d for d in heads.tokens.dims if d not in ("case", "layer", "head", "rank")]
     number = int((heads.tokens > 0).any(dims).sum())
     site = "case" if "case" in heads.dims else "head"
     some = heads.attrs.get("counted_share", 1) < 1
-    parts = [f"{number} {site}{'s' * (number != 1)}", f"{span(heads.tokens)} tokens each"]
+    parts = [counted(number, site), f"{span(heads.tokens)} tokens each"]
     if some:
         parts[-1] += f" that count ({percent(heads.attrs['counted_share'])} of all)"
     if top and not (some and heads.attrs["share"] == 1):

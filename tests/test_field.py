@@ -8,8 +8,10 @@ import io
 import json
 from types import SimpleNamespace
 from typing import ClassVar
+from zipfile import ZipFile
 
 import fake_ndif
+import httpx
 import pytest
 import torch
 import zstandard
@@ -19,7 +21,7 @@ from terminal import assert_same_numbers, ids, resume_command, saved, selfrepair
 
 from selfrepair_nn.backends.ndif import connection, in_flight
 from selfrepair_nn.backends.ndif.agreement import duration, place
-from selfrepair_nn.backends.ndif.answers import result_in
+from selfrepair_nn.backends.ndif.answers import carried, result_in
 from selfrepair_nn.backends.ndif.doctor import doctor
 from selfrepair_nn.backends.ndif.faults import KINDS, Fault
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
@@ -276,6 +278,22 @@ def test_nothing_that_an_answer_carries_is_run(serving, monkeypatch, found):
         client.ask("j")
     assert error.value.kind == "between"
     assert not Code.ran
+
+
+FAR = 2**27
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [b"\x80\x04}r" + FAR.to_bytes(4, "little") + b".", b"(dp%d\n." % FAR, b"cnnsight.schema.response\nStatus\n(](tR."],
+    ids=["kept at a far number", "the same in letters", "a status that is a list"],
+)
+def test_a_pickle_that_asks_for_room_that_it_does_not_fill_is_none(pickled):
+    """Sixteen bytes could ask for gigabytes."""
+    archive = io.BytesIO()
+    with ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", pickled)
+    assert carried(httpx.Response(200, content=archive.getvalue())) is None
 
 
 def flown(path, service, units, wall=None):

@@ -17,6 +17,7 @@ from selfrepair_nn.components import Head
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import style, suiting
+from selfrepair_nn.wording import counted
 
 REPAIRS, BREAKS = style.COLOURS[:2]
 HEADS = 10
@@ -131,7 +132,7 @@ def _reading(graphs: dict[str, Graph], top: str) -> list[str]:
     some = any(arrow.known for graph in graphs.values() for arrow in graph.arrows)
     sure = {"surely": SURELY if all(graph.sure for graph in graphs.values()) else ""}
     sure |= {"known": KNOWN.format(rate=RATE) if some else ""}
-    told = [line.format(count=count, heads=style.counted(heads, "head"), top=top, **sure) for line in READING] + (
+    told = [line.format(count=count, heads=counted(heads, "head"), top=top, **sure) for line in READING] + (
         [] if some else [UNSURE]
     )
     cancelled = [label for graph in graphs.values() for label in graph.cancelled]

@@ -18,6 +18,7 @@ from selfrepair_nn.confidence import RATE
 from selfrepair_nn.drawing import figure
 from selfrepair_nn.figures import style, suiting
 from selfrepair_nn.figures.repair_graph import SURELY
+from selfrepair_nn.wording import counted
 
 ROWS, COLUMNS = 20, 20
 READING = (
@@ -77,9 +78,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     most = max(parts.values(), key=lambda part: len(part.names))
     facts = {
         "surely": SURELY if all(part.sure for part in parts.values()) else "",
-        "done": style.counted(most.done, "head"),
+        "done": counted(most.done, "head"),
         "rows": len(most.names),
-        "columns": style.counted(columns, "component"),
+        "columns": counted(columns, "component"),
         "top": among(share, *found.values()),
     }
     reading = [line.format(rate=RATE, **facts) for line in READING]

@@ -191,11 +191,6 @@ def capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def counted(count: int, what: str) -> str:
-    """ "1 head", "2 heads"."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
 def decimals(values: np.ndarray) -> int:
     """How many tell the largest of these numbers by two digits: at least DECIMALS, and not more than two further."""
     most = float(np.nanmax(abs(values), initial=0))

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from html import unescape
 from pickle import Unpickler, UnpicklingError
+from pickletools import genops
 from typing import Any
 from zipfile import ZipFile
 
@@ -26,6 +27,9 @@ LARGEST = 2.0**63
 ADDRESSES = "http://", "https://", "/"
 AS_IN_ADDRESSES = str.maketrans("-_", "+/")
 """Base64 has two alphabets: this turns that of addresses into the other."""
+
+AT_A_NUMBER = {"PUT", "BINPUT", "LONG_BINPUT"}
+"""Opcodes of a pickle that keep a value under any number: memory is taken for all numbers below."""
 
 _HOW = re.IGNORECASE | re.DOTALL
 _PAGE = re.compile(r"\W*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b", _HOW)
@@ -91,7 +95,10 @@ def carried(answer: httpx.Response) -> dict[str, Any] | None:
         with ZipFile(io.BytesIO(answer.content)) as archive:
             (pickled,) = [each for each in archive.infolist() if each.filename.endswith("/data.pkl")]
             whole = pickled.file_size <= len(answer.content)  # it is not compressed
-            found = _Plain(io.BytesIO(archive.read(pickled))).load() if whole else None
+            content = archive.read(pickled) if whole else b""
+        if any(code.name in AT_A_NUMBER and int(place) > len(content) for code, place, _ in genops(content)):
+            return None
+        found = _Plain(io.BytesIO(content)).load()
     except Exception:
         return None
     return found if isinstance(found, dict) else None
@@ -102,8 +109,14 @@ class _Plain(Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("nnsight.schema.response", "Status"):
-            return str
+            return _word
         raise UnpicklingError(f"{module}.{name} is no plain value")
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UnpicklingError(f"a status is a word, not of type {type(value).__name__}")
+    return value
 
 
 def result_in(data: Any) -> bytes | str:
