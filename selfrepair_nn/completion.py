@@ -63,7 +63,7 @@ def _sizes(ctx: click.Context) -> tuple[int, int]:
     """How many layers and heads; none where neither a configuration nor a store tells."""
     given = ctx.params.get("store"), *(ctx.params.get("stores") or ())
     for store in filter(None, given):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             told = json.loads((Path(store) / "zarr.json").read_text())["attributes"]
             return int(told["n_layers"]), int(told["n_heads"])
     from selfrepair_nn.door import sizes

@@ -141,7 +141,7 @@ class Constants(Replacement):
             return cls({KINDS[kind](*numbers): row for (kind, *numbers), row in rows}, about)
         except FileNotFoundError as error:
             raise UsageError(f"file {at!r} does not exist: Constants.save writes one") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{at!r} holds no constants as Constants.save writes them: {one_line(error)}") from error
 
 

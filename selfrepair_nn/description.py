@@ -31,7 +31,7 @@ def ranked(attributes: Mapping[str, Any]) -> bool:
     """Whether a store's thresholds were known before anything was ablated, from direct effects of all of its tokens."""
     try:
         settings = json.loads(attributes.get("settings", "{}"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return False
     return settings.get("select") == "top-share" or settings.get("until_ci") is not None
 
@@ -93,7 +93,7 @@ def mistyped(attributes: dict[str, Any]) -> list[str]:
 def _object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -88,7 +88,7 @@ def require_same(request: Request, attributes: Mapping[str, Any], settings: Mapp
     """StoreError, in words, if a store with these attributes has other settings than these, so far as known."""
     try:
         stored = dict(json.loads(attributes["settings"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         path = str(request.path)
         raise StoreError(f"{path!r} does not say how it was made: choose another --out") from None
     stored["recipe"] = present_name(stored.get("recipe"))
@@ -144,7 +144,7 @@ def attributes_of(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / "zarr.json").read_text())["attributes"]
         nested = [json.loads(found.get(name, "{}")) for name in ("settings", "options")]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
     return found if "settings" in found and all(type(each) is dict for each in nested) else {}
 
@@ -156,7 +156,7 @@ def sizes(source: Any) -> Sizes | None:
         found = {name: next((config[k] for k in keys if k in config), None) for name, keys in SIZES.items()}
         if config.get("model_type") in HYBRIDS:
             return None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     found = {name: size if type(size) is int and size > 0 else None for name, size in found.items()}
     return Sizes(**found) if found["n_layers"] and found["n_heads"] else None

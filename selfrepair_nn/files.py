@@ -146,7 +146,7 @@ def read_json(path: Path) -> Any:
     """What a JSON file says; None if it is lost or cut."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 
 

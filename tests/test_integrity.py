@@ -148,6 +148,15 @@ def test_damage_to_any_file_is_found_and_named(ran, tmp_path, kind, harm):
     assert verify(store) == []
 
 
+@pytest.mark.parametrize("file", ["zarr.json", "done/zarr.json", "checksums/0.json", "checksums/attributes.json"])
+def test_json_that_is_nested_without_end_is_damage(store, file):
+    assert (store / file).exists()
+    (store / file).write_text("[" * 200_000)
+    assert file in {each.file for each in verify(store)}
+    with pytest.raises(StoreError, match="is not whole"):
+        sr.open_store(store)
+
+
 @pytest.mark.parametrize("harm", [cut, emptied, removed], ids=lambda f: f.__name__)
 def test_opening_counts_the_files(ran, tmp_path, harm):
     """Without reading a chunk of what is large."""

@@ -144,7 +144,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def _read(line: str) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and _fits(found) else None
 

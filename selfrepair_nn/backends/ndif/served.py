@@ -166,7 +166,7 @@ def _identified(replicas: Sequence[dict[str, Any]]) -> dict[str, Any]:
     try:
         config = {key: value for key, value in json.loads(best["config"]).items() if key not in UNTOLD}
         known["configuration"] = sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         pass
     return known
 
