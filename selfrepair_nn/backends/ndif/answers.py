@@ -96,7 +96,7 @@ def carried(answer: httpx.Response) -> dict[str, Any] | None:
             (pickled,) = [each for each in archive.infolist() if each.filename.endswith("/data.pkl")]
             whole = pickled.file_size <= len(answer.content)  # it is not compressed
             content = archive.read(pickled) if whole else b""
-        if any(code.name in AT_A_NUMBER and int(place) > len(content) for code, place, _ in genops(content)):
+        if any(code.name in AT_A_NUMBER and int(place or 0) > len(content) for code, place, _ in genops(content)):
             return None
         found = _Plain(io.BytesIO(content)).load()
     except Exception:
