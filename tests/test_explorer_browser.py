@@ -79,8 +79,14 @@ def opened(browser, tmp_path):
     assert not told
 
 
+def settled(tab):
+    """The page, when all that depends on what was chosen is drawn."""
+    tab.locator(".pane[aria-busy]").first.wait_for(state="detached")
+    return tab
+
+
 def chosen(tab, pane=0):
-    return tab.locator(".pane").nth(pane).locator(".cell[aria-selected=true]").get_attribute("aria-label")
+    return settled(tab).locator(".pane").nth(pane).locator(".cell[aria-selected=true]").get_attribute("aria-label")
 
 
 def label(heads, layer, head):
@@ -119,16 +125,49 @@ def test_heads_by_click_key_and_hover(opened, ds):
     tab.wait_for_selector(".cell[aria-label^=L1H1][aria-selected=true]")
     tab.keyboard.press("ArrowDown")
     tab.wait_for_selector(".cell[aria-label^=L2H1][aria-selected=true]:focus")
-    assert tab.inner_text(".head h3").startswith("L2H1")
+    assert settled(tab).inner_text(".head h3").startswith("L2H1")
     tab.hover(".cell[aria-label^=L0H1]")
     hint = tab.inner_text(".explorer-hint")
     assert hint.startswith("L0H1")
     value, reach = (float(heads[n][0, 1]) for n in ("top_self_repair", "top_self_repair_half_width"))
     assert f"{abs(value):.3f} ± {reach:.3f}" in hint
     tab.select_option(".heads select", label="direct effect")
-    shown = tab.get_attribute(".cell[aria-label^=L0H1]", "aria-label")
+    shown = settled(tab).get_attribute(".cell[aria-label^=L0H1]", "aria-label")
     assert f"{abs(float(heads.top_direct_effect[0, 1])):.3f}" in shown
     assert tab.evaluate("location.hash").startswith("#L2H1")
+
+
+def test_choices_that_come_faster_than_they_are_drawn(opened):
+    """Each is marked in the grid at once; what is drawn in the end belongs to the last of each kind."""
+    tab = opened(simulate_heads(3, 2, 60, 11, seed=4, components=True))
+    own = chosen(tab).split()[0]
+    between = """async () => {
+      document.querySelector(".token[data-token='7']").click();
+      for (let turn = 0; turn < 20; turn++) await null;
+      const select = document.querySelector(".heads select");
+      select.value = 2;
+      select.dispatchEvent(new Event("change"));
+    }"""
+    tab.evaluate(between)
+    assert f"prompt 0, position 7, ablated: {own}" in settled(tab).inner_text(".details")
+    quick = """([own, other]) => {
+      const marked = () => document.querySelector(".cell[aria-selected=true]").ariaLabel.split(" ")[0];
+      const cell = (name) => document.querySelector(`.cell[aria-label^=${name}]`);
+      const select = document.querySelector(".heads select");
+      const told = [other, own, other].map((name) => (cell(name).click(), marked()));
+      document.querySelector(".token[data-token='5']").click();
+      select.value = 1;
+      select.dispatchEvent(new Event("change"));
+      return told;
+    }"""
+    assert tab.evaluate(quick, [own, "L0H0"]) == ["L0H0", own, "L0H0"]
+    assert chosen(tab).startswith("L0H0")
+    assert tab.inner_text(".head h3").startswith("L0H0")
+    assert "prompt 0, position 5, ablated: L0H0" in tab.inner_text(".details")
+    assert tab.evaluate("document.querySelector('.heads select').value") == "1"
+    address = tab.evaluate("location.hash")
+    assert address.startswith("#L0H0")
+    assert address.endswith("~5")
 
 
 def test_top_tokens_lead_to_the_text_and_all_numbers(opened, ds):
@@ -136,11 +175,11 @@ def test_top_tokens_lead_to_the_text_and_all_numbers(opened, ds):
     tab.click(".cell[aria-label^=L1H0]")
     effects = ds.direct_effect.values[1, 0].ravel()
     best = int(effects.argmax())
-    assert tab.get_attribute(".tops tbody tr >> nth=0", "data-token") == str(best)
+    assert settled(tab).get_attribute(".tops tbody tr >> nth=0", "data-token") == str(best)
     tab.click(".tops .context >> nth=0")
     tab.wait_for_selector(f".token[data-token='{best}'][aria-selected=true]")
     prompt, position = divmod(best, 11)
-    details = tab.inner_text(".details")
+    details = settled(tab).inner_text(".details")
     assert f"prompt {prompt}, position {position}, ablated: L1H0" in details
     rows = dict(
         tab.locator(".details table tr").evaluate_all(
@@ -157,7 +196,7 @@ def test_top_tokens_lead_to_the_text_and_all_numbers(opened, ds):
     tab.focus(".prompts")
     tab.keyboard.press("ArrowLeft")
     tab.wait_for_selector(f".token[data-token='{best - 1}'][aria-selected=true]")
-    tab.hover(f".token[data-token='{best}']")
+    settled(tab).hover(f".token[data-token='{best}']")
     assert "self-repair" in tab.inner_text(".explorer-hint")
     tab.select_option(".tops select", "-self_repair")
     top, repair = sr.top_share(ds, 0.1).values[1, 0].ravel(), ds.self_repair.values[1, 0].ravel()
@@ -187,6 +226,7 @@ def test_the_chosen_one_of_many_heads_is_seen(opened, size):
 def test_colours_say_the_sign(opened, ds):
     tab = opened(ds)
     tab.click(".cell[aria-label^=L1H0]")
+    settled(tab)
     effects = ds.direct_effect.values[1, 0].ravel()
     for token in (int(effects[:60].argmax()), int(effects[:60].argmin())):
         classes = tab.get_attribute(f".token[data-token='{token}']", "class").split()
@@ -200,7 +240,7 @@ def test_colours_say_the_sign(opened, ds):
 def test_links_lead_to_who_repairs(opened, ds):
     tab = opened(ds)
     tab.click(".cell[aria-label^=L0H0]")
-    tab.wait_for_selector(".head h3:has-text('L0H0')")
+    settled(tab)
     pairs = sr.who_repairs(ds, 0.1)
     first = tab.locator(".head .bars .link").first
     name = first.inner_text()
@@ -266,7 +306,7 @@ def test_hostile_text_is_text(opened, ds):
         "\x1b", "\\x1b"
     )
     tab.click(".token[data-token='0']")
-    tab.hover(".token[data-token='0']")
+    settled(tab).hover(".token[data-token='0']")
     assert "<img src=x" in tab.inner_text(".explorer-hint")
     assert "<img src=x" in tab.inner_text(".details h3")
     assert tab.evaluate("[typeof hacked, document.images.length]") == ["undefined", 0]
@@ -278,7 +318,7 @@ def test_narrow_light_and_dark(opened, ds, scheme):
     tab.click(".tops .context >> nth=0")
     tab.wait_for_selector(".details:not(.empty) .close")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    token = tab.locator(".token[aria-selected=true]").bounding_box()
+    token = settled(tab).locator(".token[aria-selected=true]").bounding_box()
     assert 0 <= token["y"] < tab.locator(".details").bounding_box()["y"]
     ink, paper = tab.evaluate(
         "['color', 'backgroundColor'].map(p => getComputedStyle(document.querySelector('.card'))[p])"

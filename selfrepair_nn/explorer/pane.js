@@ -45,13 +45,16 @@ class Pane {
     return this.summary.tokens[site] > 0;
   }
 
-  /** Take what is chosen, and draw what depends on it. */
+  /** Take what is chosen, and draw what depends on it: the grid says so at once, the rest when the tokens are read. */
   async set(changes) {
+    const { site } = this.state;
     this.state = { ...this.state, ...changes };
     const { axes } = this.store.data;
     this.state.variant = axes.reduce((sum, { labels }, i) => sum * labels.length + this.state.at[i], 0);
     if (!this.known(this.state.site)) this.state.site = this.first(this.summary);
     const now = this.state;
+    this.element.setAttribute("aria-busy", true);
+    if (now.site !== site) this.grid.choose();
     const tokens = await this.store.tokens(now.variant, now.site);
     if (this.state !== now) return;
     const before = this.drawn;
@@ -63,7 +66,6 @@ class Pane {
     const head = changed("variant", "site");
     if (changed("variant")) this.drawAxes();
     if (heads) this.grid.draw();
-    else if (head) this.grid.choose();
     if (head) this.head.draw();
     if (head || changed("order")) this.tops.draw();
     if (head || changed("tint", "prompt")) this.text.draw();
@@ -71,6 +73,7 @@ class Pane {
     if (changed("token")) this.mark();
     if (head || changed("token")) await this.details.draw();
     this.page.keep();
+    if (this.state === now) this.element.removeAttribute("aria-busy");
   }
 
   drawAxes() {

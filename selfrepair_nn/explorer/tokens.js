@@ -213,7 +213,7 @@ class Details {
       store.data.repairs && store.components(variant, site),
       store.data.promoted && store.promoted(variant, site),
     ]);
-    if (state !== this.pane.state || token !== this.pane.state.token) return;
+    if (["token", "site", "variant"].some((name) => state[name] !== this.pane.state[name])) return;
     const [prompt, position] = store.split(token);
     const entry = tokens.place.get(token);
     const title = [make("bdi", {}, word(store.word(prompt, position))), " → ", make("bdi", { class: "target" }, word(store.target(token)))];
