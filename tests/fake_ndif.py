@@ -24,7 +24,7 @@ from nnsight.schema.response import ResponseModel
 
 from selfrepair_nn.backends.ndif.served import ServedModel
 from selfrepair_nn.tracing.readouts import to_cpu
-from selfrepair_nn.tracing.session import RESULT, run_here
+from selfrepair_nn.tracing.session import ASKED, RESULT, run_here
 
 PAGE = "<!DOCTYPE html><html><head><title>{}</title><style>x</style></head><body><h1>Please wait</h1></body></html>"
 REFUSAL = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
@@ -50,10 +50,10 @@ class FakeNdif:
     """A server of `model` (a loaded one), at `url`; a context manager.
 
     Faults: "page", "login" (a redirect to a page), "502" to "504", "reset" (no answer), "cut" (half of one), "short"
-    (half of one, said to be whole), "null" (JSON that names nothing), "gzip" (what cannot be unpacked), "429", "none"
-    (no such job), "expired", "skewed", "307", "lost" (a request), and of a job "fails" and "late" (it never ends).
-    Results come with the answer to a question where that is "within" (in JSON), "torn" (half of one), or "carried" (as
-    nnsight itself writes an answer that has bytes).
+    (half of one, said to be whole), "another" (a result of another job for as much), "null" (JSON that names nothing),
+    "gzip" (what cannot be unpacked), "429", "none" (no such job), "expired", "skewed", "307", "lost" (a request), and
+    of a job "fails" and "late" (it never ends). Results come with the answer to a question where that is "within" (in
+    JSON), "torn" (half of one), or "carried" (as nnsight itself writes an answer that has bytes).
     """
 
     def __init__(self, model, fault: Fault = lambda what, job: None, **said) -> None:
@@ -128,7 +128,7 @@ class FakeNdif:
             return _json({"deployments": self.deployments or {"m": self._deployed()}})
         if what == "response":
             return self._response(job, fault)
-        return self._result(job)
+        return self._result(self.another(job) if fault == "another" else job)
 
     def post(self, body: bytes, kind: str) -> tuple[int, dict, bytes]:
         message = BytesParser().parsebytes(f"Content-Type: {kind}\r\n\r\n".encode() + body)
@@ -142,7 +142,7 @@ class FakeNdif:
         unit = UNITS.pop(blob.decode(), None)
         if not lost:
             queued = {"status": "QUEUED", "description": "Added to Queue at position 1."}
-            self.jobs[job] = queued | {"unit": unit, "fault": fault}
+            self.jobs[job] = queued | {"unit": unit, "fault": fault, "size": unit and _size(unit)}
             self._todo.put(job)
         answer = self._broken(fault, "api", "/request") or _json({"id": job, "status": "RECEIVED"})
         return _cut("reset" if fault == "lost" else fault, *answer)
@@ -190,6 +190,11 @@ class FakeNdif:
             return _with_result(found, known["blob"], fault)
         signed = f"{self.store_url}/result/{job}?X-Amz-Signature={uuid.uuid4().hex}"
         return _json(found | {"data": signed if found["status"] == "COMPLETED" else None})
+
+    def another(self, job: str) -> str:
+        """A job for as much that is done, if there is one."""
+        size, done = self.jobs[job].get("size"), [name for name, each in self.jobs.items() if "blob" in each]
+        return next((name for name in done if name != job and self.jobs[name]["size"] == size), job)
 
     def _result(self, job: str) -> tuple[int, dict, bytes]:
         if job not in self.jobs or "blob" not in self.jobs[job]:
@@ -259,10 +264,14 @@ def _page(status: int, title: str) -> tuple[int, dict, bytes]:
     return status, {"Content-Type": "text/html; charset=utf-8"}, PAGE.format(title).encode()
 
 
+def _size(unit) -> tuple:
+    return unit.job, unit.prompts.stop - unit.prompts.start, len(unit.plan.get("cases", ()))
+
+
 def _run(model, unit) -> bytes:
     """What comes back of a unit, as a server stores it."""
     with torch.no_grad():
         found = to_cpu(run_here(unit.job, model.nn, unit.arrays, unit.plan))
     buffer = io.BytesIO()
-    torch.save({RESULT: found}, buffer)
+    torch.save({RESULT: found | {ASKED: unit.asked}}, buffer)
     return zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())

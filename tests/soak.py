@@ -41,7 +41,7 @@ FAULTS = {
     "env": ("504", "page", "cut", "429"),
     "request": ("503", "lost", "502", "page", "fails", "login", "429", "null"),
     "response": ("page", "504", "reset", "cut", "none", "login", "307", "null", "429", "gzip"),
-    "result": ("page", "307", "expired", "short", "cut", "reset", "429", "gzip"),
+    "result": ("page", "307", "expired", "short", "cut", "reset", "429", "gzip", "another"),
 }
 HASTE = {(connection, "BACKOFF"): lambda state: 0.01, (in_flight, "pause_before"): lambda attempt: 0.01}
 HASTE |= {(in_flight, "UNKNOWN_SECONDS"): 0.3, (in_flight, "LONGEST_PAUSE"): 0.03, (hosts, "SOON"): 0.01}

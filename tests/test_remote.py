@@ -36,6 +36,7 @@ from selfrepair_nn.layout.units import Unit
 from selfrepair_nn.models.apart import compared
 from selfrepair_nn.models.greeting import fingerprint_of
 from selfrepair_nn.models.load import describe, load, structure_only
+from selfrepair_nn.tracing.session import ASKED, RESULT
 
 pytestmark = pytest.mark.slow
 RELATIVE = 1e-4  # float32
@@ -333,6 +334,7 @@ def look_around(model, arrays, plan):
 
 
 def test_in_the_sandbox_a_job_reaches_no_weights(server, key, tmp_path, monkeypatch):
+    """And its result says what it is the result of."""
     monkeypatch.setenv("NDIF_API_KEY", key)
     nnsight.register(__name__)
     source = str(server.place.models["local/tiny-neox"])
@@ -340,7 +342,16 @@ def test_in_the_sandbox_a_job_reaches_no_weights(server, key, tmp_path, monkeypa
     served.key = served.key.replace(source, "local/tiny-neox")
     flight = JobsInFlight(served, Ledger(tmp_path / "x.jsonl", "run"), 1, 60)
     looking = Unit("look around", look_around, slice(0, 1), {}, lambda _: {}, {"hidden": (1,)})
+    whole, said = served.server.fetch, []
+
+    def fetch(address):
+        found, size = whole(address)
+        said.append(found[RESULT][ASKED])
+        return found, size
+
+    monkeypatch.setattr(served.server, "fetch", fetch)
     assert only(flight, looking)["hidden"] == (key == server.key)
+    assert said == ["look around, prompts 0 to 0, of run run"]
 
 
 def test_the_same_command_again_asks_no_server(far, server, ran):

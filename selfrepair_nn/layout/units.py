@@ -24,7 +24,8 @@ class Unit:
     `inputs` gives the job's arrays for some prompts. `counted` [prompt of the run, position] says which tokens count
     where there are thresholds, None that all do. `wanted` [case, prompt of the run] says how many positions of each
     prompt are wanted for each case, None that all are; what is not wanted may be NaN. `part` is set where the unit is a
-    part of another one: (first, stop) of its cases. `tick` is called as the job goes on, where it runs in this process.
+    part of another one: (first, stop) of its cases. `run` is the run of a store that asks for it, where it travels.
+    `tick` is called as the job goes on, where it runs in this process.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Unit:
     counted: np.ndarray | None = None
     wanted: np.ndarray | None = None
     part: tuple[int, int] | None = None
+    run: str = ""
     tick: Callable[[int], None] | None = None
 
     @property
@@ -44,6 +46,11 @@ class Unit:
         """What a ledger and a message call it."""
         cases = f", cases {self.part[0]} to {self.part[1] - 1}" if self.part else ""
         return f"{self.name}, prompts {self.prompts.start} to {self.prompts.stop - 1}{cases}"
+
+    @property
+    def asked(self) -> str:
+        """What its result says it is the result of: no other unit of any run says the same."""
+        return f"{self.label}, of run {self.run}"
 
     @property
     def arrays(self) -> dict[str, Any]:

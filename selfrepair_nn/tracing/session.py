@@ -28,11 +28,14 @@ def run_here(job, model, arrays, plan, tick=None, known=None):
     return result
 
 
-def hand_over(job, model, arrays, plan, backend):
-    """Give the same session, unrun, to an nnsight backend. What it saves is called `RESULT` there."""
+def hand_over(job, model, arrays, plan, asked, backend):
+    """Give the same session, unrun, to an nnsight backend. What it saves is called `RESULT` there.
+
+    Its result holds `asked`, what it is the result of, as `ASKED`.
+    """
     plan = realised(plan)
     with model.session(backend=backend):
-        result = save(to_cpu(job(model, arrays, plan)))  # noqa: F841 - the name of what comes back
+        result = save({**to_cpu(job(model, arrays, plan)), "asked": asked})  # noqa: F841 - the name of what comes back
 
 
-RESULT = "result"
+RESULT, ASKED = "result", "asked"

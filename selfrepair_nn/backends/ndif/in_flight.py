@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from selfrepair_nn.backends.ndif.agreement import duration
@@ -14,6 +15,8 @@ from selfrepair_nn.backends.ndif.server import Answer, pause_before
 from selfrepair_nn.backends.ndif.standing import standing
 from selfrepair_nn.errors import Incomplete
 from selfrepair_nn.layout.units import Unit
+from selfrepair_nn.shown import line
+from selfrepair_nn.tracing.session import ASKED
 
 UNKNOWN_SECONDS = 60.0
 """A job of which the server has told nothing after this long did not arrive, or is lost."""
@@ -220,7 +223,7 @@ class _Round:
     def _send(self, piece: Piece, service: Service) -> None:
         """The id goes to the ledger before the request goes out, so that its fate can be asked for."""
         label = piece.unit.label
-        request, piece.job, piece.status = service.pack(piece.unit), uuid.uuid4().hex, ""
+        request, piece.job, piece.status = service.pack(self._asked(piece)), uuid.uuid4().hex, ""
         piece.known = False
         self._ledger.write(SENDING, label, job=piece.job, host=service.name, bytes=len(request))
         known = service.send(request, piece.job)
@@ -229,6 +232,9 @@ class _Round:
             piece.job = known
             self._ledger.write(SENT, label, job=known)
         piece.heard = self._flight.clock()
+
+    def _asked(self, piece: Piece) -> Unit:
+        return replace(piece.unit, run=self._ledger.run)
 
     def _look(self, piece: Piece) -> bool:
         """Ask about a job; whether there is anything new."""
@@ -257,7 +263,7 @@ class _Round:
         piece.known = True
         try:
             found, size = _fetched(service, piece.job, answer.result)
-            if flaw := piece.unit.flaw(found):
+            if flaw := _of_another(found, self._asked(piece)) or piece.unit.flaw(found):
                 raise Fault("result", flaw)
         except Fault as fault:
             if KINDS[fault.kind].passes:
@@ -325,3 +331,12 @@ def _fetched(service: Service, job: str, result: str | bytes) -> tuple[dict[Any,
         if not answer or answer.result in ("", result):
             raise
         return service.fetch(answer.result)
+
+
+def _of_another(found: Any, unit: Unit) -> str | None:
+    """Whose result it is by its own words, which are taken off it, if that is another unit's.
+
+    One that says nothing, as of a job that an earlier version of this package sent, is told by its shape alone.
+    """
+    said = found.pop(ASKED, None) if isinstance(found, dict) else None
+    return None if said is None or said == unit.asked else f"it is that of {line(str(said), 200)!r}"

@@ -93,7 +93,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, run: str, clock: Callable[[], float] = time.time) -> None:
-        self.path, self._run, self._clock = path, run, clock
+        self.path, self.run, self._clock = path, run, clock
         self.records: dict[str, Record] = {}
         for line in lines(path):
             if line.get("run") == run:
@@ -116,7 +116,7 @@ class Ledger:
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < LONG:
             return self
-        others = [line for line in lines(self.path) if line.get("run") != self._run]
+        others = [line for line in lines(self.path) if line.get("run") != self.run]
         own = [self._line(RECORD, part, {"record": record.kept}) for part, record in self.records.items()]
         content = "".join(f"{json.dumps(line)}\n" for line in [*others, *own]).encode()
         if len(content) < size / 2:
@@ -126,7 +126,7 @@ class Ledger:
 
     def _line(self, event: str, part: str, facts: dict[str, Any]) -> dict[str, Any]:
         now = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
-        return {"time": now, "run": self._run, "event": event, "part": part} | facts
+        return {"time": now, "run": self.run, "event": event, "part": part} | facts
 
 
 def ledger_path(store: Path) -> Path:

@@ -97,7 +97,7 @@ def packed(model: Model, unit: Unit) -> bytes:
     """A unit's session and its arrays as a server takes them: our code by value, serialised and compressed."""
     register("selfrepair_nn")
     request = _Kept()
-    hand_over(unit.job, model.nn, unit.arrays, unit.plan, request)
+    hand_over(unit.job, model.nn, unit.arrays, unit.plan, unit.asked, request)
     return request.blob
 
 
