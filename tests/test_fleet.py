@@ -250,6 +250,8 @@ def test_two_greetings_differ_in_what_numbers_depend_on(other, said):
         ("http://a:1", ("http://a:1",)),
         (["http://a:1", "http://b"], ("http://a:1", "http://b")),
         (None, ()),
+        (["HTTP://A:80/", " https://a:443", "http://A:0443//X/"], ("http://a", "https://a", "http://a:443//X")),
+        (["http://[0:0:0:0:0:0:0:1]:8001/", "http://a?"], ("http://[::1]:8001", "http://a")),
     ],
 )
 def test_hosts_as_they_are_given(given_, kept):
@@ -260,7 +262,10 @@ def test_hosts_as_they_are_given(given_, kept):
 @pytest.mark.parametrize(
     ("given_", "said"),
     [
-        (["http://a", "http://A/"], "named twice"),
+        (["http://a", "http://A/"], "'http://a' is named twice .'http://a' and 'http://A/'."),
+        (["http://a", "http://b", "http://a:80"], "named twice"),
+        (["http://[::1]:8001", "http://[0::1]:8001"], "named twice"),
+        (["http://[v1.a]"], "is not an address"),
         (["http://a", "b"], "'b' is not an address"),
         (["http://a", "http://u:secret@b"], "must not hold a name or a password"),
         ([], "is empty"),
