@@ -1,6 +1,8 @@
 """Several hosts in one run: each with its own budget and patience, one ledger; one that dies loses nothing."""
 
 import json
+import threading
+import time
 from collections import Counter
 
 import fake_ndif
@@ -20,6 +22,7 @@ from selfrepair_nn.backends.ndif.doctor import doctor
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
+from selfrepair_nn.backends.ndif.side_by_side import side_by_side
 from selfrepair_nn.errors import Incomplete, UsageError
 from selfrepair_nn.models.load import load
 from selfrepair_nn.options import Options
@@ -358,6 +361,64 @@ def test_a_host_that_is_not_there_at_the_beginning_is_left_out(tiny, quick, tmp_
     assert ended.code == 0, ended.err
     assert f"{other.url} is left out until it answers" in ended.err
     assert_same_numbers(store, tiny[3])
+
+
+def test_hosts_are_greeted_side_by_side(tiny, quick, tmp_path):
+    """None waits for another's cold start; the store names them in the order of the command line."""
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one, FakeNdif(load(str(tiny[0]))) as other:
+        for host, awaited in ((one, other), (other, one)):
+            told = host._response
+            starting = fake_ndif._json({"status": "DEPLOYING", "description": "A cold start."})
+            host._response = lambda *job, told=told, other=awaited: told(*job) if other.sent() else starting
+        ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 2]))
+    assert ended.code == 0, ended.err
+    assert "left out" not in ended.err
+    attributes = json.loads((store / "zarr.json").read_text())["attributes"]
+    assert [each["host"] for each in json.loads(attributes["servers"])] == [one.url, other.url]
+    assert json.loads(attributes["server"])["host"] == one.url
+
+
+def test_what_is_said_side_by_side_has_the_order_that_was_given():
+    said = side_by_side({"b": lambda _: time.sleep(0.02) or 1, "a": lambda _: 2}, lambda _: None)
+    assert [*said.items()] == [("b", 1), ("a", 2)]
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_where_one_is_broken_or_all_are_interrupted_none_goes_on(interrupted):
+    over = threading.Event()
+
+    def goes_on(watch):
+        try:
+            while True:
+                watch("running")
+                time.sleep(0.01)
+        finally:
+            over.set()
+
+    def refuses(watch):
+        raise Fault("key") if interrupted else UsageError("no")
+
+    def look(state):
+        if interrupted and state == "b: running":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt if interrupted else UsageError):
+        side_by_side({"a": refuses, "b": goes_on}, look)
+    assert over.wait(5)
+
+
+def test_two_addresses_of_one_server_are_one_host(tiny, quick, tmp_path):
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one:
+        again = one.url.replace("127.0.0.1", "localhost")
+        ended = selfrepair(*command(tiny, store, one, more=["--host", again]))
+        assert ended.code == 0, ended.err
+        assert f"{again} is left out: it is the server at {one.url}" in ended.err
+        found = [each.seen for each in doctor([one.url, again], model=str(tiny[0]), trip=True) if each.what == "hosts"]
+    assert f"{again} is the server at {one.url}" in found[0]
+    assert "servers" not in json.loads((store / "zarr.json").read_text())["attributes"]
+    assert {each["host"] for each in lines(ledger_path(store)) if "units" in each["part"]} <= {one.url}
 
 
 def test_a_host_that_refuses_from_the_beginning_is_left_out_by_name(tiny, quick, tmp_path):
