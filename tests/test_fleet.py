@@ -365,11 +365,10 @@ def test_a_host_that_is_not_there_at_the_beginning_is_left_out(tiny, quick, tmp_
 
 def test_hosts_are_greeted_side_by_side(tiny, quick, tmp_path):
     """None waits for another's cold start; the store names them in the order of the command line."""
-    store = tmp_path / "s.zarr"
+    store, starting = tmp_path / "s.zarr", fake_ndif._json({"status": "DEPLOYING", "description": "A cold start."})
     with FakeNdif(tiny[2]) as one, FakeNdif(load(str(tiny[0]))) as other:
         for host, awaited in ((one, other), (other, one)):
             told = host._response
-            starting = fake_ndif._json({"status": "DEPLOYING", "description": "A cold start."})
             host._response = lambda *job, told=told, other=awaited: told(*job) if other.sent() else starting
         ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 2]))
     assert ended.code == 0, ended.err
