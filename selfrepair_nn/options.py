@@ -228,6 +228,8 @@ class Options:
             self._require_one_after_the_other()
         if self.split == "total" and self.components != "none":
             raise UsageError(f"split 'total' follows no component: leave components {self.components!r} out")
+        if self.split == "total" and self.words:
+            raise UsageError(f"split 'total' tells no part apart, and words are of parts: leave words {self.words} out")
         if {self.components, self.logprob} == {"all", "top"}:
             raise UsageError(
                 f"components {self.components!r} and logprob {self.logprob!r}: what is kept of top tokens is kept of "
