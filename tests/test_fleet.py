@@ -438,6 +438,14 @@ def test_a_host_that_refuses_from_the_beginning_is_left_out_by_name(tiny, quick,
     assert [each.seen.partition(": ")[0] for each in found] == [one.url, other.url]
 
 
+def test_doctor_says_how_the_model_stands_where_versions_are_not_told(tiny, monkeypatch):
+    monkeypatch.setattr("selfrepair_nn.backends.ndif.doctor.PATIENCE", 0.2)
+    with FakeNdif(tiny[2], lambda what, job: "page" if what == "env" else None) as one:
+        found = {each.what: each for each in doctor(one.url, model=str(tiny[0]))}
+    assert found["model"].right
+    assert found["cluster"].right is False
+
+
 def test_a_cold_start_is_shown_from_the_first_job_on(tiny, quick, tmp_path, monkeypatch):
     """The greeting is the first job that a model which is not deployed has to be loaded for."""
     shown, place = [], [2]

@@ -163,8 +163,8 @@ def _asked_for(
     description = describe(name)
     served = ServedModel(server, structure_only(description, load_tokenizer(description.source)))
     found = states(served)
-    said[server.host] = served.facts()
     yield Finding("model", f"{name} is {found}", True if found.startswith("running") else None)
+    said[server.host] = served.facts()
     if trip:
         yield from _greeted(served, said)
         greeted.append(served)
