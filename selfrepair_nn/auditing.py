@@ -22,12 +22,13 @@ from selfrepair_nn.analysis import (
     percent,
     restored,
 )
-from selfrepair_nn.components import Head
+from selfrepair_nn.components import Head, select_heads
 from selfrepair_nn.confidence import RATE
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.given import Given
 from selfrepair_nn.options import Options
 from selfrepair_nn.running.run import run
+from selfrepair_nn.shown import tell
 from selfrepair_nn.store import open_store
 from selfrepair_nn.table import Summary
 from selfrepair_nn.wording import (
@@ -116,7 +117,11 @@ def audit(
     """
     if (stored := _stored(audited)) is not None:
         _require_of_store(choices)
-        ds = only(stored, choices.get("layers"), choices.get("heads"))
+        heads = choices.get("heads")
+        heads = heads if heads is None else values.heads("heads", heads)
+        ds = only(stored, choices.get("layers"), heads)
+        if heads is not None:
+            _tell_lacking(ds, heads)
     else:
         ds = run("heads", progress=progress, command=command, confirm=confirm, **_options(audited, choices))
     return told(ds, choices.get("share"), small)
@@ -127,6 +132,14 @@ def _stored(audited: Any) -> xr.Dataset | None:
         return audited
     path = os.fspath(audited) if isinstance(audited, str | os.PathLike) else ""
     return open_store(path) if path.rstrip("/").endswith(".zarr") else None
+
+
+def _tell_lacking(ds: xr.Dataset, heads: str) -> None:
+    """Tell of heads that are named, and of which the store holds nothing."""
+    layers, n = (int(ds.attrs.get(f"n_{name}s", ds.sizes[name])) for name in ("layer", "head"))
+    there = {Head(int(one["layer"]), int(one["head"])) for one in _each(ds)}
+    if lacking := [head.label for head in select_heads(None, heads, layers, n) if head not in there]:
+        tell(f"the store holds nothing of {_listed(lacking)}: audit the model for that")
 
 
 def _require_of_store(choices: Any) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from inspect import Parameter, Signature
+from ipaddress import ip_address
 from textwrap import fill
 from typing import Any, ClassVar, Never, Unpack, get_type_hints
 from urllib.parse import urlsplit
@@ -49,6 +50,9 @@ BACKENDS = {
 
 RENAMED = {"rows": "tokens_per_pass"}
 """Names that options had, and those that they have: the old ones are still taken, and that is told."""
+
+PORTS = {"http": 80, "https": 443}
+"""Those that an address need not name."""
 
 _SCHEDULER = re.compile(r"([a-z]+://)?[\w.:\[\]-]+:\d{1,5}/?|[^\0]*\.json")
 
@@ -115,12 +119,11 @@ def _addresses(name: str, value: Any) -> tuple[str, ...]:
     if given == []:
         raise UsageError(f"{name} is empty: name a server's address, or leave it out")
     found = [values.text(name, each) for each in ([value] if given is None else given)]
-    for each in found:
-        require_address(each)
-    plain = [each.strip().rstrip("/").lower() for each in found]
-    if twice := [each for each, other in zip(found, plain, strict=True) if plain.count(other) > 1]:
-        raise UsageError(f"host {twice[0]} is named twice: name each server once")
-    return tuple(found)
+    plain = [address(each) for each in found]
+    if twice := [each for each in dict.fromkeys(plain) if plain.count(each) > 1]:
+        same = " and ".join(repr(each) for each, other in zip(found, plain, strict=True) if other == twice[0])
+        raise UsageError(f"host {twice[0]!r} is named twice ({same}): name each server once")
+    return tuple(plain)
 
 
 def _scheduler(name: str, value: Any) -> str:
@@ -225,6 +228,8 @@ class Options:
             self._require_one_after_the_other()
         if self.split == "total" and self.components != "none":
             raise UsageError(f"split 'total' follows no component: leave components {self.components!r} out")
+        if self.split == "total" and self.words:
+            raise UsageError(f"split 'total' tells no part apart, and words are of parts: leave words {self.words} out")
         if {self.components, self.logprob} == {"all", "top"}:
             raise UsageError(
                 f"components {self.components!r} and logprob {self.logprob!r}: what is kept of top tokens is kept of "
@@ -405,18 +410,25 @@ def _kept(each: Any, value: Any) -> Any:
     return values.one_of(each.name, found, choices) if choices else found
 
 
-def require_address(host: str) -> None:
-    """Raises UsageError for a server's address that cannot be one, or that holds a secret."""
+def address(host: str) -> str:
+    """A server's address in the one form that all its spellings have.
+
+    Raises UsageError for what cannot be one, or holds a secret.
+    """
     try:
-        parts = urlsplit(host)
-        name = parts.hostname or ""
-        fits = parts.scheme in ("http", "https") and parts.port != 0 and name.encode("idna")
+        parts = urlsplit(host.strip())
+        name, port = parts.hostname or "", parts.port
+        if "[" in parts.netloc:
+            name = f"[{ip_address(name)}]"
+        fits = parts.scheme in PORTS and name.encode("idna") and port != 0
     except ValueError:  # UnicodeError is one: a label that is empty, or longer than names may be
-        fits, parts = False, urlsplit("")
+        fits, parts, name, port = False, urlsplit(""), "", None
     if parts.username or parts.password:
         raise UsageError("the host's address must not hold a name or a password: keys come from NDIF_API_KEY")
     if not fits or parts.query or parts.fragment:
         raise UsageError(f"host {host!r} is not an address: write for example http://127.0.0.1:8001")
+    at = "" if port in (None, PORTS[parts.scheme]) else f":{port}"
+    return f"{parts.scheme}://{name}{at}{parts.path.rstrip('/')}"
 
 
 Options.__signature__ = Signature(parameters())

@@ -393,12 +393,13 @@ def _chunk(dims: tuple[str, ...], dim: str, size: int, per_chunk: int) -> int:
 
 
 @contextmanager
-def explained(path: Path):
+def explained(path: Path, doing: str = "write"):
     """Turn the operating system's refusals into one line with a remedy; what is stored stays stored."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise StoreError(
-            f"cannot write {str(path)!r}: {reason}. What is stored is kept: mend it and run the same command to resume"
+            f"cannot {doing} {str(path)!r}: {reason}. What is stored is kept: mend it and run the same command to "
+            "resume"
         ) from error

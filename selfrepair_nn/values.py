@@ -3,6 +3,7 @@
 Each function takes the name of what is given and the value, and raises UsageError in one line for what it cannot be.
 """
 
+import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -154,17 +155,25 @@ def layers(name: str, value: Any) -> str:
     return ",".join(layers(name, each) for each in found)
 
 
+PAIR = {"layer", "head"}
+"""What names a head in a record."""
+
+
 def heads(name: str, value: Any) -> str:
     """Heads as "9.6,10.*": from such a text, other tools' names, a Head, a pair (layer, head), or several of these.
 
-    A mapping has the heads of each layer: {9: [6, 9]}.
+    A mapping has the heads of each layer, {9: [6, 9]}, or is one head, {"layer": 9, "head": 6}; an array of truth
+    values, [layer, head], marks them. A text may be JSON of any of these.
     """
+    value = _marked(_in_json(value))
     if isinstance(value, Mapping):
-        value = [(layer, head) for layer, held in value.items() for head in several(held) or [held]]
+        of_layers = [(layer, head) for layer, held in value.items() for head in several(held) or [held]]
+        value = [value] if value.keys() >= PAIR else of_layers
     one = _head(value) if isinstance(value, str | tuple) or hasattr(value, "head") else None
-    found = [one] if one is not None else [_head(each) for each in several(value) or [None]]
-    if isinstance(value, list) and not value:
+    listed = several(value)
+    if listed == []:
         return ""
+    found = [one] if one is not None else [_head(each) for each in listed or [None]]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         raise UsageError(
@@ -174,9 +183,30 @@ def heads(name: str, value: Any) -> str:
     return ",".join(known)
 
 
+def _in_json(value: Any) -> Any:
+    """What a text of JSON holds, if it is one of heads by layer or of several; "[9, 6]" is one head."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    pair = isinstance(found, list) and found and all(isinstance(each, int) for each in found)
+    return value if pair else found
+
+
+def _marked(value: Any) -> Any:
+    """The pairs that an array of truth values marks."""
+    if str(getattr(value, "dtype", "")) not in ("bool", "torch.bool") or len(value.shape) != 2:
+        return value
+    return np.argwhere(value.tolist()).tolist()
+
+
 def _head(value: Any) -> str | None:
     if isinstance(value, str):
         return plain(value)
+    if isinstance(value, Mapping):
+        value = [value[name] for name in ("layer", "head") if name in value]
     pair = [value.layer, value.head] if hasattr(value, "head") and hasattr(value, "layer") else several(value)
     known = [_index_of(each) for each in pair or ()]
     if len(known) != 2 or None in known or known[0] == "*":

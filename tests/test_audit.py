@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from scipy.stats import t as student
 from terminal import selfrepair
@@ -184,8 +185,25 @@ def test_heads_of_each_layer_are_a_mapping():
 
 def test_heads_as_a_file_of_json_holds_them():
     wanted = (sr.Head(9, 6), sr.Head(10, 0))
-    for held in ('[["9", "6"], [10, 0]]', '["(9, 6)", "[10, 0]"]', '{"9": [6], "10": [0]}', '["L9H6", "10.0"]'):
+    records = '[{"layer": 9, "head": 6, "score": 0.5}, {"layer": "10", "head": 0}]'
+    listed = '[["9", "6"], [10, 0]]', '["(9, 6)", "[10, 0]"]', '["L9H6", "10.0"]', " [[9, 6], \n[10, 0]]"
+    for held in (*listed, '{"9": [6], "10": [0]}', records):
         assert sr.select_heads(None, json.loads(held), 12, 12) == wanted
+        assert sr.select_heads(None, held, 12, 12) == wanted
+    assert sr.select_heads(None, {"layer": 9, "head": 6}, 12, 12) == wanted[:1]
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_heads_as_a_mask_marks_them(kind):
+    mask = np.zeros((12, 12), bool)
+    mask[9, 6] = mask[10, 0] = True
+    assert sr.select_heads(None, kind(mask), 12, 12) == (sr.Head(9, 6), sr.Head(10, 0))
+
+
+@pytest.mark.parametrize("none", [[], (), set(), {}, "[]", "{}", np.zeros((12, 12), bool), np.zeros((0, 2), int)])
+def test_no_heads_at_all_are_empty(none):
+    with pytest.raises(UsageError, match="heads is empty"):
+        sr.select_heads(None, none, 12, 12)
 
 
 @pytest.mark.parametrize("heads", ["-1.3", (-1, 3), [(0, -1)], {-1: 0}])
@@ -241,6 +259,17 @@ def test_the_command_tells_a_script_the_same(ran):
     printed = selfrepair("audit", out)
     assert (printed.code, printed.out.strip().endswith(f"store   {out}")) == (0, True)
     assert str(found) in printed.out
+
+
+def test_of_heads_that_a_store_does_not_hold_it_is_said(ran, caplog):
+    out, found = ran
+    few = sr.audit(out, heads=(each for each in ("6.1", "6.2", (7, 0))))
+    assert list(few.index) == ["L6H1"]
+    assert few.loc["L6H1", "self_repair"] == found.loc["L6H1", "self_repair"]
+    assert "the store holds nothing of L6H2, L7H0" in caplog.text
+    caplog.clear()
+    sr.audit(out, heads="6.1")
+    assert not caplog.text
 
 
 def test_a_task_is_audited_on_its_difference(tmp_path):

@@ -1,6 +1,8 @@
 """Several hosts in one run: each with its own budget and patience, one ledger; one that dies loses nothing."""
 
 import json
+import threading
+import time
 from collections import Counter
 
 import fake_ndif
@@ -20,6 +22,7 @@ from selfrepair_nn.backends.ndif.doctor import doctor
 from selfrepair_nn.backends.ndif.faults import Fault
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
 from selfrepair_nn.backends.ndif.ledger import Ledger, ledger_path, lines
+from selfrepair_nn.backends.ndif.side_by_side import side_by_side
 from selfrepair_nn.errors import Incomplete, UsageError
 from selfrepair_nn.models.load import load
 from selfrepair_nn.options import Options
@@ -148,7 +151,8 @@ def test_each_job_is_taken_up_at_its_host(path):
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_jobs_of_a_host_that_was_not_noted_or_has_another_address_are_found(path, old):
+@pytest.mark.parametrize("alone", [True, False])
+def test_jobs_of_a_host_that_was_not_noted_or_has_another_address_are_found(path, old, alone):
     """As in the ledgers of earlier versions; and where a tunnel ends at another port."""
     clock = Clock()
     hosts = fleet(clock, outcomes=["slow"] * 10)
@@ -159,7 +163,7 @@ def test_jobs_of_a_host_that_was_not_noted_or_has_another_address_are_found(path
         stripped = [{k: v for k, v in each.items() if k != "host"} for each in lines(path)]
         path.write_text("".join(json.dumps(each) + "\n" for each in stripped))
     hosts[1].name = "http://another"
-    flown(path, hosts)
+    flown(path, hosts[1:] if alone else hosts)
     assert set(sent(hosts).values()) == {1}
 
 
@@ -250,6 +254,8 @@ def test_two_greetings_differ_in_what_numbers_depend_on(other, said):
         ("http://a:1", ("http://a:1",)),
         (["http://a:1", "http://b"], ("http://a:1", "http://b")),
         (None, ()),
+        (["HTTP://A:80/", " https://a:443", "http://A:0443//X/"], ("http://a", "https://a", "http://a:443//X")),
+        (["http://[0:0:0:0:0:0:0:1]:8001/", "http://a?"], ("http://[::1]:8001", "http://a")),
     ],
 )
 def test_hosts_as_they_are_given(given_, kept):
@@ -260,7 +266,10 @@ def test_hosts_as_they_are_given(given_, kept):
 @pytest.mark.parametrize(
     ("given_", "said"),
     [
-        (["http://a", "http://A/"], "named twice"),
+        (["http://a", "http://A/"], "'http://a' is named twice .'http://a' and 'http://A/'."),
+        (["http://a", "http://b", "http://a:80"], "named twice"),
+        (["http://[::1]:8001", "http://[0::1]:8001"], "named twice"),
+        (["http://[v1.a]"], "is not an address"),
         (["http://a", "b"], "'b' is not an address"),
         (["http://a", "http://u:secret@b"], "must not hold a name or a password"),
         ([], "is empty"),
@@ -354,6 +363,63 @@ def test_a_host_that_is_not_there_at_the_beginning_is_left_out(tiny, quick, tmp_
     assert_same_numbers(store, tiny[3])
 
 
+def test_hosts_are_greeted_side_by_side(tiny, quick, tmp_path):
+    """None waits for another's cold start; the store names them in the order of the command line."""
+    store, starting = tmp_path / "s.zarr", fake_ndif._json({"status": "DEPLOYING", "description": "A cold start."})
+    with FakeNdif(tiny[2]) as one, FakeNdif(load(str(tiny[0]))) as other:
+        for host, awaited in ((one, other), (other, one)):
+            told = host._response
+            host._response = lambda *job, told=told, other=awaited: told(*job) if other.sent() else starting
+        ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 2]))
+    assert ended.code == 0, ended.err
+    assert "left out" not in ended.err
+    attributes = json.loads((store / "zarr.json").read_text())["attributes"]
+    assert [each["host"] for each in json.loads(attributes["servers"])] == [one.url, other.url]
+    assert json.loads(attributes["server"])["host"] == one.url
+
+
+def test_what_is_said_side_by_side_has_the_order_that_was_given():
+    said = side_by_side({"b": lambda _: time.sleep(0.02) or 1, "a": lambda _: 2}, lambda _: None)
+    assert [*said.items()] == [("b", 1), ("a", 2)]
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_where_one_is_broken_or_all_are_interrupted_none_goes_on(interrupted):
+    over = threading.Event()
+
+    def goes_on(watch):
+        try:
+            while True:
+                watch("running")
+                time.sleep(0.01)
+        finally:
+            over.set()
+
+    def refuses(watch):
+        raise Fault("key") if interrupted else UsageError("no")
+
+    def look(state):
+        if interrupted and state == "b: running":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt if interrupted else UsageError):
+        side_by_side({"a": refuses, "b": goes_on}, look)
+    assert over.wait(5)
+
+
+def test_two_addresses_of_one_server_are_one_host(tiny, quick, tmp_path):
+    store = tmp_path / "s.zarr"
+    with FakeNdif(tiny[2]) as one:
+        again = one.url.replace("127.0.0.1", "localhost")
+        ended = selfrepair(*command(tiny, store, one, more=["--host", again]))
+        assert ended.code == 0, ended.err
+        assert f"{again} is left out: it is the server at {one.url}" in ended.err
+        found = [each.seen for each in doctor([one.url, again], model=str(tiny[0]), trip=True) if each.what == "hosts"]
+    assert f"{again} is the server at {one.url}" in found[0]
+    assert "servers" not in json.loads((store / "zarr.json").read_text())["attributes"]
+    assert {each["host"] for each in lines(ledger_path(store)) if "units" in each["part"]} <= {one.url}
+
+
 def test_a_host_that_refuses_from_the_beginning_is_left_out_by_name(tiny, quick, tmp_path):
     """One key goes to all of them, and one of them does not know it; where none does, each is named."""
     store = tmp_path / "s.zarr"
@@ -370,6 +436,14 @@ def test_a_host_that_refuses_from_the_beginning_is_left_out_by_name(tiny, quick,
         assert all(f"{each.url}: the server does not accept the API key" in ended.err for each in (one, other))
         found = [each for each in doctor([one.url, other.url], model=str(tiny[0]), trip=True) if each.right is False]
     assert [each.seen.partition(": ")[0] for each in found] == [one.url, other.url]
+
+
+def test_doctor_says_how_the_model_stands_where_versions_are_not_told(tiny, monkeypatch):
+    monkeypatch.setattr("selfrepair_nn.backends.ndif.doctor.PATIENCE", 0.2)
+    with FakeNdif(tiny[2], lambda what, job: "page" if what == "env" else None) as one:
+        found = {each.what: each for each in doctor(one.url, model=str(tiny[0]))}
+    assert found["model"].right
+    assert found["cluster"].right is False
 
 
 def test_a_cold_start_is_shown_from_the_first_job_on(tiny, quick, tmp_path, monkeypatch):

@@ -256,8 +256,24 @@ def test_a_store_that_the_disk_cannot_hold_is_refused(planned):
 
 
 def test_what_no_choice_mends_is_said(planned):
-    with pytest.raises(UsageError, match="nor does it with less: choose a smaller model"):
-        require_workable(jobs_of(planned("Llama-3.1-405B", heads="125.0", job_seconds=2, tensor_parallel=8)), ROOM)
+    """With where there is more of what it lacks, and in digits that tell what there is from what it takes."""
+    tried = jobs_of(planned("Llama-3.1-405B", heads="125.0", job_seconds=2, tensor_parallel=8))
+    least = tried.pace.seconds(tried.cost(tried.smallest))[0]
+    less = "after {}; nor does it with less: choose a smaller model, or a server that gives a job longer"
+    told = {2: less.format("2 seconds"), 1: less.format("1 second"), least - 1: r"\.\d+ min", least - 1e-7: "hardly"}
+    for seconds, said in told.items():
+        with pytest.raises(UsageError, match=said):
+            require_workable(replace(tried, limits=replace(tried.limits, seconds=seconds)), ROOM)
+    lacking = {replace(ROOM, memory=1): "where more memory is free", replace(ROOM, disk=2**20): "another --out"}
+    for few, said in lacking.items():
+        with pytest.raises(UsageError, match=rf"nor does it with less: choose a smaller model, or .*{said}") as refused:
+            require_workable(jobs_of(planned("Llama-3.1-405B", layers="0:")), few)
+        assert "0.0 GiB" not in str(refused.value)
+
+
+def test_words_are_not_asked_of_a_run_that_tells_no_part_apart():
+    with pytest.raises(UsageError, match="leave words 5 out"):
+        Options(split="total", words=5)
 
 
 def test_where_jobs_may_run_beside_the_weights_nothing_is_refused_for_what_crosses(planned):
@@ -272,7 +288,9 @@ def test_a_plan_is_printed_with_limits_and_a_range(tmp_path):
     text = preview_text(found)
     assert found["job_seconds"][1] < found["job_limit"] == 3600
     assert found["hours"][0] < found["hours"][1]
-    for said in ("of 60.0 that the server gives it", "assumed 50 to 300 TFLOP/s", "(2 processes together)", "24 hours"):
+    assert "too little where the server is slow" not in text
+    assert "too little where the server is slow" in preview_text(found | {"job_seconds": (9.0, 4000.0)})
+    for said in ("of 60 minutes that the ", "assumed 50 to 300 TFLOP/s", "(2 processes together)", "24 hours"):
         assert said in text
     assert not [*tmp_path.glob("**/*.safetensors")]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -162,7 +163,7 @@ def test_a_record_that_says_what_none_does_is_passed_over(path, record):
 
 def test_a_ledger_that_cannot_be_written_says_so(path):
     path.mkdir()
-    with pytest.raises(StoreError, match=r"x\.jobs\.jsonl"):
+    with pytest.raises(StoreError, match=r"cannot read .*x\.jobs\.jsonl"):
         begun(path)
 
 
@@ -185,5 +186,10 @@ def test_history_names_what_is_open_or_failed_and_adds_up_the_rest(tmp_path):
     ]
 
 
-def test_history_of_a_local_run_says_that_nothing_was_sent(tmp_path):
-    assert "run in this process" in history(tmp_path / "x.zarr", "")
+@pytest.mark.parametrize(
+    ("backend", "said"), [("local", "it was run in this process"), ("remote", "is gone, damaged or of another run")]
+)
+def test_history_without_records_says_why_there_are_none(tmp_path, monkeypatch, backend, said):
+    found = SimpleNamespace(attributes={"backend": backend})
+    monkeypatch.setattr("selfrepair_nn.backends.ndif.history.contents_of", lambda store: found)
+    assert said in history(tmp_path / "x.zarr", "")

@@ -86,7 +86,7 @@ def test_only_some_heads_count(ds):
     kept = only(ds, "1:3", "2.*,1.0,5.1")
     assert kept.selected.values.nonzero()[0].tolist() == [1, 2, 2, 2, 2]
     assert places(token_noise(only(unfinished(ds, [Head(4, 0), Head(4, 1)]), heads="4.1"))) == [(4, 1)]
-    with pytest.raises(UsageError, match=r"the store holds no head of layers None and heads '4\.2'"):
+    with pytest.raises(UsageError, match=r"the store holds no head of heads '4\.2'"):
         only(unfinished(ds, [Head(4, 0)]), heads="4.2")
     with pytest.raises(UsageError, match="layers 0 to 5"):
         only(ds, layers="7")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from selfrepair_nn import values
 from selfrepair_nn.analysis.checks import HEADS, among, of_heads, require, required, restored, share_of
 from selfrepair_nn.blocks import direct_effects, done_cases
 from selfrepair_nn.components import Head, select_heads
@@ -36,7 +37,9 @@ def only(ds: xr.Dataset, layers: Any = None, heads: Any = None) -> xr.Dataset:
     named = [[Head(i, j) in wanted for j in ds["head"].values] for i in ds["layer"].values]
     chosen = ds.selected & xr.DataArray(named, dims=HEADS)
     if not chosen.any():
-        raise UsageError(f"the store holds no head of layers {layers!r} and heads {heads!r}: name others")
+        named = {"layers": layers, "heads": heads}
+        said = " and ".join(f"{name} {values.brief(each)}" for name, each in named.items() if each is not None)
+        raise UsageError(f"the store holds no head of {said}: name others")
     return ds.assign(selected=chosen)
 
 

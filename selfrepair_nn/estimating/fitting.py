@@ -170,6 +170,8 @@ def fitted(experiment: Experiment) -> Experiment:
     return experiment.in_units_of(jobs_of(experiment).best_block)
 
 
-def duration(seconds: float) -> str:
-    """A time in words."""
-    return f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:,.0f} seconds"
+def duration(seconds: float, digits: int = 0) -> str:
+    """A time in words, with so many digits of a fraction."""
+    count, unit = (seconds / 60, "minute") if seconds >= 120 else (seconds, "second")
+    said = f"{count:,.{digits}f}"
+    return f"{said} {unit}{'s' * (said != '1')}"

@@ -4,7 +4,7 @@ import os
 from typing import Any, Unpack
 
 from selfrepair_nn.backends.ndif.limits import Limits
-from selfrepair_nn.estimating.fitting import fitted, jobs_of
+from selfrepair_nn.estimating.fitting import duration, fitted, jobs_of
 from selfrepair_nn.estimating.pace import Pace
 from selfrepair_nn.estimating.timetable import hours_of, of_server
 from selfrepair_nn.estimating.workable import require_workable
@@ -132,11 +132,11 @@ def preview_text(found: dict[str, Any]) -> str:
 def _served_lines(found: dict[str, Any]) -> dict[str, str]:
     """What there is to say of a server."""
     prompts, cases = (_counted(*pair) for pair in zip(found["job_units"], ("prompt", "ablation"), strict=True))
-    least, longest, limit = (f"{s / 60:,.1f}" for s in (*found["job_seconds"], found["job_limit"]))
+    longest = tuple(s / 3600 for s in found["job_seconds"])
     small = "more" if found["job_result_bytes"] > found["inline_bytes"] else "less"
     return {
         "jobs": f"{found['jobs']:,} of at most {prompts} and {cases}",
-        "a job": f"{least} to {longest} minutes, of {limit} that the server gives it",
+        "a job": f"{_range(longest)}, of {duration(found['job_limit'])} that the server gives it{_too_slow(found)}",
         "requests": f"{_size(found['request_bytes'])} go to the server",
         "results": f"{_size(found['result_bytes'])} come back, before compression; of a job at most "
         f"{_size(found['job_result_bytes'])}, {small} than comes within an answer",
@@ -144,6 +144,13 @@ def _served_lines(found: dict[str, Any]) -> dict[str, str]:
         f"{_counted(found['link_hours'], 'hour')}: a run that stops must be resumed before",
         "crossings": _crossings(found),
     }
+
+
+def _too_slow(found: dict[str, Any]) -> str:
+    """What is to be said where a slow server would end the smallest jobs, and a fast one would not."""
+    if found["job_seconds"][1] <= found["job_limit"]:
+        return ""
+    return ": too little where the server is slow, and smaller jobs would not help; --calibrate tells"
 
 
 def _crossings(found: dict[str, Any]) -> str:

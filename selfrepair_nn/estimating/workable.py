@@ -30,9 +30,9 @@ def require_workable(jobs: Jobs, here: "Here | None" = None) -> None:
         UsageError: naming what is too much, and the first of the `choices` with which it works.
     """
     here = here or Here.found(jobs.experiment)
-    if reason := amiss(jobs, here):
-        found = remedy(jobs, here)
-        raise UsageError(f"this cannot work: {reason}; {found or 'nor does it with less: choose a smaller model'}")
+    if found := amiss(jobs, here):
+        less = remedy(jobs, here) or f"nor does it with less: choose a smaller model, or {found.more}"
+        raise UsageError(f"this cannot work: {found.why}; {less}")
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,40 @@ class Here:
         return cls(free_memory("cpu"), disk_usage(folder).free)
 
 
-def amiss(jobs: Jobs, here: Here) -> str | None:
+@dataclass(frozen=True)
+class Amiss:
+    """Why something cannot work, and where there would be more of what it lacks."""
+
+    why: str
+    more: str
+
+
+def amiss(jobs: Jobs, here: Here) -> Amiss | None:
     """Why even the smallest jobs cannot work, or their results cannot be kept, or None."""
     if jobs.bytes_of_prompt > SHARE_OF_MEMORY * here.memory:
-        return (
-            f"results of one prompt take {_gib(jobs.bytes_of_prompt)} of memory here, beside a copy, where "
-            f"{_gib(here.memory)} are free"
+        return Amiss(
+            f"results of one prompt take {_size(jobs.bytes_of_prompt)} of memory here, beside a copy, where "
+            f"{_size(here.memory)} are free",
+            "run this where more memory is free",
         )
     if (stored := COMPRESSED * kept_bytes(jobs.experiment)) > here.disk:
-        return f"the store takes {_gib(stored)}, where {_gib(here.disk)} are free"
+        where = "another --out, where more is free, or fewer prompts (--tokens)"
+        return Amiss(f"the store takes {_size(stored)}, where {_size(here.disk)} are free", where)
     cost = jobs.cost(jobs.smallest)
     if (least := jobs.pace.seconds(cost)[0]) <= jobs.limits.seconds:
         return None
     crossed = f" ({cost.crossing / 1e9:,.0f} GB cross into its sandbox)" if jobs.pace.fast.byte else ""
-    ended = f"the server ends it after {duration(jobs.limits.seconds)}"
-    return f"a job of one prompt and one ablation takes {duration(least)} at least{crossed}, and {ended}"
+    takes, ended = _told_apart(least, jobs.limits.seconds)
+    return Amiss(
+        f"a job of one prompt and one ablation takes {takes} at least{crossed}, and the server ends it after {ended}",
+        "a server that gives a job longer (--job-seconds says how long)",
+    )
+
+
+def _told_apart(more: float, less: float) -> tuple[str, str]:
+    """Two times in words: in as many digits as tell them apart."""
+    said = [(duration(more, digits), duration(less, digits)) for digits in range(4)]
+    return next((pair for pair in said if pair[0] != pair[1]), (f"hardly more than {said[0][1]}", said[0][1]))
 
 
 def kept_bytes(experiment: Experiment) -> float:
@@ -123,5 +142,5 @@ def _name(experiment: Experiment) -> str:
     return experiment.recipe.name if path in recipe_paths().values() else str(path)
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB"
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

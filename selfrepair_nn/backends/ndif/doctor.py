@@ -75,10 +75,11 @@ def _here() -> Iterator[Finding]:
 
 def _each(hosts: Sequence[str | None], model: str | None, trip: bool) -> Iterator[Finding]:
     """Every host in turn; what is found of several bears their names, and they are compared."""
-    said = dict[str, dict[str, Any]]()
+    said, greeted = dict[str, dict[str, Any]](), list[Any]()
     for host in hosts:
-        for found in _asked_all(host, model, trip, said):
+        for found in _asked_all(host, model, trip, said, greeted):
             yield found if len(hosts) == 1 else replace(found, seen=f"{host}: {found.seen}")
+    yield from _twins(greeted)
     first, *others = said.values() or [{}]
     for other in others:
         found = "; ".join(differences(first, other))
@@ -87,18 +88,27 @@ def _each(hosts: Sequence[str | None], model: str | None, trip: bool) -> Iterato
         yield Finding("hosts", seen, not found)
 
 
+def _twins(greeted: Sequence[Any]) -> Iterator[Finding]:
+    """Those that are the server of one before them under another address."""
+    from selfrepair_nn.backends.ndif.served import same_server
+
+    for index, served in enumerate(greeted):
+        if twin := same_server(served, greeted[:index]):
+            yield Finding("hosts", f"{served.name} is the server at {twin.name}: name each server once")
+
+
 def _asked_all(
-    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]]
+    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]], greeted: list[Any]
 ) -> Iterator[Finding]:
     """All there is to be found of a host; where it fails, that."""
     try:
-        yield from _there(host, model, trip, said)
+        yield from _there(host, model, trip, said, greeted)
     except (SelfRepairError, Incomplete) as error:
         yield Finding("server", str(error), False)
 
 
 def _there(
-    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]]
+    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]], greeted: list[Any]
 ) -> Iterator[Finding]:
     from selfrepair_nn.backends.ndif.server import Server
 
@@ -114,7 +124,7 @@ def _there(
     except Fault as fault:
         yield Finding("cluster", str(fault), False)
     if model:
-        yield from _asked_for(server, model, trip, said)
+        yield from _asked_for(server, model, trip, said, greeted)
     elif trip:
         yield Finding("round trip", "say which model with --model", False)
 
@@ -144,17 +154,20 @@ def _models(replicas: list[dict]) -> str:
     return ", ".join(sorted(said)) or "none is deployed"
 
 
-def _asked_for(server, name: str, trip: bool, said: dict[str, dict[str, Any]]) -> Iterator[Finding]:
+def _asked_for(
+    server, name: str, trip: bool, said: dict[str, dict[str, Any]], greeted: list[Any]
+) -> Iterator[Finding]:
     from selfrepair_nn.backends.ndif.served import ServedModel, states
     from selfrepair_nn.models.load import describe, load_tokenizer, structure_only
 
     description = describe(name)
     served = ServedModel(server, structure_only(description, load_tokenizer(description.source)))
     found = states(served)
-    said[server.host] = served.facts()
     yield Finding("model", f"{name} is {found}", True if found.startswith("running") else None)
+    said[server.host] = served.facts()
     if trip:
         yield from _greeted(served, said)
+        greeted.append(served)
 
 
 def _greeted(served, said: dict[str, dict[str, Any]]) -> Iterator[Finding]:

@@ -67,10 +67,18 @@ def history(store: Path, run: str) -> str:
     """Every part of a store's run that is not simply done, one line each, and what was sent and came back in all."""
     ledger = Ledger(ledger_path(store), run)
     if not ledger.records:
-        return "no job was ever sent for this store: it was run in this process"
+        return _without_records(store, ledger.path)
     shown, asked = [r for r in ledger.records.values() if r.event != TAKEN or r.failures], _Asked()
     lines = [_line(record, asked(record)) for record in shown]
     return "\n".join([*lines, *([""] if shown else []), _total(ledger)])
+
+
+def _without_records(store: Path, ledger: Path) -> str:
+    """What is known where no job of a run is: none was sent, or what told of them is gone."""
+    if contents_of(store).attributes.get("backend") != "remote":
+        return "no job was ever sent for this store: it was run in this process"
+    why = f"none was sent yet, or {str(ledger)!r} is gone, damaged or of another run"
+    return f"no job of this store's run is known: {why}"
 
 
 def watched(

@@ -99,10 +99,10 @@ class _Round:
         self._landed: list[Piece] = []
         self._given_up: list[tuple[Piece, Fault]] = []
         self._hopeless = 0
-        self._settle()
 
     def run(self) -> Iterator[tuple[Unit, dict[Any, Any]]]:
         """Send, look, wait, until everything has come back or been given up."""
+        self._settle()
         pause = SHORTEST_PAUSE
         while self._flying or (self._waiting and self._hopeless < HOPELESS):
             moved = [self._turn(host) for host in self._hosts.awake(self._flight.clock())]
@@ -132,8 +132,9 @@ class _Round:
 
     def _knows(self, host: Host, job: str) -> bool:
         try:
-            return self._hosts.several and host.service.ask(job) is not None
-        except Fault:
+            return host.silent is None and host.service.ask(job) is not None
+        except Fault as fault:
+            self._without(host, fault)
             return False
 
     def _turn(self, host: Host) -> bool:

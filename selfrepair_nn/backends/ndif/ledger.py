@@ -136,7 +136,7 @@ def ledger_path(store: Path) -> Path:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """Everything that a ledger says, in order; empty if there is none."""
-    with explained(path):
+    with explained(path, "read"):
         text = path.read_text(errors="replace") if path.exists() else ""
     return [found for line in text.splitlines() if (found := _read(line)) is not None]
 

@@ -1,12 +1,14 @@
 """A model on an NDIF server as a backend: its requests, what is asked of it before the first, what is kept of it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, cast
 
 from nnsight import register
@@ -20,6 +22,7 @@ from selfrepair_nn.backends.ndif.in_flight import JobsInFlight, Watch, unwatched
 from selfrepair_nn.backends.ndif.ledger import Ledger
 from selfrepair_nn.backends.ndif.limits import Limits, limits_of, told
 from selfrepair_nn.backends.ndif.server import Answer, Server
+from selfrepair_nn.backends.ndif.side_by_side import side_by_side
 from selfrepair_nn.errors import Incomplete, SelfRepairError, one_line
 from selfrepair_nn.layout.greeting import first_unit
 from selfrepair_nn.layout.units import Unit
@@ -35,6 +38,9 @@ SHARED = ("python", "torch", "transformers", "nnsight", "ndif")
 AGAIN_SECONDS = 30.0
 """A host that was away has so long to say whose weights answer there."""
 
+PACKING = Lock()
+"""nnsight keeps what it traces in one place for all threads."""
+
 UNTOLD = ("_name_or_path", "transformers_version")
 """What a configuration holds that is not the model's."""
 
@@ -46,6 +52,8 @@ class ServedModel:
         self.server, self.model = server, model
         self.key, self._environment = model_key(model), model.nn._remoteable_get_env()
         self.expected: dict[str, Any] = {}
+        self.first_job = ""
+        """That in which it was last greeted."""
 
     @property
     def name(self) -> str:
@@ -76,7 +84,8 @@ class ServedModel:
         return [each for each in self.server.status() if each.get("model_key") == self.key]
 
     def pack(self, unit: Unit) -> bytes:
-        return packed(self.model, unit)
+        with PACKING:
+            return packed(self.model, unit)
 
     def send(self, request: bytes, job: str) -> str | None:
         return self.server.send(request, self.key, self._environment, job)
@@ -222,9 +231,11 @@ def greeted(served: ServedModel, ledger: Ledger, patience: float, watch: Watch =
     Raises:
         Fault, Incomplete: as the server says, or does not say.
     """
-    jobs = JobsInFlight(served, ledger, 1, patience, tell)
+    unit = first_unit(served.model.layout)
+    jobs = JobsInFlight(served, ledger, 1, patience, lambda text: tell(f"{served.name}: {text}"))
     jobs.watch = watch
-    found = only(jobs, first_unit(served.model.layout))
+    found = only(jobs, unit)
+    served.first_job = ledger[unit.label].job
     return greeting_of(found, deployed(served))
 
 
@@ -253,27 +264,52 @@ def connected(
         Fault, Incomplete: as the hosts say, or do not say.
         SelfRepairError: they serve different things.
     """
-    services = [ServedModel(server, model) for server in servers_of(options)]
-    found, absent = dict[str, dict[str, Any]](), dict[str, Fault | Incomplete]()
-    for served in services:
-        try:
-            found[served.name] = introduced(served, ledger, options, watch)
-        except (Fault, Incomplete) as error:
-            absent[served.name] = error
+    every = [ServedModel(server, model) for server in servers_of(options)]
+    said = side_by_side({each.name: partial(introduced, each, ledger, options) for each in every}, watch)
+    absent = {name: each for name, each in said.items() if isinstance(each, Fault | Incomplete)}
+    found = {name: each for name, each in said.items() if not isinstance(each, Fault | Incomplete)}
     if not found:
         raise _of_all(absent)
-    first, *others = found.values()
+    services = _each_once(every, options)
+    first, *others = (found[each.name] for each in services if each.name in found)
     _require_alike(first, others)
     jobs = JobsInFlight(services, ledger, options.in_flight, options.patience, tell)
     jobs.watch = watch
     for served in services:
         served.expected = first
-        if len(services) > 1:
-            served.server.patience = 0  # who waits for one would keep the others waiting
         if error := absent.get(served.name):
             _begin_without(jobs, served.name, error)
     facts = {"dtype": first["greeting"]["computes_in"], "server": _kept(first), "greeting": first["greeting"]}
-    return jobs, facts | ({"servers": [_kept(each) for each in found.values()]} if len(services) > 1 else {})
+    return jobs, facts | ({"servers": [*map(_kept, [first, *others])]} if len(services) > 1 else {})
+
+
+def _each_once(every: Sequence[ServedModel], options: Options) -> list[ServedModel]:
+    """Those that are not the server of one before them under another address, of which it is told.
+
+    Of several none is waited for in one place: that would keep the others waiting.
+    """
+    services = list[ServedModel]()
+    for served in every:
+        served.server.patience = 0
+        if twin := same_server(served, services):
+            tell(
+                f"{served.name} is left out: it is the server at {twin.name}, which knows its jobs; --in-flight says "
+                "how many a server is given at a time"
+            )
+        else:
+            services.append(served)
+    for served in services if len(services) == 1 else []:
+        served.server.patience = options.patience
+    return services
+
+
+def same_server(served: ServedModel, others: Iterable[ServedModel]) -> ServedModel | None:
+    """The one of the others that knows the job in which this was greeted: the same server under another address."""
+    for other in others:
+        with suppress(Fault):
+            if served.first_job and other.server.ask(served.first_job):
+                return other
+    return None
 
 
 def _of_all(absent: Mapping[str, Fault | Incomplete]) -> Fault | Incomplete:

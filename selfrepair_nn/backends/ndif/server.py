@@ -25,7 +25,7 @@ from selfrepair_nn.backends.ndif.answers import (
 )
 from selfrepair_nn.backends.ndif.connection import READ_SECONDS, Again, Connection, leads_somewhere
 from selfrepair_nn.backends.ndif.faults import Fault, refusal
-from selfrepair_nn.options import require_address
+from selfrepair_nn.options import address
 from selfrepair_nn.settings import require_ndif
 from selfrepair_nn.shown import line
 
@@ -69,8 +69,7 @@ class Server:
     ) -> None:
         from nnsight.schema.config import CONFIG
 
-        self.host = (host or CONFIG.API.HOST).strip().rstrip("/")
-        require_address(self.host)
+        self.host = address(host or CONFIG.API.HOST)
         require_ndif()
         self.patience, self._http = patience, Connection(self.host, notify)
 
