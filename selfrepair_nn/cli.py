@@ -307,7 +307,7 @@ def view(
 ) -> None:
     """Write one HTML page to look at STORE: its heads, their tokens, the text, who repairs what.
 
-    Of two STORES they stand side by side. The page needs no network, and no server.
+    Of several STORES two stand side by side, and the page lets choose which. It needs no network, and no server.
     """
     from selfrepair_nn.explorer import server_at
     from selfrepair_nn.explorer import view as write
