@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -40,39 +40,75 @@ _FORMAT = warnings.formatwarning
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+class _Found(SelfRepairError):
+    """What was looked at is not as it should be: that is a result, and is on stdout already."""
+
+
 def main() -> None:
     """The `selfrepair` command: a result goes to stdout, all else to stderr.
 
-    Exit codes: 0 done, 1 failed, 2 not a valid request, 75 interrupted but resumable, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 not a valid request, 75 interrupted but resumable, 130 interrupted. With --json a
+    command that has no result prints that in its place.
     """
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
         vars(error)["message"] = message(error.message)
         error.show()
-        sys.exit(error.exit_code)
+        _end(error.exit_code, error.format_message())
     except Incomplete as error:
-        interrupted()
-        _say(f"{error}:\n  {_command_line()}")
-        sys.exit(error.exit_code)
-    except SelfRepairError as error:
-        if isinstance(error, NotAgreed):
-            _print_json({"plan": error.plan}) if "--json" in sys.argv else _print(error.plan)
+        _end_resumable(error.exit_code, str(error), f"{error}:")
+    except _Found as error:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
+    except SelfRepairError as error:
+        plan = {"plan": error.plan} if isinstance(error, NotAgreed) else {}
+        if plan and not _machine():
+            _print(plan["plan"])
+        _say(f"error: {error}")
+        _end(error.exit_code, str(error), **plan)
     except (click.Abort, KeyboardInterrupt):
+        if sys.argv[1:2] in (["run"], ["audit"]):
+            _end_resumable(Incomplete.exit_code, "interrupted", "interrupted; to go on:")
         interrupted()
-        resumable = sys.argv[1:2] in (["run"], ["audit"])
-        _say(f"interrupted; to go on:\n  {_command_line()}" if resumable else "interrupted")
-        sys.exit(Incomplete.exit_code if resumable else INTERRUPTED)
+        _say("interrupted")
+        _end(INTERRUPTED, "interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute(sys.stdout)
     except OSError as error:
-        _say(message(f"error: {error.filename or 'the system'}: {error.strerror or error}"))
-        sys.exit(1)
+        said = f"{error.filename or 'the system'}: {error.strerror or error}"
+        _say(message(f"error: {said}"))
+        _end(1, said)
     except Exception:
-        _say(f"unexpected, please report it with what is in {_report()}")
-        sys.exit(1)
+        said = f"unexpected, please report it with what is in {_report()}"
+        _say(said)
+        _end(1, said)
+
+
+def _end_resumable(code: int, said: str, above: str) -> NoReturn:
+    """Leave a run that the same command goes on with."""
+    interrupted()
+    _say(f"{above}\n  {_command_line()}")
+    _end(code, said, resume=_command_line())
+
+
+def _end(code: int, said: str, **more: Any) -> NoReturn:
+    """Leave without a result: a script that asked for JSON is told why as that."""
+    if _machine():
+        try:
+            _print_json({**more, "error": message(said), "exit_code": code})
+        except OSError:  # nobody reads it
+            _mute(sys.stdout)
+    sys.exit(code)
+
+
+def _machine() -> bool:
+    """Whether JSON was asked for, also in a request that is not valid."""
+    return "--json" in sys.argv
+
+
+def _mute(stream: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _report() -> str:
@@ -271,7 +307,7 @@ def view(
 ) -> None:
     """Write one HTML page to look at STORE: its heads, their tokens, the text, who repairs what.
 
-    Of two STORES they stand side by side. The page needs no network, and no server.
+    Of several STORES two stand side by side, and the page lets choose which. It needs no network, and no server.
     """
     from selfrepair_nn.explorer import server_at
     from selfrepair_nn.explorer import view as write
@@ -391,7 +427,7 @@ def verify(store: str, machine: bool) -> None:
     remedy = f"run the command that made it:\n  {attributes.get('command', 'not recorded')}"
     if found:
         count = f"{len(found)} file{'s' * (len(found) > 1)}"
-        raise SelfRepairError(f"{count} of {store!r} missing or damaged; to compute again, {remedy}")
+        raise _Found(f"{count} of {store!r} missing or damaged; to compute again, {remedy}")
     if not machine:
         _print(f"{store}: every file is as it was written")
     if "finished" not in attributes:
@@ -466,7 +502,7 @@ def check(model: str, dtype: str, device: str, revision: str | None, machine: bo
             mark = "ok" if each.passed else "FAIL"
             _print(f"{mark:<6}  {each.name}: {each.error:.1e} of the logits' spread (limit {each.limit:g})")
     if not all(each.passed for each in findings):
-        raise SelfRepairError(f"{model!r} cannot be decomposed exactly")
+        raise _Found(f"{model!r} cannot be decomposed exactly")
 
 
 @cli.command()
@@ -513,7 +549,7 @@ def doctor(host: tuple[str, ...], remote: bool, model: str | None, trip: bool, m
     if machine:
         _print_json([asdict(each) for each in found])
     if any(each.right is False for each in found):
-        raise SelfRepairError(
+        raise _Found(
             f"something is wrong: see {'what is not right' if machine else 'the lines marked FAIL'}"
         )
 
@@ -654,7 +690,7 @@ def _say(text: str) -> None:
     try:
         click.echo(f"selfrepair: {shown(text)}", err=True)
     except OSError:  # the terminal was closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        _mute(sys.stderr)
 
 
 def _interrupt(*_: Any) -> None:
@@ -673,14 +709,15 @@ def _warning(*parts: Any, **more: Any) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Only what the user can act on, filtered; loading bars only on a terminal."""
+    """Only what the user can act on, filtered; loading bars only on a terminal, and not with --quiet."""
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
+    bars = sys.stderr.isatty() and LOG.isEnabledFor(logging.WARNING)
+    if not bars:
         os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as library
 
     library.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not bars:
         library.disable_progress_bar()

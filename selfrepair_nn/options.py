@@ -152,7 +152,7 @@ class Options:
     out: Any = option("outputs", "Store to write (NAME.zarr), or the directory to put it in.", _out, decides=False)
     tokens: int | None = option(None, "Total number of tokens to use; default: 16384 of the sample, 100000 of a dataset, all of a file.", values.whole)
     length: int | None = option(None, "Tokens in a prompt; default: 128, where rows are texts at most 1024, or the model's context if that is shorter.", values.whole)
-    rows_are: str | None = option(None, "What a row of text is: packed, documents joined and cut into rows of one length; or texts, each document a row of its own. Default: packed, but texts for a list of texts in Python with neither tokens nor length.", choices=ROWS_ARE)
+    rows_are: str | None = option(None, "What a row of text is: packed, documents joined and cut into rows of one length; or texts, each document (a record, or in a file of text what a line holding only a form feed ends) a row of its own. Default: packed, but texts for a list of texts in Python with neither tokens nor length.", choices=ROWS_ARE)
     bos: str = option("auto", "Begin each prompt with the BOS token: auto (if there is one), always or never.", choices=("auto", "always", "never"))
     partners: Any = option(None, ".npy of partners: entry i is the prompt whose z replaces prompt i's; or several rows, [resample, prompt].", values.partners)
     resamples: int = option(1, "How many partners each prompt has under resample ablation, one after the other.", _processes)

@@ -280,7 +280,8 @@ def several_partners(n: int, seed: int, count: int, lengths: np.ndarray | None =
     _check_whole(seed, "seed", 0)
     if n < 2:
         raise UsageError(
-            f"resample needs two prompts and there is {n}: use more tokens or texts, or ablate with mean or zero"
+            f"resample needs two prompts and there is {n}: use more tokens or texts (a text is a record of a file, or "
+            "in a file of text what a line holding only a form feed ends), or ablate with mean or zero"
         )
     groups = [np.arange(n)] if lengths is None else alike(lengths)
     found = np.empty((count, n), np.int64)

@@ -34,7 +34,6 @@ from selfrepair_nn.choosing import viewed
 from selfrepair_nn.confidence import CLUSTERS, RATE
 from selfrepair_nn.drawing import Drawing
 from selfrepair_nn.errors import UsageError
-from selfrepair_nn.explorer import MOST
 from selfrepair_nn.explorer.contents import Contents, has_tokens
 from selfrepair_nn.explorer.rendering import page
 from selfrepair_nn.face import public
@@ -154,7 +153,7 @@ def _of_others(ds: xr.Dataset, share: float | None, store: str | None, drawn: Dr
 
 
 def _of_several(stores: Mapping[str, xr.Dataset], share: float | None, store: str | None, drawn: Drawn) -> str:
-    """The page of several stores: two of them side by side, figures of all, and what is found in each."""
+    """The page of several stores: to look at side by side, figures of all, and what is found in each."""
     if store is not None:
         raise UsageError(f"store {store!r} is one store's name, and there are {len(stores)}: leave it out")
     title, head, each = _safe(" and ".join(stores)), [], []
@@ -164,7 +163,7 @@ def _of_several(stores: Mapping[str, xr.Dataset], share: float | None, store: st
         head.append(BASIS.substitute(parts))
         each.append(SECTION.substitute(parts, summary=escape(str(text.summary(ds, share)))))
     shown = "".join(_figure(drawing, figure) for drawing, figure in drawn)
-    looked_at = [Contents(ds, share, name).data() for name, ds in stores.items() if has_tokens(ds)][:MOST]
+    looked_at = [Contents(ds, share, name).data() for name, ds in stores.items() if has_tokens(ds)]
     rest = f"<h2>Figures</h2>{shown}" + "".join(each)
     return page(looked_at, title=unescape(title), head=f"<h1>Self-repair: {title}</h1>{''.join(head)}", rest=rest)
 

@@ -5,10 +5,13 @@ import json
 import os
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from contextlib import closing
@@ -307,8 +310,8 @@ def test_only_a_store_is_looked_at(ds, tmp_path):
         sr.view(sr.by_head(ds), tmp_path / "x.html")
     with pytest.raises(UsageError, match="nothing done yet"):
         sr.view(unfinished(ds, done=False), tmp_path / "x.html")
-    with pytest.raises(UsageError, match="3 stores do not stand side by side"):
-        sr.view([ds, ds, ds], tmp_path / "x.html")
+    with pytest.raises(UsageError, match="no dataset was given"):
+        sr.view([], tmp_path / "x.html")
     with pytest.raises(UsageError, match="is a directory"):
         sr.view(ds, tmp_path)
     with pytest.raises(UsageError, match=r"share 2.0 is not in"):
@@ -357,6 +360,21 @@ def test_a_page_is_served_to_this_machine_alone(served):
         error.value.close()
     with pytest.raises(UsageError, match="cannot be had"):
         serving.Server(int(served.rsplit(":", 1)[1].strip("/")))
+
+
+def test_a_page_that_is_gone_and_a_browser_that_leaves_are_no_accident(served, tmp_path, capfd):
+    host = urllib.parse.urlsplit(served)
+    (tmp_path / "p.html").write_bytes(bytes(30_000_000))
+    with socket.create_connection(("127.0.0.1", host.port)) as browser:
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # gone at once
+        browser.sendall(f"GET / HTTP/1.1\r\nHost: {host.netloc}\r\n\r\n".encode())
+        browser.recv(1)
+    (tmp_path / "p.html").unlink()
+    with pytest.raises(urllib.error.HTTPError, match="404") as error:
+        urllib.request.urlopen(served)
+    with error.value as answer:
+        assert b"write it again" in answer.read()
+    assert capfd.readouterr().err == ""
 
 
 def test_the_parts_of_the_page_are_in_the_wheel():

@@ -250,6 +250,19 @@ def test_links_lead_to_who_repairs(opened, ds):
     first.click()
     tab.wait_for_selector(f".head h3:has-text('{name}')")
     assert chosen(tab).startswith(name)
+    settled(tab)
+    tab.go_back()
+    tab.wait_for_selector(".head h3:has-text('L0H0')")
+    tab.go_forward()
+    tab.wait_for_selector(f".head h3:has-text('{name}')")
+
+
+def test_a_place_that_is_no_whole_number_is_one_before_it(opened, ds):
+    tab = opened(ds)
+    tab.fill(".pager input", "1.5")
+    tab.press(".pager input", "Enter")
+    settled(tab)
+    assert tab.inner_text(".prompt >> nth=0").startswith("1 ")
 
 
 def test_variants_have_a_selector_and_sums_stand_for_components(opened, variants):
@@ -336,8 +349,14 @@ def test_it_is_first_on_a_report(opened, ds, monkeypatch):
     tab.wait_for_selector(".head h3:has-text('L0H1')")
     assert tab.locator("h1").bounding_box()["y"] < tab.locator("#explorer").bounding_box()["y"] < 250
     assert tab.locator("#explorer h2").first.is_hidden()
-    two = opened({"mine": ds, "theirs": ds}, write=sr.write_report)
-    assert [name.is_visible() for name in two.locator("#explorer h2").all()] == [True, True]
+    several = opened({"mine": ds, "theirs": ds, "third": ds}, write=sr.write_report)
+    seen = several.locator("#explorer h2")
+    assert [each.is_visible() for each in seen.all()] == [True, True, False]
+    several.get_by_label("third", exact=True).first.check()
+    several.get_by_label("mine", exact=True).first.uncheck()
+    assert [each.is_visible() for each in seen.all()] == [False, True, True]
+    several.locator(".pane:visible .cell[aria-label^=L0H1]").first.click()
+    several.wait_for_selector(".pane:last-child .head h3:has-text('L0H1')")
 
 
 def test_a_notebook_shows_it_within_itself(opened, ds, tmp_path, monkeypatch):

@@ -437,6 +437,7 @@ def test_the_figure_of_both_shows_their_means(runs):
         assert any(np.array_equal(values, layers[f"top_{name}"].values) for values in drawn), name
     two = figures.draw("outcomes", {"one": ds, "other": ds}, share=0.2)
     assert len(two.axes) == 8
+    assert min(each.get_position().width for each in two.axes) > 0.15, "what stands above a panel takes its room"
 
 
 def test_the_command_line_draws_it(runs, tmp_path):

@@ -199,7 +199,7 @@ def test_a_page_is_the_same_whether_or_not_anything_is_remembered(ds, monkeypatc
 
 
 def test_several_stores_have_a_page_together(ds):
-    """Figures of both, the summary of each, and the explorer of two: a third has none."""
+    """Figures of all, the summary of each, and the explorer of all."""
     stores = {"mine <i>": ds, "theirs": simulate_heads(4, 3, 30, 13, model="other", seed=5)}
     chosen = {"names": "self_repair_by_layer", "share": 0.1}
     text = render(stores, **chosen)
@@ -210,7 +210,7 @@ def test_several_stores_have_a_page_together(ds):
     data = re.search(r'id="explorer-stores">(.*?)</script>', text, re.DOTALL)[1]
     assert [each["name"] for each in json.loads(data)] == [*stores]
     three = render([*stores.values(), ds], share=0.1, names=())
-    assert len(json.loads(re.search(r'id="explorer-stores">(.*?)</script>', three, re.DOTALL)[1])) == 2
+    assert len(json.loads(re.search(r'id="explorer-stores">(.*?)</script>', three, re.DOTALL)[1])) == 3
     assert three.count("Open it, and where") == 3
     with pytest.raises(UsageError, match="leave it out"):
         render(stores, store="s.zarr", **chosen)

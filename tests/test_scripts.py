@@ -6,17 +6,20 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from click.shell_completion import ShellComplete
 from terminal import selfrepair
+from transformers.utils import logging as library
 
 import selfrepair_nn as sr
 from selfrepair_nn.cli import cli
-from selfrepair_nn.errors import NotAgreed
+from selfrepair_nn.errors import Incomplete, NotAgreed
 from selfrepair_nn.figures import FIGURES
 from selfrepair_nn.progress import Bar, in_notebook
 from selfrepair_nn.recipe import recipe_paths
+from selfrepair_nn.running import worker
 from selfrepair_nn.shown import LOG, as_json, tell, telling
 
 SMALL = ("--tokens", 64, "--length", 16, "--layers", "6:")
@@ -73,10 +76,34 @@ def test_recipes_and_checks_and_jobs_and_the_doctor(ran):
     assert "torch" in looked["versions"]["seen"]
 
 
-def test_a_failure_is_words_on_stderr_and_no_json(tmp_path):
+@pytest.mark.parametrize("command", [*cli.commands])
+def test_what_is_no_request_is_words_on_stderr_and_one_object_for_a_script(command):
+    ended = selfrepair(command, "--xyzzy", "--json")
+    assert (ended.code, json.loads(ended.out)) == (2, {"error": "No such option '--xyzzy'.", "exit_code": 2})
+    assert "No such option" in ended.err
+    assert selfrepair(command, "--xyzzy").out == ""
+
+
+def test_a_failure_is_words_on_stderr_and_one_object_for_a_script(tmp_path, monkeypatch):
     ended = selfrepair("info", tmp_path / "nothing.zarr", "--json")
-    assert (ended.code, ended.out) == (1, "")
-    assert "no store at" in ended.err
+    said = json.loads(ended.out)
+    assert (ended.code, said["exit_code"]) == (1, 1)
+    assert ended.err == f"selfrepair: error: {said['error']}\n"
+    assert "no store at" in said["error"]
+
+    def end(error):
+        def instead(*_, **__):
+            raise error
+
+        monkeypatch.setattr("selfrepair_nn.running.run.run", instead)
+        ended = selfrepair("run", "heads", "--json")
+        assert json.loads(ended.out)["exit_code"] == ended.code
+        return json.loads(ended.out)
+
+    assert end(KeyboardInterrupt())["resume"] == "selfrepair run heads --json"
+    assert end(Incomplete("it stopped"))["error"] == "it stopped"
+    assert end(OSError(28, "No space left", "x"))["error"] == "x: No space left"
+    assert "please report it" in end(ZeroDivisionError())["error"]
 
 
 def test_a_plan_that_nobody_agreed_to_is_json_where_that_is_asked_for(monkeypatch):
@@ -85,7 +112,8 @@ def test_a_plan_that_nobody_agreed_to_is_json_where_that_is_asked_for(monkeypatc
 
     monkeypatch.setattr("selfrepair_nn.running.run.run", refuse)
     ended = selfrepair("run", "heads", "--json")
-    assert (ended.code, json.loads(ended.out)) == (2, {"plan": "units  9\nrequests  9"})
+    said = {"plan": "units  9\nrequests  9", "error": "nothing was sent: add --yes", "exit_code": 2}
+    assert (ended.code, json.loads(ended.out)) == (2, said)
     assert ended.err == "selfrepair: error: nothing was sent: add --yes\n"
     assert selfrepair("run", "heads").out == "units  9\nrequests  9\n"
 
@@ -144,6 +172,19 @@ def test_a_notebook_has_a_bar_without_being_asked(monkeypatch, capsys):
     with telling("error"), Bar("tiny-neox", None) as bar:
         bar.stage("loading the model")
     assert capsys.readouterr().err == ""
+
+
+def test_where_no_bar_is_shown_libraries_show_none(monkeypatch):
+    monkeypatch.setattr(library, "_tqdm_active", True)
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    for progress in (True, False):
+        with Bar("tiny-neox", progress):
+            assert library.is_progress_bar_enabled() == progress
+    seen = []
+    monkeypatch.setattr(worker, "_Worker", lambda _: seen.append(library.is_progress_bar_enabled()))
+    worker._begun(cast(Any, None))
+    assert seen == [False]
+    assert library.is_progress_bar_enabled()
 
 
 # Completion

@@ -310,7 +310,7 @@ def test_one_text_is_ablated_by_its_mean_and_that_is_told(go, capfd):
     assert "no other to lend it activations" in capfd.readouterr().err
     go(prompts=SHORT[:1], ablation="mean")
     assert "no other to lend" not in capfd.readouterr().err
-    with pytest.raises(UsageError, match=r"two prompts and there is 1.*texts.*mean or zero"):
+    with pytest.raises(UsageError, match=r"two prompts and there is 1.*texts.*form feed.*mean or zero"):
         go(prompts=SHORT[:1], ablation="resample")
     with pytest.raises(UsageError, match="two prompts and there is 1"):
         go(recipe="ablation_kinds", prompts=SHORT[:1])

@@ -19,7 +19,6 @@ from selfrepair_nn.progress import in_notebook
 from selfrepair_nn.shown import tell
 
 Datasets = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset]
-MOST = 2
 HEIGHT = 760
 """Pixels of a page within a notebook."""
 
@@ -33,7 +32,7 @@ def view(
     serve: bool = False,
     port: int = 0,
 ) -> Path:
-    """Write the explorer of a store, or of two side by side, as one HTML file, and return its path.
+    """Write the explorer of a store, or of several, two of them side by side, as one HTML file, and return its path.
 
     It goes to `path`, by default beside the first store, its name ending in -explorer.html. The file needs nothing
     else: no network, no server. Numbers of single tokens are rounded, as the page says. Of a large store it holds every
@@ -43,8 +42,8 @@ def view(
     With `serve` it is also served, on this machine alone, at `port` (0: one that is free) until interrupted.
 
     Raises:
-        UsageError: a dataset is not a store with tokens, nothing of it is done, `share` is not in (0, 1], there are
-            more than two, or the port cannot be had.
+        UsageError: a dataset is not a store with tokens, nothing of it is done, `share` is not in (0, 1], there is
+            none, or the port cannot be had.
     """
     server = server_at(port, serve)
     try:
@@ -77,8 +76,8 @@ def _show(page: Path) -> None:
 
 def _write(datasets: Datasets, path: str | Path | None, share: float | None) -> Path:
     stores = _named(datasets)
-    if not 1 <= len(stores) <= MOST:
-        raise UsageError(f"{len(stores)} stores do not stand side by side: give one or {MOST}")
+    if not stores:
+        raise UsageError("no dataset was given: a page is of one store, or of several")
     found = _beside([ds for _, ds in stores]) if path is None else local(path)
     if found.is_dir():
         raise UsageError(f"{str(found)!r} is a directory: name a file in it, such as explorer.html")

@@ -124,9 +124,16 @@ class Pane {
   }
 
   siteLink(site) {
-    return make("button", { type: "button", class: "link", onclick: () => this.choose(site) }, this.store.labels[site]);
+    const follow = () => {
+      this.page.leave();
+      return this.choose(site);
+    };
+    return make("button", { type: "button", class: "link", onclick: follow }, this.store.labels[site]);
   }
 }
+
+/** So many stores are seen at first. */
+const BESIDE = 2;
 
 class Page {
   constructor(stores, element) {
@@ -134,17 +141,33 @@ class Page {
     this.element = element;
     for (const pane of this.panes.slice(1)) pane.follow(this.panes[0]);
     this.together = make("input", { type: "checkbox", checked: true });
-    const both = stores.length > 1 && make("label", { class: "together" }, this.together, " the same head in both");
-    element.replaceChildren(both || "", make("div", { class: stores.length > 1 ? "panes two" : "panes" }, this.panes.map((pane) => pane.element)));
+    const all = stores.length > 1 && make("label", { class: "together" }, this.together, ` the same head in ${stores.length > 2 ? "all" : "both"}`);
+    element.replaceChildren(this.choice(), all || "", make("div", { class: stores.length > 1 ? "panes two" : "panes" }, this.panes.map((pane) => pane.element)));
     addEventListener("scroll", () => hint.hide(), { passive: true, capture: true });
     addEventListener("keydown", ({ key }) => key === "Escape" && hint.hide());
     addEventListener("hashchange", () => this.restore());
   }
 
-  /** A choice in one store, taken by the other as well if it is to follow. */
+  /** Which stores are seen, where there are more than stand side by side. */
+  choice() {
+    if (this.panes.length <= BESIDE) return "";
+    const boxes = this.panes.map(({ element, store }, i) => {
+      element.hidden = i >= BESIDE;
+      const shown = make("input", { type: "checkbox", checked: i < BESIDE, onchange: () => (element.hidden = !shown.checked) });
+      return make("label", {}, shown, ` ${store.data.name}`);
+    });
+    return make("div", { class: "tools together", role: "group", "aria-label": "stores that are shown" }, "shown: ", boxes);
+  }
+
+  /** A choice in one store, taken by the others as well if they are to follow. */
   each(pane, chosen) {
     const following = this.together.checked ? this.panes : [pane];
     return Promise.all(following.map((each) => each.take(chosen)));
+  }
+
+  /** What follows is another place: the browser's way back leads here. */
+  leave() {
+    if (location.protocol !== "about:") history.pushState(null, "", this.kept);
   }
 
   keep() {
@@ -166,7 +189,8 @@ class Page {
       if (pane.store.places.has(site)) changes.site = pane.store.places.get(site);
       if (pane.store.fields.some((f) => f.name === tint)) changes.tint = tint;
       const wanted = token ? Number(token) : NaN;
-      if (Number.isInteger(wanted) && wanted >= 0 && wanted < text.prompts * text.positions) changes.token = wanted;
+      const there = Number.isInteger(wanted) && wanted >= 0 && wanted < text.prompts * text.positions;
+      changes.token = there ? wanted : null;
       await pane.set(changes);
       if (changes.token != null) await pane.select(changes.token);
     }

@@ -1,10 +1,12 @@
 """A page on this machine's own loopback: nobody else's machine, and no other site's page, can read it."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from selfrepair_nn.errors import UsageError
 
@@ -29,7 +31,7 @@ class Server:
         if not 0 <= port <= LAST:
             raise UsageError(f"port {port} is none: give one from 1 to {LAST}, or 0 for one that is free")
         try:
-            self._server = ThreadingHTTPServer((LOOPBACK, port), _Handler)
+            self._server = _Listening((LOOPBACK, port), _Handler)
         except OSError as error:
             raise UsageError(
                 f"port {port} cannot be had ({error.strerror}): give another, or 0 for one that is free"
@@ -53,6 +55,13 @@ class Server:
         self._server.server_close()
 
 
+class _Listening(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves before it has the whole page is no news; whatever else fails is."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         status, page = self._found()
@@ -72,7 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
             return HTTPStatus.MISDIRECTED_REQUEST, b"not served under this name"
         if self.path.partition("?")[0] != "/":
             return HTTPStatus.NOT_FOUND, b"there is one page, /"
-        return HTTPStatus.OK, vars(self.server)["page"].read_bytes()
+        try:
+            return HTTPStatus.OK, vars(self.server)["page"].read_bytes()
+        except OSError:
+            return HTTPStatus.NOT_FOUND, b"the page's file is gone: write it again, and reload"
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: who looks is nobody's business."""

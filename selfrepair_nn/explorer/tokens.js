@@ -122,14 +122,14 @@ class Prompts {
     const { whole, kept } = this.pane.store.data.tokens;
     const parts = [];
     if (end > whole) parts.push(`From prompt ${whole} on, this page holds the numbers of the ${this.pane.store.data.over} alone.`);
-    if (!kept) parts.push("The store itself keeps ablated runs of each head’s top share of tokens alone: others have a direct effect and no more.");
+    if (!kept) parts.push("The store itself keeps ablated runs of each one’s top share of tokens alone: others have a direct effect and no more.");
     return parts.length ? make("p", { class: "note" }, parts.join(" ")) : "";
   }
 
   pager(end) {
     const { store, state } = this.pane;
     const { prompts } = store.data.text;
-    const go = (prompt) => this.pane.set({ prompt: Math.max(0, Math.min(prompts - 1, prompt)) });
+    const go = (prompt) => this.pane.set({ prompt: Math.max(0, Math.min(prompts - 1, Math.trunc(prompt))) });
     const input = make("input", { type: "number", min: 0, max: prompts - 1, value: state.prompt, "aria-label": "first prompt", onchange: () => go(Number(input.value) || 0) });
     return make(
       "span",
@@ -188,6 +188,7 @@ class Prompts {
     const list = this.element.querySelector("[role=listbox]");
     for (const [each, span] of this.spans) span.setAttribute("aria-selected", each === token);
     const chosen = this.spans.get(token);
+    list.toggleAttribute("aria-activedescendant", Boolean(chosen));
     if (chosen) list.setAttribute("aria-activedescendant", chosen.id);
     if (chosen && visible) chosen.scrollIntoView({ block: "center", behavior: "instant" });
   }
@@ -235,7 +236,7 @@ class Details {
     if (!words) return [];
     const told = (rows) => rows.map(([text, effect]) => [text, stepped(effect, words.step)]);
     return [
-      make("h4", {}, "What the head writes, in words"),
+      make("h4", {}, "What it writes, in words"),
       wordsOf("promotes", told(words.own[0])),
       wordsOf("demotes", told(words.own[1])),
       words.changes.length > 0 && make("h4", {}, "What the changes of components promote"),
@@ -256,7 +257,7 @@ class Details {
       return [{ label: field.label.replace("self-repair from", "from"), value, text: stepped(value, field.step), title: field.about }];
     };
     const found = [
-      make("h4", {}, "What the head wrote, and what was lost"),
+      make("h4", {}, "What it wrote, and what was lost"),
       bars(["direct_effect", "ablated_direct_effect", "logit_change", "self_repair"].flatMap(row)),
       make("h4", {}, "Who made up for it"),
     ];

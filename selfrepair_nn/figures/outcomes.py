@@ -48,7 +48,7 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
     for row, (name, heads) in zip(panels.reshape(len(found), -1), found.items(), strict=True):
         for axes, (title, shown) in zip(row, PANELS.items(), strict=True):
             drawn[axes] = _draw_panel(axes, heads, shown, share, 0 if axes is not row[-1] else len(BOTH))
-            axes.set_title(title, pad=18)
+            axes.set_title(title, pad=18 if alone else 31)
             axes.set_ylabel("nats" if axes is row[-1] else "logits or nats")
         if not alone:
             row[0].set_ylabel(f"{style.wrapped(name, WIDE)}\nlogits or nats")
@@ -57,7 +57,9 @@ def draw(datasets: style.Datasets, *, share: float = SHARE) -> Figure:
         limits |= {axes: (min(low), max(high)) for axes in row[:ALIKE]}
         for axes in row:
             settled[axes] = beyond.settle(axes, drawn[axes], limits[axes])
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.1)
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if alone else 1, borderaxespad=0.1, labelspacing=0.2
+            )
     told = [*READING, *beyond.told(*settled.values())]
     style.heading(figure, found, f"{style.title_of(found)}: means on {among(share, *found.values())}")
     style.caption(figure, found, [*style.captions(found, of="top_self_repair_logprob"), *told])

@@ -23,6 +23,7 @@ from selfrepair_nn.layout.experiment import prepare
 from selfrepair_nn.layout.packing import computing_with
 from selfrepair_nn.models.identity import identity
 from selfrepair_nn.options import Options
+from selfrepair_nn.progress import without_bars
 from selfrepair_nn.provenance import versions
 from selfrepair_nn.running.devices import let_go, own_device
 from selfrepair_nn.running.filling import Filling, Known
@@ -112,7 +113,8 @@ def _worker(setup: bytes) -> "_Worker":
 
 def _begun(setup: Setup) -> "_Worker":
     try:
-        return _Worker(setup)
+        with without_bars():
+            return _Worker(setup)
     except Exception as error:
         where = "" if node() == setup.host else f" (on {node()})"
         raise SelfRepairError(f"a worker cannot begin: {one_line(error)}{where}") from error
