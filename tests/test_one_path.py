@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from damaged import copied, emptied
+from standing import BLOCKS
 from terminal import Process, assert_same_numbers, done, ids, saved, selfrepair
 
 import selfrepair_nn as sr
@@ -224,27 +225,16 @@ def test_half_written_files_of_a_kill_are_cleared(asked, before_block, tmp_path)
 
 def test_two_runs_one_after_the_other_in_a_directory_that_was_deleted(asked, tmp_path, undisturbed, model):
     """In processes of their own: the directory goes, with store and lock, and another run begins meanwhile."""
-    runs, prompts = tmp_path / "runs", ids(tmp_path / "many.npy", 600)
-    other = asked(1)
+    runs = tmp_path / "runs"
     runs.mkdir()
-    shared = [
-        "run",
-        "heads",
-        "--model",
-        model,
-        "--layers",
-        "1",
-        "--batch-size",
-        BLOCK,
-        "--out",
-        runs / "s.zarr",
-    ]
+    shared = ["run", "heads", "--model", model, "--layers", 1, "--batch-size", BLOCK, "--out", runs / "s.zarr"]
     (tmp_path / "a").mkdir()
-    first = Process(tmp_path / "a", *shared, "--prompts", prompts)
+    first = Process(tmp_path / "a", *shared, "--prompts", asked()["prompts"], blocks=BLOCKS)
     first.until(lambda: done(runs / "s.zarr") > 0)
     shutil.rmtree(runs, ignore_errors=True)
     shutil.rmtree(runs, ignore_errors=True)
-    second = selfrepair(*shared, "--prompts", other["prompts"])
+    first.go_on()
+    second = selfrepair(*shared, "--prompts", asked(1)["prompts"])
     ended = first.wait()
     assert ended.code == 1
     assert len(ended.err.strip().splitlines()) == 1
@@ -258,13 +248,11 @@ def test_workers_stop_with_the_store(model, asked, tmp_path):
     path = tmp_path / "s.zarr"
     (tmp_path / "a").mkdir()
     named = [f"--{name.replace('_', '-')}={value}" for name, value in asked().items()]
-    prompts = ids(tmp_path / "many.npy", 400)
-    child = Process(
-        tmp_path / "a", "run", "heads", *named, "--prompts", prompts, "--workers", 2, "--out", path
-    )
-    child.until(lambda: done(path) > 0, 120)
+    child = Process(tmp_path / "a", "run", "heads", *named, "--workers", 2, "--out", path, blocks=1)
+    child.until(lambda: done(path) > 0)
     moved = path.rename(tmp_path / "t.zarr")
-    ended = child.wait(120)
+    child.go_on()
+    ended = child.wait()
     assert ended.code == 1, ended.err
     assert "was removed, moved or damaged" in ended.err
     assert not path.exists()
