@@ -1,6 +1,7 @@
 """One path, two runs: a store that goes, or becomes another one, under a run stops it, and nothing is mixed."""
 
 import shutil
+from itertools import count
 
 import pytest
 from damaged import copied, emptied
@@ -106,6 +107,23 @@ def test_a_store_that_is_removed_in_the_middle_of_a_write_leaves_nothing(asked, 
     shutil.rmtree(path, ignore_errors=leave == "all at once")
     assert not path.exists()
     sr.run(out=path, **asked())
+
+
+def test_a_store_that_is_gone_is_gone_however_late_that_is_seen(tmp_path, undisturbed, monkeypatch):
+    """As where the machine stalls: what was still written would stay behind, and block the path."""
+    path, put = copied(undisturbed(), tmp_path / "s.zarr"), Files.put
+    store = Store(path)
+
+    def too_late(self, files):
+        shutil.rmtree(path)
+        path.mkdir()
+        put(self, files)
+
+    monkeypatch.setattr(Files, "put", too_late)
+    monkeypatch.setattr(store_room, "monotonic", count(step=1000).__next__)
+    with pytest.raises(StoreError, match="was removed, moved or damaged"):
+        store.write("noise_floor", None)
+    assert not path.exists()
 
 
 def test_a_removed_store_does_not_come_back_even_for_a_moment(tmp_path):
