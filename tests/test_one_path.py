@@ -245,7 +245,18 @@ def test_two_runs_one_after_the_other_in_a_directory_that_was_deleted(asked, tmp
     """In processes of their own: the directory goes, with store and lock, and another run begins meanwhile."""
     runs = tmp_path / "runs"
     runs.mkdir()
-    shared = ["run", "heads", "--model", model, "--layers", 1, "--batch-size", BLOCK, "--out", runs / "s.zarr"]
+    shared = [
+        "run",
+        "heads",
+        "--model",
+        model,
+        "--layers",
+        1,
+        "--batch-size",
+        BLOCK,
+        "--out",
+        runs / "s.zarr",
+    ]
     (tmp_path / "a").mkdir()
     first = Process(tmp_path / "a", *shared, "--prompts", asked()["prompts"], blocks=BLOCKS)
     first.until(lambda: done(runs / "s.zarr") > 0)
