@@ -33,7 +33,7 @@ from selfrepair_nn.tracing.noise import noise_job
 from selfrepair_nn.tracing.session import run_session
 
 TWO_RANKS = Path(__file__).with_name("two_ranks.py")
-SECONDS = 240
+SECONDS = 900
 SPLIT = partial(further._made, "Mixtral", **further._EXPERTS, intermediate_size=64)
 """A mixture whose experts still multiply in steps of 16 bytes when they are halved."""
 

@@ -29,7 +29,7 @@ PARTS = {
     "model actor": ("ray", r"^ray::CPU(Sandbox)?Model"),
 }
 """What can be killed inside a service: the service, and what its processes are called."""
-PATIENCE = 300.0
+PATIENCE = 900.0
 
 
 class Process:
