@@ -255,9 +255,11 @@ class Store:
     def _removed(self) -> bool:
         """Whether all of the store goes, and not a file alone; whoever is at it may end first."""
         end = monotonic() + REMOVAL
-        while any((self.path / name / ROOT).exists() for name in ("", "done")) and monotonic() < end:
+        while any((self.path / name / ROOT).exists() for name in ("", "done")):
+            if monotonic() >= end:
+                return False
             sleep(0.02)
-        return monotonic() < end
+        return True
 
     def _dims(self, name: str) -> tuple[str, ...]:
         return self._group[name].metadata.dimension_names

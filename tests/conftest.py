@@ -84,6 +84,23 @@ def measure(wrapped, seeded, tmp_path):
     return measured
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """A clock that patience with servers goes by: it stands still but for the pauses before something is tried again.
+
+    So these take no time, and a machine that stalls ends no patience.
+    """
+    from types import SimpleNamespace
+
+    import tenacity
+    from fake_service import Clock
+
+    clock = Clock()
+    monkeypatch.setattr(tenacity, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(tenacity.nap, "time", clock)
+    return clock
+
+
 @pytest.fixture(scope="session")
 def server():
     """A healthy NDIF server, started once for all tests; never break it. Skips, loudly, where none can run.

@@ -96,17 +96,17 @@ class FakeNdif:
         return [job for what, job, _ in self.asked if what == "request"]
 
     def _work(self) -> None:
-        while job := self._todo.get():
+        while known := self._todo.get():  # its job may be forgotten meanwhile
             try:
-                blob = _run(self.model, self.jobs[job].pop("unit"))
+                blob = _run(self.model, known.pop("unit"))
                 ended = {"status": "COMPLETED", "description": "Your job has been completed.", "blob": blob}
             except Exception as error:
                 ended = {"status": "ERROR", "description": f"{type(error).__name__}: {error}"}
-            if self.jobs[job]["fault"] == "fails":
+            if known["fault"] == "fails":
                 ended = {"status": "ERROR", "description": BUSY}
-            if self.jobs[job]["fault"] == "late":
+            if known["fault"] == "late":
                 ended = {"status": "RUNNING", "description": "Your job has started running."}
-            self.jobs[job] |= ended
+            known.update(ended)
 
     # ------------------------------------------------------------ answers
 
@@ -143,7 +143,7 @@ class FakeNdif:
         if not lost:
             queued = {"status": "QUEUED", "description": "Added to Queue at position 1."}
             self.jobs[job] = queued | {"unit": unit, "fault": fault, "size": unit and _size(unit)}
-            self._todo.put(job)
+            self._todo.put(self.jobs[job])
         answer = self._broken(fault, "api", "/request") or _json({"id": job, "status": "RECEIVED"})
         return _cut("reset" if fault == "lost" else fault, *answer)
 
@@ -193,8 +193,9 @@ class FakeNdif:
 
     def another(self, job: str) -> str:
         """A job for as much that is done, if there is one."""
-        size, done = self.jobs[job].get("size"), [name for name, each in self.jobs.items() if "blob" in each]
-        return next((name for name in done if name != job and self.jobs[name]["size"] == size), job)
+        size = self.jobs.get(job, {}).get("size")
+        done = [name for name, each in [*self.jobs.items()] if "blob" in each and each.get("size") == size]
+        return next((name for name in done if name != job), job)
 
     def _result(self, job: str) -> tuple[int, dict, bytes]:
         if job not in self.jobs or "blob" not in self.jobs[job]:

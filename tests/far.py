@@ -14,10 +14,11 @@ import traceback
 from pathlib import Path
 
 import psutil
+from standing import stand
 from terminal import Outcome
 
 TESTS = Path(__file__).parent
-SECONDS = 300
+SECONDS = 900
 """More than any command here takes, on a slow machine."""
 
 IMPORTED = (
@@ -53,20 +54,24 @@ class Far:
 
     def __exit__(self, *_: object) -> None:
         self._mother.stdin.close()
-        self._mother.wait(30)
+        self._mother.wait(SECONDS)
         self._mother.stdout.close()
 
-    def start(self, *arguments: object, **env: str) -> "Command":
-        """`selfrepair ARGUMENTS` in a new process, with more of an environment."""
+    def start(self, *arguments: object, blocks: int | None = None, **env: str) -> "Command":
+        """`selfrepair ARGUMENTS` in a new process, with more of an environment.
+
+        Once it has stored so many `blocks` it stands still, until `go_on`.
+        """
         self._count += 1
-        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        out, err, go = (self._folder / f"{self._count}.{name}" for name in ("out", "err", "go"))
         request = {
             "argv": list(map(str, arguments)),
             "out": str(out),
             "err": str(err),
             "env": self._key | env,
+            "stand": None if blocks is None else (blocks, str(go)),
         }
-        return Command(self, self._asked(request), out, err)
+        return Command(self, self._asked(request), out, err, go)
 
     def run(self, *arguments: object, **env: str) -> Outcome:
         """The same, and wait for it."""
@@ -85,8 +90,8 @@ class Far:
 class Command:
     """One such process."""
 
-    def __init__(self, far: Far, pid: int, out: Path, err: Path) -> None:
-        self._far, self.pid, self._out, self._err = far, pid, out, err
+    def __init__(self, far: Far, pid: int, out: Path, err: Path, go: Path) -> None:
+        self._far, self.pid, self._out, self._err, self._go = far, pid, out, err, go
 
     @property
     def running(self) -> bool:
@@ -104,6 +109,9 @@ class Command:
             assert self.running, f"ended too early: {self.wait()}"
             assert time.monotonic() < limit, f"nothing happened: {self.said}"
             time.sleep(0.02)
+
+    def go_on(self) -> None:
+        self._go.touch()
 
     def send(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
@@ -134,6 +142,9 @@ def _fork(request: dict) -> int:
     try:
         from selfrepair_nn.cli import main
 
+        if request["stand"]:
+            blocks, go = request["stand"]
+            stand(blocks, Path(go))
         main()
     except SystemExit as ended:
         code = ended.code or 0

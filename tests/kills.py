@@ -23,7 +23,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import click
-from terminal import FORKS, OFFLINE, assert_same_numbers, ids, saved, selfrepair
+from terminal import FORKS, HANGING, OFFLINE, assert_same_numbers, ids, saved, selfrepair
 
 import selfrepair_nn as sr
 
@@ -102,7 +102,7 @@ class Campaign:
                 target=_command, args=(given, store.name, number, self._counted, self._kind.worker)
             )
             child.start()
-            child.join(120)
+            child.join(HANGING)
             codes.append(child.exitcode)
             if self._counted.read_text() == "killed":
                 break

@@ -24,7 +24,7 @@ from nnsight.tracing.util import push
 
 from selfrepair_nn.tracing.session import run_session
 
-START_SECONDS = 180
+START_SECONDS = 900
 
 
 class Sandbox(Backend):

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from io import StringIO
 from multiprocessing.connection import Connection
@@ -19,6 +21,7 @@ import families
 import numpy as np
 import torch
 import xarray as xr
+from standing import stand
 from tqdm import tqdm
 
 import selfrepair_nn
@@ -29,6 +32,8 @@ from selfrepair_nn.running.workers import UNTIL_ENDED
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 ENVIRONMENT = {"PYTHONPATH": str(Path(selfrepair_nn.__file__).parents[1]), "OMP_NUM_THREADS": "1"} | OFFLINE
 VOCABULARY = 61
+HANGING = 600
+"""Seconds after which a process hangs: many times more than any here takes, on a machine that stalls."""
 
 # Children of a server that has imported everything start at once; each is a process of its own all the same.
 FORKS = multiprocessing.get_context("forkserver")
@@ -68,13 +73,26 @@ def selfrepair(*arguments: object) -> Outcome:
 
 
 class Process:
-    """The command in a process of its own; what it prints goes to files in `directory`, or stderr to a `terminal`."""
+    """The command in a process of its own; what it prints goes to files in `directory`, or stderr to a `terminal`.
 
-    def __init__(self, directory: Path, *arguments: object, terminal: Connection | None = None) -> None:
-        self._out, self._err = directory / "stdout", directory / "stderr"
-        self._out.unlink(missing_ok=True)
+    `prepare` is called in it beforehand. Once it has stored so many `blocks` it stands still, until `go_on`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: object,
+        terminal: Connection | None = None,
+        blocks: int | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        self._out, self._err, self._go = (directory / name for name in ("stdout", "stderr", "go"))
+        for each in (self._out, self._go):
+            each.unlink(missing_ok=True)
+        standing = None if blocks is None else partial(stand, blocks, self._go)
+        prepared = [each for each in (standing, prepare) if each]
         streams = (str(self._out), terminal or str(self._err))
-        self._child = FORKS.Process(target=_command, args=(list(map(str, arguments)), *streams))
+        self._child = FORKS.Process(target=_command, args=(prepared, list(map(str, arguments)), *streams))
         UNTIL_ENDED.copy()(self._child.start)
 
     @property
@@ -85,7 +103,10 @@ class Process:
     def running(self) -> bool:
         return self._child.is_alive()
 
-    def until(self, condition, seconds: float = 60) -> None:
+    def go_on(self) -> None:
+        self._go.touch()
+
+    def until(self, condition, seconds: float = HANGING) -> None:
         """Wait until it has begun and `condition()` holds; AssertionError if it ends before that."""
         end = monotonic() + seconds
         while not (self._out.exists() and condition()):
@@ -97,7 +118,7 @@ class Process:
         with suppress(ProcessLookupError):  # it has ended by itself
             os.kill(self._child.pid, number)
 
-    def wait(self, seconds: float = 60) -> Outcome:
+    def wait(self, seconds: float = HANGING) -> Outcome:
         """Its outcome; AssertionError if it still runs after `seconds`."""
         self._child.join(seconds)
         if self.running:
@@ -150,10 +171,14 @@ def resume_command(err: str) -> list[str]:
     return found.stdout.split("\0")[:-1]
 
 
-def _command(arguments: list[str], out: str, err: str | Connection) -> None:
+def _command(
+    prepared: list[Callable[[], object]], arguments: list[str], out: str, err: str | Connection
+) -> None:
     os.environ |= OFFLINE
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its default would be reported as leaked wherever the process is killed
+    for prepare in prepared:
+        prepare()
     sys.argv = ["selfrepair", *arguments]
     os.dup2(_written(err) if isinstance(err, str) else err.fileno(), 2)
     os.dup2(_written(out), 1)

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -453,11 +452,10 @@ def test_it_is_refused_before_anything_is_imported(tmp_path, arguments, code, sa
     told = {"options": asked.choices, "settings": settings}
     attributes = {n: json.dumps(v) for n, v in told.items()} | {"recipe": "heads", "model": "tiny-neox"}
     (tmp_path / "x.zarr" / "zarr.json").write_text(json.dumps({"attributes": attributes}))
-    loaded = f"print([m for m in {HEAVY} if m in sys.modules])"
+    loaded = f"print([m for m in {HEAVY} if m in sys.modules], 'late' if time.process_time() > 20 else 'in time')"
     program = (
-        f"import atexit, sys; atexit.register(lambda: {loaded}); sys.argv = ['selfrepair', *{arguments!r}]\n"
+        f"import atexit, sys, time; atexit.register(lambda: {loaded}); sys.argv = ['selfrepair', *{arguments!r}]\n"
     )
-    begun = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-c", f"{program}from selfrepair_nn.cli import main; main()"],
         env=os.environ | ENVIRONMENT,
@@ -465,9 +463,8 @@ def test_it_is_refused_before_anything_is_imported(tmp_path, arguments, code, sa
         capture_output=True,
         text=True,
     )
-    assert (ended.returncode, ended.stdout) == (code, "[]\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (code, "[] in time\n"), ended.stderr
     assert said in ended.stderr
-    assert time.monotonic() - begun < 20, "a second, on a machine that does nothing else"
 
 
 class _Sizes:

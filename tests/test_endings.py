@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import psutil
 import pytest
+from standing import BLOCKS, STANDING
 from terminal import (
     ENVIRONMENT,
+    HANGING,
     Process,
     assert_same_numbers,
     done,
@@ -72,7 +76,7 @@ def raising(error):
 
 def test_a_hangup_ends_a_run(command, undisturbed, tmp_path):
     store = tmp_path / "s.zarr"
-    child = Process(tmp_path, *command, "--out", store)
+    child = Process(tmp_path, *command, "--out", store, blocks=BLOCKS)
     child.until(lambda: done(store) > 0)
     child.send(signal.SIGHUP)
     ended = child.wait()
@@ -87,10 +91,11 @@ def test_a_hangup_ends_a_run(command, undisturbed, tmp_path):
 def test_a_hangup_ends_workers(command, undisturbed, tmp_path):
     """It reaches every process of the terminal, those that workers are started by too."""
     store = tmp_path / "s.zarr"
-    child = Process(tmp_path, *command, "--workers", 2, "--out", store)
+    child = Process(tmp_path, *command, "--workers", 2, "--out", store, blocks=1)
     child.until(lambda: done(store) > 0)
     for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
         process.send_signal(signal.SIGHUP)
+    child.go_on()
     ended = child.wait()
     assert ended.code == 75, ended
     assert len(ended.err.splitlines()) == 2, ended.err
@@ -113,7 +118,7 @@ TERMINAL = """
 import os, pty, sys
 pid, terminal = pty.fork()
 if pid == 0:
-    os.execv(sys.executable, [sys.executable, "-m", "selfrepair_nn", *sys.argv[1:]])
+    os.execv(sys.executable, sys.argv[1:])
 print("began", flush=True)
 sys.stdin.read()
 os.close(terminal)
@@ -126,7 +131,7 @@ def test_what_is_said_to_a_terminal_that_is_gone(command, undisturbed, tmp_path)
     store = tmp_path / "s.zarr"
     arguments = [*map(str, command), "--no-progress", "--out", str(store)]
     child = subprocess.Popen(
-        [sys.executable, "-c", TERMINAL, *arguments],
+        [sys.executable, "-c", TERMINAL, *STANDING, str(tmp_path / "go"), *arguments],
         env=os.environ | ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -135,7 +140,7 @@ def test_what_is_said_to_a_terminal_that_is_gone(command, undisturbed, tmp_path)
     while done(store) == 0:
         assert child.poll() is None
         select.select([], [], [], 0.02)
-    out, _ = child.communicate(timeout=60)
+    out, _ = child.communicate(timeout=HANGING)
     assert out.split() == ["began", "75"]
     assert selfrepair(*command, "--out", store).code == 0
     assert_same_numbers(store, undisturbed)
@@ -209,22 +214,35 @@ def test_ctrl_c_twice(command, tmp_path, monkeypatch):
     assert "2 of 12 units are kept" in ended.err
 
 
+def telling_that_it_waits(file):
+    """From now on this process says in a file that it waits for its workers."""
+    shutdown = ProcessPoolExecutor.shutdown
+
+    def told(self, **given):
+        file.touch()
+        shutdown(self, **given)
+
+    ProcessPoolExecutor.shutdown = told
+
+
 def test_ctrl_c_twice_gives_up_what_workers_are_at(command, undisturbed, tmp_path):
     """A block may take minutes; nobody waits for it who asks a second time."""
-    store = tmp_path / "s.zarr"
-    child = Process(tmp_path, *command, "--workers", 2, "--out", store)
+    store, waits = tmp_path / "s.zarr", tmp_path / "waits"
+    given, prepare = [*command, "--workers", 2, "--out", store], partial(telling_that_it_waits, waits)
+    child = Process(tmp_path, *given, blocks=1, prepare=prepare)
     child.until(lambda: done(store) > 0)
     workers = [p for p in psutil.Process(child.pid).children(recursive=True) if not p.children()]
     for process in workers:
         process.suspend()
     trackers = [process for process in workers if "resource_tracker" in " ".join(process.cmdline())]
     child.send(signal.SIGINT)
+    child.until(waits.exists)
     with pytest.raises(AssertionError, match="nothing happened"):
         child.until(lambda: False, 0.5)
     child.send(signal.SIGINT)
     for process in trackers:
         process.resume()
-    ended = child.wait(30)
+    ended = child.wait()
     assert ended.code == 75, ended
     assert "Traceback" not in ended.err
     assert selfrepair(*command, "--out", store).code == 0

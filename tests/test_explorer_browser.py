@@ -13,6 +13,9 @@ from selfrepair_nn.simulate import simulate_heads
 
 REQUIRED = os.environ.get("SELFREPAIR_REQUIRE_BROWSER") == "1"
 EVIL = "<img src=x onerror=hacked=1></script><script>hacked=1</script>\u202e\x1b"
+HANGING = 300_000
+"""Milliseconds after which a page hangs: many times more than anything here takes, on a machine that stalls."""
+
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 800}
 
 
@@ -28,7 +31,7 @@ def browser():
         reason = "THE EXPLORER WAS TRIED IN NO BROWSER: apt install chromium, pip install playwright"
         pytest.fail(reason) if REQUIRED else pytest.skip(reason)
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=found)
+        launched = playwright.chromium.launch(executable_path=found, timeout=HANGING)
         yield launched
         launched.close()
 
@@ -64,6 +67,7 @@ def opened(browser, tmp_path):
     def shown(stores, size=WIDE, scheme="light", at="", write=sr.view):
         path = write(stores, tmp_path / f"{len(contexts)}.html", share=0.1)
         contexts.append(browser.new_context(viewport=size, color_scheme=scheme))
+        contexts[-1].set_default_timeout(HANGING)
         tab = contexts[-1].new_page()
         tab.on("pageerror", lambda error: told.append(str(error)))
         tab.on("console", lambda message: told.append(message.text) if message.type == "error" else None)

@@ -17,6 +17,7 @@ import pytest
 import xarray as xr
 from far import Far
 from ndif_server import Ndif, missing
+from standing import BLOCKS
 from terminal import assert_same_numbers, resume_command
 
 from selfrepair_nn.backends.local import only
@@ -79,8 +80,8 @@ def done(store):
 
 
 def begun(far, ndif, store, *more):
-    """A client in the middle of its run: some of it stored, jobs on the server."""
-    client = far.start(*command(ndif, store, *more))
+    """A client in the middle of its run, until it may go on: some of it stored, jobs on the server."""
+    client = far.start(*command(ndif, store, *more), blocks=BLOCKS)
     client.until(lambda: done(store) > 0)
     return client
 
@@ -212,6 +213,7 @@ def test_a_server_that_builds_the_model_otherwise(ndif, tmp_path):
 def test_a_part_that_is_killed_and_heals(far, ndif, store, undisturbed, part):
     client = begun(far, ndif, store)
     ndif.kill(part)
+    client.go_on()
     ended = client.wait()
     report(f"{part} killed", ended, store)
     assert ended.code == 0, ended.err
@@ -238,9 +240,10 @@ def test_what_does_not_heal_by_itself(far, ndif, store, undisturbed, fault):
     said, found = FAULTS[fault]
     client = begun(far, ndif, store, *HASTY)
     with broken(ndif, fault):
+        client.go_on()
         doctor = far.start("doctor", "--host", ndif.url)
         finished = far.run(*command(ndif, undisturbed))
-        ended, looked = client.wait(120), doctor.wait(120)
+        ended, looked = client.wait(), doctor.wait()
     report(fault, ended, store)
     print("doctor:", [line for line in looked.out.splitlines() if "FAIL" in line])
     assert (finished.code, finished.err) == (0, "")
@@ -257,6 +260,7 @@ def test_what_does_not_heal_by_itself(far, ndif, store, undisturbed, fault):
 def test_a_patient_client_goes_on_with_the_server(far, ndif, store, undisturbed):
     client = begun(far, ndif, store)
     with broken(ndif, "hanging"):
+        client.go_on()
         time.sleep(3)
     ended = client.wait()
     report("hanging for 3 s, patient client", ended, store)

@@ -1,9 +1,11 @@
 """One path, two runs: a store that goes, or becomes another one, under a run stops it, and nothing is mixed."""
 
 import shutil
+from itertools import count
 
 import pytest
 from damaged import copied, emptied
+from standing import BLOCKS
 from terminal import Process, assert_same_numbers, done, ids, saved, selfrepair
 
 import selfrepair_nn as sr
@@ -105,6 +107,23 @@ def test_a_store_that_is_removed_in_the_middle_of_a_write_leaves_nothing(asked, 
     shutil.rmtree(path, ignore_errors=leave == "all at once")
     assert not path.exists()
     sr.run(out=path, **asked())
+
+
+def test_a_store_that_is_gone_is_gone_however_late_that_is_seen(tmp_path, undisturbed, monkeypatch):
+    """As where the machine stalls: what was still written would stay behind, and block the path."""
+    path, put = copied(undisturbed(), tmp_path / "s.zarr"), Files.put
+    store = Store(path)
+
+    def too_late(self, files):
+        shutil.rmtree(path)
+        path.mkdir()
+        put(self, files)
+
+    monkeypatch.setattr(Files, "put", too_late)
+    monkeypatch.setattr(store_room, "monotonic", count(step=1000).__next__)
+    with pytest.raises(StoreError, match="was removed, moved or damaged"):
+        store.write("noise_floor", None)
+    assert not path.exists()
 
 
 def test_a_removed_store_does_not_come_back_even_for_a_moment(tmp_path):
@@ -224,8 +243,7 @@ def test_half_written_files_of_a_kill_are_cleared(asked, before_block, tmp_path)
 
 def test_two_runs_one_after_the_other_in_a_directory_that_was_deleted(asked, tmp_path, undisturbed, model):
     """In processes of their own: the directory goes, with store and lock, and another run begins meanwhile."""
-    runs, prompts = tmp_path / "runs", ids(tmp_path / "many.npy", 600)
-    other = asked(1)
+    runs = tmp_path / "runs"
     runs.mkdir()
     shared = [
         "run",
@@ -233,18 +251,19 @@ def test_two_runs_one_after_the_other_in_a_directory_that_was_deleted(asked, tmp
         "--model",
         model,
         "--layers",
-        "1",
+        1,
         "--batch-size",
         BLOCK,
         "--out",
         runs / "s.zarr",
     ]
     (tmp_path / "a").mkdir()
-    first = Process(tmp_path / "a", *shared, "--prompts", prompts)
+    first = Process(tmp_path / "a", *shared, "--prompts", asked()["prompts"], blocks=BLOCKS)
     first.until(lambda: done(runs / "s.zarr") > 0)
     shutil.rmtree(runs, ignore_errors=True)
     shutil.rmtree(runs, ignore_errors=True)
-    second = selfrepair(*shared, "--prompts", other["prompts"])
+    first.go_on()
+    second = selfrepair(*shared, "--prompts", asked(1)["prompts"])
     ended = first.wait()
     assert ended.code == 1
     assert len(ended.err.strip().splitlines()) == 1
@@ -258,13 +277,11 @@ def test_workers_stop_with_the_store(model, asked, tmp_path):
     path = tmp_path / "s.zarr"
     (tmp_path / "a").mkdir()
     named = [f"--{name.replace('_', '-')}={value}" for name, value in asked().items()]
-    prompts = ids(tmp_path / "many.npy", 400)
-    child = Process(
-        tmp_path / "a", "run", "heads", *named, "--prompts", prompts, "--workers", 2, "--out", path
-    )
-    child.until(lambda: done(path) > 0, 120)
+    child = Process(tmp_path / "a", "run", "heads", *named, "--workers", 2, "--out", path, blocks=1)
+    child.until(lambda: done(path) > 0)
     moved = path.rename(tmp_path / "t.zarr")
-    ended = child.wait(120)
+    child.go_on()
+    ended = child.wait()
     assert ended.code == 1, ended.err
     assert "was removed, moved or damaged" in ended.err
     assert not path.exists()

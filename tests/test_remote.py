@@ -21,6 +21,7 @@ import torch
 import xarray as xr
 from far import Far
 from made import SWEPT
+from standing import BLOCKS
 from terminal import assert_same_numbers, resume_command
 
 import selfrepair_nn as sr
@@ -468,7 +469,8 @@ def assert_sent_once(store):
 def test_killed_at_random_moments_nothing_is_lost_or_done_twice(far, server, tmp_path):
     store, rng = tmp_path / "s.zarr", random.Random(0)
     for _ in range(5):
-        client, begun = far.start(*run_command(server, store)), len(lines(ledger_path(store)))
+        begun = len(lines(ledger_path(store)))
+        client = far.start(*run_command(server, store), blocks=BLOCKS)
         client.until(lambda begun=begun: len(lines(ledger_path(store))) > begun + 3)
         time.sleep(rng.random() / 5)
         client.send(signal.SIGKILL)
@@ -490,10 +492,10 @@ def remote_reference(far, server, tmp_path):
 def test_interrupted_it_says_how_to_go_on(far, server, tmp_path, number):
     store = tmp_path / "s.zarr"
     command = run_command(server, store)
-    client = far.start(*command)
+    client = far.start(*command, blocks=BLOCKS)
     client.until(lambda: done(store) > 0)
     client.send(number)
-    ended = client.wait(30)
+    ended = client.wait()
     assert ended.code == 75
     assert "interrupted" in ended.err
     assert resume_command(ended.err) == list(map(str, command))

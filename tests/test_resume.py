@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import xarray as xr
 from made import CLEAN, SWEPT
+from standing import BLOCKS, STANDING
 from terminal import (
     ENVIRONMENT,
+    HANGING,
     Process,
     assert_same_numbers,
     done,
@@ -95,26 +97,16 @@ def test_killed_again_and_again(tmp_path, command, undisturbed):
     assert_same_numbers(store, whole)
 
 
-def stopped_with_more_than(kept, child, store):
-    """Whether more is done by now; the child stands still while one looks, and stays so if there is."""
-    child.send_signal(signal.SIGSTOP)
-    more = done(store) > kept
-    if not more:
-        child.send_signal(signal.SIGCONT)
-    return more
-
-
 def test_killed_and_interrupted_in_the_shell(tmp_path, command, undisturbed):
     """The real command in a process of its own: kill -9 in the middle of its work, the same again, then Ctrl-C."""
     store, kept = tmp_path / "s.zarr", 0
-    arguments = [sys.executable, "-m", "selfrepair_nn", *map(str, command), "--out", str(store)]
+    arguments = [*STANDING, str(tmp_path / "go"), *map(str, command), "--out", str(store)]
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 75)):
         child = subprocess.Popen(arguments, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        while child.poll() is None and not stopped_with_more_than(kept, child, store):
+        while child.poll() is None and done(store) <= kept:
             sleep(0.02)
         child.send_signal(number)
-        child.send_signal(signal.SIGCONT)
-        err = child.communicate(timeout=60)[1]
+        err = child.communicate(timeout=HANGING)[1]
         assert child.returncode == code, err
         assert kept < done(store) < PAIRS
         kept = done(store)
@@ -127,10 +119,10 @@ def test_killed_and_interrupted_in_the_shell(tmp_path, command, undisturbed):
 def test_interrupted(tmp_path, command, undisturbed, number):
     """Exit code 75, what is kept, and a command that finishes the run when it is copied as it is."""
     store = tmp_path / "it's a store.zarr"
-    child = Process(tmp_path, *command, "--out", store)
+    child = Process(tmp_path, *command, "--out", store, blocks=BLOCKS)
     child.until(lambda: done(store) > 0)
     child.send(number)
-    ended = child.wait(20)
+    ended = child.wait()
     units = done(store) // HEADS // BATCH
     assert ended.code == 75, ended
     assert ended.out == ""
@@ -379,7 +371,7 @@ def test_an_edited_recipe_is_another_run(tmp_path, model, prompts):
 def test_two_at_once(tmp_path, command, undisturbed):
     """The second is refused in one line and at once; the first never notices."""
     store = tmp_path / "s.zarr"
-    first = Process(tmp_path, *command, "--out", store)
+    first = Process(tmp_path, *command, "--out", store, blocks=BLOCKS)
     first.until(lambda: done(store) > 0)
     second = selfrepair(*command, "--out", store)
     assert first.running
@@ -389,6 +381,7 @@ def test_two_at_once(tmp_path, command, undisturbed):
     assert len(second.err.splitlines()) == 1
     shown = selfrepair("info", store)
     assert shown.code == 0, "a store that is being written can be looked at"
+    first.go_on()
     ended = first.wait()
     assert ended.code == 0, ended.err
     assert_same_numbers(store, undisturbed[0])

@@ -19,7 +19,7 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
-from terminal import ENVIRONMENT, selfrepair
+from terminal import ENVIRONMENT, HANGING, selfrepair
 
 import selfrepair_nn as sr
 from selfrepair_nn.backends.ndif.faults import Fault
@@ -318,7 +318,7 @@ def ended_in(folder, *arguments, **settings):
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGING,
     )
 
 

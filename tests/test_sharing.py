@@ -16,7 +16,8 @@ import pytest
 import torch
 import xarray as xr
 from filelock import FileLock
-from terminal import ENVIRONMENT, Process, assert_same_numbers, done, ids, saved, selfrepair
+from standing import BLOCKS
+from terminal import ENVIRONMENT, HANGING, Process, assert_same_numbers, done, ids, saved, selfrepair
 
 import selfrepair_nn as sr
 from selfrepair_nn.backends.local import out_of_memory
@@ -95,9 +96,10 @@ def workers_of(pid):
 
 def test_a_worker_that_is_killed_loses_nothing(choices, alone, tmp_path):
     store = tmp_path / "s.zarr"
-    child = Process(tmp_path, *arguments(choices, store, "--workers", 2))
+    child = Process(tmp_path, *arguments(choices, store, "--workers", 2), blocks=BLOCKS)
     child.until(lambda: done(store) > 0)
     workers_of(child.pid)[0].kill()
+    child.go_on()
     ended = child.wait()
     assert ended.code == 0, ended.err
     assert_same_numbers(store, alone)
@@ -105,12 +107,12 @@ def test_a_worker_that_is_killed_loses_nothing(choices, alone, tmp_path):
 
 def test_workers_end_with_the_run_whatever_ends_that(choices, alone, tmp_path):
     store = tmp_path / "s.zarr"
-    child = Process(tmp_path, *arguments(choices, store, "--workers", 2))
+    child = Process(tmp_path, *arguments(choices, store, "--workers", 2), blocks=BLOCKS)
     child.until(lambda: done(store) > 0)
     workers = workers_of(child.pid)
     assert len(workers) == 2
     psutil.Process(child.pid).kill()
-    gone, alive = psutil.wait_procs(workers, timeout=20)
+    gone, alive = psutil.wait_procs(workers, timeout=HANGING)
     assert (len(gone), alive) == (2, [])
     assert selfrepair(*arguments(choices, store)).code == 0
     assert_same_numbers(store, alone)
@@ -118,9 +120,10 @@ def test_workers_end_with_the_run_whatever_ends_that(choices, alone, tmp_path):
 
 def test_an_interrupted_run_keeps_the_blocks_under_way(choices, alone, tmp_path):
     store = tmp_path / "s.zarr"
-    child = Process(tmp_path, *arguments(choices, store, "--workers", 2))
+    child = Process(tmp_path, *arguments(choices, store, "--workers", 2), blocks=BLOCKS)
     child.until(lambda: done(store) > 0)
     psutil.Process(child.pid).terminate()
+    child.go_on()
     ended = child.wait()
     assert ended.code in (0, 75), ended.err
     assert "Traceback" not in ended.err
@@ -152,11 +155,12 @@ def test_a_helper_that_is_just_ending_is_waited_for(choices, alone, tmp_path, mo
 def test_workers_killed_before_the_first_block(choices, alone, tmp_path):
     """As the system does where memory is short for a moment: others begin in their place."""
     store = tmp_path / "s.zarr"
-    child = Process(tmp_path, *arguments(choices, store, "--workers", 2))
+    child = Process(tmp_path, *arguments(choices, store, "--workers", 2), blocks=0)
     child.until(lambda: len(workers_of(child.pid)) == 2)
     for worker in workers_of(child.pid):
         worker.kill()
     assert done(store) == 0
+    child.go_on()
     ended = child.wait()
     assert ended.code == 0, ended.err
     assert_same_numbers(store, alone)
@@ -165,10 +169,11 @@ def test_workers_killed_before_the_first_block(choices, alone, tmp_path):
 def test_ctrl_c_while_workers_start(choices, alone, tmp_path):
     """It reaches every process that was started from the terminal; one of them says one thing."""
     store = tmp_path / "s.zarr"
-    child = Process(tmp_path, *arguments(choices, store, "--workers", 2))
+    child = Process(tmp_path, *arguments(choices, store, "--workers", 2), blocks=0)
     child.until(lambda: workers_of(child.pid))
     for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
         process.send_signal(signal.SIGINT)
+    child.go_on()
     ended = child.wait()
     assert ended.code in (0, 75), ended.err
     assert "Traceback" not in ended.err

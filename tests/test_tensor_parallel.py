@@ -1,7 +1,6 @@
 """Hosts that split each layer among processes: the numbers are those of one process, and no split embedding is read."""
 
 import os
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import families
 import further
 import pytest
 import torch
+from ndif_server.server import free_ports
 from nnsight import Envoy, save
 from nnsight.intervention.interleaver import Mediator
 from nnsight.modeling.tp import SIDES
@@ -33,7 +33,7 @@ from selfrepair_nn.tracing.noise import noise_job
 from selfrepair_nn.tracing.session import run_session
 
 TWO_RANKS = Path(__file__).with_name("two_ranks.py")
-SECONDS = 240
+SECONDS = 900
 SPLIT = partial(further._made, "Mixtral", **further._EXPERTS, intermediate_size=64)
 """A mixture whose experts still multiply in steps of 16 bytes when they are halved."""
 
@@ -69,15 +69,9 @@ def asked_of(model):
     return [(unit.job, unit.arrays, unit.plan), *((ablation_job, arrays, plan) for plan in plans)]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def in_two_processes(folder):
     """Run what `folder` asks for; the hashes of the two differ, so that none may follow the order of a set."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     common |= {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
     ranks = [
         subprocess.Popen(

@@ -76,15 +76,17 @@ def fake():
         yield running
 
 
-def test_jobs_says_what_the_server_says_now(store, fake):
-    ledger = Ledger(ledger_path(store), "r")
+def test_jobs_says_what_the_server_says_now(store, fake, monkeypatch):
+    sent = Clock()
+    monkeypatch.setattr(history, "time", SimpleNamespace(time=lambda: sent() + 75))
+    ledger = Ledger(ledger_path(store), "r", sent)
     for part, job in (("one", "a"), ("two", "b")):
         ledger.write(SENDING, part, job=job, host=fake.url, bytes=1)
         ledger.write(SENT, part, job=job)
     ledger.write(SENDING, "three", job="c", host="http://127.0.0.1:9", bytes=1)
     fake.jobs["a"] = {"status": "QUEUED", "description": "Added to Queue at position 4."}
     out = selfrepair("jobs", store).out.splitlines()
-    assert out[0].startswith("one  on the server: queued at place 4, sent 0 s ago")
+    assert out[0].startswith("one  on the server: queued at place 4, sent 1 min 15 s ago")
     assert fake.url in out[0]
     assert "not known there (yet)" in out[1]
     assert "not known: " in out[2]

@@ -29,7 +29,7 @@ PARTS = {
     "model actor": ("ray", r"^ray::CPU(Sandbox)?Model"),
 }
 """What can be killed inside a service: the service, and what its processes are called."""
-PATIENCE = 300.0
+PATIENCE = 900.0
 
 
 class Process:
@@ -131,7 +131,7 @@ class Ndif:
             raise Unavailable(f"an NDIF server CANNOT BE STARTED HERE: {reason}")
         began = time.monotonic()
         self.place.directory = Path(tempfile.mkdtemp(prefix="ndif-", dir="/tmp"))  # for sockets: a short path
-        self.place.ports = dict(zip(services.PORTS, _free_ports(len(services.PORTS)), strict=True))
+        self.place.ports = dict(zip(services.PORTS, free_ports(len(services.PORTS)), strict=True))
         try:
             self.write_keys({self.key: [], self.trusted_key: ["trusted"]})
             self.start(*SERVICES)
@@ -286,7 +286,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports nobody listens on, between those that Ray's client and the system choose: free until they are used."""
     sockets: list[socket.socket] = []
     while len(sockets) < count:
