@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import selfrepair_nn as sr
-from selfrepair_nn.simulate import simulate_heads
+from selfrepair_nn.simulate import simulate_heads, unfinished
 
 REQUIRED = os.environ.get("SELFREPAIR_REQUIRE_BROWSER") == "1"
 EVIL = "<img src=x onerror=hacked=1></script><script>hacked=1</script>\u202e\x1b"
@@ -267,6 +267,14 @@ def test_a_place_that_is_no_whole_number_is_one_before_it(opened, ds):
     tab.press(".pager input", "Enter")
     settled(tab)
     assert tab.inner_text(".prompt >> nth=0").startswith("1 ")
+
+
+def test_of_a_token_that_is_not_done_there_is_no_empty_table(opened, ds):
+    half = unfinished(ds, done=np.arange(60) < 30)
+    tab = opened(half, at=f"#L0H0~~self_repair~{59 * ds.sizes['position']}")
+    tab.wait_for_selector(".details h3:has-text('→')")
+    settled(tab)
+    assert tab.locator(".details table").count() == 0
 
 
 def test_variants_have_a_selector_and_sums_stand_for_components(opened, variants):

@@ -275,6 +275,7 @@ class Details {
     };
     for (const field of store.fields) add(field, entry == null ? null : tokens.columns[field.name][entry]);
     for (const field of clean) add(field, field.values[token]);
+    if (!rows.length) return "";
     const body = rows.map(([f, text]) => make("tr", { title: f.about }, make("th", { scope: "row" }, f.label), make("td", {}, text), make("td", {}, `± ${Number((f.step / 2).toPrecision(2))} ${unit(f.units)}`)));
     return make(
       "details",
