@@ -71,7 +71,8 @@ class Pane {
     if (head || changed("tint", "prompt")) this.text.draw();
     else if (changed("token")) this.text.choose();
     if (changed("token")) this.mark();
-    if (head || changed("token")) await this.details.draw();
+    if (head || changed("token")) this.drawing = this.details.draw();
+    await this.drawing;
     this.page.keep();
     if (this.state === now) this.element.removeAttribute("aria-busy");
   }
