@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +32,14 @@ class Finding:
     what: str
     seen: str
     right: bool | None = None
+
+
+@dataclass
+class _Known:
+    """What hosts have said so far, {host: facts}, and the model on each of them that was sent a job."""
+
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)
+    greeted: list[Any] = field(default_factory=list)
 
 
 def doctor(
@@ -75,12 +83,12 @@ def _here() -> Iterator[Finding]:
 
 def _each(hosts: Sequence[str | None], model: str | None, trip: bool) -> Iterator[Finding]:
     """Every host in turn; what is found of several bears their names, and they are compared."""
-    said, greeted = dict[str, dict[str, Any]](), list[Any]()
+    known = _Known()
     for host in hosts:
-        for found in _asked_all(host, model, trip, said, greeted):
+        for found in _asked_all(host, model, trip, known):
             yield found if len(hosts) == 1 else replace(found, seen=f"{host}: {found.seen}")
-    yield from _twins(greeted)
-    first, *others = said.values() or [{}]
+    yield from _twins(known.greeted)
+    first, *others = known.said.values() or [{}]
     for other in others:
         found = "; ".join(differences(first, other))
         agree = f"{other['host']} is as {first['host']}"
@@ -97,19 +105,15 @@ def _twins(greeted: Sequence[Any]) -> Iterator[Finding]:
             yield Finding("hosts", f"{served.name} is the server at {twin.name}: name each server once")
 
 
-def _asked_all(
-    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]], greeted: list[Any]
-) -> Iterator[Finding]:
+def _asked_all(host: str | None, model: str | None, trip: bool, known: _Known) -> Iterator[Finding]:
     """All there is to be found of a host; where it fails, that."""
     try:
-        yield from _there(host, model, trip, said, greeted)
+        yield from _there(host, model, trip, known)
     except (SelfRepairError, Incomplete) as error:
         yield Finding("server", str(error), False)
 
 
-def _there(
-    host: str | None, model: str | None, trip: bool, said: dict[str, dict[str, Any]], greeted: list[Any]
-) -> Iterator[Finding]:
+def _there(host: str | None, model: str | None, trip: bool, known: _Known) -> Iterator[Finding]:
     from selfrepair_nn.backends.ndif.server import Server
 
     server = Server(host, patience=PATIENCE)
@@ -118,13 +122,13 @@ def _there(
     yield _clock(server.ahead)
     try:
         versions = server.environment()
-        said[server.host] = {"host": server.host} | {n: versions[n] for n in COMPARED if n in versions}
+        known.said[server.host] = {"host": server.host} | {n: versions[n] for n in COMPARED if n in versions}
         yield from _compared(versions)
         yield Finding("models", _models(server.status()))
     except Fault as fault:
         yield Finding("cluster", str(fault), False)
     if model:
-        yield from _asked_for(server, model, trip, said, greeted)
+        yield from _asked_for(server, model, trip, known)
     elif trip:
         yield Finding("round trip", "say which model with --model", False)
 
@@ -154,9 +158,7 @@ def _models(replicas: list[dict]) -> str:
     return ", ".join(sorted(said)) or "none is deployed"
 
 
-def _asked_for(
-    server, name: str, trip: bool, said: dict[str, dict[str, Any]], greeted: list[Any]
-) -> Iterator[Finding]:
+def _asked_for(server, name: str, trip: bool, known: _Known) -> Iterator[Finding]:
     from selfrepair_nn.backends.ndif.served import ServedModel, states
     from selfrepair_nn.models.load import describe, load_tokenizer, structure_only
 
@@ -164,13 +166,12 @@ def _asked_for(
     served = ServedModel(server, structure_only(description, load_tokenizer(description.source)))
     found = states(served)
     yield Finding("model", f"{name} is {found}", True if found.startswith("running") else None)
-    said[server.host] = served.facts()
+    known.said[server.host] = served.facts()
     if trip:
-        yield from _greeted(served, said)
-        greeted.append(served)
+        yield from _greeted(served, known)
 
 
-def _greeted(served, said: dict[str, dict[str, Any]]) -> Iterator[Finding]:
+def _greeted(served, known: _Known) -> Iterator[Finding]:
     """A job to the model and back, and which model it found there."""
     from selfrepair_nn.backends.ndif.ledger import Ledger
     from selfrepair_nn.backends.ndif.served import greeted
@@ -180,7 +181,8 @@ def _greeted(served, said: dict[str, dict[str, Any]]) -> Iterator[Finding]:
         began = time.perf_counter()
         found = greeted(served, Ledger(Path(folder) / "jobs.jsonl", "trip"), PATIENCE)
         seconds = time.perf_counter() - began
-    said[served.name]["greeting"] = found
+    known.said[served.name]["greeting"] = found
+    known.greeted.append(served)
     took = f"{seconds:.2f} s, little more than for one token"
     yield Finding("round trip", f"{took}; it computes in {found['computes_in']}", True)
     yield Finding("weights", f"{weights_said(found)}, fingerprint {fingerprint_of(found)}")
