@@ -253,6 +253,29 @@ def test_a_result_without_names(value):
         loaded(zstandard.compress(buffer.getvalue()))
 
 
+def nested(way):
+    """A result whose containers lie within each other without end, or so often that a walk through them never ends."""
+    found = {"result": 1}
+    if way == "deep":
+        for _ in range(100):
+            found = {"result": {"asked": [found]}}
+    elif way == "within itself":
+        found["result"] = found
+    else:
+        for _ in range(5):
+            found = {"result": dict.fromkeys("abc", found)}
+    return found
+
+
+@pytest.mark.parametrize("way", ["deep", "within itself", "many times"])
+def test_a_result_that_nobody_can_walk_through(way):
+    buffer = io.BytesIO()
+    torch.save(nested(way), buffer)
+    with pytest.raises(Fault, match="nested more than 8 deep, or within itself") as error:
+        loaded(zstandard.compress(buffer.getvalue()))
+    assert error.value.kind == "result"
+
+
 # ---------------------------------------------------------------- a server that wants time, and one that takes it
 
 NOON = "Thu, 01 Jan 2026 12:00:00 GMT"

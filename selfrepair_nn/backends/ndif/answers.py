@@ -28,6 +28,9 @@ ADDRESSES = "http://", "https://", "/"
 AS_IN_ADDRESSES = str.maketrans("-_", "+/")
 """Base64 has two alphabets: this turns that of addresses into the other."""
 
+DEEPEST = 8
+"""No result is nested deeper."""
+
 AT_A_NUMBER = {"PUT", "BINPUT", "LONG_BINPUT"}
 """Opcodes of a pickle that keep a value under any number: memory is taken for all numbers below."""
 
@@ -214,7 +217,7 @@ def now() -> float:
 def loaded(content: bytes) -> dict[str, Any]:
     """The saved values of a result. Only tensors, numbers, text and their containers are ever unpickled.
 
-    Raises Fault "result" for what is none, or is cut.
+    Raises Fault "result" for what is none, is cut, or is nested as no result is.
     """
     import torch
     import zstandard
@@ -226,4 +229,21 @@ def loaded(content: bytes) -> dict[str, Any]:
         raise Fault("result", f"{type(error).__name__}: {error}") from error
     if not isinstance(found, dict):
         raise Fault("result", f"a {type(found).__name__}, which names nothing")
+    if not _is_tree(found):
+        raise Fault("result", f"nested more than {DEEPEST} deep, or within itself")
     return found
+
+
+def _is_tree(found: Any) -> bool:
+    """Whether each container lies in one other, a few deep: whoever walks through them comes to an end."""
+    level, seen = [found], set[int]()
+    for _ in range(DEEPEST):
+        held = [each for each in level if isinstance(each, dict | list | tuple | set) and each]
+        if not held:
+            return True
+        places = {id(each) for each in held}
+        if len(places) < len(held) or places & seen:
+            return False
+        seen |= places
+        level = [inner for each in held for inner in (*each, *(each.values() if isinstance(each, dict) else ()))]
+    return False
