@@ -36,9 +36,9 @@ def brief(value: Any) -> str:
 
 
 def nearest(name: object, valid: Iterable[str]) -> str:
-    """ "; did you mean …?" where one of the valid names is nearly this one, else nothing."""
+    """ " (did you mean …?)" where one of the valid names is nearly this one, else nothing."""
     found = get_close_matches(str(name), list(valid), n=2)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def one_of(what: str, value: Any, valid: Collection[str]) -> str:

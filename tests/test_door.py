@@ -174,15 +174,15 @@ def test_what_cannot_be_is_one_line(name, given, said):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: sr.run("heads", token=512), "no option 'token'; did you mean tokens.*layers"),
+        (lambda: sr.run("heads", token=512), r"no option 'token' \(did you mean tokens\?\); there.*layers"),
         (lambda: sr.run(nope=1), "no option 'nope'; there are model, prompts"),
         (lambda: sr.run("heads", progres=True), "did you mean progress"),
         (lambda: sr.preview("heads", calibrat=True), "did you mean calibrate"),
         (lambda: sr.Options(lenght=5), "did you mean length"),
         (lambda: sr.Options("tiny-neox"), "by name"),
-        (lambda: sr.run("haeds"), "no recipe 'haeds'; did you mean heads"),
+        (lambda: sr.run("haeds"), r"no recipe 'haeds' \(did you mean heads\?\); there"),
         (lambda: sr.run(5), "recipe must be a"),
-        (lambda: sr.run("neurons", param={"coutn": 2}), "no parameter 'coutn'; did you mean count"),
+        (lambda: sr.run("neurons", param={"coutn": 2}), "no parameter 'coutn' .did you mean count"),
         (lambda: sr.run("neurons", param="count"), "NAME=VALUE"),
         (
             lambda: sr.run("self_reinforcement", param="scales={[]:1}"),

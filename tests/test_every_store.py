@@ -282,7 +282,7 @@ def test_a_figure_that_does_not_suit_is_refused_on_the_command_line(stored, tmp_
 def test_a_figure_that_there_is_not_is_told_before_any_store_is_opened(tmp_path):
     ended = selfrepair("plot", tmp_path / "none.zarr", "--figure", "freez")
     assert ended.code == 2
-    assert "no figure 'freez'; did you mean freeze" in ended.err
+    assert "no figure 'freez' (did you mean freeze?); there" in ended.err
     with pytest.raises(UsageError, match="no figure 'pie'"):
         sr.plot(sr.simulate_heads(1, 1, 2, 1), tmp_path, ["pie"])
 

@@ -148,7 +148,8 @@ class Head {
         make("span", {}, `${field.label}${unit(field.units) && `, ${unit(field.units)}`}`),
       ),
     );
-    const note = `${summary.tokens[state.site].toLocaleString("en")} tokens: ${store.data.over}. ± is half of the 95% interval${summary.reach[0][state.site] == null ? "; too few prompts or documents for one" : ""}.`;
+    const count = summary.tokens[state.site];
+    const note = `${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}: ${store.data.over}. ± is half of the 95% interval${summary.reach[0][state.site] == null ? "; too few prompts or documents for one" : ""}.`;
     this.element.replaceChildren(
       make("h3", {}, store.labels[state.site], badge),
       make("div", { class: "facts" }, facts),
