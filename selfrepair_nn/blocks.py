@@ -110,7 +110,7 @@ def clean_values(ds: xr.Dataset, name: str) -> np.ndarray:
 
 
 def _done(ds: xr.Dataset) -> np.ndarray:
-    done = (ds.done & ds.selected).transpose(*sites(ds), "prompt").values
+    done = (ds.variables["done"] & ds.variables["selected"]).transpose(*sites(ds), "prompt").values
     return done.reshape(-1, done.shape[-1]) & counted_tokens(ds).any(1)
 
 

@@ -1,6 +1,7 @@
 """How well a mean over tokens is known: intervals and p-values of ratios, tokens clustered by document."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ class Estimate:
         both = (self.known & other.known & np.isfinite(ratio))[:, None]
         return Estimate(ratio, moved, np.where(both, (self.shares + other.shares) / 2, 0))
 
-    @property
+    @cached_property
     def _spread(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Standard error, skewness and degrees of freedom of the mean: [case] each.
 

@@ -57,8 +57,8 @@ def restored(ds: xr.Dataset, average: bool = True) -> xr.Dataset:
     for name in sorted({*map(str, ds.variables)} & {*QUANTITIES}):
         dims = QUANTITIES[name].dims_in(grid)
         if "position" not in dims or len(dims) <= 2:
-            array = _with(ds[name].variable, dims, lost, QUANTITIES[name].kind == "bool")
-            found |= {} if array is ds[name].variable else {name: array}
+            array = _with(ds.variables[name], dims, lost, QUANTITIES[name].kind == "bool")
+            found |= {} if array is ds.variables[name] else {name: array}
     if not found:
         return ds
     labels = {name: found.pop(name) for name in [*found] if name in ds.coords}

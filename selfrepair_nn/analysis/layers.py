@@ -50,9 +50,9 @@ def _averaged(heads: xr.Dataset) -> list[str]:
     left_out = {"selected", *ESTIMATED, *OF_SELF_REPAIR}
     return [
         str(name)
-        for name, values in heads.data_vars.items()
-        if {*HEADS} <= {*values.dims}
-        and values.dtype.kind in "fib"
+        for name in heads.data_vars
+        if {*HEADS} <= {*heads.variables[name].dims}
+        and heads.variables[name].dtype.kind in "fib"
         and str(name).removeprefix("top_") not in left_out
         and not str(name).endswith(HALF_WIDTH)
     ]

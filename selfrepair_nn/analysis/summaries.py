@@ -103,9 +103,8 @@ def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None 
     columns, halves = of_halves(ds, share) if splits(ds) else ({}, {})
     found |= columns
     labels = {name: ds[name].variable for name in (*dims, "case_sites", "case_layer") if name in ds.coords}
-    heads = xr.Dataset(found, labels, ds.attrs)
-    heads = heads.assign(selected=ds.selected.variable.load(), noise_floor=_noise_floor(ds))
-    heads = heads.assign({name: ds[name].variable.load() for name in ESTIMATED if name in ds})
+    found |= {name: ds[name].variable.load() for name in ("selected", *ESTIMATED) if name in ds}
+    heads = xr.Dataset(found | {"noise_floor": _noise_floor(ds)}, labels, ds.attrs)
     heads = heads.assign(_derived(heads, "") | _derived(heads, "top_"))
     sizes = {"prompts": ds.sizes["prompt"], "positions": ds.sizes["position"]}
     done = float(((ds.done & ds.selected).mean("prompt").where(ds.selected)).mean())
@@ -199,9 +198,10 @@ def _norm_shares(tokens: Tokens, ratio: np.ndarray) -> dict[str, Tally]:
     return {name: tokens.top_tally(values) for name, values in shares.items()}
 
 
-def _derived(heads: xr.Dataset, prefix: str) -> dict[str, xr.DataArray]:
-    effect, change, repair = (heads[prefix + n] for n in ("direct_effect", "logit_change", "self_repair"))
-    surely = (heads[f"{prefix}q_value"] <= RATE) & (abs(repair) > heads.noise_floor.fillna(0))
+def _derived(heads: xr.Dataset, prefix: str) -> dict[str, xr.Variable]:
+    names = ("direct_effect", "logit_change", "self_repair", "q_value")
+    effect, change, repair, q_value = (heads.variables[prefix + name] for name in names)
+    surely = (q_value <= RATE) & (abs(repair) > heads.variables["noise_floor"].fillna(0))
     return {
         f"{prefix}between": (change * effect < 0) & (abs(change) < abs(effect)),
         f"{prefix}repaired": surely & (repair * effect > 0),
@@ -232,28 +232,30 @@ def _describe(heads: xr.Dataset, share: float) -> xr.Dataset:
         "broken": ("1", "broken"),
         "tokens": ("1", "number of tokens"),
     }
+    variables = heads.variables  # an array for each of so many names would take longer than the means
     for name, (units, text) in known.items():
-        heads[name].attrs = {"units": units, "long_name": text}
-        heads[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share, heads)}"}
+        variables[name].attrs = {"units": units, "long_name": text}
+        variables[f"top_{name}"].attrs = {"units": units, "long_name": f"{text}, {among(share, heads)}"}
     for name, text in NORM_SHARES.items():
-        heads[name].attrs = {"units": "1", "long_name": f"share of the direct effect {text}"}
+        variables[name].attrs = {"units": "1", "long_name": f"share of the direct effect {text}"}
     for name in BIASED if "bias_self_repair" in heads else ():
         told = f"mean {QUANTITIES[name].long_name}"
-        heads[f"bias_{name}"].attrs = {"units": "logit", "long_name": f"selected where reported, more {told}"}
+        variables[f"bias_{name}"].attrs = {"units": "logit", "long_name": f"selected where reported, more {told}"}
         for own in (f"selecting_{name}", f"selecting_top_{name}"):
             if own in heads:
-                heads[own].attrs = {"units": "logit", "long_name": f"{told}, half that selects"}
-    heads["worst_closure"].attrs = {"units": "logit", "long_name": "largest |closure|"}
+                variables[own].attrs = {"units": "logit", "long_name": f"{told}, half that selects"}
+    variables["worst_closure"].attrs = {"units": "logit", "long_name": "largest |closure|"}
     return described_widths(heads)
 
 
 def described_widths(found: xr.Dataset) -> xr.Dataset:
     """With units and a name on each half-width, after those of the mean that it belongs to."""
+    variables = found.variables
     for name in [str(name) for name in found.data_vars if str(name).endswith(HALF_WIDTH)]:
         own = name.removesuffix(HALF_WIDTH)
         of = next((each for each in (own, own.partition("_")[2]) if each in found), None)
         if of is not None:
-            text = f"half-width of the 95% interval of {found[of].attrs['long_name']}"
+            text = f"half-width of the 95% interval of {variables[of].attrs['long_name']}"
             group = "" if of == own else f", mean over heads ({own.partition('_')[0]})"
-            found[name].attrs = {"units": found[of].attrs["units"], "long_name": text + group}
+            variables[name].attrs = {"units": variables[of].attrs["units"], "long_name": text + group}
     return found
