@@ -61,7 +61,7 @@ def sites(ds: xr.Dataset) -> tuple[str, ...]:
 def counted_tokens(ds: xr.Dataset) -> np.ndarray:
     """Which tokens count: bool [prompt, position]; all of them in a store that does not say."""
     if "counted" in ds:
-        return ds.counted.transpose(*TOKEN).values
+        return ds.variables["counted"].transpose(*TOKEN).values
     return np.ones([ds.sizes[d] for d in TOKEN], bool)
 
 
@@ -87,8 +87,8 @@ def done_cases(ds: xr.Dataset) -> np.ndarray:
     done = _done(ds) & in_half(ds)
     for name in ("noise_floor", "threshold") if _ranks(ds) else ("noise_floor",):
         if name in ds:
-            begun = (ds.done & ds.selected).any("prompt")
-            require_known(name, bool((ds[name].isnull() & begun).any()))
+            begun = _marked(ds).any("prompt")
+            require_known(name, bool((ds.variables[name].isnull() & begun).any()))
     return done
 
 
@@ -104,13 +104,17 @@ def require_known(name: str, lost: bool | np.ndarray, start: int = 0) -> None:
 
 def clean_values(ds: xr.Dataset, name: str) -> np.ndarray:
     """A variable of the clean run: [prompt, position]. StoreError if it is blank where something counts."""
-    values = ds[name].transpose(*TOKEN).values
+    values = ds.variables[name].transpose(*TOKEN).values
     require_known(name, np.any(np.isnan(values) & counted_tokens(ds), axis=-1) & np.any(_done(ds), axis=0))
     return values
 
 
+def _marked(ds: xr.Dataset) -> xr.Variable:
+    return ds.variables["done"] & ds.variables["selected"]
+
+
 def _done(ds: xr.Dataset) -> np.ndarray:
-    done = (ds.variables["done"] & ds.variables["selected"]).transpose(*sites(ds), "prompt").values
+    done = _marked(ds).transpose(*sites(ds), "prompt").values
     return done.reshape(-1, done.shape[-1]) & counted_tokens(ds).any(1)
 
 
@@ -410,16 +414,16 @@ def rows(array: xr.DataArray, top: Top) -> Iterator[tuple[np.ndarray, np.ndarray
     Read one layer (or case) and one chunk of prompts at a time; what holds no entry is not read.
     """
     dims = ("case", *TOKEN) if "case" in array.dims else SWEEP
-    array = array.transpose(*(d for d in dims if d in array.dims), ...)
+    values = array.variable.transpose(*(d for d in dims if d in array.dims), ...)
     n_heads, n_positions = (array.sizes.get(d, 1) for d in ("head", "position"))
     step = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     layer, chunk = top.case // n_heads, top.token // n_positions // step
     for at in sorted({*zip(layer.tolist(), chunk.tolist(), strict=True)}):
         entries, start = np.flatnonzero((layer == at[0]) & (chunk == at[1])), at[1] * step
         here = {dims[0]: [at[0]], "prompt": slice(start, start + step)}
-        values = _whole(array.isel(here, missing_dims="ignore"), dims)
-        values = values.reshape(-1, *values.shape[len(dims) - 2 :])
-        yield entries, top.of(entries).pick(start, values, at[0] * n_heads)[1]
+        block = _whole(values.isel(here, missing_dims="ignore"), dims)
+        block = block.reshape(-1, *block.shape[len(dims) - 2 :])
+        yield entries, top.of(entries).pick(start, block, at[0] * n_heads)[1]
 
 
 def entries_of(array: xr.DataArray, top: Top) -> np.ndarray:
@@ -446,7 +450,8 @@ def largest(ds: xr.Dataset, name: str, done: np.ndarray) -> np.ndarray:
 def _blocks(ds: xr.Dataset, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A variable's values [case, prompt, position] in blocks of whole chunks, each with its first prompt."""
     dims, done, asked = (*sites(ds), *TOKEN), _done(ds), counted_tokens(ds)
-    array, n_prompts = ds[name].transpose(*(d for d in dims if d in ds[name].dims)), ds.sizes["prompt"]
+    array, n_prompts = ds.variables[name], ds.sizes["prompt"]
+    array = array.transpose(*(d for d in dims if d in array.dims))
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     step = chunk * max(1, BLOCK * n_prompts // max(1, array.size * chunk))
     for start in range(0, n_prompts, step):
@@ -468,7 +473,7 @@ def of_partners(ds: xr.Dataset, name: str) -> Iterator[tuple[slice, np.ndarray, 
         for (start, mean), (_, spread) in zip(_blocks(ds, name), _blocks(ds, f"{name}{VARIANCE}"), strict=True):
             yield slice(start, start + mean.shape[1]), mean[None].astype(float), spread.astype(float)
         return
-    array, dims = ds[f"{name}_by_partner"], ("resample", *sites(ds), *TOKEN)
+    array, dims = ds.variables[f"{name}_by_partner"], ("resample", *sites(ds), *TOKEN)
     array = array.transpose(*(d for d in dims if d in array.dims))
     chunk = array.encoding.get("preferred_chunks", {}).get("prompt", 1)
     step = chunk * max(1, BLOCK * ds.sizes["prompt"] // max(1, array.size * chunk))
@@ -484,7 +489,7 @@ def of_top_tokens(ds: xr.Dataset, name: str) -> bool:
     return large and json.loads(ds.attrs.get("settings", "{}")).get("logprob") != "all"
 
 
-def _whole(array: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:
+def _whole(array: xr.Variable, dims: tuple[str, ...]) -> np.ndarray:
     """The values of an array in order, with all these dimensions and the others."""
     beyond = [size for d, size in array.sizes.items() if d not in dims]
     return array.values.reshape(*(array.sizes.get(d, 1) for d in dims), *beyond)

@@ -5,8 +5,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 from scipy.stats import false_discovery_control
-from scipy.stats import t as student
 
 LEVEL = 0.95
 RATE = 0.05
@@ -46,7 +46,7 @@ def jackknife(without: np.ndarray) -> np.ndarray:
     if count < CLUSTERS:
         return np.full(without.shape[:-1], np.inf)
     error = np.sqrt((count - 1) * np.var(without, axis=-1))
-    return student.ppf((1 + LEVEL) / 2, count - 1) * error
+    return stdtrit(count - 1, (1 + LEVEL) / 2) * error
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Estimate:
         the interval, the other is as much shorter; a half-width is one number, so it is the longer one on both.
         """
         error, skewness, freedom = self._spread
-        quantile = student.ppf((1 + level) / 2, freedom)
+        quantile = stdtrit(freedom, (1 + level) / 2)
         with np.errstate(invalid="ignore"):
             width = error * (quantile + skewness * (1 + 2 * quantile**2) / 6)
         return np.where(self.known, width, np.inf)
@@ -102,7 +102,7 @@ class Estimate:
         over = np.maximum(away - skewness / 6, 0)  # the quantile t that half_width turns into `away`
         with np.errstate(invalid="ignore"):
             quantile = np.where(np.isinf(over), over, 2 * over / (1 + np.sqrt(1 + 4 / 3 * skewness * over)))
-        return np.where(self.known, 2 * student.sf(quantile, freedom), np.nan)
+        return np.where(self.known, 2 * stdtr(freedom, -quantile), np.nan)
 
     def of_groups(self, groups: np.ndarray, count: int | None = None) -> "Estimate":
         """Means of the cases' means within each of `count` groups; `groups` [case] from 0, -1 for none.
