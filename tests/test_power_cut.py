@@ -77,6 +77,17 @@ class Recorder:
         return self._replace(path, to)
 
 
+@cache
+def folder(name: str) -> str:
+    return str(Path(name).parent)
+
+
+@cache
+def folders(name: str) -> tuple[str, ...]:
+    """Those that a name lies in, the nearest first."""
+    return tuple(map(str, Path(name).parents))
+
+
 def content(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
@@ -91,7 +102,7 @@ def after_a_cut(
     """
     found, old = dict(recorder.base), {}
     whole, named = set(found), set(found)
-    entered = {str(parent) for name in found for parent in Path(name).parents}
+    entered = {each for name in found for each in folders(name)}
     for what, name, *more in recorder.asked[:stop]:
         if what == "write":
             found[name] = more[0]
@@ -106,9 +117,9 @@ def after_a_cut(
             named.discard(new)
         elif not lying or "json" in name or name in (".", "checksums"):
             whole |= {name} & found.keys()
-            named |= {each for each in found if str(Path(each).parent) == name}
-            above = {str(p) for each in found for p in Path(each).parents}
-            entered |= {each for each in above if str(Path(each).parent) == name}
+            named |= {each for each in found if folder(each) == name}
+            above = {inside for each in found for inside in folders(each)}
+            entered |= {each for each in above if folder(each) == name}
     if chance is None:
         return found
     return _torn(found, old, whole, named, entered, chance)
@@ -117,8 +128,7 @@ def after_a_cut(
 def _torn(found, old, whole, named, entered, chance):
     left, gone = {}, {}
     for name, data in sorted(found.items()):
-        above = [str(p) for p in Path(name).parents]
-        if any(gone.setdefault(each, each not in entered and chance.random() < 0.3) for each in above):
+        if any(gone.setdefault(each, each not in entered and chance.random() < 0.3) for each in folders(name)):
             continue
         if name not in named and chance.random() < 0.5:
             if name in old:
