@@ -61,7 +61,7 @@ def any_store(cases=None, axis=None, *, prompts=3, positions=5, size=1.0, done=T
     full, token = (*shape, prompts, positions), ("prompt", "position")
     one = {name: size * rng.standard_t(3, full) for name in (*MEANS, *PARTS)}
     found = {name: ((*sites, *token), values) for name, values in one.items()}
-    for name in found.keys() - {"direct_effect"} if axis else ():
+    for name in [name for name in found if name != "direct_effect"] if axis else ():
         found[name] = ((*along, *sites, *token), size * rng.standard_t(3, (*variants, *full)))
     found["closure"] = ((*along, *sites, *token), np.zeros((*variants, *full)))
     found |= {name: (token, size * rng.normal(size=full[-2:])) for name in ("logit", "target_constant")}
