@@ -110,6 +110,7 @@ def clean_values(ds: xr.Dataset, name: str) -> np.ndarray:
 
 
 def _marked(ds: xr.Dataset) -> xr.Variable:
+    """Which cases of which prompts are chosen and done."""
     return ds.variables["done"] & ds.variables["selected"]
 
 

@@ -37,6 +37,11 @@ def q_values(p: np.ndarray) -> np.ndarray:
     return found
 
 
+def student(level: float, freedom: Any) -> Any:
+    """Standard errors from a mean to either end of its interval of this level, by Student's t: as `freedom` has it."""
+    return stdtrit(freedom, (1 + level) / 2)
+
+
 def jackknife(without: np.ndarray) -> np.ndarray:
     """Half-width of the 95% interval of a statistic, from what it is without each cluster [..., cluster]: [...].
 
@@ -46,7 +51,7 @@ def jackknife(without: np.ndarray) -> np.ndarray:
     if count < CLUSTERS:
         return np.full(without.shape[:-1], np.inf)
     error = np.sqrt((count - 1) * np.var(without, axis=-1))
-    return stdtrit(count - 1, (1 + LEVEL) / 2) * error
+    return student(LEVEL, count - 1) * error
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Estimate:
         the interval, the other is as much shorter; a half-width is one number, so it is the longer one on both.
         """
         error, skewness, freedom = self._spread
-        quantile = stdtrit(freedom, (1 + level) / 2)
+        quantile = student(level, freedom)
         with np.errstate(invalid="ignore"):
             width = error * (quantile + skewness * (1 + 2 * quantile**2) / 6)
         return np.where(self.known, width, np.inf)

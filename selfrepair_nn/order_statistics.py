@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import t as student
 
-from selfrepair_nn.confidence import CLUSTERS, LEVEL, Tally
+from selfrepair_nn.confidence import CLUSTERS, LEVEL, Tally, student
 
 DRAWS = 1000
 """Draws of a bootstrap."""
@@ -24,7 +23,7 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], held: np.ndarray) -
     drawn = np.zeros((DRAWS, held.size))
     drawn[:, held] = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS)
     error = np.std(statistic(drawn)) * np.sqrt(count / (count - 1))
-    return float(student.ppf((1 + LEVEL) / 2, count - 1) * error) if np.isfinite(error) else np.inf
+    return float(student(LEVEL, count - 1) * error) if np.isfinite(error) else np.inf
 
 
 def median_reach(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:

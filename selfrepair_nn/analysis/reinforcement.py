@@ -2,14 +2,13 @@
 
 import numpy as np
 import xarray as xr
-from scipy.stats import t as student
 
 from selfrepair_nn.analysis.checks import HEADS, restored
 from selfrepair_nn.analysis.closure import closure
 from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import clustering, clusters
 from selfrepair_nn.blocks import edited_cases, edited_of
-from selfrepair_nn.confidence import CLUSTERS, Tally
+from selfrepair_nn.confidence import CLUSTERS, Tally, student
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.face import public
 
@@ -142,7 +141,7 @@ def line(
     moved = np.where(sums[0] > 0, others - slope[:, None], 0)
     error = np.sqrt((1 - 1 / np.maximum(held, 1)) * (moved**2).sum(1))
     freedom = np.clip(_alike(sums), 2, np.maximum(held - 1, 2)) - 1
-    reach = error * student.ppf((1 + level) / 2, freedom)
+    reach = error * student(level, freedom)
     reach = np.where((held >= CLUSTERS) & np.isfinite(reach), reach, np.inf)
     with np.errstate(invalid="ignore"):
         intercept = (total[2] - slope[:, None] * total[1])[:, 0] / total[0, :, 0]
