@@ -165,7 +165,7 @@ def _column(rows: Iterable[tuple[str, dict]], name: str, column: str) -> Iterato
                 raise UsageError(f"{name} has no column {column!r}: choose one of {', '.join(map(str, row))}")
             if not isinstance(row[column], str | None):
                 raise UsageError(
-                    f"column {column!r} of {place}, holds {type(row[column]).__name__}: choose one of text{_texts(row)}"
+                    f"column {column!r} of {place}, holds {type(row[column]).__name__}: {_remedy(row)}"
                 )
             require_text(row[column] or "", f"{place}, column {column!r},")
             yield row[column] or ""
@@ -177,6 +177,6 @@ def _column(rows: Iterable[tuple[str, dict]], name: str, column: str) -> Iterato
         ) from error
 
 
-def _texts(row: dict) -> str:
+def _remedy(row: dict) -> str:
     names = ", ".join(str(name) for name, value in row.items() if isinstance(value, str))
-    return f" ({names})" if names else ""
+    return f"choose one of text ({names})" if names else "write text there, or null for none"

@@ -34,9 +34,9 @@ def _json_lines(path: str, name: str, column: str) -> Rows:
     with opened(path) as file:
         for number, raw in enumerate(file, start=1):
             place = f"{name}, line {number}"
-            line = _decoded(raw, place, first=number == 1)
+            line = _decoded(raw, f"{place},", first=number == 1)
             if line.strip():
-                row = _parsed(line, place)
+                row = _parsed(line, f"{place},")
                 if not isinstance(row, dict):
                     raise UsageError(f"{place}, is not a JSON object: write {{…}} on each line")
                 yield place, row
@@ -74,7 +74,7 @@ def _rows_of_table(path: str, name: str, separator: str) -> Rows:
     """A header, then rows of as many fields; a field may be quoted, and then holds separators and lines."""
     csv.field_size_limit(LONGEST_FIELD)
     with opened(path) as file:
-        lines = (_decoded(raw, f"{name}, line {n}", first=n == 1) for n, raw in enumerate(file, start=1))
+        lines = (_decoded(raw, f"{name}, line {n},", first=n == 1) for n, raw in enumerate(file, start=1))
         rows = csv.reader(lines, delimiter=separator, strict=True)
         header = _next(rows, name)
         if not header:
@@ -124,20 +124,20 @@ def _value(scalar: Any, place: str) -> Any:
         raise UsageError(f"{place}, is not UTF-8 text: {one_line(error)}") from error
 
 
-def _decoded(raw: bytes, place: str, first: bool) -> str:
+def _decoded(raw: bytes, subject: str, first: bool) -> str:
     try:
         return raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{place}, is not UTF-8 text (byte {error.start} of it): convert the file"
+            f"{subject} is not UTF-8 text (byte {error.start} of it): convert the file"
         ) from error
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parsed(text: str, subject: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{place}, is not JSON: {one_line(error)}") from error
+        raise UsageError(f"{subject} is not JSON: {one_line(error)}") from error
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -163,6 +163,18 @@ def test_far_heads_do_not_change_the_axis_by_which_the_others_are_drawn(far, sig
     assert layers <= {*told}  # whose means are far too
 
 
+@pytest.mark.parametrize(("reach", "cut"), [(0.0, False), (30.0, True), (np.inf, False)])
+def test_an_interval_that_is_cut_is_said_to_go_on(reach, cut):
+    heads = by_head(simulate_heads(6, 4, 60, 40, seed=1)).copy(deep=True)
+    heads.top_self_repair_half_width.values[:] = 0.01
+    heads.top_self_repair_half_width.values[2, 1] = reach * np.ptp(heads.top_self_repair.values)
+    axes = figures.draw(LAYER, heads).axes[0]
+    drawn = [each.get_segments() for each in axes.collections if isinstance(each, LineCollection)]
+    ends = np.concatenate([part[:, 1] for each in drawn for part in each if len(part)])
+    assert (min(ends) < axes.get_ylim()[0] or max(ends) > axes.get_ylim()[1]) == cut
+    assert ("goes on beyond it" in words(axes.figure)) == cut
+
+
 def test_of_many_far_heads_the_farthest_are_named_and_nothing_overlaps():
     ds = simulate_heads(12, 12, 40, 13, seed=1)
     heads = with_far(ds, {(11, i): 50.0 + i for i in range(8)} | {(0, i): -50.0 - i for i in range(3)})

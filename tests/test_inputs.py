@@ -115,15 +115,16 @@ def test_json_of_every_usual_shape(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("r.json", '[{"text": "ab"}', "r.json, is not JSON"),
-        ("r.json", "", "r.json, is not JSON"),
-        ("r.json", "prose, not JSON", "r.json, is not JSON"),
+        ("r.json", '[{"text": "ab"}', "r.json is not JSON"),
+        ("r.json", "", "r.json is not JSON"),
+        ("r.json", "prose, not JSON", "r.json is not JSON"),
         ("r.json", '[{"text": "ab"}, 3]', "r.json, row 2, is neither"),
         ("r.json", '{"data": [{"text": "ab"}]}', "no column 'text': choose one of data"),
         ("r.json", '{"text": ["ab", "cd"]}', "column 'text' of .*row 1, holds list"),
+        ("r.json", '[{"text": 5}]', "column 'text' of .*row 1, holds int: write text there, or null"),
         ("r.json", '[{"text": "ab", "text": "cd"}]', "names 'text' twice"),
-        ("r.json", "[" * 100_000, "r.json, is not JSON"),
-        ("r.json", "[" + "9" * 5000 + "]", "r.json, is not JSON"),
+        ("r.json", "[" * 100_000, "r.json is not JSON"),
+        ("r.json", "[" + "9" * 5000 + "]", "r.json is not JSON"),
         ("r.json", '{"text": "ab"}\n{"text"', "r.json, line 2, is not JSON"),
         ("r.jsonl", '{"text": "ab", "text": "cd"}', "line 1, is not JSON.*names 'text' twice"),
         (

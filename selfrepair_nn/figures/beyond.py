@@ -28,6 +28,7 @@ TICKS, INSIDE, BETWEEN = 6, 6, 40
 GAP = 6
 """Points between names side by side."""
 READING = "Triangles in grey: beyond the axis; names and means of the farthest."
+CUT = "An interval that reaches an end of the axis goes on beyond it."
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ class Far:
 
 @dataclass(frozen=True)
 class Axis:
-    """Between which values a panel has a scale, and what lies beyond."""
+    """Between which values a panel has a scale, what lies beyond, and whether intervals of the others do (`cut`)."""
 
     low: float
     high: float
     far: Sequence[Far]
+    cut: bool
     percent: bool
 
 
@@ -141,12 +143,13 @@ def settle(
         axes.plot(one.x, place, "^" if one.up else "v", markersize=4.5, color=one.colour, zorder=6)
     if percent:
         axes.yaxis.set_major_formatter(style.as_percent)
-    return Axis(low, high, far, percent)
+    return Axis(low, high, far, any(_cut(each, low, high) for each in dots), percent)
 
 
 def told(*panels: Axis) -> list[str]:
-    """What must be said of the strips, where there is one."""
-    return [READING] if any(each.far for each in panels) else []
+    """What must be said of the strips and of intervals that are cut, where there are any."""
+    strips = [READING] if any(each.far for each in panels) else []
+    return strips + ([CUT] if any(each.cut for each in panels) else [])
 
 
 def _far(dots: Dots, low: float, high: float) -> list[Far]:
@@ -159,6 +162,15 @@ def _far(dots: Dots, low: float, high: float) -> list[Far]:
             if row[1] < low or row[1] > high
         ]
     return found
+
+
+def _cut(dots: Dots, low: float, high: float) -> bool:
+    """Whether an interval of what stands within ends without."""
+    for each in (dots.means, dots):
+        within = (each.y >= low) & (each.y <= high) & np.isfinite(each.width)
+        if np.any(within & ((each.y - each.width < low) | (each.y + each.width > high))):
+            return True
+    return False
 
 
 def _cover(axes: Axes, start: float, height: float) -> None:
