@@ -10,7 +10,7 @@ BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outco
 
 SCRIPTS = $(patsubst %,selfrepair_nn/explorer/%.js,data parts heads tokens pane)
 
-.PHONY: demo docs notebooks check test lint test-served test-alone test-beside env server bench clean
+.PHONY: demo docs notebooks check test lint test-served test-alone test-beside thorough env server bench clean
 
 demo: env            ## set up, then run the main job offline on an embedded model
 	$(BIN)/selfrepair run heads --model tiny-neox
@@ -30,17 +30,20 @@ lint: env            ## style, types of the package, and the explorer's scripts,
 	mkdir -p build && cat $(SCRIPTS) > build/explorer.js && $(BIN)/oxlint --no-ignore -c .oxlintrc.json build/explorer.js
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: env server lint ## set up, then pass all tests, in three processes side by side
+test: env server lint ## set up, then pass the tests, in three processes side by side
 	$(MAKE) -j3 -k -O test-served test-alone test-beside
 
 test-served:         ## those that need a server: they wait more than they compute
-	$(BIN)/python -m pytest -m served
+	$(BIN)/python -m pytest -m "served and not thorough"
 
 test-alone:          ## the others, in two parts that take about as long
-	$(BIN)/python -m pytest -m "not served" $(BESIDE:%=--ignore=%)
+	$(BIN)/python -m pytest -m "not served and not thorough" $(BESIDE:%=--ignore=%)
 
 test-beside:
-	$(BIN)/python -m pytest -m "not served" $(BESIDE)
+	$(BIN)/python -m pytest -m "not served and not thorough" $(BESIDE)
+
+thorough: env server ## the further cases of sweeps: every fault, every family, every store, where `make test` has some
+	$(BIN)/python -m pytest -m thorough
 
 server: env          ## what a real NDIF server in the tests needs; without it they are skipped, and say so
 	-$(BIN)/python -m tests.ndif_server install
