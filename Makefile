@@ -30,10 +30,10 @@ lint: env            ## style, types of the package, and the explorer's scripts,
 	mkdir -p build && cat $(SCRIPTS) > build/explorer.js && $(BIN)/oxlint --no-ignore -c .oxlintrc.json build/explorer.js
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: env server lint ## set up, then pass the tests, in three processes side by side
-	$(MAKE) -j3 -k -O test-served test-alone test-beside
+test: env            ## set up, then style, types and the tests, in three processes side by side
+	$(MAKE) -j4 -k -O lint test-served test-alone test-beside
 
-test-served:         ## those that need a server: they wait more than they compute
+test-served: server  ## those that need a server: they wait more than they compute
 	$(BIN)/python -m pytest -m "served and not thorough"
 
 test-alone:          ## the others, in two parts that take about as long
@@ -55,9 +55,9 @@ env: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt tests/requirements-sandbox.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python -r tests/requirements-sandbox.txt
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-compile --no-deps --ignore-requires-python -r tests/requirements-sandbox.txt
 	touch $@
 
 clean:

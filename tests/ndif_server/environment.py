@@ -64,7 +64,13 @@ def _install_redis() -> None:
 def _install_environment() -> None:
     """Exactly the listed versions; NDIF asks for Python 3.12, and what is used of it runs on 3.11."""
     _run([sys.executable, "-m", "venv", "--clear", str(VENV)])
-    options = ["--quiet", "--no-deps", "--ignore-requires-python", "--disable-pip-version-check"]
+    options = [
+        "--quiet",
+        "--no-compile",
+        "--no-deps",
+        "--ignore-requires-python",
+        "--disable-pip-version-check",
+    ]
     _run([str(VENV / "bin" / "python"), "-m", "pip", "install", *options, "-r", str(REQUIREMENTS)])
     shutil.copy(REQUIREMENTS, VENV / "installed.txt")
 
