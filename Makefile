@@ -55,9 +55,9 @@ env: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt tests/requirements-sandbox.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-compile --no-deps --ignore-requires-python -r tests/requirements-sandbox.txt
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python -r tests/requirements-sandbox.txt
 	touch $@
 
 clean:
