@@ -177,9 +177,7 @@ def test_bare_xarray_gives_every_stores_statistic_by_its_threshold(stored, name)
     for place in np.ndindex(*(ds.sizes[d] for d in axes)):
         here = dict(zip(axes, place, strict=True))
         known = one(ds.isel(here).assign_attrs(half="whole"))
-        np.testing.assert_allclose(
-            repair.isel(here), known.top_self_repair, rtol=0, atol=1e-6, err_msg=str(here)
-        )
+        np.testing.assert_allclose(repair.isel(here), known.top_self_repair, rtol=0, atol=1e-6, err_msg=str(here))
 
 
 @pytest.mark.parametrize("name", ["hydra", "interactions", "ioi"])

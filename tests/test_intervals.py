@@ -75,10 +75,7 @@ def test_a_share_of_means_and_its_interval(ds):
     (above, counts), (below, _) = (by_document(ds, name) for name in ("from_norm", "direct_effect"))
     expected = above.sum(-1) / below.sum(-1)
     np.testing.assert_allclose(heads.norm_of_means, expected, rtol=1e-5)
-    near(
-        [heads.norm_of_means_half_width.values[p] for p in places],
-        *((ratio, above[p], below[p]) for p in places),
-    )
+    near([heads.norm_of_means_half_width.values[p] for p in places], *((ratio, above[p], below[p]) for p in places))
 
     def of_layer(a, b, n):  # [head, document] each
         return (a.sum(-1) / n.sum(-1)).mean(0) / (b.sum(-1) / n.sum(-1)).mean(0)
@@ -88,12 +85,8 @@ def test_a_share_of_means_and_its_interval(ds):
     layers = sr.by_layer(heads, SHARE)
     np.testing.assert_array_equal(layers.norm_of_means, heads.layer_norm_of_means)
     np.testing.assert_array_equal(layers.norm_of_means_half_width, heads.layer_norm_of_means_half_width)
-    turned = ds.assign(
-        direct_effect=ds.direct_effect * np.where(np.arange(200) % 2, 1, -1)[:, None].astype("float32")
-    )
-    quiet = turned.assign(
-        direct_effect=turned.direct_effect.where(ds["layer"] != 1, turned.direct_effect * 0)
-    )
+    turned = ds.assign(direct_effect=ds.direct_effect * np.where(np.arange(200) % 2, 1, -1)[:, None].astype("float32"))
+    quiet = turned.assign(direct_effect=turned.direct_effect.where(ds["layer"] != 1, turned.direct_effect * 0))
     found = sr.norm_by_head(quiet, 1.0)
     assert found.norm_of_means.sel(layer=1).isnull().all()
     assert np.isnan(found.layer_norm_of_means[1])
