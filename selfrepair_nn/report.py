@@ -59,6 +59,11 @@ HEAD_COLUMNS = {
     "from post-norms": "top_from_post_norms",
     "from norm": "top_from_norm",
 }
+READ = (
+    *HEAD_COLUMNS.values(),
+    *("norm_share", "norm_share_half_width", "top_q_value", "top_tokens", "top_repaired", "top_broken"),
+)
+"""What the row of a head or a case is read from: to take a row of all that a summary holds takes many times as long."""
 
 
 def render(
@@ -323,14 +328,19 @@ def _numbers(one: xr.Dataset) -> dict[str, str]:
 
 
 def _head_table(heads: xr.Dataset) -> str:
-    labels = wording.labels(heads)
-    return _table([{"head": label} | _cells(heads.isel(rank=i)) for i, label in enumerate(labels)])
+    labels, shown = wording.labels(heads), _read(heads)
+    return _table([{"head": label} | _cells(shown.isel(rank=i)) for i, label in enumerate(labels)])
+
+
+def _read(found: xr.Dataset) -> xr.Dataset:
+    return found[[name for name in READ if name in found]]
 
 
 def _site_table(found: xr.Dataset, dims: list[str]) -> str:
     """A row for each variant of each case or head of which something is done."""
-    flat = found.assign(tokens=found.tokens.broadcast_like(found.top_self_repair)).stack(row=dims)
-    each = (flat.isel(row=index) for index in np.flatnonzero(flat.tokens.values))
+    tokens = found.tokens.broadcast_like(found.top_self_repair).stack(row=dims)
+    flat = _read(found).stack(row=dims)
+    each = (flat.isel(row=index) for index in np.flatnonzero(tokens.values))
     return _table([{d: str(one[d].values) for d in dims} | _cells(one) for one in each])
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from made import hand_made
+from xarray.backends.zarr import ZarrArrayWrapper
 
 from selfrepair_nn import blocks
 from selfrepair_nn.analysis import MEANS, by_head, by_layer, done_share, most_repaired, top_share
@@ -202,13 +203,18 @@ def test_a_broken_value_that_is_done_is_refused(ds):
         by_head(ds)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.permutations(range(8)))
-def test_order_of_prompts_does_not_matter(order):
+@pytest.fixture(scope="module")
+def in_order():
+    """A store of eight prompts, and its summary."""
     ds = simulate_heads(2, 2, 8, 5)
-    xr.testing.assert_allclose(
-        by_head(ds, 0.2), by_head(ds.isel(prompt=list(order)), 0.2), rtol=1e-9, atol=1e-14
-    )
+    return ds, by_head(ds, 0.2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(8)))
+def test_order_of_prompts_does_not_matter(in_order, order):
+    ds, known = in_order
+    xr.testing.assert_allclose(known, by_head(ds.isel(prompt=list(order)), 0.2), rtol=1e-9, atol=1e-14)
 
 
 def test_dimension_order_does_not_matter(ds):
@@ -233,6 +239,23 @@ def test_lazily_opened_equals_in_memory(part, tmp_path, monkeypatch):
     xr.testing.assert_identical(by_head(opened, 0.1), by_head(part, 0.1))
     xr.testing.assert_equal(top_share(opened, 0.1), top_share(part, 0.1))
     np.testing.assert_array_equal(done_share(opened), done_share(part))
+
+
+def test_what_every_statistic_looks_at_is_read_once(tmp_path, monkeypatch):
+    """Of a store on a slow disk, or far away, each time would count."""
+    ds, read = simulate_heads(2, 2, 8, 5), []
+    ds = ds.assign_coords(counted=(("prompt", "position"), ds.logit.values > 0))
+    ds.to_zarr(tmp_path / "run.zarr", consolidated=False)
+    opened = xr.open_zarr(tmp_path / "run.zarr", consolidated=False, chunks=None)
+    real = ZarrArrayWrapper.__getitem__
+
+    def seen(array, key):
+        read.append(array._array.basename)
+        return real(array, key)
+
+    monkeypatch.setattr(ZarrArrayWrapper, "__getitem__", seen)
+    by_head(opened, 0.2)
+    assert read.count("counted") == read.count("done") == read.count("selected") == read.count("document") == 1
 
 
 def test_no_variable_is_held_whole(tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import beta
 from test_task_recipes import Numbers
 from test_tasks import Words
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures, report, text
-from selfrepair_nn.analysis import HALF_WIDTH, MEANS
+from selfrepair_nn.analysis import HALF_WIDTH, MEANS, remembering
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.explorer import words
 from selfrepair_nn.quantities import QUANTITIES, SWEEP
@@ -26,6 +27,9 @@ from selfrepair_nn.recipe import find_recipe, recipe_paths
 LENGTH, PROMPTS = 8, 26  # enough that means have intervals
 COLUMNS = ["direct_effect", "logit_change", "self_repair", "from_heads", "from_mlps", "from_norm"]
 OWN = ("ioi", "induction", "contrastive")
+KINDS = (*OWN, "freeze", "neurons", "self_reinforcement")
+"""Recipes in every run of the tests: cases, a grid, variants, what is recorded beside means, a single position."""
+
 CHOICES = {
     "ioi": {"param": {"count": 24, "movers": 2}},
     "induction": {"param": {"count": 24, "period": 5}},
@@ -166,7 +170,7 @@ def test_prompts_are_a_choice_of_a_run(wrapped, tmp_path):
 # ---------------------------------------------------------------- stored, and what the numbers are over
 
 
-@pytest.mark.parametrize("recipe", recipe_paths())
+@pytest.mark.parametrize("recipe", representative(recipe_paths(), "heads", *KINDS))
 def test_a_summary_is_over_what_counts(stores, recipe):
     """Every recipe's, by plain NumPy on the store."""
     ds = stores(recipe).assign_attrs(half="whole")
@@ -298,7 +302,6 @@ def outcome(function, *arguments):
 
 def analysed(ds, share):
     """What every public function of stores finds, or refuses."""
-    found = {name: outcome(getattr(sr, name), ds) for name in ANALYSES}
     with_share = (
         "by_head",
         "by_case",
@@ -308,9 +311,11 @@ def analysed(ds, share):
         "token_noise",
         "top_share",
     )
-    found |= {f"{name} {share}": outcome(getattr(sr, name), ds, share) for name in with_share}
-    found["in nats"] = outcome(lambda ds: sr.by_head(sr.in_nats(ds)), ds)
-    return found | {"summary": outcome(lambda ds: str(text.summary(ds)), ds), "page": outcome(page, ds)}
+    with remembering():
+        found = {name: outcome(getattr(sr, name), ds) for name in ANALYSES}
+        found |= {f"{name} {share}": outcome(getattr(sr, name), ds, share) for name in with_share}
+        found["in nats"] = outcome(lambda ds: sr.by_head(sr.in_nats(ds)), ds)
+        return found | {"summary": outcome(lambda ds: str(text.summary(ds)), ds), "page": outcome(page, ds)}
 
 
 def page(ds):
@@ -335,7 +340,7 @@ def simulated():
     return ds.assign_coords(counted=(("prompt", "position"), mask(30, 9)))
 
 
-@pytest.fixture(scope="module", params=["simulated", *recipe_paths()])
+@pytest.fixture(scope="module", params=representative(["simulated", *recipe_paths()], "simulated", *KINDS))
 def any_store(request, stores):
     return request.getfixturevalue("simulated") if request.param == "simulated" else stores(request.param)
 
@@ -366,14 +371,19 @@ def test_no_figure_shows_what_does_not_count(any_store):
     names = figures.suited(any_store) if simulated else find_recipe(any_store.attrs["recipe"]).figures
     names = [*names, *(name for name in OVERVIEW if figures.FIGURES[name].suits(any_store))]
     other = spoilt(any_store)
-    for name in names:
-        assert_array_equal(pixels(any_store, name), pixels(other, name), err_msg=name)
+    with remembering():
+        for name in names:
+            assert_array_equal(pixels(any_store, name), pixels(other, name), err_msg=name)
 
 
-def test_every_function_and_every_figure_is_tried(stores, simulated):
+def test_every_figure_is_tried(simulated):
     drawn = {*figures.suited(simulated)}.union(*(recipe.figures for recipe in sr.list_recipes()))
     drawn |= {"training"}  # of checkpoints; tests/test_revisions.py has some
     assert drawn | {*OVERVIEW} == {*figures.known()}
+
+
+@pytest.mark.thorough
+def test_every_function_is_tried(stores, simulated):
     every = [simulated, *map(stores, recipe_paths())]
     missing = [n for n in ANALYSES if all(isinstance(outcome(getattr(sr, n), ds), str) for ds in every)]
     assert missing == ["backup_roc", "compare_paper"]  # of GPT-2, and of models of the paper
@@ -390,7 +400,7 @@ def test_the_comparison_with_the_paper_neither():
 # ---------------------------------------------------------------- fewer passes
 
 
-@pytest.fixture(scope="module", params=["neox-parallel", "llama-gqa"])
+@pytest.fixture(scope="module", params=representative(["neox-parallel", "llama-gqa"], "neox-parallel"))
 def asked(request):
     from selfrepair_nn.models.load import wrap
 
@@ -543,18 +553,32 @@ def of_task(logits, counted, criterion, **attributes):
 )
 def test_a_binomial_interval_says_whether_the_task_is_done(right, of, does):
     """Clopper and Pearson's, from the quantiles of the beta distribution."""
-    logits = np.where(np.arange(of) < right, 0.3, -2.0)[:, None] * [0, 1]
-    ds = of_task(logits, [[False, True]] * of, {"says": "prefers the right one"})
+    ds = doing(right, of)
     found = sr.does_task(ds)
     low = beta.ppf(0.025, right, of - right + 1) if right else 0
     high = beta.ppf(0.975, right + 1, of - right) if right < of else 1
     assert (found.right, found.asked, found.chance, found.does) == (right, of, of / 2, does)
     assert_allclose([found.low, found.high], [low, high], atol=1e-9)
-    told = {1: "it does this task", 0: "it does not do this task", -1: "too few prompts to tell"}[does]
-    said = f"the model prefers the right one in {right} of {of} prompts (chance: {of / 2:g}): {told}"
+    assert TOLD[does] in " ".join(str(text.summary(ds)).split())
+
+
+def doing(right, of):
+    """A store of so many prompts, of which so many are right."""
+    logits = np.where(np.arange(of) < right, 0.3, -2.0)[:, None] * [0, 1]
+    return of_task(logits, [[False, True]] * of, {"says": "prefers the right one"})
+
+
+TOLD = {1: "it does this task", 0: "it does not do this task", -1: "too few prompts to tell"}
+
+
+@pytest.mark.parametrize(("right", "of", "does"), [(33, 64, 0), (41, 64, 1), (7, 8, -1)])
+def test_whether_the_task_is_done_is_said_everywhere(right, of, does, monkeypatch):
+    ds = doing(right, of)
+    said = f"the model prefers the right one in {right} of {of} prompts (chance: {of / 2:g}): {TOLD[does]}"
     assert said in " ".join(str(text.summary(ds)).split())
-    assert said in report.render(ds)
     assert f"T{said[1:]}" in figures.draw("self_repair_by_layer", ds).get_supxlabel()
+    monkeypatch.setattr(figures, "drawn", lambda *_, **__: [])
+    assert said in report.render(ds)
 
 
 def test_repeated_tokens_are_seen_against_the_first_time():

@@ -15,6 +15,7 @@ from test_variant_analysis import (
     reinforced,
     side_by_side,
 )
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
@@ -56,6 +57,7 @@ def made(model="gpt2"):
 
 
 STORES = made()
+OF_A_KIND = representative(STORES, "ablation_kinds", "freeze", "self_reinforcement", "layer_position")
 
 
 def words(figure):
@@ -64,7 +66,7 @@ def words(figure):
     return "\n".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
 
 
-@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize("name", OF_A_KIND)
 def test_one_store_two_stores_and_a_name(name):
     alone = figures.draw(name, STORES[name], share=SHARE)
     assert "gpt2" in words(alone)
@@ -75,7 +77,7 @@ def test_one_store_two_stores_and_a_name(name):
     assert len(both.axes) == 2 * len(alone.axes)
 
 
-@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize("name", OF_A_KIND)
 def test_what_is_not_finished_is_drawn_and_what_is_not_begun_is_said(name):
     store = STORES[name]
     some = store.assign(done=store.done & (np.arange(store.sizes["prompt"]) < PROMPTS - 2))

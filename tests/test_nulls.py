@@ -168,6 +168,7 @@ def test_heads_that_answer_to_anything_are_not_beyond_the_nulls():
     assert (found.beyond == 0).all()
 
 
+@pytest.mark.thorough
 def test_the_intervals_of_the_excess_hold_together():
     """Of 60 stores of 20 heads without excess, one in twenty may have any head whose interval leaves 0 out."""
     outside = []

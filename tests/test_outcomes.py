@@ -13,6 +13,7 @@ from matplotlib.text import Text
 from numpy.testing import assert_allclose, assert_array_equal
 from terminal import selfrepair
 from test_tracing_law import counting
+from tiers import representative
 from torch import nn
 
 import selfrepair_nn as sr
@@ -270,6 +271,7 @@ def test_reinforced_heads_are_measured_in_logits():
 
 
 CHOICES = {"heads": "0.*,2.1", "share": 0.2, "batch_size": 7, "progress": False}
+SELECTED, PIECES = {"select": "top-share", "logprob": "all"}, {"tokens_per_pass": 9, "batch_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -308,13 +310,17 @@ def test_a_run_keeps_the_top_share_or_all(runs):
 
 @pytest.mark.parametrize(
     "choices",
-    [
-        {"backend": "simulated"},
-        {"select": "top-share"},
-        {"select": "top-share", "logprob": "all"},
-        {"components": "top"},
-        {"tokens_per_pass": 9, "batch_size": 3},
-    ],
+    representative(
+        [
+            {"backend": "simulated"},
+            {"select": "top-share"},
+            SELECTED,
+            {"components": "top"},
+            PIECES,
+        ],
+        SELECTED,
+        PIECES,
+    ),
     ids=str,
 )
 def test_whatever_else_is_chosen_it_is_the_same(runs, choices):
@@ -409,9 +415,9 @@ FIGURES = ("self_repair_by_layer", "direct_effect_vs_logit_change", "distance_by
 def test_figures_draw_either(runs, tmp_path):
     top, every = runs(), runs(logprob="all")
     assert {*figures.suited(top)} == {*FIGURES, "token_noise", "outcomes"}
-    found = {path.stem for path in sr.plot(top, tmp_path, outcome="logprob", share=0.2)}
+    found = {path.stem for path in sr.plot(top, tmp_path, outcome="logprob", share=0.2, formats="svg")}
     assert found == {f"{name}_logprob" for name in FIGURES}
-    found = {path.stem for path in sr.plot(every, tmp_path, outcome="logprob", share=0.2)}
+    found = {path.stem for path in sr.plot(every, tmp_path, outcome="logprob", share=0.2, formats="svg")}
     assert found == {f"{name}_logprob" for name in (*FIGURES, "token_noise")}
 
 
@@ -442,7 +448,8 @@ def test_the_figure_of_both_shows_their_means(runs):
 
 def test_the_command_line_draws_it(runs, tmp_path):
     store = runs().encoding["source"]
-    told = selfrepair("plot", store, "--outcome", "logprob", "--share", 0.2, "--out", tmp_path)
+    one = ("--figure", "distance_by_layer", "--outcome", "logprob", "--share", 0.2)
+    told = selfrepair("plot", store, *one, "--out", tmp_path)
     assert f"{tmp_path}/distance_by_layer_logprob.png" in told.out.splitlines()
     refused = selfrepair("plot", runs("heads").encoding["source"], "--outcome", "logprob")
     assert refused.code == 2

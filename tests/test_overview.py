@@ -25,24 +25,31 @@ STATES = {
 """What a store can be like, whatever its cases and its axis."""
 
 EVERY = [(cases, axis) for cases in (None, *CASES) for axis in AXES]
+ALONE = [(cases, axis) for cases, axis in EVERY if cases is None or axis is None]
+
+
+def kinds_of(state):
+    """Every eleventh of all kinds, from another one on for each state, so that together the states have all of them."""
+    return EVERY[list(STATES).index(state) :: len(STATES)]
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize(("cases", "axis"), EVERY, ids=str)
-def test_every_store_has_a_summary_of_one_screen(cases, axis, state):
-    ds = any_store(cases, axis, **STATES[state])
-    lines = str(sr.summary(ds)).splitlines()
-    assert lines[0].startswith("made, ")
-    assert "nothing is done yet" not in lines
-    assert max(map(len, lines)) <= WIDTH
-    assert len(lines) <= 50
+@pytest.mark.parametrize(
+    "kinds", [kinds_of, pytest.param(lambda _: EVERY, marks=pytest.mark.thorough)], ids=["some", "all"]
+)
+def test_every_store_has_a_summary_of_one_screen(kinds, state):
+    for cases, axis in kinds(state):
+        lines = str(sr.summary(any_store(cases, axis, **STATES[state]))).splitlines()
+        assert lines[0].startswith("made, "), (cases, axis)
+        assert "nothing is done yet" not in lines, (cases, axis)
+        assert max(map(len, lines)) <= WIDTH, (cases, axis)
+        assert len(lines) <= 50, (cases, axis)
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_every_store_of_cases_and_of_variants_is_drawn(state):
-    """Each case with each axis in turn, so that all of both and all states are drawn."""
-    first = list(STATES).index(state)
-    for cases, axis in EVERY[first :: len(STATES)]:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.thorough)], ids=["some", "all"])
+def test_every_store_of_cases_and_of_variants_is_drawn(every, state):
+    for cases, axis in kinds_of(state)[::every]:
         ds = any_store(cases, axis, **STATES[state])
         names = figures.suited(ds)
         assert names, (cases, axis)
@@ -70,6 +77,9 @@ def test_a_page_of_any_store(cases, axis, monkeypatch):
         assert "<h2>Summary</h2>" in render(any_store(cases, axis, **state))
 
 
-def test_nothing_done_is_said():
-    for cases, axis in EVERY:
+@pytest.mark.parametrize(
+    "kinds", [ALONE, pytest.param(EVERY, marks=pytest.mark.thorough)], ids=["some", "all"]
+)
+def test_nothing_done_is_said(kinds):
+    for cases, axis in kinds:
         assert "nothing is done yet" in str(sr.summary(any_store(cases, axis, done=False)))

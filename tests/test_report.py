@@ -121,7 +121,7 @@ def test_attributes_are_escaped(ds):
     nested = json.dumps({evil: [evil, {"deep": evil}]})
     bad = ds.assign_attrs(model=evil, ablation=evil, target=evil, command=evil, provenance=nested)
     bad = bad.assign(logit=bad.logit.assign_attrs(description=evil))
-    page = render(bad, store=evil)
+    page = render(bad, store=evil, names="self_repair_by_layer")
     assert page.count("<script") == 2  # the explorer's data, and its script
     text = "".join(Page(page).text)
     assert text.count(evil) >= 6
@@ -157,11 +157,11 @@ def test_the_file_is_the_same_each_time(ds, page, tmp_path):
     assert path.read_text(encoding="utf-8") == page
 
 
-def test_the_smallest_store_has_a_report():
+def test_the_smallest_store_has_a_report(no_figures):
     Page(render(simulate_heads(1, 1, 2, 1)))
 
 
-def test_bare_attributes_have_a_report(ds):
+def test_bare_attributes_have_a_report(ds, no_figures):
     bare = ds.drop_vars("noise_floor")
     bare.attrs = {}
     assert "not measured" in render(bare)

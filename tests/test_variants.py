@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.components import Attention, FinalNorm, Head, Mlp, Norm, site
@@ -313,8 +314,8 @@ def test_a_label_that_names_nothing(label):
         site(label)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("model", ["tiny-neox", "tiny-llama"])
+@pytest.mark.parametrize("recipe", representative(RECIPES, "freeze"))
+@pytest.mark.parametrize("model", representative(["tiny-neox", "tiny-llama"], "tiny-llama"))
 def test_recipes_summarise_and_draw_what_they_store(recipe, model, tmp_path):
     size = {"tokens": 64, "length": 8} | ({} if recipe == "layer_position" else {"heads": "5.0,7.1"})
     found = sr.run(recipe, model=model, out=tmp_path / "x.zarr", progress=False, **size)

@@ -9,7 +9,7 @@ from selfrepair_nn.analysis.checks import among, meant, of_cases, of_heads, same
 from selfrepair_nn.analysis.closure import closure
 from selfrepair_nn.analysis.extent import too_short
 from selfrepair_nn.analysis.halves import BIASED, of_halves
-from selfrepair_nn.analysis.remembering import once
+from selfrepair_nn.analysis.remembering import held, once
 from selfrepair_nn.analysis.task import verdict
 from selfrepair_nn.analysis.tokens import HALF_WIDTH, Columns, Groups, Tokens, clustering
 from selfrepair_nn.blocks import counted_share, largest, ratios, read, sites
@@ -98,7 +98,7 @@ def by_case(ds: xr.Dataset, share: float | None = None) -> xr.Dataset:
 
 def summed_up(ds: xr.Dataset, share: float, groups: Mapping[str, Groups] | None = None) -> xr.Dataset:
     """`by_head` of a store that is checked; with GROUP_x_half_width of further `groups` of heads."""
-    dims = sites(ds)
+    ds, dims = held(ds), sites(ds)
     found = dict(_read_off(ds, share, groups or {}))
     columns, halves = of_halves(ds, share) if splits(ds) else ({}, {})
     found |= columns
