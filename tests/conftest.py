@@ -25,6 +25,9 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SERVED = ("test_examples.py", "test_faults.py", "test_remote.py")
+"""The files that have tests of a real server."""
+
 
 def pytest_collection_finish():
     """What all tests import is not looked at again and again for garbage: that was a tenth of their time."""
@@ -33,11 +36,23 @@ def pytest_collection_finish():
     gc.set_threshold(20_000, 20, 50)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where only tests of a real server run, the other files are not even imported."""
+    name = collection_path.name
+    return True if _only_served(config) and name.startswith("test_") and name not in SERVED else None
+
+
+def _only_served(config):
+    return config.option.markexpr.split()[:1] == ["served"]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Tests that need a real server are marked, for `pytest -m served`."""
     for item in items:
         if {"server", "ndif"} & set(item.fixturenames):
+            if item.path.name not in SERVED:
+                raise pytest.UsageError(f"{item.nodeid} needs a server: name its file in SERVED, in {__file__}")
             item.add_marker("served")
 
 
