@@ -84,19 +84,33 @@ def seeded(wrapped):
 
 @pytest.fixture
 def measure(wrapped, seeded, tmp_path):
-    """measure(name, **choices): a heads run of an exact model on the seeded prompts, as a loaded dataset."""
+    """measure(name, **choices): a heads run of an exact model on the seeded prompts, as a loaded dataset.
+
+    Without the proof that comes before every run, unless that is chosen: a test has its own.
+    """
     import families
 
     import selfrepair_nn as sr
 
     def measured(name, exact=True, **choices):
-        choices = {"prompts": seeded(name), "components": "all"} | choices
+        choices = {"prompts": seeded(name), "components": "all", "check": False} | choices
         if choices.get("ablation", "resample") == "resample":
             choices.setdefault("partners", families.derangement(len(choices["prompts"])))
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.zarr"
         return sr.run(model=wrapped(name, exact=exact), out=out, progress=False, **choices).load()
 
     return measured
+
+
+@pytest.fixture
+def hardly_written(monkeypatch):
+    """Figures are drawn; what takes long is their layout and their files, which tests of figures look at."""
+    from matplotlib.figure import Figure
+
+    def write(figure, where, **_):
+        where.write(b"<svg/>") if hasattr(where, "write") else Path(where).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", write)
 
 
 @pytest.fixture

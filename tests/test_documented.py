@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from terminal import selfrepair
 
 import selfrepair_nn as sr
@@ -134,11 +133,6 @@ WORDS = [
 ]
 
 
-def hardly_written(figure, where, **_):
-    """The figure was drawn; what takes long is its layout, which tests of figures look at."""
-    where.write(b"<svg/>") if hasattr(where, "write") else Path(where).write_bytes(b"")
-
-
 def readable(command):
     """Whether there is such a command with such options, and such figures."""
     with cli.commands[command[0]].make_context(command[0], list(command[1:])) as context:
@@ -146,14 +140,13 @@ def readable(command):
 
 
 @pytest.fixture
-def small(place, tmp_path, monkeypatch):
+def small(place, tmp_path, monkeypatch, hardly_written):
     """Within a directory of its own that has all this; 24 short prompts as sample, figures drawn and hardly written."""
     for each in place.iterdir():
         (tmp_path / each.name).symlink_to(each)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("selfrepair_nn.prompts.SAMPLE_TOKENS", 24 * 16)
     monkeypatch.setattr("selfrepair_nn.prompts.DEFAULT_LENGTH", 16)
-    monkeypatch.setattr(Figure, "savefig", hardly_written)
     monkeypatch.setattr("selfrepair_nn.models.load.EMBEDDED", {})
 
 

@@ -94,7 +94,7 @@ def job(model, ids, ablate, replacement, rows=10**6, mean_z=None, **graph):
 def test_every_quantity(measure, reference, choice):
     name, ablation, target, value_bias = choice
     choices = {"ablation": ablation, "target": target, "value_bias": value_bias}
-    dataset = measure(name, **choices)
+    dataset = measure(name, check=True, **choices)
     agree(dataset, reference(name, **choices))
     close(dataset.closure, 0)
     assert dataset.logit.dtype == np.float64

@@ -32,7 +32,7 @@ EVERY_RUN = [case for case in CASES if case[0] in HARDEST or case[1:] == CONFIGU
 def test_every_quantity(measure, wrapped, seeded, case):
     name, ablation, target, value_bias = case
     choices = {"ablation": ablation, "target": target, "value_bias": value_bias}
-    dataset, ids = measure(name, exact=False, **choices), seeded(name)
+    dataset, ids = measure(name, exact=False, check=True, **choices), seeded(name)
     model = wrapped(name).nn._module
     expected = oracle.reference(model, ids, partners=families.derangement(len(ids)), **choices)
     agree(dataset, expected, TIGHT if name in IN_FLOAT64 else STOCK)
