@@ -294,7 +294,7 @@ def test_a_stores_path_stands_for_its_dataset(place, whole, tmp_path):
         assert str(sr.summary(path)) == str(sr.summary(whole))
         xr.testing.assert_identical(sr.by_layer(path), sr.by_layer(whole))
         assert len(sr.plot([path, whole], tmp_path, ["self_repair_by_layer"])) == 2
-        assert sr.write_report(path, tmp_path / "page.html").exists()
+    assert sr.write_report(place.store, tmp_path / "page.html").exists()
 
 
 def test_the_same_place_is_the_same_graph_however_it_is_written():
