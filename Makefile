@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+# Whatever the environment says: each module is compiled once, and not by each of the many processes.
+export PYTHONDONTWRITEBYTECODE =
+
 QUICK = equations components units engine recipe norm public types versions cli door docs
 QUICK_ONLY = not slow and not served
 ONE_FAMILY = not test_engine or gpt2

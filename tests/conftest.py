@@ -25,6 +25,9 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SERVED = ("test_examples.py", "test_faults.py", "test_remote.py")
+"""The files that have tests of a real server."""
+
 
 def pytest_collection_finish():
     """What all tests import is not looked at again and again for garbage: that was a tenth of their time."""
@@ -33,11 +36,23 @@ def pytest_collection_finish():
     gc.set_threshold(20_000, 20, 50)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where only tests of a real server run, the other files are not even imported."""
+    name = collection_path.name
+    return True if _only_served(config) and name.startswith("test_") and name not in SERVED else None
+
+
+def _only_served(config):
+    return config.option.markexpr.split()[:1] == ["served"]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Tests that need a real server are marked, for `pytest -m served`."""
     for item in items:
         if {"server", "ndif"} & set(item.fixturenames):
+            if item.path.name not in SERVED:
+                raise pytest.UsageError(f"{item.nodeid} needs a server: name its file in SERVED, in {__file__}")
             item.add_marker("served")
 
 
@@ -69,19 +84,33 @@ def seeded(wrapped):
 
 @pytest.fixture
 def measure(wrapped, seeded, tmp_path):
-    """measure(name, **choices): a heads run of an exact model on the seeded prompts, as a loaded dataset."""
+    """measure(name, **choices): a heads run of an exact model on the seeded prompts, as a loaded dataset.
+
+    Without the proof that comes before every run, unless that is chosen: a test has its own.
+    """
     import families
 
     import selfrepair_nn as sr
 
     def measured(name, exact=True, **choices):
-        choices = {"prompts": seeded(name), "components": "all"} | choices
+        choices = {"prompts": seeded(name), "components": "all", "check": False} | choices
         if choices.get("ablation", "resample") == "resample":
             choices.setdefault("partners", families.derangement(len(choices["prompts"])))
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.zarr"
         return sr.run(model=wrapped(name, exact=exact), out=out, progress=False, **choices).load()
 
     return measured
+
+
+@pytest.fixture
+def hardly_written(monkeypatch):
+    """Figures are drawn; what takes long is their layout and their files, which tests of figures look at."""
+    from matplotlib.figure import Figure
+
+    def write(figure, where, **_):
+        where.write(b"<svg/>") if hasattr(where, "write") else Path(where).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", write)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import click
 import numpy as np
+import xarray as xr
 from terminal import ids, saved, selfrepair
 
 import selfrepair_nn as sr
@@ -179,6 +180,8 @@ def _called(
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, xr.Dataset):
+        return "a dataset"  # a page, which takes long to write
     try:
         return repr(value)[:40].partition("\n")[0]
     except ValueError:  # a number of too many digits

@@ -409,6 +409,7 @@ def test_check_passes_what_is_exact_and_fails_what_is_not(model, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hardly_written")
 def test_plot_and_report_print_what_they_wrote(ran, tmp_path):
     drawn = selfrepair("plot", ran[0], "--out", tmp_path / "figures")
     assert (drawn.code, drawn.err) == (0, "")

@@ -7,6 +7,7 @@ import pytest
 import transformers
 from further import _EXPERTS, _LATENT, _MULTIPLIED, _PLAIN_ROPE, _ROUTED, _made
 from test_engine import STOCK, agree
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import UnsupportedModel
@@ -117,7 +118,23 @@ def _compared(model, tmp_path, value_bias):
     assert np.abs(found.logit_change).mean() > 1e-3
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+EVERY_RUN = [
+    "gpt2: other scales of attention, untied",
+    "falcon: ALiBi beside the MLP",
+    "falcon: a head of values for each, biases",
+    "mpt: normed and clipped, no ALiBi",
+    "starcoder2: no biases, a window",
+    "granite: biased",
+    "seed_oss: biases on both sides",
+    "qwen2_moe: every other layer dense",
+    "phimoe: biased throughout",
+    "gpt_oss: no biases",
+    "deepseek_v3: queries uncompressed, experts shared",
+    "llama4: experts in every layer",
+]
+
+
+@pytest.mark.parametrize("name", representative(VARIANTS, *EVERY_RUN))
 def test_a_switch_changes_no_exactness(name, tmp_path):
     _compared(VARIANTS[name]().double().eval(), tmp_path, "output")
 

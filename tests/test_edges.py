@@ -10,6 +10,7 @@ import oracle_edits
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.components import Attention, Head, Mlp
@@ -149,9 +150,16 @@ TRIALS = [(name, [*EDGES][(2 * i + turn) % 8]) for i, name in enumerate((*FAMILI
 TRIALS += [(name, "several") for name in ("neox-parallel", "llama-gqa", "gpt-oss", "gemma2")]
 
 
-@pytest.mark.parametrize(("name", "given"), TRIALS)
-def test_knocked_out_edges(name, given):
+EVERY_RUN = [("gpt2", "some back"), ("neox-parallel", "keys of each"), ("llama-gqa", "two most")]
+EVERY_RUN += [("mistral-sliding", "pairs of each"), ("llama-headdim", "previous"), ("llama-gqa", "several")]
+EVERY_RUN += [("bloom", "first"), ("gemma2", "several"), ("gpt-oss", "several"), ("olmo2", "previous")]
+EVERY_RUN += [("deepseek-v3", "first"), ("lfm2", "most"), ("gpt-oss", "pairs")]
+
+
+@pytest.mark.parametrize("trial", representative(TRIALS, *EVERY_RUN), ids="-".join)
+def test_knocked_out_edges(trial):
     """A head alone, two in a case and a whole layer; both softmaxes; both conventions of the value bias."""
+    name, given = trial
     model = engine(name)
     layers = [n for n in range(model.structure.n_layers) if n not in model.structure.headless]
     early, late = Head(layers[0], 1), Head(layers[-1], 0)

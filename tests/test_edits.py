@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from terminal import assert_same_numbers
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.components import (
@@ -50,6 +51,16 @@ TIGHT = 1e-10
 EAGER = 1e-6  # the softmax of eager attention is float32 in all families but GPT-2
 FAMILIES = ["gpt2", "gptj", "neox-parallel", "neox-sequential", "llama-gqa", "opt"]  # of three layers
 LAYERS, HEADS = 3, 3  # what every one of them has at least
+
+
+def telling(conditions, *in_every_family):
+    """Every family under every condition: in every run GPT-2 under all of them, the others under those named."""
+    every = [(name, *condition) for name in FAMILIES for condition in conditions]
+    return representative(every, *(case for case in every if case[0] == "gpt2" or case[1:] in in_every_family))
+
+
+def words(case):
+    return "-".join(map(str, case))
 
 
 @cache
@@ -201,10 +212,13 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("replacement", "freeze", "target", "value_bias", "record"), CHOICES, ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_kind_of_site(job, name, replacement, freeze, target, value_bias, record):
+EVERYWHERE = [choice for choice in CHOICES if choice[0] in ("counterfactual", "zero")]
+
+
+@pytest.mark.parametrize("case", telling(CHOICES, *EVERYWHERE), ids=words)
+def test_every_kind_of_site(job, case):
     """Heads, attention layers, MLPs and neurons, alone and together: everything measured, several to a pass."""
+    name, replacement, freeze, target, value_bias, record = case
     ablate = OF_HEADS if isinstance(replacement, OtherHead) else CASES
     choices = {"target": target, "value_bias": value_bias}
     more = {"record": record, "residual_norm": record == "full", "tokens_per_pass": 100 if record == "sums" else 10**4}
@@ -212,10 +226,10 @@ def test_every_kind_of_site(job, name, replacement, freeze, target, value_bias, 
     agree(name, found, ablate, replacement, FREEZES[freeze], **choices)
 
 
-@pytest.mark.parametrize("freeze", FREEZES)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_deleted_layers(job, name, freeze):
+@pytest.mark.parametrize("case", telling([(freeze,) for freeze in FREEZES], ("nothing",)), ids=words)
+def test_deleted_layers(job, case):
     """By really taking them out of the model, all of them at the end; beside other ablations, in their passes."""
+    name, freeze = case
     sites = [Layers(0, 1), Layers(1, 2), Layers(2, 3), Layers(0, 2), Layers(1, 3), Mlp(0), Head(2, 1)]
     ablate = sweep([*sites, Layers(0, 3)])
     replacement = dict(zip(FREEZES, ("zero", "resample", "mean", "counterfactual", "zero"), strict=True))[
@@ -227,10 +241,10 @@ def test_deleted_layers(job, name, freeze):
         agree(name, found, ablate, replacement, FREEZES[freeze], **choices)
 
 
-@pytest.mark.parametrize("freeze", FREEZES)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_moved_layers(job, name, freeze):
+@pytest.mark.parametrize("case", telling([(freeze,) for freeze in FREEZES], ("nothing",)), ids=words)
+def test_moved_layers(job, case):
     """By really moving them in the model, any order of two or three; side by side by plain hooks."""
+    name, freeze = case
     ablate = sweep([Swap(0), Head(1, 1), Swap(1), Parallel(0, 2), Permuted((2, 0, 1)), Mlp(1), Parallel(0, 3)])
     for choices in ({}, {"target": "difference", "value_bias": "head"})[: 1 + (freeze == "nothing")]:
         found = job(name, ablate, "zero", residual_norm=True, freeze=FREEZES[freeze], **choices)
@@ -262,10 +276,10 @@ def test_a_moved_stream_beside_recorded_neurons(job):
         assert_array_equal(both[part], alone[part])
 
 
-@pytest.mark.parametrize("freeze", ["nothing", "some", "norms-and-final"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_reinforced_heads(job, name, freeze):
+@pytest.mark.parametrize("case", telling([("nothing",), ("some",), ("norms-and-final",)], ("some",)), ids=words)
+def test_reinforced_heads(job, case):
     """A head's own write added to what its layer reads, at one position: it is not frozen itself."""
+    name, freeze = case
     ablate = sweep(Head(layer, head) for layer in range(LAYERS) for head in (0, 1))
     for scale, choices in ((0.5, {}), (-0.25, {"target": "raw", "value_bias": "head"})):
         found = job(name, ablate, Reinforce(scale), record="full", freeze=FREEZES[freeze], **choices)
@@ -390,10 +404,10 @@ def test_path_patching_to_every_receiver_is_the_plain_ablation(job, wrapped, nam
         close(found[part], 0)
 
 
-@pytest.mark.parametrize("replacement", ["resample", "zero", Scale(2.0)])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_with_everything_frozen_the_logit_loses_the_direct_effect(job, wrapped, name, replacement):
+@pytest.mark.parametrize("case", telling([("resample",), ("zero",), (Scale(2.0),)], ("zero",)), ids=words)
+def test_with_everything_frozen_the_logit_loses_the_direct_effect(job, wrapped, case):
     """Whatever is ablated, of whatever kind; layers that are deleted or swapped too."""
+    name, replacement = case
     sizes = wrapped(name).structure.n_layers, wrapped(name).structure.n_heads
     for freeze in (freeze_set("all", *sizes), freeze_set("all", *sizes) | NORMS):
         ablate = CASES + (
@@ -460,11 +474,12 @@ def test_a_vector_must_be_as_wide_as_what_it_replaces(wrapped):
             Constant(wrong)
 
 
-@pytest.mark.parametrize(
-    "replacement", ["resample", "mean", "zero", "counterfactual", Constant(1.0)], ids=str
-)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_attention_layer_is_all_its_heads(job, wrapped, name, replacement):
+OF_LAYERS = [(replacement,) for replacement in ("resample", "mean", "zero", "counterfactual", Constant(1.0))]
+
+
+@pytest.mark.parametrize("case", telling(OF_LAYERS, ("zero",)), ids=words)
+def test_an_attention_layer_is_all_its_heads(job, wrapped, case):
+    name, replacement = case
     heads = range(wrapped(name).structure.n_heads)
     for layer in range(LAYERS):
         ablate = ((Attention(layer),), tuple(Head(layer, head) for head in heads))
@@ -514,11 +529,13 @@ def without_mlp(layer):
     return tuple(case for case in (*CASES, (Neuron(layer, 6), Head(layer, 1))) if Mlp(layer) not in case)
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("freeze", ["nothing", "some", "mlps"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_neurons(job, name, freeze, layer):
+OF_NEURONS = [(freeze, layer) for freeze in ("nothing", "some", "mlps") for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("case", telling(OF_NEURONS, ("nothing", 1), ("some", 2)), ids=words)
+def test_neurons(job, case):
     """Each neuron's write by its own row of the weights; the bias, which does not change, completes the MLP."""
+    name, freeze, layer = case
     ablate, them = without_mlp(layer), edited(name)
     found = job(name, ablate, "counterfactual", neurons=layer, freeze=FREEZES[freeze])
     clean = them.neuron_effects(them.clean, layer).numpy()
@@ -602,10 +619,10 @@ def test_packed_is_unpacked_on_the_top_tokens(job, name):
         close(packed[part], values[top] if large else values, 0, err_msg=part)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_thresholds_are_of_the_stored_effects(name, dtype):
+@pytest.mark.parametrize("case", telling([(torch.float32,), (torch.bfloat16,)], (torch.bfloat16,)), ids=words)
+def test_thresholds_are_of_the_stored_effects(case):
     """Bit for bit, or a token at the threshold would be lost; of cases with several sites, too."""
+    name, dtype = case
     model = wrap(families.build(name).to(dtype))
     trials = [
         (CASES, "resample"),

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import families
 import numpy as np
+import pytest
 import torch
 import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import CLEAN, SWEPT
 from numpy.testing import assert_allclose, assert_array_equal
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.components import Head, select_heads
@@ -69,7 +71,7 @@ def configurations(draw, wrapped, ablations=tuple(REPLACEMENTS), fewest=1):
 
 def measure(drawn, **more):
     """One run of a configuration, as a loaded dataset."""
-    choices = {"heads": ",".join(map(str, drawn.heads))} | drawn.choices | more
+    choices = {"heads": ",".join(map(str, drawn.heads)), "check": False} | drawn.choices | more
     if choices["ablation"] == "resample":
         choices["partners"] = drawn.partners
     with TemporaryDirectory() as folder:
@@ -110,10 +112,11 @@ def same(actual, desired, atol=TIGHT):
 # ---------------------------------------------------------------- how the work is cut
 
 
+@pytest.mark.parametrize("ablation", representative(REPLACEMENTS, "mean"))
 @given(data=st.data())
-@quick(12)
-def test_batch_size_and_rows_do_not_matter(wrapped, data):
-    drawn = data.draw(configurations(wrapped))
+@quick(4)
+def test_batch_size_and_rows_do_not_matter(wrapped, ablation, data):
+    drawn = data.draw(configurations(wrapped, ablations=(ablation,)))
     components = data.draw(st.sampled_from(["none", "all"]))
     whole = measure(drawn, batch_size=16, components=components)
     small = data.draw(st.sampled_from([1, 3]))
@@ -123,11 +126,12 @@ def test_batch_size_and_rows_do_not_matter(wrapped, data):
     assert whole.logit.shape == (drawn.prompts.shape[0], drawn.prompts.shape[1] - 1)
 
 
+@pytest.mark.parametrize("ablation", representative(REPLACEMENTS, "resample"))
 @given(data=st.data())
-@quick(8)
-def test_layers_apart_or_together(wrapped, data):
+@quick(3)
+def test_layers_apart_or_together(wrapped, ablation, data):
     """The first layer and the others, in two runs and in one."""
-    drawn = data.draw(configurations(wrapped))
+    drawn = data.draw(configurations(wrapped, ablations=(ablation,)))
     whole, first, others = (measure(drawn, heads=None, layers=layers) for layers in (None, "0:1", "1:"))
     same(xr.concat([first, others], "layer", data_vars="minimal", coords="minimal", compat="equals"), whole)
 
@@ -155,10 +159,11 @@ def test_the_order_of_the_specification_does_not_matter(wrapped, tmp_path):
     same(stores[1], stores[0], atol=0)
 
 
+@pytest.mark.parametrize("ablation", representative(REPLACEMENTS, "resample"))
 @given(data=st.data())
-@quick(12)
-def test_permuted_prompts_give_permuted_results(wrapped, data):
-    drawn = data.draw(configurations(wrapped, fewest=2))
+@quick(4)
+def test_permuted_prompts_give_permuted_results(wrapped, ablation, data):
+    drawn = data.draw(configurations(wrapped, ablations=(ablation,), fewest=2))
     order = np.array(data.draw(st.permutations(range(len(drawn.prompts)))))
     inverse = np.argsort(order)
     moved = drawn._replace(prompts=drawn.prompts[order], partners=inverse[drawn.partners[order]])
@@ -169,11 +174,12 @@ def test_permuted_prompts_give_permuted_results(wrapped, data):
     assert_array_equal(theirs.token, ours.token[order])
 
 
+@pytest.mark.parametrize("ablation", representative(["zero", "mean"], "mean"))
 @given(data=st.data())
-@quick(8)
-def test_one_prompt_is_enough(wrapped, data):
+@quick(4)
+def test_one_prompt_is_enough(wrapped, ablation, data):
     """The smallest batch: alone, a prompt gives what it gives in company."""
-    drawn = data.draw(configurations(wrapped, ablations=("zero", "mean")))
+    drawn = data.draw(configurations(wrapped, ablations=(ablation,)))
     of_runs = ["noise_floor", "threshold"]
     every = measure(drawn, mean_prompts=1).drop_vars(of_runs)
     alone = drawn._replace(prompts=drawn.prompts[:1])

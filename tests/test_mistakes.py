@@ -33,6 +33,7 @@ def choices(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("hardly_written")
 def test_a_sample_of_all_mistakes_is_told_in_one_line_each(place, monkeypatch):
     """`python -m tests.fuzz` tries all of them."""
     monkeypatch.chdir(place.work)
@@ -165,6 +166,7 @@ SUBSETS = {
 
 
 @pytest.mark.parametrize("name", SUBSETS)
+@pytest.mark.usefixtures("hardly_written")
 @pytest.mark.filterwarnings("ignore")
 def test_a_part_of_a_store_saved_by_xarray_is_used_or_refused(choices, whole, name):
     SUBSETS[name](whole.load()).drop_encoding().to_zarr("part.zarr", consolidated=False)
@@ -286,12 +288,13 @@ def test_python_tells_what_a_caller_got_wrong(call, said, tmp_path, monkeypatch)
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.usefixtures("hardly_written")
 def test_a_stores_path_stands_for_its_dataset(place, whole, tmp_path):
     for path in (place.store, str(place.store)):
         assert str(sr.summary(path)) == str(sr.summary(whole))
         xr.testing.assert_identical(sr.by_layer(path), sr.by_layer(whole))
         assert len(sr.plot([path, whole], tmp_path, ["self_repair_by_layer"])) == 2
-        assert sr.write_report(path, tmp_path / "page.html").exists()
+    assert sr.write_report(place.store, tmp_path / "page.html").exists()
 
 
 def test_the_same_place_is_the_same_graph_however_it_is_written():

@@ -41,6 +41,7 @@ def values(ds, *names):
     return (ds[name].values.astype(float).reshape(n_cases, -1) for name in names)
 
 
+@pytest.mark.usefixtures("hardly_written")
 def test_noise_ablates_the_last_third(ran):
     ds, drawn = ran("token_scatter")
     assert drawn == ["token_noise.png", "token_noise.svg"]
@@ -60,6 +61,7 @@ def test_noise_ablates_the_last_third(ran):
             assert float(tokens[name][rank]) == np.mean((turned > low) & (turned < high)), name
 
 
+@pytest.mark.usefixtures("hardly_written")
 @pytest.mark.parametrize(
     ("flags", "layers"), [(("--heads", "0.1,1.2"), [0, 1]), (("--layers", ":2"), [0, 1])]
 )
@@ -67,6 +69,7 @@ def test_noise_takes_chosen_heads(ran, flags, layers):
     assert ran("token_scatter", *flags)[0]["layer"].values.tolist() == layers
 
 
+@pytest.mark.usefixtures("hardly_written")
 def test_norm_share_recomputed_from_the_scales(ran):
     """Appendix B from S, S' and the logits alone, and not from the stored parts."""
     ds, drawn = ran("norm_share", "--dtype", "float64")
@@ -89,6 +92,7 @@ def test_norm_share_recomputed_from_the_scales(ran):
     np.testing.assert_allclose(norm.norm_share.values.ravel(), top, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("hardly_written")
 def test_repairers_keeps_the_top_share_of_every_component(ran):
     ds, drawn = ran("repairers", "--share", "0.1")
     assert drawn == [f"repair_{name}.{ending}" for name in ("graph", "map") for ending in ("png", "svg")]

@@ -10,6 +10,7 @@ import families
 import nnsight
 import pytest
 import torch
+from tiers import representative
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +64,9 @@ def save_with_tokenizer(name, path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0").save_pretrained(path)
 
 
-@pytest.fixture(scope="module", params=["neox-parallel", "gptj", "gpt2", "llama-gqa"])
+@pytest.fixture(
+    scope="module", params=representative(["neox-parallel", "gptj", "gpt2", "llama-gqa"], "gptj", "llama-gqa")
+)
 def setting(request, tmp_path_factory):
     """The sandbox, the same model in this process, and token ids."""
     from sandbox import Sandbox
@@ -145,7 +148,9 @@ def test_the_greeting_is_the_same_there(setting):
     assert there["attention"] == ("eager" if model.structure.model_type == "gptj" else "fused")
 
 
-@pytest.mark.parametrize("name", ["gemma2", "lfm2", "falcon-sequential", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", representative(["gemma2", "lfm2", "falcon-sequential", "gpt-oss"], "gemma2", "gpt-oss")
+)
 def test_further_families_are_the_same_there(name, tmp_path):
     """Norms behind sublayers and a soft cap; mixers; a layer that returns a tuple; experts that return one."""
     from sandbox import Sandbox
@@ -271,7 +276,7 @@ def read_a_weight_here(model, arrays, plan, tick):
 # ---------------------------------------------------------------- what crosses into it
 
 
-@pytest.fixture(scope="module", params=["tiny-neox", "tiny-llama"])
+@pytest.fixture(scope="module", params=representative(["tiny-neox", "tiny-llama"], "tiny-llama"))
 def embedded(request):
     """A sandbox of a model that is large enough for its activations to outweigh everything else, and the model."""
     from sandbox import Sandbox

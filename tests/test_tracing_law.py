@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn import tracing
@@ -201,7 +202,7 @@ def test_layers_below_the_first_ablated_one_are_not_probed(wrapped, seeded):
 
 
 @pytest.mark.parametrize("choices", [{"components": "all"}, {"ablation": "mean"}, {"freeze": "all"}])
-@pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "llama-gqa"])
+@pytest.mark.parametrize("name", representative(["gpt2", "neox-parallel", "llama-gqa"], "llama-gqa"))
 def test_simulated_is_local(wrapped, seeded, tmp_path, name, choices):
     """The code and the arrays by value, run with our modules hidden: the same bits."""
     stores = {}
