@@ -23,6 +23,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import click
+from forked import fork_helpers
 from terminal import FORKS, HANGING, OFFLINE, assert_same_numbers, ids, saved, selfrepair
 
 import selfrepair_nn as sr
@@ -119,6 +120,7 @@ def _command(arguments: list[str], store: str, number: int, counted: Path, worke
 
     os.environ |= OFFLINE
     torch.set_num_threads(1)
+    fork_helpers()
     tqdm.set_lock(RLock())  # its default would be reported as leaked
     done, watched = [int(counted.read_text())], partial(_watched, store, number, counted)
     if worker:

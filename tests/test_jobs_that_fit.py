@@ -264,10 +264,11 @@ def test_what_no_choice_mends_is_said(planned):
     for seconds, said in told.items():
         with pytest.raises(UsageError, match=said):
             require_workable(replace(tried, limits=replace(tried.limits, seconds=seconds)), ROOM)
+    whole = jobs_of(planned("Llama-3.1-405B", layers="100:"))
     lacking = {replace(ROOM, memory=1): "where more memory is free", replace(ROOM, disk=2**20): "another --out"}
     for few, said in lacking.items():
         with pytest.raises(UsageError, match=rf"nor does it with less: choose a smaller model, or .*{said}") as refused:
-            require_workable(jobs_of(planned("Llama-3.1-405B", layers="0:")), few)
+            require_workable(whole, few)
         assert "0.0 GiB" not in str(refused.value)
 
 

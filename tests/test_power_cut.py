@@ -20,14 +20,21 @@ RUNS = {
     "variants": {"recipe": "freeze", "heads": "1.0", "layers": None},
     "shards": {"shard": ("1/2", "2/2")},
 }
-STEPS = [("heads", 1), ("heads", 7), ("top share", 5), ("until an interval", 7), ("variants", 9), ("shards", 7)]
+STEPS = [
+    ("heads", 1),
+    ("heads", 7),
+    ("top share", 5),
+    ("until an interval", 7),
+    ("variants", 9),
+    ("shards", 7),
+]
 """Of a kind of run one in so many steps is looked at: they are alike in all."""
 
 OF_SOME_KINDS = pytest.mark.parametrize("kind", representative(RUNS, "heads", "until an interval"))
 AT_STEPS = pytest.mark.parametrize(
-    ("kind", "step"), representative(STEPS, ("heads", 7), ("until an interval", 7)), ids=str
+    "looked", representative(STEPS, ("heads", 7), ("until an interval", 7)), ids=str
 )
-"""Every run of the tests has those kinds that write in ways of their own: blocks, and whole small arrays between them."""
+"""Those of every run of the tests write all that there is: blocks, and small arrays between them."""
 
 
 def run(out, choices):
@@ -180,7 +187,8 @@ def test_the_record_is_the_run(recorded):
 
 
 @AT_STEPS
-def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_path, kind, step):
+def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_path, looked):
+    kind, step = looked
     root, recorder = recorded(kind)
     changing = [i for i, each in enumerate(recorder.asked) if each[0] != "sync"]
     for stop in changing[::step]:
@@ -194,7 +202,8 @@ def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_
 
 
 @AT_STEPS
-def test_a_power_cut_leaves_a_store_that_is_whole_and_resumes(recorded, asked, tmp_path, kind, step):
+def test_a_power_cut_leaves_a_store_that_is_whole_and_resumes(recorded, asked, tmp_path, looked):
+    kind, step = looked
     root, recorder = recorded(kind)
     chance = random.Random(1)
     for stop in range(0, len(recorder.asked), 4 * step):
@@ -242,8 +251,9 @@ FURTHER = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "shares"), representative(OFTEN + FURTHER, *OFTEN), ids=str)
-def test_killed_by_the_system_at_writes_all_along_a_run(campaign, kind, shares):
+@pytest.mark.parametrize("killed", representative(OFTEN + FURTHER, *OFTEN), ids=str)
+def test_killed_by_the_system_at_writes_all_along_a_run(campaign, killed):
+    kind, shares = killed
     kills = campaign(kind)
     for share in shares:
         assert kills.try_at(round(share * kills.writes)), share
