@@ -46,6 +46,7 @@ class Store:
         self._written: set[str] = set()
         self._files = Files(path, check=Checks(contents))
         self._group: Any = zarr.open_group(self._files, mode="r+")
+        self._arrays: dict[str, Any] = {}
 
     @classmethod
     def create(
@@ -140,17 +141,17 @@ class Store:
     @property
     def done(self) -> np.ndarray:
         """bool [layer, head, prompt] or [case, prompt]: what is computed and stored."""
-        return self._group["done"][:]
+        return self._array("done")[:]
 
     def read(self, name: str, block: slice | None = None) -> np.ndarray:
         """A whole small array; or, of one along prompts, some prompts' part."""
         if block is None:
-            return self._group[name][:]
-        return self._group[name][tuple(block if d == "prompt" else slice(None) for d in self._dims(name))]
+            return self._array(name)[:]
+        return self._array(name)[tuple(block if d == "prompt" else slice(None) for d in self._dims(name))]
 
     def blank(self, name: str, block: slice) -> np.ndarray:
         """What the part of an array along prompts holds before it is computed."""
-        array = self._group[name]
+        array = self._array(name)
         sizes = zip(self._dims(name), array.shape, strict=True)
         shape = [block.stop - block.start if d == "prompt" else size for d, size in sizes]
         return np.full(shape, array.fill_value, array.dtype)
@@ -197,9 +198,14 @@ class Store:
             self._put(notes | files)
             self._put(mark)
 
-    def _array(self, name: str) -> zarr.Array:
-        """An array whose chunks are written even where they are blank: what is lost is told from what is empty."""
-        return self._group[name].with_config({"write_empty_chunks": True})
+    def _array(self, name: str) -> Any:
+        """An array whose chunks are written even where they are blank: what is lost is told from what is empty.
+
+        It is asked for again and again, and never changes; zarr takes as long to give it as to write a chunk.
+        """
+        if name not in self._arrays:
+            self._arrays[name] = self._group[name].with_config({"write_empty_chunks": True})
+        return self._arrays[name]
 
     def _notes(self, where: str, fresh: Mapping[str, Any], replaced: Mapping[str, Any]) -> dict[str, bytes]:
         """Notes of the checksums of files that are about to be written; what is replaced may be read as it was, too."""
@@ -262,12 +268,12 @@ class Store:
         return True
 
     def _dims(self, name: str) -> tuple[str, ...]:
-        return self._group[name].metadata.dimension_names
+        return self._array(name).metadata.dimension_names
 
     def _require_shape(self, name: str, shape: tuple[int, ...], prompts: int) -> None:
         dims = self._dims(name)
         expected = tuple(
-            prompts if d == "prompt" else n for d, n in zip(dims, self._group[name].shape, strict=True)
+            prompts if d == "prompt" else n for d, n in zip(dims, self._array(name).shape, strict=True)
         )
         if shape != expected:
             raise ValueError(f"{name} should have shape {expected} over {dims}, got {shape}")

@@ -23,6 +23,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import click
+from forked import fork_helpers
+from standing import begin_worker
 from terminal import FORKS, HANGING, OFFLINE, assert_same_numbers, ids, saved, selfrepair
 
 import selfrepair_nn as sr
@@ -119,6 +121,7 @@ def _command(arguments: list[str], store: str, number: int, counted: Path, worke
 
     os.environ |= OFFLINE
     torch.set_num_threads(1)
+    fork_helpers()
     tqdm.set_lock(RLock())  # its default would be reported as leaked
     done, watched = [int(counted.read_text())], partial(_watched, store, number, counted)
     if worker:
@@ -136,19 +139,17 @@ def _command(arguments: list[str], store: str, number: int, counted: Path, worke
 
 def _begin(watched: partial, *given: object) -> None:
     """What a worker begins with."""
-    from selfrepair_nn.running import workers
-
     watched([0])
-    workers._begin(*given)
+    begin_worker(*given)
 
 
 def _watched(store: str, number: int, counted: Path, done: list[int]) -> None:
-    """From now on this process is killed at its so-manyth write; of several processes only one."""
-    numbers = count(done[0] + 1)
+    """From now on this process, and none forked from it, is killed at its so-manyth write; of several only one."""
+    numbers, own = count(done[0] + 1), os.getpid()
 
     def hook(event: str, args: tuple) -> None:
         opened = event == "open" and isinstance(args[2], int) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
-        if not (opened or event in CHANGING) or store not in str(args[0]):
+        if not (opened or event in CHANGING) or store not in str(args[0]) or os.getpid() != own:
             return
         done[0] = next(numbers)
         if done[0] == number and counted.read_text() != "killed":

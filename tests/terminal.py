@@ -21,6 +21,7 @@ import families
 import numpy as np
 import torch
 import xarray as xr
+from forked import fork_helpers
 from standing import stand
 from tqdm import tqdm
 
@@ -176,6 +177,7 @@ def _command(
 ) -> None:
     os.environ |= OFFLINE
     torch.set_num_threads(1)
+    fork_helpers()
     tqdm.set_lock(threading.RLock())  # its default would be reported as leaked wherever the process is killed
     for prepare in prepared:
         prepare()

@@ -339,12 +339,22 @@ def test_the_command_is_kept_in_one_form(model, prompts, tmp_path):
 # A store that holds another run
 
 
-@pytest.fixture
-def taken(model, prompts, tmp_path, monkeypatch):
-    """A finished run in x.zarr of the working directory, and the flags that it was made with."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(model, prompts, tmp_path_factory):
+    """A finished run in x.zarr of a directory, and the flags that it was made with; nobody may change it."""
     flags = ["--model", str(model), "--prompts", str(prompts), "--out", "x.zarr"]
-    assert selfrepair("run", "heads", *flags, "--layers", "1", "--tokens", "28").code == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(directory := tmp_path_factory.mktemp("made"))
+        assert selfrepair("run", "heads", *flags, "--layers", "1", "--tokens", "28").code == 0
+    return directory, flags
+
+
+@pytest.fixture
+def taken(made, tmp_path, monkeypatch):
+    """The same in the working directory, where it may be changed."""
+    monkeypatch.chdir(tmp_path)
+    directory, flags = made
+    shutil.copytree(directory / "x.zarr", "x.zarr")
     return flags
 
 

@@ -14,7 +14,8 @@ import psutil
 import pytest
 import xarray as xr
 from standing import stand
-from terminal import HANGING, assert_same_numbers, ids, saved, selfrepair
+from terminal import FORKS, HANGING, assert_same_numbers, ids, saved, selfrepair
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import Incomplete, SelfRepairError, StoreError, UsageError
@@ -102,16 +103,16 @@ def test_processes_of_an_executor_give_the_numbers_of_this_one(choices, alone, p
     assert processes.submit(os.getpid).result()  # it stays open
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"until_ci": 0.5, "share": 0.2},
-        {"select": "top-share", "share": 0.2, "layers": 1},
-        {"ablation": "mean", "components": "top", "layers": 1},
-    ],
-    ids=str,
-)
-def test_an_executor_with_other_choices(choices, processes, tmp_path, more):
+OTHER = {
+    "until an interval": {"until_ci": 0.5, "share": 0.2},
+    "top share": {"select": "top-share", "share": 0.2, "layers": 1},
+    "mean": {"ablation": "mean", "components": "top", "layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", representative(OTHER, "mean"))
+def test_an_executor_with_other_choices(choices, processes, tmp_path, name):
+    more = OTHER[name]
     sr.run(out=tmp_path / "one.zarr", **choices | more)
     sr.run(out=tmp_path / "two.zarr", executor=processes, **choices | more)
     assert_same_numbers(tmp_path / "two.zarr", tmp_path / "one.zarr")
@@ -237,9 +238,14 @@ def test_an_interrupt_keeps_what_is_under_way_and_cancels_the_rest(choices, alon
 @pytest.fixture(scope="module")
 def cluster():
     distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'selfrepair_nn[dask]'")
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, silence_logs=50
-    ) as found:
+    import dask
+
+    given = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1"}
+    FORKS.Process(target=int).start()  # what has imported all then starts the workers, too
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+        distributed.LocalCluster(dashboard_address=None, silence_logs=50, **given) as found,
+    ):
         yield found
 
 

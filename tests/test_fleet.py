@@ -371,7 +371,7 @@ def test_hosts_are_greeted_side_by_side(tiny, quick, tmp_path):
         for host, awaited in ((one, other), (other, one)):
             told = host._response
             host._response = lambda *job, told=told, other=awaited: told(*job) if other.sent() else starting
-        ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 2]))
+        ended = selfrepair(*command(tiny, store, one, other, more=["--patience", 60]))
     assert ended.code == 0, ended.err
     assert "left out" not in ended.err
     attributes = json.loads((store / "zarr.json").read_text())["attributes"]

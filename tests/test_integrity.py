@@ -10,6 +10,7 @@ import zarr
 from damaged import attribute, chunks, copied, cut, emptied, flipped, old_format, removed, swapped
 from made import SWEPT
 from terminal import assert_same_numbers, done, files, ids, saved, selfrepair
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import Incomplete, StoreError
@@ -134,8 +135,10 @@ def harmable(store):
     return sorted(str(p.relative_to(store)) for p in store.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("kind", ["heads", "components", "until-ci"])
-@pytest.mark.parametrize("harm", [flipped, cut, emptied, removed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", representative(["heads", "components", "until-ci"], "until-ci"))
+@pytest.mark.parametrize(
+    "harm", representative([flipped, cut, emptied, removed], flipped, removed), ids=lambda f: f.__name__
+)
 def test_damage_to_any_file_is_found_and_named(ran, tmp_path, kind, harm):
     """Each file in turn: chunks, labels, marks, metadata and the checksums themselves."""
     store = copied(ran(kind), tmp_path / "s.zarr")
@@ -157,7 +160,7 @@ def test_json_that_is_nested_without_end_is_damage(store, file):
         sr.open_store(store)
 
 
-@pytest.mark.parametrize("harm", [cut, emptied, removed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("harm", representative([cut, emptied, removed], cut, removed), ids=lambda f: f.__name__)
 def test_opening_counts_the_files(ran, tmp_path, harm):
     """Without reading a chunk of what is large."""
     store = copied(ran(), tmp_path / "s.zarr")
@@ -239,7 +242,24 @@ DAMAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+TELLING = (
+    "a lost chunk",
+    "a flipped bit",
+    "an empty mark",
+    "all marks lost",
+    "swapped blocks",
+    "another run's chunk",
+    "lost selection",
+    "a deleted array",
+    "cut metadata",
+    "settings of a wrong type",
+    "cut checksums of the labels",
+    "no checksums at all",
+)
+"""One of each kind: what is computed, marked, chosen or said of it; lost, changed or in the wrong place."""
+
+
+@pytest.mark.parametrize("name", representative(DAMAGES, *TELLING))
 def test_damage_is_listed_refused_and_mended(ran, command, tmp_path, name):
     """`verify` lists all of it, nothing is said of the rest, and the same command computes it again, bit for bit."""
     store = copied(ran(), tmp_path / "s.zarr")
@@ -275,7 +295,7 @@ def test_a_flipped_bit_is_told_when_it_is_read(store):
         sr.open_store(store).load()
 
 
-@pytest.mark.parametrize("kind", ["components", "top-share", "until-ci", "until-ci, all", "mean"])
+@pytest.mark.parametrize("kind", representative([kind for kind in RUNS if kind != "heads"], "until-ci", "mean"))
 def test_what_any_run_lost_is_computed_again(ran, asked, tmp_path, kind):
     """A chunk of everything in turn that such a run has beside the others, and of what it found out beforehand."""
     store = copied(ran(kind), tmp_path / "s.zarr")
@@ -340,7 +360,7 @@ def test_a_mending_that_is_interrupted_goes_on(store, ran, asked, monkeypatch):
 # Not done is not lost
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", representative(RUNS, "heads", "until-ci"))
 def test_an_unfinished_run_is_whole_as_far_as_it_goes(asked, ran, tmp_path, monkeypatch, kind):
     path = stopped(tmp_path / "s.zarr", monkeypatch, 2, **asked | RUNS[kind])
     told = selfrepair("verify", path)
@@ -453,7 +473,7 @@ def test_a_store_of_the_old_format_opens_and_summarises(ran, tmp_path, kind):
     assert selfrepair("verify", old).code == 0
 
 
-@pytest.mark.parametrize("kind", RUNS.keys() - {"components"})
+@pytest.mark.parametrize("kind", representative([kind for kind in RUNS if kind != "components"], "until-ci"))
 def test_a_store_of_the_old_format_resumes(asked, ran, tmp_path, monkeypatch, kind):
     new = stopped(tmp_path / "new.zarr", monkeypatch, 2, **asked | RUNS[kind])
     old = old_format(new, tmp_path / "old.zarr")
@@ -474,7 +494,7 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize("name", OLD)
+@pytest.mark.parametrize("name", representative(OLD, "a lost chunk", "a lost mark", "cut metadata of an array"))
 def test_damage_of_the_old_format_is_found_and_mended_as_far_as_it_can_be_told(ran, asked, tmp_path, name):
     old = old_format(ran(), tmp_path / "s.zarr")
     OLD[name](old)

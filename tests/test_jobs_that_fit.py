@@ -256,7 +256,7 @@ def test_a_store_that_the_disk_cannot_hold_is_refused(planned):
 
 
 def test_what_no_choice_mends_is_said(planned):
-    """With where there is more of what it lacks, and in digits that tell what there is from what it takes."""
+    """In digits that tell what there is from what it takes."""
     tried = jobs_of(planned("Llama-3.1-405B", heads="125.0", job_seconds=2, tensor_parallel=8))
     least = tried.pace.seconds(tried.cost(tried.smallest))[0]
     less = "after {}; nor does it with less: choose a smaller model, or a server that gives a job longer"
@@ -264,6 +264,10 @@ def test_what_no_choice_mends_is_said(planned):
     for seconds, said in told.items():
         with pytest.raises(UsageError, match=said):
             require_workable(replace(tried, limits=replace(tried.limits, seconds=seconds)), ROOM)
+
+
+@pytest.mark.thorough
+def test_what_no_choice_mends_is_said_with_where_there_is_more_of_it(planned):
     lacking = {replace(ROOM, memory=1): "where more memory is free", replace(ROOM, disk=2**20): "another --out"}
     for few, said in lacking.items():
         with pytest.raises(UsageError, match=rf"nor does it with less: choose a smaller model, or .*{said}") as refused:

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 from kills import Campaign, run_options
 from terminal import assert_same_numbers, ids, saved
+from tiers import representative
 from zarr.storage import _local
 
 import selfrepair_nn as sr
 from selfrepair_nn import files as disk
-
-STEP = {"heads": 1, "top share": 5, "until an interval": 5, "variants": 9, "shards": 7}
-"""One in so many steps is looked at: they are alike in all runs."""
 
 RUNS = {
     "heads": {},
@@ -22,6 +20,21 @@ RUNS = {
     "variants": {"recipe": "freeze", "heads": "1.0", "layers": None},
     "shards": {"shard": ("1/2", "2/2")},
 }
+STEPS = [
+    ("heads", 1),
+    ("heads", 7),
+    ("top share", 5),
+    ("until an interval", 7),
+    ("variants", 9),
+    ("shards", 7),
+]
+"""Of a kind of run one in so many steps is looked at: they are alike in all."""
+
+OF_SOME_KINDS = pytest.mark.parametrize("kind", representative(RUNS, "heads", "until an interval"))
+AT_STEPS = pytest.mark.parametrize(
+    "looked", representative(STEPS, ("heads", 7), ("until an interval", 7)), ids=str
+)
+"""Those of every run of the tests write all that there is: blocks, and small arrays between them."""
 
 
 def run(out, choices):
@@ -173,11 +186,12 @@ def test_the_record_is_the_run(recorded):
     )
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_path, kind):
+@AT_STEPS
+def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_path, looked):
+    kind, step = looked
     root, recorder = recorded(kind)
     changing = [i for i, each in enumerate(recorder.asked) if each[0] != "sync"]
-    for stop in changing[:: STEP[kind]]:
+    for stop in changing[::step]:
         store = laid_out(after_a_cut(recorder, stop, None), tmp_path / f"{stop}.zarr")
         assert sr.verify(store) == [], f"{stop}: {recorder.asked[stop - 1][:2]}"
     for stop in range(0, len(recorder.asked), len(recorder.asked) // 4):
@@ -187,19 +201,20 @@ def test_killed_at_every_step_a_store_is_whole_and_resumes(recorded, asked, tmp_
         assert not [*store.rglob("*.partial")]
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_power_cut_leaves_a_store_that_is_whole_and_resumes(recorded, asked, tmp_path, kind):
+@AT_STEPS
+def test_a_power_cut_leaves_a_store_that_is_whole_and_resumes(recorded, asked, tmp_path, looked):
+    kind, step = looked
     root, recorder = recorded(kind)
     chance = random.Random(1)
-    for stop in range(0, len(recorder.asked), 4 * STEP[kind]):
+    for stop in range(0, len(recorder.asked), 4 * step):
         store = laid_out(after_a_cut(recorder, stop, chance), tmp_path / f"{stop}.zarr")
         assert sr.verify(store) == [], f"{stop}: {recorder.asked[stop - 1][:2]}"
-        if chance.random() < 20 * STEP[kind] / len(recorder.asked):
+        if chance.random() < 20 * step / len(recorder.asked):
             run(store, asked | RUNS[kind])
             assert_same_numbers(store, root)
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@OF_SOME_KINDS
 def test_on_a_disk_that_does_not_sync_what_is_lost_is_found_and_mended(recorded, asked, tmp_path, kind):
     """It also shows that the cuts above are cuts: here they do harm."""
     root, recorder = recorded(kind)
@@ -225,19 +240,20 @@ def campaign(tmp_path_factory):
     return cache(lambda name: Campaign(name, place / name.replace(" ", "-"), options))
 
 
-@pytest.mark.parametrize(
-    ("kind", "shares"),
-    {
-        "plain": (0.1, 0.55, 0.68, 0.8, 0.9, 0.99),
-        "variants": (0.6, 0.75, 0.95),
-        "shards": (0.3, 0.7, 0.8, 0.99),
-        "top share": (0.65, 0.85),
-        "until an interval": (0.7, 0.97),
-        "workers": (0.3, 0.97),
-        "a worker": (0.6,),
-    }.items(),
-)
-def test_killed_by_the_system_at_writes_all_along_a_run(campaign, kind, shares):
+OFTEN = [("plain", (0.1, 0.68, 0.9)), ("until an interval", (0.97,)), ("a worker", (0.6,))]
+FURTHER = [
+    ("plain", (0.55, 0.8, 0.99)),
+    ("variants", (0.6, 0.75, 0.95)),
+    ("shards", (0.3, 0.7, 0.8, 0.99)),
+    ("top share", (0.65, 0.85)),
+    ("until an interval", (0.7,)),
+    ("workers", (0.3, 0.97)),
+]
+
+
+@pytest.mark.parametrize("killed", representative(OFTEN + FURTHER, *OFTEN), ids=str)
+def test_killed_by_the_system_at_writes_all_along_a_run(campaign, killed):
+    kind, shares = killed
     kills = campaign(kind)
     for share in shares:
         assert kills.try_at(round(share * kills.writes)), share

@@ -32,7 +32,7 @@ from selfrepair_nn.errors import Incomplete, StoreError
 from selfrepair_nn.quantities import COORDINATES, QUANTITIES
 from selfrepair_nn.store import Store
 
-PROMPTS, HEADS, BATCH = 24, 15, 2
+PROMPTS, HEADS, BATCH = 24, 15, 3
 PAIRS = PROMPTS * HEADS
 
 
@@ -98,18 +98,21 @@ def test_killed_again_and_again(tmp_path, command, undisturbed):
 
 
 def test_killed_and_interrupted_in_the_shell(tmp_path, command, undisturbed):
-    """The real command in a process of its own: kill -9 in the middle of its work, the same again, then Ctrl-C."""
-    store, kept = tmp_path / "s.zarr", 0
-    arguments = [*STANDING, str(tmp_path / "go"), *map(str, command), "--out", str(store)]
-    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 75)):
-        child = subprocess.Popen(arguments, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        while child.poll() is None and done(store) <= kept:
-            sleep(0.02)
-        child.send_signal(number)
-        err = child.communicate(timeout=HANGING)[1]
-        assert child.returncode == code, err
-        assert kept < done(store) < PAIRS
-        kept = done(store)
+    """Kill -9 in the middle of its work; then the real command in a Python of its own, and Ctrl-C."""
+    store = tmp_path / "s.zarr"
+    killed = Process(tmp_path, *command, "--out", store, blocks=BLOCKS)
+    killed.until(lambda: done(store) > 0)
+    killed.send(signal.SIGKILL)
+    assert killed.wait().code == -signal.SIGKILL
+    kept = done(store)
+    arguments = [*STANDING, str(tmp_path / "stands"), *map(str, command), "--out", str(store)]
+    child = subprocess.Popen(arguments, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and done(store) <= kept:
+        sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    err = child.communicate(timeout=HANGING)[1]
+    assert child.returncode == 75, err
+    assert 0 < kept < done(store) < PAIRS
     ended = Process(tmp_path, *resume_command(err)).wait()
     assert ended.code == 0, ended.err
     assert_same_numbers(store, undisturbed[0])

@@ -20,6 +20,7 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 from terminal import ENVIRONMENT, HANGING, selfrepair
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.backends.ndif.faults import Fault
@@ -322,10 +323,13 @@ def ended_in(folder, *arguments, **settings):
     )
 
 
-@pytest.mark.parametrize(("what", "status"), [("--model", 401), ("--prompts", 403), ("--model", 400)])
-def test_a_hub_that_repeats_what_it_got(tmp_path, status, what):
+@pytest.mark.parametrize(
+    "asked", representative(["--model 401", "--prompts 403", "--model 400"], "--model 401", "--prompts 403")
+)
+def test_a_hub_that_repeats_what_it_got(tmp_path, asked):
+    what, status = asked.split()
     token = "hf_Pl4ntedPlantedPlanted"
-    with echo(status) as address:
+    with echo(int(status)) as address:
         ended = ended_in(
             tmp_path, "run", "heads", what, "owner/name", HF_ENDPOINT=address, HF_TOKEN=f"{token}\r"
         )

@@ -3,8 +3,6 @@
 The devices are pretended (`pretended.py`): they compute on the processor and refuse to be mixed, as GPUs do.
 """
 
-from pathlib import Path
-
 import accelerate
 import families
 import numpy as np
@@ -12,13 +10,12 @@ import pytest
 import torch
 import xarray as xr
 from pretended import KIND, Pretended, Pretending
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.errors import UsageError
 from selfrepair_nn.models import load as loading
 from selfrepair_nn.models.load import load
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def spread(module):
@@ -65,40 +62,43 @@ def test_devices_that_are_not_there_refuse_to_be_mixed():
         assert (one + one).cpu().tolist() == [2.0, 2.0, 2.0]
 
 
+RUNS = {
+    "gpt2": ("gpt2", {"check": True}),
+    "neox": ("neox-parallel", {"check": True}),
+    "llama": ("llama-gqa", {"check": True}),
+    "gemma2, all components": ("gemma2", {"check": True, "components": "all"}),
+    "lfm2": ("lfm2", {"check": True}),
+    "totals": ("llama-gqa", {"split": "total"}),
+    "zero, all components": ("llama-gqa", {"ablation": "zero", "components": "all", "value_bias": "head"}),
+    "mean, top components": ("gpt2", {"ablation": "mean", "components": "top", "share": 0.2}),
+    "top share, frozen": ("gpt2", {"select": "top-share", "share": 0.2, "freeze": "all", "target": "raw"}),
+}
+
+
 @pytest.mark.parametrize(
-    ("family", "choices"),
-    [
-        ("gpt2", {"check": True}),
-        ("neox-parallel", {"check": True}),
-        ("llama-gqa", {"check": True}),
-        ("gemma2", {"check": True, "components": "all"}),
-        ("lfm2", {"check": True}),
-        ("llama-gqa", {"split": "total"}),
-        ("llama-gqa", {"ablation": "zero", "components": "all", "value_bias": "head"}),
-        ("gpt2", {"ablation": "mean", "components": "top", "share": 0.2}),
-        ("gpt2", {"select": "top-share", "share": 0.2, "freeze": "all", "target": "raw"}),
-    ],
-    ids=str,
+    "run", representative(RUNS, "gemma2, all components", "mean, top components", "neox")
 )
-def test_a_spread_model_gives_the_numbers_of_one_device(family, choices, tmp_path):
+def test_a_spread_model_gives_the_numbers_of_one_device(run, tmp_path):
+    family, choices = RUNS[run]
     assert_equal(*pair(family, tmp_path, **choices))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "choices"),
-    [
-        ("ablation_kinds", {}),
-        ("freeze_norms", {}),
-        ("induction", {"prompts": None, "param": {"count": 6, "period": 3}}),
-        ("layer_position", {}),
-        ("layer_order", {}),
-        ("neurons", {}),
-        ("path_patching", {}),
-        ("self_reinforcement", {}),
-    ],
+RECIPES = (
+    "ablation_kinds",
+    "freeze_norms",
+    "induction",
+    "layer_position",
+    "layer_order",
+    "neurons",
+    "path_patching",
+    "self_reinforcement",
 )
-def test_recipes_on_a_spread_model(recipe, choices, tmp_path):
+
+
+@pytest.mark.parametrize("recipe", representative(RECIPES, "induction", "neurons", "path_patching"))
+def test_recipes_on_a_spread_model(recipe, tmp_path):
     """What replaces whole layers, norms, neurons; what reads attention; what adds a head's own write."""
+    choices = {"prompts": None, "param": {"count": 6, "period": 3}} if recipe == "induction" else {}
     assert_equal(*pair("gpt2", tmp_path, recipe=recipe, **choices))
 
 

@@ -120,12 +120,16 @@ def test_bare_xarray_opens_a_written_and_annotated_store_without_a_warning(tmp_p
     assert bare(tmp_path / "s.zarr").attrs["finished"] == "now"
 
 
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    path = tmp_path_factory.mktemp("described") / "s.zarr"
+    create(path)
+    return xr.open_zarr(path)
+
+
 @pytest.mark.parametrize("name", QUANTITIES)
-def test_a_variable_describes_itself(tmp_path_factory, name):
-    path = tmp_path_factory.getbasetemp() / "described.zarr"
-    if not path.exists():
-        create(path)
-    found, defined = xr.open_zarr(path)[name], QUANTITIES[name]
+def test_a_variable_describes_itself(described, name):
+    found, defined = described[name], QUANTITIES[name]
     assert found.dims == defined.dims
     assert {k: found.attrs[k] for k in ("units", "long_name", "description")} == defined.attributes
     assert all(found.attrs[k].strip() for k in ("units", "long_name", "description"))
