@@ -102,11 +102,11 @@ def patient(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def server():
+def server(request):
     """A healthy NDIF server, started once for all tests; never break it. Skips, loudly, where none can run.
 
     It is sandboxed; with `trusted_env` requests run beside the weights. Under "local/…" it has the embedded models,
-    tiny-neox in bfloat16 too, and SmolLM2 where that can be had.
+    tiny-neox in bfloat16 too, and for thorough tests SmolLM2 where that can be had.
     """
     from ndif_server import Ndif, missing
     from smollm2 import Unavailable, smollm2
@@ -118,11 +118,12 @@ def server():
         pytest.skip(f"NOTHING WAS TRIED ON A REAL NDIF SERVER: {reason}")
     models = {f"local/{name}": find(name).location for name in EMBEDDED}
     models["local/tiny-neox-bfloat16"] = models["local/tiny-neox"]
-    try:
-        models["local/smollm2"] = smollm2()
-    except Unavailable:
-        if required:
-            raise
+    if any(item.get_closest_marker("thorough") for item in request.session.items):
+        try:
+            models["local/smollm2"] = smollm2()
+        except Unavailable:
+            if required:
+                raise
     with Ndif(models, "sandboxed", special={"local/tiny-neox-bfloat16": {"dtype": "bfloat16"}}) as running:
         yield running
 

@@ -6,6 +6,7 @@ the client said to each fault.
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,6 +20,7 @@ from far import Far
 from ndif_server import Ndif, missing
 from standing import BLOCKS
 from terminal import assert_same_numbers, resume_command
+from tiers import representative
 
 from selfrepair_nn.backends.local import only
 from selfrepair_nn.backends.ndif.faults import Fault
@@ -38,8 +40,9 @@ pytestmark = [
     ),
 ]
 MODEL, IMPATIENT = "local/tiny-neox", "local/impatient"
-RUN = ["--layers", "2:6", "--tokens", 1024, "--length", 32, "--batch-size", 2]
-HASTY = ["--patience", 3]
+RUN = ["--layers", "4:6", "--tokens", 1024, "--length", 32, "--batch-size", 2]
+HASTY = ["--patience", 6]
+"""Less than a fault lasts, and many times what a server that is whole needs for a few jobs."""
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,8 @@ def ndif(tmp_path_factory):
     whole, broken = find("tiny-neox").location, tmp_path_factory.mktemp("models") / "broken"
     shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("*.safetensors"))
     models = {MODEL: whole, IMPATIENT: whole, "local/late": whole, "local/broken": broken}
-    special, slow = {IMPATIENT: {"execution_timeout_seconds": 3.0}}, {IMPATIENT: 1 / 300}
-    with Ndif(models, deploy=[MODEL, IMPATIENT], special=special, slow=slow) as server:
+    special, slow = {IMPATIENT: {"execution_timeout_seconds": 3.0}}, {IMPATIENT: 1 / 150}
+    with Ndif(models, deploy=[MODEL], special=special, slow=slow) as server:
         yield server
 
 
@@ -81,6 +84,7 @@ def done(store):
 
 def begun(far, ndif, store, *more):
     """A client in the middle of its run, until it may go on: some of it stored, jobs on the server."""
+    ndif.wait_for_models()
     client = far.start(*command(ndif, store, *more), blocks=BLOCKS)
     client.until(lambda: done(store) > 0)
     return client
@@ -106,8 +110,10 @@ def report(what, ended, store):
 def assert_whole(far, ndif, store, undisturbed):
     """The same command finishes the run, and its numbers are an undisturbed run's, bit for bit.
 
-    It does not wait long for jobs that were running when the server broke: their status never changes again.
+    It does not wait long for jobs that were running when the server broke: their status never changes again. For the
+    server it does not wait at all, which may take minutes to be whole again.
     """
+    ndif.wait_for_models()
     again = far.run(*command(ndif, store, "--patience", 30))
     assert again.code == 0, again.err
     assert_same_numbers(store, undisturbed)
@@ -141,8 +147,7 @@ def mend(ndif, fault):
 # ---------------------------------------------------------------- before
 
 
-def test_no_server_there(far, ndif, store):
-    began = time.monotonic()
+def test_no_server_there(far, store):
     nobody = ["--host", "http://127.0.0.1:9", *HASTY]
     ended = far.run("run", "heads", "--model", MODEL, *nobody, "--out", store, *RUN)
     report("no server", ended, store)
@@ -151,7 +156,8 @@ def test_no_server_there(far, ndif, store):
     assert "Connection refused" in ended.err
     assert "check --host" in ended.err
     assert not store.exists()
-    assert time.monotonic() - began < 60
+    pauses = re.findall(r"trying again in ([\d.]+) s", ended.err)
+    assert sum(map(float, pauses[:-1])) < HASTY[-1]
 
 
 def test_something_else_than_ndif_answers(far, ndif, store):
@@ -162,6 +168,7 @@ def test_something_else_than_ndif_answers(far, ndif, store):
     assert not store.exists()
 
 
+@pytest.mark.thorough
 def test_a_model_that_is_deployed_when_it_is_asked_for(far, ndif, store, undisturbed):
     ended = far.run(*command(ndif, store, model="local/late"))
     report("model not deployed yet", ended, store)
@@ -170,6 +177,7 @@ def test_a_model_that_is_deployed_when_it_is_asked_for(far, ndif, store, undistu
     assert_same_numbers(store, undisturbed)
 
 
+@pytest.mark.thorough
 def test_a_model_that_the_server_cannot_load(far, ndif, store):
     ended = far.run(*command(ndif, store, model="local/broken"))
     report("model that cannot be deployed", ended, store)
@@ -179,6 +187,7 @@ def test_a_model_that_the_server_cannot_load(far, ndif, store):
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.thorough
 def test_a_server_that_wants_newer_clients(far, ndif, store, undisturbed):
     ndif.restart("api", NDIF_MIN_NNSIGHT_VERSION="99.0")
     try:
@@ -209,7 +218,7 @@ def test_a_server_that_builds_the_model_otherwise(ndif, tmp_path):
 # ---------------------------------------------------------------- in the middle
 
 
-@pytest.mark.parametrize("part", ["api worker", "model actor", "controller"])
+@pytest.mark.parametrize("part", representative(["api worker", "model actor", "controller"], "model actor"))
 def test_a_part_that_is_killed_and_heals(far, ndif, store, undisturbed, part):
     client = begun(far, ndif, store)
     ndif.kill(part)
@@ -231,7 +240,7 @@ FAULTS = {
 """What a client and the doctor say while it is broken."""
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", representative(FAULTS, "api", "hanging"))
 def test_what_does_not_heal_by_itself(far, ndif, store, undisturbed, fault):
     """The client ends, with what is missing and how to go on; when the server is mended it does.
 
@@ -269,11 +278,12 @@ def test_a_patient_client_goes_on_with_the_server(far, ndif, store, undisturbed)
 
 
 def test_a_time_limit_splits_the_units_until_they_fit(far, ndif, store, undisturbed):
-    """Rounding may differ where fewer heads ride in a pass; nothing else does."""
+    """Rounding may differ where fewer heads ride in a pass; nothing else does. The model is deployed when asked for."""
     whole = ["--batch-size", 32, "--tokens-per-pass", 32]
     ended = far.run(*command(ndif, store, *whole, model=IMPATIENT))
     report("time limit", ended, store)
     assert ended.code == 0, ended.err
+    assert f"{IMPATIENT} is not deployed" in ended.err
     assert {each["kind"] for each in failed(store)} == {"time"}
     assert [each for each in lines(ledger_path(store)) if each["event"] == "split"]
     with xr.open_zarr(store) as one, xr.open_zarr(undisturbed) as other:

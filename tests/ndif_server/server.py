@@ -1,5 +1,6 @@
 """NDIF's published server on this machine's CPU, with stand-ins for the model hub and the object store, on loopback."""
 
+import http.client
 import json
 import random
 import re
@@ -266,13 +267,16 @@ class Ndif:
 
 
 def _wait(ready: Callable[[], bool], problem: str, process: Process) -> None:
-    """Until `ready()`; an OSError means not yet. Raises RuntimeError when the process ends or patience does."""
+    """Until `ready()`; no answer, or a broken one, means not yet.
+
+    Raises RuntimeError when the process ends or patience does.
+    """
     limit = time.monotonic() + PATIENCE
     while process.running and time.monotonic() < limit:
         try:
             if ready():
                 return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.1)
     raise RuntimeError(f"{problem}; last written:\n{process.written()[-2000:]}")

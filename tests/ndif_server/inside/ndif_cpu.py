@@ -8,8 +8,10 @@ controller assigns is a number that Ray counts, never a device.
 import gc
 import json
 import os
+import subprocess
 import time
 from functools import partial, partialmethod
+from types import SimpleNamespace
 
 import ray
 from crossings import noted
@@ -21,6 +23,10 @@ from ndif.services.ray.sandbox.driver import SandboxDriver
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.remotable import Remotable
+from runners import Forked
+
+host.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": Forked})
+"""A sandbox's process is a fork of one that has imported all: otherwise every request waits for seconds of imports."""
 
 host.RUNNER_ENV += ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY")
 """A sandbox's process inherits these names only, and it must find our hub; the token for weights is not among them."""
