@@ -35,10 +35,11 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that need a real server are marked, for `pytest -m served`."""
+    """Tests that need a real server are marked, for `pytest -m served`; those that break it are the last."""
     for item in items:
-        if {"server", "ndif"} & set(item.fixturenames):
+        if "server" in item.fixturenames:
             item.add_marker("served")
+    items.sort(key=lambda item: "ndif" in item.fixturenames)
 
 
 @pytest.fixture(scope="session")
@@ -102,11 +103,12 @@ def patient(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def server(request):
-    """A healthy NDIF server, started once for all tests; never break it. Skips, loudly, where none can run.
+def server(request, tmp_path_factory):
+    """An NDIF server, started once for all tests; who breaks it takes `ndif`. Skips, loudly, where none can run.
 
     It is sandboxed; with `trusted_env` requests run beside the weights. Under "local/…" it has the embedded models,
-    tiny-neox in bfloat16 too, and for thorough tests SmolLM2 where that can be had.
+    tiny-neox in bfloat16 too, and for thorough tests SmolLM2 where that can be had. Deployed only when they are asked
+    for: "late", "impatient", which is slow and has a time limit, and "broken", which has no weights.
     """
     from ndif_server import Ndif, missing
     from smollm2 import Unavailable, smollm2
@@ -124,8 +126,34 @@ def server(request):
         except Unavailable:
             if required:
                 raise
-    with Ndif(models, "sandboxed", special={"local/tiny-neox-bfloat16": {"dtype": "bfloat16"}}) as running:
+    whole, broken = models["local/tiny-neox"], tmp_path_factory.mktemp("models") / "broken"
+    shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    later = {"local/late": whole, "local/impatient": whole, "local/broken": broken}
+    more = {
+        "deploy": list(models),
+        "special": {
+            "local/tiny-neox-bfloat16": {"dtype": "bfloat16"},
+            "local/impatient": {"execution_timeout_seconds": 3.0},
+        },
+        "slow": {"local/impatient": 1 / 150},
+    }
+    with Ndif(models | later, "sandboxed", **more) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def ndif(server):
+    """The same, to be broken: each test leaves it whole, and is later than all that do not."""
+    return server
+
+
+@pytest.fixture(scope="session")
+def far(server, tmp_path_factory):
+    """Clients of the server: they have a key that it trusts, and no weights."""
+    from far import Far
+
+    with Far(server.trusted_env, tmp_path_factory.mktemp("far")) as clients:
+        yield clients
 
 
 def pytest_terminal_summary(terminalreporter):

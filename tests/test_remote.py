@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from far import Far
 from made import SWEPT
 from standing import BLOCKS
 from terminal import assert_same_numbers, resume_command
@@ -50,13 +49,6 @@ CHOICES = {
     LLAMA: ["--layers", "3:5", "--tokens", 256, "--length", 32],
     SMOLLM2: ["--heads", "14.3,29.*", "--tokens", 128, "--length", 32],
 }
-
-
-@pytest.fixture(scope="module")
-def far(server, tmp_path_factory):
-    """Clients of the healthy server: they have a key that it trusts, and no weights."""
-    with Far(server.trusted_env, tmp_path_factory.mktemp("far")) as clients:
-        yield clients
 
 
 def remotely(far, server, model, out, *choices, key=None, **env):
@@ -170,9 +162,10 @@ def test_a_served_model_fills_the_same_store(far, server, here, loaded, tmp_path
     assert (ended.code, ended.err) == (0, "")
     assert_same(tmp_path / "s.zarr", here(model, *choices))
     found = xr.open_zarr(tmp_path / "s.zarr")
-    there = rate(tmp_path / "s.zarr", job_seconds(tmp_path / "s.zarr"))
-    close = rate(tmp_path / "s.zarr", job_seconds_here(loaded(model), choices))
-    print(f"{model} {components}, its ablations alone: there {there}; here {close}")
+    if model == SMOLLM2:  # of a tiny one they say nothing
+        there = rate(tmp_path / "s.zarr", job_seconds(tmp_path / "s.zarr"))
+        close = rate(tmp_path / "s.zarr", job_seconds_here(loaded(model), choices))
+        print(f"{model} {components}, its ablations alone: there {there}; here {close}")
     assert 0 < np.abs(found.closure).max() <= RELATIVE * float(found.logit.std())
     moved = json.loads(found.attrs["traffic"])
     print(f"{model} {components}, the whole command: {rate(tmp_path / 's.zarr', seconds)}; {moved}")

@@ -134,6 +134,7 @@ class Ndif:
         self.place.directory = Path(tempfile.mkdtemp(prefix="ndif-", dir="/tmp"))  # for sockets: a short path
         self.place.ports = dict(zip(services.PORTS, free_ports(len(services.PORTS)), strict=True))
         try:
+            (self.place.directory / "actors").mkdir()
             self.write_keys({self.key: [], self.trusted_key: ["trusted"]})
             self.start(*SERVICES)
             self.wait_for_models()
@@ -204,15 +205,15 @@ class Ndif:
 
     # ------------------------------------------------------------ faults and repairs
 
-    def kill(self, name: str, signal: Signals = SIGKILL) -> None:
-        """Send a signal to all processes of a service or of a part of one (SERVICES, PARTS).
+    def kill(self, name: str, signal: Signals = SIGKILL, model: str | None = None) -> None:
+        """Send a signal to all processes of a service or of a part of one (SERVICES, PARTS), or to a model's actors.
 
         A killed service stays down; SIGSTOP makes it hang, SIGCONT go on.
         """
         if name in SERVICES and signal == SIGKILL:
             self.running[name].stop()
             return
-        found = self.processes(name)
+        found = self.processes(name, model)
         if not found:
             raise RuntimeError(f"no process of {name!r} is running")
         for process in found:
@@ -231,14 +232,20 @@ class Ndif:
         self.kill(name)
         self.start(name, **settings)
 
-    def processes(self, name: str) -> list[psutil.Process]:
-        """The processes of a service or of a part of one."""
+    def processes(self, name: str, model: str | None = None) -> list[psutil.Process]:
+        """The processes of a service or of a part of one; of model actors, those of a model if one is named."""
         if name in SERVICES:
             return self.running[name].tree()
         if name not in PARTS:
             raise ValueError(f"part {name!r} is not known; choose one of {', '.join((*SERVICES, *PARTS))}")
         service, pattern = PARTS[name]
-        return [each for each in self.running[service].tree()[1:] if re.search(pattern, _title(each))]
+        found = [each for each in self.running[service].tree()[1:] if re.search(pattern, _title(each))]
+        return [each for each in found if model is None or self._serves(each, model)]
+
+    def _serves(self, process: psutil.Process, model: str) -> bool:
+        """Whether a model's actor is that of a certain model, as it has noted."""
+        note = self.place.directory / "actors" / str(process.pid)
+        return note.exists() and note.read_text() == services.model_key(model)
 
     def write_keys(self, keys: Mapping[str, list[str]]) -> None:
         """Let in these API keys and no others, each with its tags."""

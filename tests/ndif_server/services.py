@@ -88,6 +88,7 @@ def environment(place: Place) -> dict[str, str]:
         "NDIF_STATUS_TTL_S": "1",
         "NDIF_KEYS": str(place.directory / "keys.json"),
         "NDIF_CROSSED": str(place.directory / "crossed.jsonl"),
+        "NDIF_ACTORS": str(place.directory / "actors"),
     } | place.settings
 
 

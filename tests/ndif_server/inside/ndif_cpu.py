@@ -11,6 +11,7 @@ import os
 import subprocess
 import time
 from functools import partial, partialmethod
+from pathlib import Path
 from types import SimpleNamespace
 
 import ray
@@ -42,13 +43,15 @@ SandboxDriver.pump = partialmethod(noted, SandboxDriver.pump, os.environ["NDIF_C
 class CPUDeployment(BaseModelDeployment):
     """One model in host memory.
 
-    NDIF_SLOW holds, as JSON, how long some take at least: {model key: seconds for each sequence of a pass}.
+    NDIF_SLOW holds, as JSON, how long some take at least: {model key: seconds for each sequence of a pass}. In the
+    directory NDIF_ACTORS a file by the name of each actor's process id holds its model's key.
     """
 
     def __init__(self, *args, gpu_mem_bytes_by_id=None, **kwargs):
         super().__init__(*args, gpu_mem_bytes_by_id=None, **kwargs)
 
     def load_from_disk(self):
+        Path(os.environ["NDIF_ACTORS"], str(os.getpid())).write_text(self.model_key)
         options = {"dispatch": True, "dtype": self.dtype_name, "device": "cpu", **self.kwargs}
         model = HuggingFaceModel.from_model_key(self.model_key, **options)
         model._module.requires_grad_(False)
