@@ -156,6 +156,17 @@ def far(server, tmp_path_factory):
         yield clients
 
 
+@pytest.fixture(scope="session")
+def undisturbed(server, far, tmp_path_factory):
+    """The store of a `far.RUN` of tiny-neox on the server, which nothing has disturbed."""
+    from far import RUN
+
+    store = tmp_path_factory.mktemp("undisturbed") / "s.zarr"
+    ended = far.run("run", "heads", "--model", "local/tiny-neox", "--host", server.url, "--out", store, *RUN)
+    assert ended.code == 0, ended.err
+    return store
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say what was not tested and why, even when pytest is quiet: a skipped proof is no proof."""
     reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))

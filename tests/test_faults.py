@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from far import RUN
 from standing import BLOCKS
 from terminal import assert_same_numbers, resume_command
 from tiers import representative
@@ -28,17 +29,8 @@ from selfrepair_nn.models.load import describe, find, structure_only
 
 pytestmark = pytest.mark.slow
 MODEL, IMPATIENT = "local/tiny-neox", "local/impatient"
-RUN = ["--layers", "4:6", "--tokens", 1024, "--length", 32, "--batch-size", 2]
 HASTY = ["--patience", 6]
 """Less than a fault lasts, and many times what a server that is whole needs for a few jobs."""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(ndif, far, tmp_path_factory):
-    store = tmp_path_factory.mktemp("undisturbed") / "s.zarr"
-    ended = far.run(*command(ndif, store))
-    assert ended.code == 0, ended.err
-    return store
 
 
 @pytest.fixture
@@ -244,6 +236,7 @@ def test_what_does_not_heal_by_itself(far, ndif, store, undisturbed, fault):
     assert_whole(far, ndif, store, undisturbed)
 
 
+@pytest.mark.thorough
 def test_a_patient_client_goes_on_with_the_server(far, ndif, store, undisturbed):
     client = begun(far, ndif, store)
     with broken(ndif, "hanging"):

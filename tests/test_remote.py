@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from far import RUN
 from made import SWEPT
 from standing import BLOCKS
 from terminal import assert_same_numbers, resume_command
@@ -145,7 +146,6 @@ def key_of(server, access, model=NEOX):
 FILLED = representative(
     product(ACCESS, MODELS, ["none", "all"]),
     ("trusted", NEOX, "none"),
-    ("trusted", LLAMA, "all"),
     ("sandboxed", NEOX, "all"),
     ("sandboxed", LLAMA, "all"),
 )
@@ -447,9 +447,6 @@ def test_a_bfloat16_server(far, server, tmp_path):
 # ---------------------------------------------------------------- interruptions
 
 
-RUN = ["--layers", "4:6", "--tokens", 1024, "--length", 32, "--batch-size", 2]
-
-
 def done(store):
     return int(xr.open_zarr(store).done.sum()) if store.exists() else 0
 
@@ -473,7 +470,7 @@ def assert_sent_once(store):
     assert len(work) == len(set(work)), "a job was sent twice"
 
 
-def test_killed_at_random_moments_nothing_is_lost_or_done_twice(far, server, tmp_path):
+def test_killed_at_random_moments_nothing_is_lost_or_done_twice(far, server, undisturbed, tmp_path):
     store, rng = tmp_path / "s.zarr", random.Random(0)
     for _ in range(5):
         begun = len(lines(ledger_path(store)))
@@ -483,16 +480,8 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice(far, server, tmp
         client.send(signal.SIGKILL)
         assert client.wait().code == -signal.SIGKILL
     assert far.run(*run_command(server, store)).code == 0
-    assert_same_numbers(store, remote_reference(far, server, tmp_path))
+    assert_same_numbers(store, undisturbed)
     assert_sent_once(store)
-
-
-def remote_reference(far, server, tmp_path):
-    """The same run, undisturbed."""
-    store = tmp_path / "undisturbed.zarr"
-    ended = remotely(far, server, NEOX, store, *RUN)
-    assert ended.code == 0, ended.err
-    return store
 
 
 @pytest.mark.parametrize("number", representative([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
