@@ -48,12 +48,13 @@ def _only_served(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that need a real server are marked, for `pytest -m served`."""
+    """Tests that need a real server are marked, for `pytest -m served`; those that break it are the last."""
     for item in items:
-        if {"server", "ndif"} & set(item.fixturenames):
+        if "server" in item.fixturenames:
             if item.path.name not in SERVED:
                 raise pytest.UsageError(f"{item.nodeid} needs a server: name its file in SERVED, in {__file__}")
             item.add_marker("served")
+    items.sort(key=lambda item: "ndif" in item.fixturenames)
 
 
 @pytest.fixture(scope="session")
@@ -131,11 +132,12 @@ def patient(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def server():
-    """A healthy NDIF server, started once for all tests; never break it. Skips, loudly, where none can run.
+def server(request, tmp_path_factory):
+    """An NDIF server, started once for all tests; who breaks it takes `ndif`. Skips, loudly, where none can run.
 
     It is sandboxed; with `trusted_env` requests run beside the weights. Under "local/…" it has the embedded models,
-    tiny-neox in bfloat16 too, and SmolLM2 where that can be had.
+    tiny-neox in bfloat16 too, and for thorough tests SmolLM2 where that can be had. Deployed only when they are asked
+    for: "late", "impatient", which is slow and has a time limit, and "broken", which has no weights.
     """
     from ndif_server import Ndif, missing
     from smollm2 import Unavailable, smollm2
@@ -147,13 +149,51 @@ def server():
         pytest.skip(f"NOTHING WAS TRIED ON A REAL NDIF SERVER: {reason}")
     models = {f"local/{name}": find(name).location for name in EMBEDDED}
     models["local/tiny-neox-bfloat16"] = models["local/tiny-neox"]
-    try:
-        models["local/smollm2"] = smollm2()
-    except Unavailable:
-        if required:
-            raise
-    with Ndif(models, "sandboxed", special={"local/tiny-neox-bfloat16": {"dtype": "bfloat16"}}) as running:
+    if any(item.get_closest_marker("thorough") for item in request.session.items):
+        try:
+            models["local/smollm2"] = smollm2()
+        except Unavailable:
+            if required:
+                raise
+    whole, broken = models["local/tiny-neox"], tmp_path_factory.mktemp("models") / "broken"
+    shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    later = {"local/late": whole, "local/impatient": whole, "local/broken": broken}
+    more = {
+        "deploy": list(models),
+        "special": {
+            "local/tiny-neox-bfloat16": {"dtype": "bfloat16"},
+            "local/impatient": {"execution_timeout_seconds": 3.0},
+        },
+        "slow": {"local/impatient": 1 / 150},
+    }
+    with Ndif(models | later, "sandboxed", **more) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def ndif(server):
+    """The same, to be broken: each test leaves it whole, and is later than all that do not."""
+    return server
+
+
+@pytest.fixture(scope="session")
+def far(server, tmp_path_factory):
+    """Clients of the server: they have a key that it trusts, and no weights."""
+    from far import Far
+
+    with Far(server.trusted_env, tmp_path_factory.mktemp("far")) as clients:
+        yield clients
+
+
+@pytest.fixture(scope="session")
+def undisturbed(server, far, tmp_path_factory):
+    """The store of a `far.RUN` of tiny-neox on the server, which nothing has disturbed."""
+    from far import RUN
+
+    store = tmp_path_factory.mktemp("undisturbed") / "s.zarr"
+    ended = far.run("run", "heads", "--model", "local/tiny-neox", "--host", server.url, "--out", store, *RUN)
+    assert ended.code == 0, ended.err
+    return store
 
 
 def pytest_terminal_summary(terminalreporter):

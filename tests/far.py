@@ -18,6 +18,9 @@ from standing import stand
 from terminal import Outcome
 
 TESTS = Path(__file__).parent
+RUN = ["--layers", "4:6", "--tokens", 1024, "--length", 32, "--batch-size", 2]
+"""How much a run does that is to be disturbed: enough jobs for that, and small ones."""
+
 SECONDS = 900
 """More than any command here takes, on a slow machine."""
 

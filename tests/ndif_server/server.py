@@ -1,5 +1,6 @@
 """NDIF's published server on this machine's CPU, with stand-ins for the model hub and the object store, on loopback."""
 
+import http.client
 import json
 import random
 import re
@@ -133,6 +134,7 @@ class Ndif:
         self.place.directory = Path(tempfile.mkdtemp(prefix="ndif-", dir="/tmp"))  # for sockets: a short path
         self.place.ports = dict(zip(services.PORTS, free_ports(len(services.PORTS)), strict=True))
         try:
+            (self.place.directory / "actors").mkdir()
             self.write_keys({self.key: [], self.trusted_key: ["trusted"]})
             self.start(*SERVICES)
             self.wait_for_models()
@@ -203,15 +205,15 @@ class Ndif:
 
     # ------------------------------------------------------------ faults and repairs
 
-    def kill(self, name: str, signal: Signals = SIGKILL) -> None:
-        """Send a signal to all processes of a service or of a part of one (SERVICES, PARTS).
+    def kill(self, name: str, signal: Signals = SIGKILL, model: str | None = None) -> None:
+        """Send a signal to all processes of a service or of a part of one (SERVICES, PARTS), or to a model's actors.
 
         A killed service stays down; SIGSTOP makes it hang, SIGCONT go on.
         """
         if name in SERVICES and signal == SIGKILL:
             self.running[name].stop()
             return
-        found = self.processes(name)
+        found = self.processes(name, model)
         if not found:
             raise RuntimeError(f"no process of {name!r} is running")
         for process in found:
@@ -230,14 +232,20 @@ class Ndif:
         self.kill(name)
         self.start(name, **settings)
 
-    def processes(self, name: str) -> list[psutil.Process]:
-        """The processes of a service or of a part of one."""
+    def processes(self, name: str, model: str | None = None) -> list[psutil.Process]:
+        """The processes of a service or of a part of one; of model actors, those of a model if one is named."""
         if name in SERVICES:
             return self.running[name].tree()
         if name not in PARTS:
             raise ValueError(f"part {name!r} is not known; choose one of {', '.join((*SERVICES, *PARTS))}")
         service, pattern = PARTS[name]
-        return [each for each in self.running[service].tree()[1:] if re.search(pattern, _title(each))]
+        found = [each for each in self.running[service].tree()[1:] if re.search(pattern, _title(each))]
+        return [each for each in found if model is None or self._serves(each, model)]
+
+    def _serves(self, process: psutil.Process, model: str) -> bool:
+        """Whether a model's actor is that of a certain model, as it has noted."""
+        note = self.place.directory / "actors" / str(process.pid)
+        return note.exists() and note.read_text() == services.model_key(model)
 
     def write_keys(self, keys: Mapping[str, list[str]]) -> None:
         """Let in these API keys and no others, each with its tags."""
@@ -266,13 +274,16 @@ class Ndif:
 
 
 def _wait(ready: Callable[[], bool], problem: str, process: Process) -> None:
-    """Until `ready()`; an OSError means not yet. Raises RuntimeError when the process ends or patience does."""
+    """Until `ready()`; no answer, or a broken one, means not yet.
+
+    Raises RuntimeError when the process ends or patience does.
+    """
     limit = time.monotonic() + PATIENCE
     while process.running and time.monotonic() < limit:
         try:
             if ready():
                 return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.1)
     raise RuntimeError(f"{problem}; last written:\n{process.written()[-2000:]}")

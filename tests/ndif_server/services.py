@@ -88,6 +88,7 @@ def environment(place: Place) -> dict[str, str]:
         "NDIF_STATUS_TTL_S": "1",
         "NDIF_KEYS": str(place.directory / "keys.json"),
         "NDIF_CROSSED": str(place.directory / "crossed.jsonl"),
+        "NDIF_ACTORS": str(place.directory / "actors"),
     } | place.settings
 
 
@@ -130,7 +131,8 @@ def ray(place: Place) -> list[str]:
         "dashboard-host": "127.0.0.1",
         "dashboard-port": place.ports["dashboard"],
         "dashboard-agent-listen-port": place.ports["agent"],
-        "include-dashboard": "true",
+        "include-dashboard": "true",  # which NDIF asks about nodes and actors
+        "include-log-monitor": "false",
         "num-cpus": len(place.models) + 4,
         "num-gpus": 1,
         "resources": json.dumps(memory),
@@ -139,7 +141,8 @@ def ray(place: Place) -> list[str]:
         "max-worker-port": 0,
         "temp-dir": place.directory / "ray",
     }
-    return ["ray", "start", "--head", "--block", *(f"--{key}={value}" for key, value in options.items())]
+    given = [f"--{key}={value}" for key, value in options.items()]
+    return ["ray", "start", "--head", "--block", "--no-monitor", *given]
 
 
 def controller(place: Place) -> list[str]:

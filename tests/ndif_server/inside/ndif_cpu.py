@@ -8,8 +8,11 @@ controller assigns is a number that Ray counts, never a device.
 import gc
 import json
 import os
+import subprocess
 import time
 from functools import partial, partialmethod
+from pathlib import Path
+from types import SimpleNamespace
 
 import ray
 from crossings import noted
@@ -21,6 +24,10 @@ from ndif.services.ray.sandbox.driver import SandboxDriver
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.remotable import Remotable
+from runners import Forked
+
+host.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": Forked})
+"""A sandbox's process is a fork of one that has imported all: otherwise every request waits for seconds of imports."""
 
 host.RUNNER_ENV += ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY")
 """A sandbox's process inherits these names only, and it must find our hub; the token for weights is not among them."""
@@ -36,13 +43,15 @@ SandboxDriver.pump = partialmethod(noted, SandboxDriver.pump, os.environ["NDIF_C
 class CPUDeployment(BaseModelDeployment):
     """One model in host memory.
 
-    NDIF_SLOW holds, as JSON, how long some take at least: {model key: seconds for each sequence of a pass}.
+    NDIF_SLOW holds, as JSON, how long some take at least: {model key: seconds for each sequence of a pass}. In the
+    directory NDIF_ACTORS a file by the name of each actor's process id holds its model's key.
     """
 
     def __init__(self, *args, gpu_mem_bytes_by_id=None, **kwargs):
         super().__init__(*args, gpu_mem_bytes_by_id=None, **kwargs)
 
     def load_from_disk(self):
+        Path(os.environ["NDIF_ACTORS"], str(os.getpid())).write_text(self.model_key)
         options = {"dispatch": True, "dtype": self.dtype_name, "device": "cpu", **self.kwargs}
         model = HuggingFaceModel.from_model_key(self.model_key, **options)
         model._module.requires_grad_(False)
