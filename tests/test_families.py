@@ -24,8 +24,8 @@ IN_FLOAT64 |= {"falcon-multi-query", "falcon-two-norms", "falcon-sequential", "p
 
 
 CASES = [(name, *each) for name in (*further.MODELS, *further.HYBRIDS) for each in CONFIGURATIONS]
-HARDEST = ("gemma2", "bloom", "jamba")  # norms behind sublayers and a cap; biases of every kind; layers without heads
-EVERY_RUN = [case for case in CASES if case[0] in HARDEST or case[1:] == CONFIGURATIONS[0]]
+HARDEST = "gemma2"  # norms behind sublayers, and a cap
+EVERY_RUN = [case for case in CASES if case[0] == HARDEST or case[1:] == CONFIGURATIONS[0]]
 
 
 @pytest.mark.parametrize("case", representative(CASES, *EVERY_RUN), ids="-".join)
@@ -41,7 +41,7 @@ def test_every_quantity(measure, wrapped, seeded, case):
 
 
 @pytest.mark.parametrize("ablation", ["resample", "zero"])
-@pytest.mark.parametrize("name", representative(["olmo2", "olmo2-biased", "exaone4", "glm4"], "olmo2-biased", "glm4"))
+@pytest.mark.parametrize("name", representative(["olmo2", "olmo2-biased", "exaone4", "glm4"], "olmo2-biased"))
 def test_norms_behind_sublayers_without_rounding(measure, wrapped, seeded, name, ablation):
     dataset, ids = measure(name, ablation=ablation), seeded(name)
     model = wrapped(name, exact=True).nn._module
@@ -52,7 +52,7 @@ def test_norms_behind_sublayers_without_rounding(measure, wrapped, seeded, name,
 
 
 @pytest.mark.parametrize("freeze", ["downstream", "all"])
-@pytest.mark.parametrize("name", representative(["olmo2", "glm4", "gemma2", "lfm2", "jamba"], "gemma2", "jamba"))
+@pytest.mark.parametrize("name", representative(["olmo2", "glm4", "gemma2", "lfm2", "jamba"], "jamba"))
 def test_frozen_where_there_is_more_than_heads_and_mlps(measure, wrapped, seeded, name, freeze):
     dataset, ids = measure(name, exact=False, freeze=freeze), seeded(name)
     partners = families.derangement(len(ids))

@@ -367,7 +367,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("part", representative(PARTS, "both", "slice", "where"))
+@pytest.mark.parametrize("part", representative(PARTS, "both", "where"))
 @pytest.mark.parametrize("source", representative(["memory", "opened", "saved", "loaded"], "memory", "saved"))
 def test_parts_of_a_store_are_summed_up_as_in_the_whole(ds, part, source, tmp_path):
     store = ds.drop_vars([n for n in ds.variables if "component" in str(n)])

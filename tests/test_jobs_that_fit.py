@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from fake_service import Clock, FakeService, Killed, assert_right, unit
 from shapes import save_ids, save_shape
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn.backends.ndif.in_flight import JobsInFlight
@@ -255,15 +256,20 @@ def test_a_store_that_the_disk_cannot_hold_is_refused(planned):
     require_workable(jobs_of(few), disk)
 
 
-def test_what_no_choice_mends_is_said(planned):
+@pytest.mark.parametrize("limit", representative(["2 s", "1 s", "a second less", "hardly less"], "hardly less"))
+def test_what_no_choice_mends_is_said(planned, limit):
     """In digits that tell what there is from what it takes."""
     tried = jobs_of(planned("Llama-3.1-405B", heads="125.0", job_seconds=2, tensor_parallel=8))
     least = tried.pace.seconds(tried.cost(tried.smallest))[0]
     less = "after {}; nor does it with less: choose a smaller model, or a server that gives a job longer"
-    told = {2: less.format("2 seconds"), 1: less.format("1 second"), least - 1: r"\.\d+ min", least - 1e-7: "hardly"}
-    for seconds, said in told.items():
-        with pytest.raises(UsageError, match=said):
-            require_workable(replace(tried, limits=replace(tried.limits, seconds=seconds)), ROOM)
+    seconds, said = {
+        "2 s": (2, less.format("2 seconds")),
+        "1 s": (1, less.format("1 second")),
+        "a second less": (least - 1, r"\.\d+ min"),
+        "hardly less": (least - 1e-7, "hardly"),
+    }[limit]
+    with pytest.raises(UsageError, match=said):
+        require_workable(replace(tried, limits=replace(tried.limits, seconds=seconds)), ROOM)
 
 
 @pytest.mark.thorough

@@ -30,7 +30,6 @@ STEPS = [
 ]
 """Of a kind of run one in so many steps is looked at: they are alike in all."""
 
-OF_SOME_KINDS = pytest.mark.parametrize("kind", representative(RUNS, "heads", "until an interval"))
 AT_STEPS = pytest.mark.parametrize(
     "looked", representative(STEPS, ("heads", 7), ("until an interval", 7)), ids=str
 )
@@ -214,7 +213,7 @@ def test_a_power_cut_leaves_a_store_that_is_whole_and_resumes(recorded, asked, t
             assert_same_numbers(store, root)
 
 
-@OF_SOME_KINDS
+@pytest.mark.parametrize("kind", representative(RUNS, "heads"))
 def test_on_a_disk_that_does_not_sync_what_is_lost_is_found_and_mended(recorded, asked, tmp_path, kind):
     """It also shows that the cuts above are cuts: here they do harm."""
     root, recorder = recorded(kind)

@@ -76,7 +76,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "run", representative(RUNS, "gemma2, all components", "mean, top components", "neox")
+    "run", representative(RUNS, "gemma2, all components", "neox")
 )
 def test_a_spread_model_gives_the_numbers_of_one_device(run, tmp_path):
     family, choices = RUNS[run]
@@ -95,7 +95,7 @@ RECIPES = (
 )
 
 
-@pytest.mark.parametrize("recipe", representative(RECIPES, "induction", "neurons", "path_patching"))
+@pytest.mark.parametrize("recipe", representative(RECIPES, "neurons"))
 def test_recipes_on_a_spread_model(recipe, tmp_path):
     """What replaces whole layers, norms, neurons; what reads attention; what adds a head's own write."""
     choices = {"prompts": None, "param": {"count": 6, "period": 3}} if recipe == "induction" else {}
