@@ -210,7 +210,7 @@ FAULTS = {
 """What a client and the doctor say while it is broken."""
 
 
-@pytest.mark.parametrize("fault", representative(FAULTS, "api", "hanging"))
+@pytest.mark.parametrize("fault", representative(FAULTS, "hanging"))
 def test_what_does_not_heal_by_itself(far, ndif, store, undisturbed, fault):
     """The client ends, with what is missing and how to go on; when the server is mended it does.
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from made import AXES, CASES, any_store
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
@@ -46,7 +47,9 @@ def test_every_store_has_a_summary_of_one_screen(kinds, state):
         assert len(lines) <= 50, (cases, axis)
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    "state", representative(STATES, "whole", "interrupted", "one token", "beyond any number")
+)
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.thorough)], ids=["some", "all"])
 def test_every_store_of_cases_and_of_variants_is_drawn(every, state):
     for cases, axis in kinds_of(state)[::every]:
@@ -70,11 +73,14 @@ def test_every_state_of_every_kind_of_store_is_suited_to_the_overview():
             assert figures.own(ds)
 
 
-@pytest.mark.parametrize(("cases", "axis"), [("pairs", None), ("mixed", "dose"), (None, "last mlp")], ids=str)
-def test_a_page_of_any_store(cases, axis, monkeypatch):
+OF_PAGES = [("pairs", None), ("mixed", "dose"), (None, "last mlp")]
+
+
+@pytest.mark.parametrize("kind", representative(OF_PAGES, ("mixed", "dose")), ids=str)
+def test_a_page_of_any_store(kind, monkeypatch):
     monkeypatch.setattr(figures, "drawn", lambda *_, **__: ())
     for state in STATES.values():
-        assert "<h2>Summary</h2>" in render(any_store(cases, axis, **state))
+        assert "<h2>Summary</h2>" in render(any_store(*kind, **state))
 
 
 @pytest.mark.parametrize(

@@ -470,6 +470,7 @@ def assert_sent_once(store):
     assert len(work) == len(set(work)), "a job was sent twice"
 
 
+@pytest.mark.thorough  # tests/test_faults.py kills both sides in every run
 def test_killed_at_random_moments_nothing_is_lost_or_done_twice(far, server, undisturbed, tmp_path):
     store, rng = tmp_path / "s.zarr", random.Random(0)
     for _ in range(5):

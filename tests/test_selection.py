@@ -79,6 +79,7 @@ def close(one, other):
 # ---------------------------------------------------------------- the top share alone
 
 
+@OF_ONE_FAMILY
 def test_the_top_share_is_what_a_whole_run_finds_there_and_the_rest_is_left_out(whole, selected):
     top = top_share(whole, SHARE).values
     for name in swept(whole):
@@ -369,6 +370,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(goal):
     assert abs(covered / trials - 0.95) < 0.02
 
 
+@pytest.mark.thorough
 def test_intervals_of_layers_cover_the_truth_as_often_as_they_say():
     """Heads of one layer that share prompts and differ in spread."""
     rng, trials, covered = np.random.default_rng(2), 1000, 0
@@ -402,22 +404,21 @@ def test_rounds_grow_by_a_share_of_what_was_used():
 # ---------------------------------------------------------------- stopped, and refused
 
 
-@pytest.mark.parametrize(
-    ("whole", "choices"),
-    [
-        ("selected", {"select": "top-share"}),
-        ("estimated", {"until_ci": GOAL}),
-        ("of_layers", {"until_ci": LAYER_GOAL, "ci_of": "layers"}),
-    ],
-    ids=str,
-)
+WAYS = {
+    "selected": {"select": "top-share"},
+    "estimated": {"until_ci": GOAL},
+    "of_layers": {"until_ci": LAYER_GOAL, "ci_of": "layers"},
+}
+
+
+@pytest.mark.parametrize("whole", representative(WAYS, "selected", "estimated"))
 @pytest.mark.parametrize("writes", representative([3, 24], 24))
 @OF_ONE_FAMILY
 def test_a_run_that_is_interrupted_ends_with_the_same_numbers(
-    request, asked, tmp_path, monkeypatch, whole, choices, writes
+    request, asked, tmp_path, monkeypatch, whole, writes
 ):
     """When direct effects are ranked, after 3 blocks of them; or when heads are ablated, in a later round."""
-    path = tmp_path / "s.zarr"
+    path, choices = tmp_path / "s.zarr", WAYS[whole]
     write, count = Store.write_prompts, iter(range(writes))
 
     def interrupted(*arguments):
