@@ -9,7 +9,7 @@ QUICK = equations components units engine recipe norm public types versions cli 
 QUICK_ONLY = not slow and not served
 ONE_FAMILY = not test_engine or gpt2
 
-BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls secrets resume executors families edits every_store store texts field fleet soak hub examples spread sandbox choosing)
+BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls secrets resume executors families edits every_store store texts field fleet soak hub examples spread sandbox choosing sharing cli documented one_path readers edges)
 
 SCRIPTS = $(patsubst %,selfrepair_nn/explorer/%.js,data parts heads tokens pane)
 

@@ -340,7 +340,10 @@ def simulated():
     return ds.assign_coords(counted=(("prompt", "position"), mask(30, 9)))
 
 
-@pytest.fixture(scope="module", params=representative(["simulated", *recipe_paths()], "simulated", *KINDS))
+KEPT = representative(["simulated", *recipe_paths()], "simulated", "ioi", "freeze", "neurons")
+
+
+@pytest.fixture(scope="module", params=KEPT)
 def any_store(request, stores):
     return request.getfixturevalue("simulated") if request.param == "simulated" else stores(request.param)
 

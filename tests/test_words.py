@@ -11,6 +11,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from test_outcomes import CASES, heads_of, no_float32  # noqa: F401
 from test_tracing_law import counting
+from tiers import representative
 
 import selfrepair_nn as sr
 from selfrepair_nn import figures
@@ -211,7 +212,10 @@ def runs(wrapped, seeded, tmp_path_factory):
 STORED = [name for name, each in QUANTITIES.items() if each.when == "words" and each.source != "label"]
 
 
-@pytest.mark.parametrize("choices", [{"backend": "simulated"}, {"select": "top-share"}, {"components": "top"}], ids=str)
+CHOSEN = [{"backend": "simulated"}, {"select": "top-share"}, {"components": "top"}]
+
+
+@pytest.mark.parametrize("choices", representative(CHOSEN, {"select": "top-share"}), ids=str)
 def test_whatever_else_is_chosen_they_are_the_same(runs, choices):
     ours, theirs = runs(), runs(**choices)
     top = sr.top_share(ours, 0.2).values & ours.selected.values[:, :, None, None]
