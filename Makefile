@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE =
 
 QUICK = equations components units engine recipe norm public types versions cli door docs
-QUICK_ONLY = not slow and not served
+QUICK_ONLY = not slow and not served and not thorough
 ONE_FAMILY = not test_engine or gpt2
 
 BESIDE = $(patsubst %,tests/test_%.py,selection power_cut endings overview outcomes nulls secrets resume executors families edits every_store store texts field fleet soak hub examples spread sandbox choosing sharing cli documented one_path readers edges)
