@@ -562,7 +562,7 @@ def test_a_binomial_interval_says_whether_the_task_is_done(right, of, does):
     high = beta.ppf(0.975, right + 1, of - right) if right < of else 1
     assert (found.right, found.asked, found.chance, found.does) == (right, of, of / 2, does)
     assert_allclose([found.low, found.high], [low, high], atol=1e-9)
-    assert TOLD[does] in " ".join(str(text.summary(ds)).split())
+    assert sentence(right, of, does) in " ".join(str(text.summary(ds)).split())
 
 
 def doing(right, of):
@@ -571,16 +571,15 @@ def doing(right, of):
     return of_task(logits, [[False, True]] * of, {"says": "prefers the right one"})
 
 
-TOLD = {1: "it does this task", 0: "it does not do this task", -1: "too few prompts to tell"}
+def sentence(right, of, does):
+    told = {1: "it does this task", 0: "it does not do this task", -1: "too few prompts to tell"}[does]
+    return f"the model prefers the right one in {right} of {of} prompts (chance: {of / 2:g}): {told}"
 
 
 @pytest.mark.parametrize(("right", "of", "does"), [(33, 64, 0), (41, 64, 1), (7, 8, -1)])
-def test_whether_the_task_is_done_is_said_everywhere(right, of, does, monkeypatch):
-    ds = doing(right, of)
-    said = f"the model prefers the right one in {right} of {of} prompts (chance: {of / 2:g}): {TOLD[does]}"
-    assert said in " ".join(str(text.summary(ds)).split())
+def test_whether_the_task_is_done_is_said_everywhere(right, of, does, no_figures):
+    ds, said = doing(right, of), sentence(right, of, does)
     assert f"T{said[1:]}" in figures.draw("self_repair_by_layer", ds).get_supxlabel()
-    monkeypatch.setattr(figures, "drawn", lambda *_, **__: [])
     assert said in report.render(ds)
 
 

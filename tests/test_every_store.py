@@ -96,12 +96,6 @@ def stored(tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Pages without figures, which take longest, and are drawn elsewhere."""
-    monkeypatch.setattr(figures, "drawn", lambda *_, **__: ())
-
-
 @pytest.mark.parametrize("name", representative(EVERY, *USUAL))
 def test_every_store_has_a_summary(stored, name):
     lines = str(sr.summary(stored(name))).splitlines()
@@ -151,7 +145,7 @@ def test_every_store_is_drawn_on_the_command_line(stored, name, tmp_path):
 @pytest.mark.parametrize("name", representative(EVERY, *KINDS))
 def test_every_store_has_a_page(stored, name, tmp_path, monkeypatch):
     ds, drawn = stored(name), figures.drawn
-    few = {"own_axis", "own_cases"}  # all are drawn above
+    few = {"freeze", "ioi", "own_axis", "own_cases", "own_doses"}  # all are drawn above
     monkeypatch.setattr(figures, "drawn", lambda *a, **k: drawn(*a, **k) if name in few else ())
     page = sr.write_report(ds, tmp_path / "page.html").read_text()
     assert page.count("<figure>") == (len(figures.suited(ds)) if name in few else 0)

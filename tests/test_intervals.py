@@ -22,10 +22,7 @@ SHARE = 0.2
 SWEEP = ("layer", "head", "prompt", "position")
 
 
-@pytest.fixture(autouse=True)
-def pages_without_figures(monkeypatch):
-    """Figures take longest of a page; here they are drawn alone."""
-    monkeypatch.setattr(figures, "drawn", lambda *_, **__: ())
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")

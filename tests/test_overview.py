@@ -77,8 +77,7 @@ OF_PAGES = [("pairs", None), ("mixed", "dose"), (None, "last mlp")]
 
 
 @pytest.mark.parametrize("kind", representative(OF_PAGES, ("mixed", "dose")), ids=str)
-def test_a_page_of_any_store(kind, monkeypatch):
-    monkeypatch.setattr(figures, "drawn", lambda *_, **__: ())
+def test_a_page_of_any_store(kind, no_figures):
     for state in STATES.values():
         assert "<h2>Summary</h2>" in render(any_store(*kind, **state))
 

@@ -56,11 +56,6 @@ def page(ds):
     return render(ds)
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr("selfrepair_nn.report.figures.drawn", lambda *_, **__: ())
-
-
 def test_the_tables_hold_the_numbers(ds, page):
     layers, best, worst, every, variables = Page(page).tables
     expected = by_layer(ds)

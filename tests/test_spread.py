@@ -75,9 +75,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "run", representative(RUNS, "gemma2, all components", "neox")
-)
+@pytest.mark.parametrize("run", representative(RUNS, "gemma2, all components", "neox"))
 def test_a_spread_model_gives_the_numbers_of_one_device(run, tmp_path):
     family, choices = RUNS[run]
     assert_equal(*pair(family, tmp_path, **choices))
